@@ -1,0 +1,125 @@
+"""Models by class name, and published weights.
+
+`from_pretrained` reads `path.json` (class name and arguments) and `path.safetensors` (weights), locally or
+from the Hugging Face Hub.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..utils.config import check_args, check_component, load_config
+from ..utils.errors import CheckpointError, ConfigError
+from ..utils.registry import Registry
+
+MODELS = Registry(
+    __name__,
+    {
+        "SparseStructureEncoder": ".sparse_structure_vae",
+        "SparseStructureDecoder": ".sparse_structure_vae",
+        "VectorQuantizer": "..modules.quantizers.vq",
+    },
+)
+
+__all__ = ["MODELS", "build", "from_pretrained", "load_weights", *MODELS.classes]
+
+
+def __getattr__(name: str):
+    if name in MODELS.classes:
+        return MODELS.get(name, "trellis.models")
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def build(spec: dict, where: str = "model") -> torch.nn.Module:
+    """Build a model from {"name", "args"}. Raises ConfigError naming the key at fault.
+
+    Parameters are laid out in channels_last_3d, in which 3-D convolutions run two to four times as fast.
+    """
+    check_component(spec, where)
+    cls = MODELS.get(spec["name"], f"{where}.name")
+    args = spec.get("args", {})
+    check_args(args, cls, f"{where}.args")
+    try:
+        return cls(**args).to(memory_format=torch.channels_last_3d)
+    except ValueError as error:
+        raise ConfigError(f"{where}.args: {error}") from error
+
+
+def from_pretrained(path: str) -> torch.nn.Module:
+    """Build a model and load its weights, in evaluation mode on the CPU.
+
+    path: `dir/name` for the files dir/name.json and dir/name.safetensors, or `org/repo/sub/name` on the
+    Hub. A local pair comes first. Raises CheckpointError when there is neither, or when they do not fit.
+    """
+    config_file, weights_file = pretrained_files(path)
+    model = build(load_config(config_file), str(config_file))
+    load_weights(model, weights_file)
+    return model.eval()
+
+
+def pretrained_files(path: str) -> tuple[str, str]:
+    """The local JSON and safetensors files of a pretrained model, downloaded if they are on the Hub."""
+    local = [f"{path}.json", f"{path}.safetensors"]
+    present = [Path(file).is_file() for file in local]
+    if all(present):
+        return local[0], local[1]
+    if any(present):
+        raise CheckpointError(f"{local[present.index(False)]} is missing beside {local[present.index(True)]}")
+    parts = path.split("/")
+    looks_like_hub = len(parts) > 2 and all(part and part not in (".", "..") for part in parts)
+    if not looks_like_hub:
+        raise CheckpointError(
+            f"{path}: there is no {local[0]} and {local[1]}, and it is no Hub path (org/repo/sub/name)"
+        )
+    # Only a path that is not here needs the Hub client.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    repo, name = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        return hf_hub_download(repo, f"{name}.json"), hf_hub_download(repo, f"{name}.safetensors")
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path}: no such local pair {local[0]} + .safetensors, and the Hub did not give it ({reason})"
+        ) from error
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors or .pt file, on the CPU. Never unpickles objects."""
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: there is no such file") from error
+    except Exception as error:  # torch and safetensors raise many types for one damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not a readable weights file ({reason})") from error
+
+
+def load_weights(model: torch.nn.Module, path: str | Path) -> None:
+    """Load a state dict strictly. Raises CheckpointError naming the first tensors that do not fit."""
+    state, own = read_weights(path), model.state_dict()
+    shapes = [
+        f"{key} is {list(state[key].shape)} there and {list(own[key].shape)} in the model"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [f"{key} is missing there" for key in own if key not in state] + shapes
+    problems += [f"{key} is not in the model" for key in state if key not in own]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{path} does not fit {type(model).__name__}: {'; '.join(problems[:3])}{more}. "
+            "Give the weights that belong to this configuration's models, or change its models.*.args"
+        )
+    model.load_state_dict(state)
+
+
+def model_spec(model_config: dict) -> str:
+    """The JSON text that `from_pretrained` reads beside the weights."""
+    return json.dumps({"name": model_config["name"], "args": model_config.get("args", {})}, indent=4) + "\n"

@@ -1,0 +1,139 @@
+"""The convolutional VAE of TRELLIS sparse structures (arXiv:2412.01506, Sec. 3.3 and appendix).
+
+An R³ binary occupancy grid becomes a (R/4)³ latent (with three levels of channels) and comes back as logits.
+Module names and shapes are those of the published weights, so these load unchanged.
+
+Axes: B batch, C channels, X Y Z voxels.
+"""
+
+import contextlib
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..modules.blocks3d import DownsampleBlock3d, ResBlock3d, UpsampleBlock3d
+from ..modules.norm import norm_layer
+from ..utils.config import Count, Range
+
+
+
+class _UNet(nn.Module):
+    """What the encoder and the decoder share: where reduced precision may be used.
+
+    The first and the last layer always run in fp32, so that latents and logits are fp32; the torso between
+    them runs in the caller's autocast, or in fp16 on a GPU where `use_fp16` asks for it.
+    """
+
+    use_fp16: bool
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def convert_to_fp16(self) -> None:
+        """Run the torso in fp16 where the input is on a GPU; parameters stay in fp32."""
+        self.use_fp16 = True
+
+    def convert_to_fp32(self) -> None:
+        """Leave the torso's precision to the caller (plain fp32, or the caller's autocast)."""
+        self.use_fp16 = False
+
+    def _run(self, x: Tensor, *torso: nn.ModuleList | nn.Sequential) -> Tensor:
+        device = x.device.type
+        with torch.autocast(device, enabled=False):
+            h = self.input_layer(x.float())
+        fp16 = self.use_fp16 and x.is_cuda
+        with torch.autocast("cuda", torch.float16) if fp16 else contextlib.nullcontext():
+            for stage in torso:
+                for block in stage:
+                    h = block(h)
+        with torch.autocast(device, enabled=False):
+            return self.out_layer(h.float())
+
+
+class SparseStructureEncoder(_UNet):
+    """Occupancy grid to latent.
+
+    in_channels: channels of the grid (1). latent_channels: channels of the latent (8).
+    num_res_blocks: residual blocks per level. channels: width of each level; every level but the last
+    halves the grid. num_res_blocks_middle: residual blocks after the levels. norm_type: "layer" or
+    "group", for the norm before the last convolution. use_fp16: run the torso in fp16 on a GPU.
+    """
+
+    def __init__(
+        self,
+        in_channels: Count,
+        latent_channels: Count,
+        num_res_blocks: Count,
+        channels: list[Count],
+        num_res_blocks_middle: Annotated[int, Range(min=0)] = 2,
+        norm_type: Literal["layer", "group"] = "layer",
+        use_fp16: bool = False,
+    ):
+        super().__init__()
+        self.in_channels, self.latent_channels = in_channels, latent_channels
+        self.channels, self.use_fp16 = list(channels), use_fp16
+
+        self.input_layer = nn.Conv3d(in_channels, channels[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for level, width in enumerate(channels):
+            self.blocks.extend(ResBlock3d(width) for _ in range(num_res_blocks))
+            if level + 1 < len(channels):
+                self.blocks.append(DownsampleBlock3d(width, channels[level + 1]))
+        self.middle_block = nn.Sequential(*(ResBlock3d(channels[-1]) for _ in range(num_res_blocks_middle)))
+        self.out_layer = nn.Sequential(
+            norm_layer(norm_type, channels[-1]),
+            nn.SiLU(),
+            nn.Conv3d(channels[-1], latent_channels * 2, 3, padding=1),
+        )
+
+    @property
+    def downsampling(self) -> int:
+        """Voxels per latent cell along one axis."""
+        return 2 ** (len(self.channels) - 1)
+
+    def forward(
+        self, x: Tensor, sample_posterior: bool = False, return_raw: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """x: [B, in_channels, R, R, R] float, 0 or 1. Returns z, or (z, mean, logvar) with `return_raw`,
+        each [B, latent_channels, R/d, R/d, R/d] with d = `downsampling`; z is the mean, or a sample of the
+        posterior with `sample_posterior`."""
+        mean, logvar = self._run(x, self.blocks, self.middle_block).chunk(2, dim=1)
+        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if sample_posterior else mean
+        return (z, mean, logvar) if return_raw else z
+
+
+class SparseStructureDecoder(_UNet):
+    """Latent to occupancy logits; arguments as the encoder's, `channels` from coarse to fine."""
+
+    def __init__(
+        self,
+        out_channels: Count,
+        latent_channels: Count,
+        num_res_blocks: Count,
+        channels: list[Count],
+        num_res_blocks_middle: Annotated[int, Range(min=0)] = 2,
+        norm_type: Literal["layer", "group"] = "layer",
+        use_fp16: bool = False,
+    ):
+        super().__init__()
+        self.out_channels, self.latent_channels = out_channels, latent_channels
+        self.channels, self.use_fp16 = list(channels), use_fp16
+
+        self.input_layer = nn.Conv3d(latent_channels, channels[0], 3, padding=1)
+        self.middle_block = nn.Sequential(*(ResBlock3d(channels[0]) for _ in range(num_res_blocks_middle)))
+        self.blocks = nn.ModuleList()
+        for level, width in enumerate(channels):
+            self.blocks.extend(ResBlock3d(width) for _ in range(num_res_blocks))
+            if level + 1 < len(channels):
+                self.blocks.append(UpsampleBlock3d(width, channels[level + 1]))
+        self.out_layer = nn.Sequential(
+            norm_layer(norm_type, channels[-1]),
+            nn.SiLU(),
+            nn.Conv3d(channels[-1], out_channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, latent_channels, r, r, r]. Returns logits [B, out_channels, R, R, R]; occupied where > 0."""
+        return self._run(x, self.middle_block, self.blocks)

@@ -1,0 +1,1 @@
+"""Quantizers: one algorithm per file, all returning `Quantized`."""

@@ -1,0 +1,56 @@
+"""k-means for a first codebook.
+
+Seeding in a few rounds of sampling by squared distance (k-means||, arXiv:1203.6402), then Lloyd's iterations
+(Lloyd 1982), where an empty cluster restarts at a vector that is badly served.
+
+Axes: N vectors, K codes, D channels.
+"""
+
+import torch
+from torch import Tensor
+
+from .nearest import nearest_code
+
+SEEDING_ROUNDS = 8
+
+
+@torch.no_grad()
+def kmeans(vectors: Tensor, num_codes: int, *, iterations: int, generator: torch.Generator) -> Tensor:
+    """Codebook [K, D] float32 that minimises the mean squared distance from `vectors` [N, D].
+
+    generator: on the CPU; the same seed and vectors give the same codes. N may be below K: the codes left
+    over then repeat vectors. Raises ValueError for no vectors or for vectors that are not finite.
+    """
+    vectors = vectors.float()
+    if not len(vectors) or not vectors.isfinite().all():
+        raise ValueError(f"k-means needs finite vectors; it got {tuple(vectors.shape)}, not all finite")
+
+    def sample(count: int, distance: Tensor) -> Tensor:
+        # On the CPU in fp64, so that every device draws the same vectors. The cumulative sum has none of
+        # torch.multinomial's limit of 2**24 categories.
+        cumulative = distance.double().cpu().cumsum(0)
+        if not cumulative[-1] > 0:
+            cumulative = torch.ones(len(distance), dtype=torch.float64).cumsum(0)
+        draw = torch.rand(count, dtype=torch.float64, generator=generator) * cumulative[-1]
+        picked = torch.searchsorted(cumulative, draw, right=True).clamp(max=len(distance) - 1)
+        return vectors[picked.to(vectors.device)]
+
+    codes = sample(1, torch.ones(len(vectors)))
+    distance = (vectors - codes).square().sum(1)
+    for target in [1 + (num_codes - 1) * (r + 1) // SEEDING_ROUNDS for r in range(SEEDING_ROUNDS)]:
+        new = sample(target - len(codes), distance)
+        if len(new):
+            codes = torch.cat([codes, new])
+            distance = torch.minimum(distance, (vectors - new[nearest_code(vectors, new)]).square().sum(1))
+
+    for _ in range(iterations):
+        index = nearest_code(vectors, codes)
+        count = torch.bincount(index, minlength=num_codes)
+        total = torch.zeros(codes.shape, dtype=torch.float64, device=codes.device)
+        total.index_add_(0, index, vectors.double())
+        distance = (vectors - codes[index]).square().sum(1)
+        codes = torch.where(count[:, None] > 0, total / count[:, None].clamp(min=1), codes.double()).float()
+        empty = (count == 0).nonzero()[:, 0]
+        if len(empty):
+            codes[empty] = sample(len(empty), distance)
+    return codes

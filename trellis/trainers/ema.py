@@ -1,0 +1,46 @@
+"""Exponential moving averages of the trained models, buffers and codebook included."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def ramped_rate(rate: float, step: int) -> float:
+    """The decay at optimizer step `step` (from 1): min(rate, (1 + n) / (10 + n)), so that short runs are
+    averaged over a part of their length and long ones at the full rate."""
+    return min(rate, (1 + step) / (10 + step))
+
+
+class EMA:
+    """One average per rate. models: {name: module} being trained; rates: e.g. [0.9999]."""
+
+    def __init__(self, models: dict[str, nn.Module], rates: list[float]):
+        self.models, self.rates = models, rates
+        self.averages: dict[float, dict[str, dict[str, Tensor]]] = {
+            rate: {name: self._copy(model) for name, model in models.items()} for rate in rates
+        }
+
+    @staticmethod
+    def _copy(model: nn.Module) -> dict[str, Tensor]:
+        return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move each average towards the live models. Integer buffers are copied."""
+        for rate, averages in self.averages.items():
+            for name, model in self.models.items():
+                pairs = [(averages[name][key], live) for key, live in model.state_dict().items()]
+                floats = [(mean, live) for mean, live in pairs if mean.is_floating_point()]
+                if floats:
+                    means, lives = zip(*floats, strict=True)
+                    torch._foreach_lerp_(means, lives, 1 - ramped_rate(rate, step))
+                for mean, live in pairs:
+                    if not mean.is_floating_point():
+                        mean.copy_(live)
+
+    def module(self, name: str, rate: float) -> nn.Module:
+        """A copy of the model that holds the average, for evaluation."""
+        model = copy.deepcopy(self.models[name])
+        model.load_state_dict(self.averages[rate][name])
+        return model.requires_grad_(False)

@@ -1,0 +1,220 @@
+"""Optimizer, learning-rate schedule and gradient clipper, each by name from a configuration."""
+
+import inspect
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler as schedulers
+
+from ..utils.config import check_component, matches
+from ..utils.errors import ConfigError
+from ..utils.registry import did_you_mean
+
+# Smallest RMS that "rms" scaling uses: the floor of Adafactor's relative step (arXiv:1804.04235, Sec. 8).
+# Tensors that start at zero (biases, zero-initialised convolutions) could not leave it otherwise.
+RMS_FLOOR = 1e-3
+
+
+# --- optimizer -------------------------------------------------------------------------------------------
+
+
+def check_optimizer(spec: dict, where: str) -> None:
+    """Raise ConfigError unless the spec builds an optimizer."""
+    check_component(spec, where)
+    build_optimizer(spec, {"weight": nn.Parameter(torch.zeros(1, 1))}, "none", where)
+
+
+def build_optimizer(
+    spec: dict, parameters: dict[str, nn.Parameter], lr_scaling: str, where: str = "optimizer"
+) -> torch.optim.Optimizer:
+    """Any class of torch.optim by name.
+
+    parameters: {name: parameter} to train. lr_scaling: "none" puts them in one group at the given lr; "rms"
+    gives each tensor its own group, whose lr is the given one times the RMS that the tensor has now, so
+    that lr is a relative step. Each group carries its factor as `lr_scale`.
+    """
+    name, args = spec["name"], spec.get("args", {})
+    known = [
+        key
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    ]
+    if name not in known:
+        raise ConfigError(f"{where}.name is {name!r}, which torch.optim does not have{did_you_mean(name, known)}")
+    cls = getattr(torch.optim, name)
+    if name == "LBFGS":
+        raise ConfigError(f"{where}.name is 'LBFGS', which needs a closure per step; use AdamW or another")
+    _check_keywords(cls, args, f"{where}.args")
+    if "lr" in args and not (isinstance(args["lr"], (int, float)) and args["lr"] > 0):
+        raise ConfigError(f"{where}.args.lr is {args['lr']}; it must be a number > 0")
+    if lr_scaling == "rms":
+        if "lr" not in args:
+            raise ConfigError(f"{where}.args.lr is missing; lr_scaling 'rms' multiplies it")
+        groups = []
+        for key, parameter in parameters.items():
+            scale = max(parameter.detach().float().square().mean().sqrt().item(), RMS_FLOOR)
+            groups.append({"params": [parameter], "lr": args["lr"] * scale, "lr_scale": scale, "name": key})
+    else:
+        groups = [{"params": list(parameters.values()), "lr_scale": 1.0}]
+    try:
+        return cls(groups, **args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}.args does not build torch.optim.{name}: {error}") from error
+
+
+def current_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The lr of the configuration's scale: that of the first group, without its factor."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) / group["lr_scale"]
+
+
+def _check_keywords(cls: type, args: dict, where: str) -> None:
+    known = [name for name in inspect.signature(cls).parameters if name not in ("params", "optimizer")]
+    for key in args:
+        if key not in known:
+            raise ConfigError(f"{where}.{key} is unknown to {cls.__name__}{did_you_mean(key, known)}")
+
+
+# --- schedule --------------------------------------------------------------------------------------------
+
+
+class LinearWarmupLRScheduler(schedulers.LambdaLR):
+    """lr rises linearly over `warmup_steps` steps and then stays. TRELLIS's configurations use this name."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, warmup_steps: int, last_epoch: int = -1):
+        super().__init__(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps), last_epoch)
+
+
+def check_lr_scheduler(spec: dict | None, where: str) -> None:
+    """Raise ConfigError unless the spec builds a schedule."""
+    if spec is not None:
+        check_component({key: value for key, value in spec.items() if key != "warmup_steps"}, where)
+        build_lr_scheduler(spec, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9), where)
+
+
+def build_lr_scheduler(spec: dict | None, optimizer: torch.optim.Optimizer, where: str = "lr_scheduler"):
+    """Any class of torch.optim.lr_scheduler by name, or LinearWarmupLRScheduler; None for a constant lr.
+
+    `{"name", "args", "warmup_steps": n}` rises linearly over n steps and starts the named schedule then.
+    """
+    if spec is None:
+        return None
+    name, args, warmup_steps = spec["name"], spec.get("args", {}), spec.get("warmup_steps", 0)
+    known = {"LinearWarmupLRScheduler": LinearWarmupLRScheduler}
+    for key, value in vars(schedulers).items():
+        if inspect.isclass(value) and issubclass(value, schedulers.LRScheduler) and not key.startswith("_"):
+            known[key] = value
+    if name not in known:
+        raise ConfigError(
+            f"{where}.name is {name!r}, which torch.optim.lr_scheduler does not have{did_you_mean(name, known)}"
+        )
+    if not matches(warmup_steps, int) or warmup_steps < 0:
+        raise ConfigError(f"{where}.warmup_steps is {warmup_steps!r}; it must be an integer >= 0")
+    if warmup_steps and name == "ReduceLROnPlateau":
+        raise ConfigError(f"{where}.warmup_steps cannot precede ReduceLROnPlateau, which follows the loss; drop one")
+    _check_keywords(known[name], args, f"{where}.args")
+    try:
+        if warmup_steps:
+            warmup = LinearWarmupLRScheduler(optimizer, warmup_steps)
+            return schedulers.SequentialLR(optimizer, [warmup, known[name](optimizer, **args)], [warmup_steps])
+        return known[name](optimizer, **args)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{where}.args does not build {name} from JSON values: {error}") from error
+
+
+def step_lr_scheduler(scheduler, loss: Tensor) -> None:
+    """Advance by one optimizer step. loss: the same on all ranks, read only by ReduceLROnPlateau."""
+    if isinstance(scheduler, schedulers.ReduceLROnPlateau):
+        scheduler.step(loss.item())
+    elif scheduler is not None:
+        scheduler.step()
+
+
+def preview_schedule(optimizer_spec: dict, scheduler_spec: dict | None, max_steps: int) -> dict[int, float]:
+    """lr at 0, 25, 50 and 100 % of training, by running the schedule on a stand-in parameter."""
+    marks = [0, max_steps // 4, max_steps // 2, max_steps]
+    optimizer = build_optimizer(optimizer_spec, {"weight": nn.Parameter(torch.zeros(1, 1))}, "none")
+    scheduler = build_lr_scheduler(scheduler_spec, optimizer)
+    if scheduler is None or isinstance(scheduler, schedulers.ReduceLROnPlateau):
+        return dict.fromkeys(marks, current_lr(optimizer))
+    rates = {}
+    optimizer.step()  # torch warns when a schedule moves before its optimizer
+    for step in range(max_steps + 1):
+        if step in marks:
+            rates[step] = current_lr(optimizer)
+        if step < max_steps:
+            scheduler.step()
+    return rates
+
+
+# --- clipping --------------------------------------------------------------------------------------------
+
+
+class AdaptiveGradClipper:
+    """Clip the global gradient norm at a percentile of its own recent values.
+
+    max_norm: bound until `buffer_size` steps have passed, and upper bound after; None for no bound.
+    clip_percentile: of the last `buffer_size` norms. Norms that are not finite are left out.
+    """
+
+    def __init__(self, max_norm: float | None = None, clip_percentile: float = 95.0, buffer_size: int = 1000):
+        if not 0 < clip_percentile <= 100 or buffer_size < 1 or (max_norm is not None and max_norm <= 0):
+            raise ValueError(
+                f"max_norm {max_norm} must be > 0 or null, clip_percentile {clip_percentile} in (0, 100] and "
+                f"buffer_size {buffer_size} >= 1"
+            )
+        self.max_norm, self.clip_percentile, self.buffer_size = max_norm, clip_percentile, buffer_size
+        self.norms: Tensor | None = None  # [buffer_size] on the gradients' device, in order of arrival mod size
+        self.count = 0
+
+    def __call__(self, parameters: list[nn.Parameter]) -> Tensor:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.norms is None:
+            self.norms = torch.full((self.buffer_size,), torch.nan, device=norm.device)
+        self.norms = self.norms.to(norm.device)
+        limit = torch.full_like(norm, math.inf if self.max_norm is None else self.max_norm)
+        if self.count >= self.buffer_size:
+            limit = torch.fmin(limit, self.norms.nanquantile(self.clip_percentile / 100))
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        self.norms[self.count % self.buffer_size] = torch.where(norm.isfinite(), norm, torch.nan)
+        self.count += 1
+        return norm
+
+    def state_dict(self) -> dict:
+        return {"norms": self.norms, "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.norms, self.count = state["norms"], state["count"]
+
+
+class NormClipper:
+    """Clip the global gradient norm at a constant, or only measure it where max_norm is None."""
+
+    def __init__(self, max_norm: float | None):
+        self.max_norm = math.inf if max_norm is None else max_norm
+
+    def __call__(self, parameters: list[nn.Parameter]) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, self.max_norm)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        del state  # a constant has none
+
+
+def build_grad_clipper(spec: dict | float | None, where: str = "grad_clip") -> AdaptiveGradClipper | NormClipper:
+    """None, a number, or {"name": "AdaptiveGradClipper", "args": {…}}. Raises ConfigError otherwise."""
+    if spec is None or matches(spec, float):
+        if spec is not None and spec <= 0:
+            raise ConfigError(f"{where} is {spec}; the largest gradient norm must be > 0, or null for none")
+        return NormClipper(spec)
+    check_component(spec, where)
+    if spec["name"] != "AdaptiveGradClipper":
+        raise ConfigError(f"{where}.name is {spec['name']!r}; it can be AdaptiveGradClipper, or give a number")
+    _check_keywords(AdaptiveGradClipper, spec.get("args", {}), f"{where}.args")
+    try:
+        return AdaptiveGradClipper(**spec.get("args", {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}.args: {error}") from error

@@ -1,0 +1,65 @@
+"""Arithmetic precision of training: fp32, bf16 autocast, or fp16 autocast with loss scaling.
+
+Parameters are fp32 in every mode: they are the master weights. TRELLIS's `inflat_all` keeps fp16 copies of
+them beside fp32 masters; autocast computes the same products from the masters.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Precision:
+    """One interface over the three modes.
+
+    mode: None for fp32, "amp" or "inflat_all". dtype: "float16" or "bfloat16". scale_growth: log2 growth of
+    the fp16 loss scale per good step; a step with an overflow is skipped and halves the scale. On a CPU
+    every mode runs in fp32, and `note` says so.
+    """
+
+    def __init__(self, mode: str | None, dtype: str, device: torch.device, scale_growth: float = 1e-3):
+        self.device = device
+        asked = {"float16": "fp16", "bfloat16": "bf16"}[dtype] if mode else "fp32"
+        self.name = asked if device.type == "cuda" else "fp32"
+        self.note = f"{asked} was asked for; on a CPU training runs in fp32" if asked != self.name else None
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+        self.scaler = torch.amp.GradScaler(
+            device.type,
+            init_scale=2.0**20,
+            growth_factor=2.0**scale_growth,
+            backoff_factor=0.5,
+            growth_interval=1,
+            enabled=self.name == "fp16",
+        )
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32")
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring the gradients to their true scale, before they are clipped."""
+        self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer step, unless fp16 gradients overflowed."""
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    @property
+    def skips_overflow(self) -> bool:
+        """Whether a step with a gradient that is not finite is skipped as a matter of course."""
+        return self.scaler.is_enabled()
+
+    def prepare(self, model: nn.Module) -> None:
+        """Hand the model's precision over to the trainer."""
+        model.float()
+        if hasattr(model, "convert_to_fp32"):
+            model.convert_to_fp32()
+
+    def state_dict(self) -> dict:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        if state and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state)

@@ -1,0 +1,1 @@
+"""Helpers that anything in the package may import."""

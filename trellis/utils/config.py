@@ -1,0 +1,203 @@
+"""Reading a configuration and checking all of it before anything is built.
+
+The schema of a component's `args` is its constructor: names, defaults and annotations. `Annotated[int,
+Range(min=1)]` adds a range. An argument that is not in the signature is an error, with the nearest right name.
+"""
+
+import inspect
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from .errors import ConfigError
+from .registry import did_you_mean
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, both included unless `open_min`."""
+
+    min: float | None = None
+    max: float | None = None
+    open_min: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = self.min is None or (value > self.min if self.open_min else value >= self.min)
+        return above and (self.max is None or value <= self.max)
+
+    def __str__(self) -> str:
+        low = "" if self.min is None else f"{'>' if self.open_min else '>='} {self.min}"
+        high = "" if self.max is None else f"<= {self.max}"
+        return " and ".join(filter(None, (low, high)))
+
+
+Count = Annotated[int, Range(min=1)]
+"""A whole number of at least 1."""
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def load_config(path: str) -> dict:
+    """Read a JSON configuration. Raises ConfigError for a missing file, bad JSON or a key given twice."""
+
+    def no_duplicates(pairs):
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"{path}: key {key!r} is given twice in one object; keep one")
+        return dict(pairs)
+
+    def no_constants(name):
+        raise ConfigError(f"{path}: {name} is not a number that JSON knows; give a finite number or null")
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file, object_pairs_hook=no_duplicates, parse_constant=no_constants)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); --config takes a JSON file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: the file must hold one JSON object")
+    return config
+
+
+def apply_override(config: dict, assignment: str) -> None:
+    """Apply one `path.to.key=value` in place. The value is JSON, or else a plain string.
+
+    The parent of the key must exist; whether the key is known is for the check that follows.
+    """
+    path, equals, text = assignment.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {assignment}: write it as path.to.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    node = config
+    for depth, key in enumerate(keys[:-1]):
+        if not isinstance(node, dict) or key not in node:
+            known = node if isinstance(node, dict) else ()
+            raise ConfigError(f"--set {assignment}: {'.'.join(keys[: depth + 1])} is not in the configuration"
+                              f"{did_you_mean(key, known) if known else ''}")
+        node = node[key]
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {assignment}: {'.'.join(keys[:-1])} is a {json_type(node)}, not an object")
+    node[keys[-1]] = value
+
+
+# --- checking --------------------------------------------------------------------------------------------
+
+
+def json_type(value: Any) -> str:
+    """What a JSON reader would call this value."""
+    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "list", dict: "object"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def describe(annotation: Any) -> str:
+    """An annotation in a user's words, such as "integer >= 1 or null"."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return f"{describe(args[0])} {args[1]}"
+    if origin is Literal:
+        return " or ".join(json.dumps(choice) for choice in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(arg) for arg in args)
+    if origin is list:
+        return f"list of {describe(args[0])}"
+    if origin is dict or annotation is dict:
+        return "object"
+    if annotation is type(None):
+        return "null"
+    return {int: "integer", float: "number", str: "string", bool: "boolean", list: "list"}.get(
+        annotation, str(annotation)
+    )
+
+
+def matches(value: Any, annotation: Any) -> bool:
+    """Whether a JSON value fits an annotation. An integer fits float; a boolean is no number."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return matches(value, args[0]) and all(value in bound for bound in args[1:] if isinstance(bound, Range))
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in args)
+    if origin in (Union, types.UnionType):
+        return any(matches(value, arg) for arg in args)
+    if origin is list:
+        return isinstance(value, list) and all(matches(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(matches(item, args[1]) for item in value.values())
+    if annotation is type(None):
+        return value is None
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def config_arguments(cls: type) -> dict[str, tuple[Any, Any]]:
+    """The arguments a configuration may give a class: {name: (annotation, default)}.
+
+    A `**kwargs` continues with the parent's constructor. What `cls.runtime_args` names is given by the
+    program and is not the configuration's to set. A missing default is `inspect.Parameter.empty`.
+    """
+    hidden, arguments = {"self"}, {}
+    for ancestor in cls.__mro__:
+        hidden |= set(vars(ancestor).get("runtime_args", ()))
+        constructor = vars(ancestor).get("__init__")
+        if constructor is None:
+            continue
+        hints = typing.get_type_hints(constructor, include_extras=True)
+        parameters = inspect.signature(constructor).parameters.values()
+        for parameter in parameters:
+            variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if not variadic and parameter.name not in hidden:
+                arguments.setdefault(parameter.name, (hints[parameter.name], parameter.default))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return arguments
+
+
+def check_args(args: Any, cls: type, where: str) -> None:
+    """Check the `args` of one component against its constructor. `where` is their path in the file."""
+    if not isinstance(args, dict):
+        raise ConfigError(f"{where} is a {json_type(args)}; it must be an object of arguments of {cls.__name__}")
+    known = config_arguments(cls)
+    for name, value in args.items():
+        if name not in known:
+            raise ConfigError(f"{where}.{name} is unknown{did_you_mean(name, known)}")
+        annotation, _ = known[name]
+        if not matches(value, annotation):
+            raise ConfigError(f"{where}.{name} is {json.dumps(value)}; it must be {describe(annotation)}")
+    for name, (annotation, default) in known.items():
+        if default is inspect.Parameter.empty and name not in args:
+            raise ConfigError(f"{where}.{name} is missing; give it as {describe(annotation)}")
+
+
+def check_component(spec: Any, where: str) -> None:
+    """Check that `spec` is {"name": string, "args": object}; `args` may be left out."""
+    if not isinstance(spec, dict):
+        raise ConfigError(f'{where} is a {json_type(spec)}; it must be an object {{"name": …, "args": {{…}}}}')
+    for key in spec:
+        if key not in ("name", "args"):
+            raise ConfigError(f"{where}.{key} is unknown{did_you_mean(key, ('name', 'args'))}")
+    if not isinstance(spec.get("name"), str):
+        raise ConfigError(f"{where}.name is missing; give the class name as a string")
+    if not isinstance(spec.get("args", {}), dict):
+        raise ConfigError(f"{where}.args is a {json_type(spec['args'])}; it must be an object")
+
+
+def differing_keys(old: Any, new: Any, where: str = "") -> list[str]:
+    """Paths at which two configurations differ, such as "trainer.args.optimizer.args.lr"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        missing = object()
+        parts = ((f"{where}.{key}" if where else key, old.get(key, missing), new.get(key, missing)) for key in keys)
+        return [path for where_, a, b in parts for path in differing_keys(a, b, where_)]
+    return [] if type(old) is type(new) and old == new else [where]

@@ -1,0 +1,17 @@
+"""Errors that are the user's to mend: reported as one message, without a traceback."""
+
+
+class UserError(Exception):
+    """Names the file or key, the value found there, and the remedy."""
+
+
+class ConfigError(UserError):
+    """A configuration, a flag or a combination of them that cannot run."""
+
+
+class DataError(UserError):
+    """A data file or folder that is missing, damaged or not in the expected layout."""
+
+
+class CheckpointError(UserError):
+    """Weights or a checkpoint that are missing, damaged or do not fit the models."""

@@ -1,0 +1,33 @@
+"""Randomness that follows from where training stands, so that neither the number of ranks nor an
+interruption changes it, and no generator state has to be saved."""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from the parts; different parts give unrelated seeds."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def permutation(size: int, *parts: int | str) -> np.ndarray:
+    """A permutation of range(size) fixed by the parts, int64."""
+    return np.random.Generator(np.random.Philox(derive_seed(*parts))).permutation(size)
+
+
+def sample_noise(sample_ids: Tensor, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """Standard normal noise, [B, *shape] float32, where row i depends on (seed, sample_ids[i]) alone.
+
+    sample_ids: [B] int64 on the CPU, the running number of each sample since training began. Devices of
+    one kind agree; a CPU and a GPU draw different numbers.
+    """
+    generator = torch.Generator(device)
+    rows = []
+    for sample_id in sample_ids.tolist():
+        generator.manual_seed(derive_seed("noise", seed, sample_id))
+        rows.append(torch.randn(shape, generator=generator, device=device))
+    return torch.stack(rows)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import CheckpointError
+from ..utils.files import written_aside
 
 FORMAT = "trellis-vqvae-1"
 _MISC = re.compile(r"misc_step(\d{7,})\.pt")
@@ -33,24 +34,6 @@ def model_file(name: str, step: int, ema_rate: float | None = None) -> str:
 
 def misc_file(step: int) -> str:
     return f"misc_step{step:07d}.pt"
-
-
-def write_atomically(path: Path, write) -> None:
-    """Call write(path beside the target), sync it to disk, and rename it to `path`."""
-    aside = path.with_name(path.name + ".tmp")
-    write(aside)
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 class Checkpoints:
@@ -154,20 +137,19 @@ class Checkpoints:
 
     def _write(self, name: str, content: Any) -> Path:
         path = self.folder / name
-        write_atomically(path, lambda aside: torch.save(content, aside))
+        with written_aside(path) as aside:
+            torch.save(content, aside)
         return path
 
     def _link_or_write(self, file: str, name: str, state: dict[str, Tensor]) -> Path:
         for earlier in self.steps():
             source = self.folder / model_file(name, earlier)
             if source.is_file() and source.name != file:
-                aside = self.folder / (file + ".tmp")
-                aside.unlink(missing_ok=True)
+                (self.folder / file).unlink(missing_ok=True)
                 try:
-                    os.link(source, aside)
+                    os.link(source, self.folder / file)
                 except OSError:  # a file system without hard links holds a copy instead
                     break
-                aside.replace(self.folder / file)
                 return self.folder / file
         return self._write(file, state)
 
@@ -186,7 +168,7 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what an interrupted write left behind."""
-        for path in self.folder.glob("*.tmp"):
+        for path in self.folder.glob(".*.tmp"):
             path.unlink()
 
     def set_aside(self, after: int) -> Path | None:

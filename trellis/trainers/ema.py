@@ -5,6 +5,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..models import read_weights
+from ..utils.errors import CheckpointError
+from .checkpoint import Checkpoints, model_file
+
 
 def ramped_rate(rate: float, step: int) -> float:
     """The decay at optimizer step `step` (from 1): min(rate, (1 + n) / (10 + n)), so that short runs are
@@ -38,6 +42,17 @@ class EMA:
                 for mean, live in pairs:
                     if not mean.is_floating_point():
                         mean.copy_(live)
+
+    def load(self, checkpoints: Checkpoints, step: int) -> None:
+        """Take the averages of a checkpoint. Raises CheckpointError where one is missing or does not fit."""
+        for rate, averages in self.averages.items():
+            for name, average in averages.items():
+                path = checkpoints.folder / model_file(name, step, rate)
+                state = read_weights(path)
+                if state.keys() != average.keys():
+                    raise CheckpointError(f"{path} does not hold the tensors of {name}; the folder is damaged")
+                for key, value in state.items():
+                    average[key].copy_(value)
 
     def module(self, name: str, rate: float) -> nn.Module:
         """A copy of the model that holds the average, for evaluation."""

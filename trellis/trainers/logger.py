@@ -1,13 +1,19 @@
 """Where a run writes its numbers: log.txt (JSON lines), TensorBoard, and the terminal."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
+
+from ..utils import dist_utils
+from ..utils.files import written_aside
 
 
 class RunLog:
@@ -32,57 +38,91 @@ class RunLog:
                 continue  # the line at which the process was killed
             if entry["step"] <= step:
                 kept.append(line)
-        aside = self.path.with_name("log.txt.tmp")
-        aside.write_text("".join(kept), encoding="utf-8")
-        aside.replace(self.path)
+        with written_aside(self.path) as aside:
+            aside.write_text("".join(kept), encoding="utf-8")
 
     def write(self, entries: list[dict[str, Any]]) -> None:
         """Append one line per entry; each has "step". Reaches the disk before this returns."""
         with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            file.writelines(json.dumps(_finite(entry), allow_nan=False) + "\n" for entry in entries)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
+        self.tensorboard.flush()
 
     def image(self, name: str, picture: np.ndarray, step: int) -> None:
         """picture: [H, W, 3] uint8."""
         self.tensorboard.add_image(name, picture, step, dataformats="HWC")
 
-    def flush(self) -> None:
-        self.tensorboard.flush()
-
     def close(self) -> None:
         self.tensorboard.close()
+
+
+def _finite(entry: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity, which fp16 gradients may reach; such a value becomes null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in entry.items()
+    }
+
+
+class PendingSteps:
+    """Losses and status of steps that are still on the device, so that no step waits for the host."""
+
+    def __init__(self):
+        self.steps: list[tuple[int, dict[str, Tensor], dict[str, float]]] = []
+
+    def add(self, step: int, values: dict[str, Tensor], **known: float) -> None:
+        """values: scalars on the device; known: numbers that are the same on all ranks. The same names at
+        every step."""
+        self.steps.append((step, values, known))
+
+    def fetch(self) -> list[dict[str, float | None]]:
+        """The steps since the last call, averaged over ranks: [{"step", name: value}]. Called on all ranks."""
+        if not self.steps:
+            return []
+        names = list(self.steps[0][1])
+        table = torch.stack([torch.stack([values[name].float() for name in names]) for _, values, _ in self.steps])
+        rows = [
+            {"step": step, **dict(zip(names, row, strict=True)), **known}
+            for (step, _, known), row in zip(self.steps, dist_utils.all_mean(table).tolist(), strict=True)
+        ]
+        self.steps = []
+        return rows
 
 
 class Progress:
     """A bar with time left on a terminal; elsewhere a plain line every `every` steps."""
 
-    def __init__(self, step: int, max_steps: int, every: int):
+    def __init__(self, max_steps: int, every: int):
         self.max_steps, self.every = max_steps, every
-        self.first, self.started = step, time.monotonic()
-        self.bar = tqdm(total=max_steps, initial=step, unit="step") if sys.stderr.isatty() else None
+        self.first: int | None = None
+        self.bar: tqdm | None = None
 
-    def advance(self, step: int) -> None:
+    def show(self, step: int, values: dict[str, Tensor]) -> None:
+        """After each step. values: scalars on the device, read only when they are shown."""
+        if self.first is None:
+            self.first, self.started = step - 1, time.monotonic()
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=self.max_steps, initial=step - 1, unit="step")
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
-
-    def line_is_due(self, step: int) -> bool:
-        return step % self.every == 0 or step == self.max_steps
-
-    def show(self, step: int, values: dict[str, float]) -> None:
-        """Show the latest values."""
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if step % self.every and step != self.max_steps:
+            return
+        text = "  ".join(f"{name} {float(value):.4g}" for name, value in values.items())
         if self.bar is not None:
             self.bar.set_postfix_str(text)
-            return
-        left = (time.monotonic() - self.started) / (step - self.first) * (self.max_steps - step)
-        print(f"step {step}/{self.max_steps}  {text}  left {left / 60:.1f} min", flush=True)
+        else:
+            left = (time.monotonic() - self.started) / (step - self.first) * (self.max_steps - step)
+            print(f"step {step}/{self.max_steps}  {text}  {left / 60:.1f} min left", flush=True)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
-        tqdm.write(text) if self.bar is not None else print(text, flush=True)
+        if self.bar is None:
+            print(text, flush=True)
+        else:
+            self.bar.write(text)
 
     def close(self) -> None:
         if self.bar is not None:

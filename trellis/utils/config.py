@@ -147,9 +147,9 @@ def config_arguments(cls: type) -> dict[str, tuple[Any, Any]]:
     A `**kwargs` continues with the parent's constructor. What `cls.runtime_args` names is given by the
     program and is not the configuration's to set. A missing default is `inspect.Parameter.empty`.
     """
-    hidden, arguments = {"self"}, {}
+    hidden = {"self"}.union(*(vars(ancestor).get("runtime_args", ()) for ancestor in cls.__mro__))
+    arguments: dict[str, tuple[Any, Any]] = {}
     for ancestor in cls.__mro__:
-        hidden |= set(vars(ancestor).get("runtime_args", ()))
         constructor = vars(ancestor).get("__init__")
         if constructor is None:
             continue

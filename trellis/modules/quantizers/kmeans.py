@@ -1,7 +1,8 @@
 """k-means for a first codebook.
 
-Seeding in a few rounds of sampling by squared distance (k-means||, arXiv:1203.6402), then Lloyd's iterations
-(Lloyd 1982), where an empty cluster restarts at a vector that is badly served.
+Seeding by squared distance (k-means++, Arthur and Vassilvitskii 2007), several codes at a time once there are
+many (as in k-means||, arXiv:1203.6402), then Lloyd's iterations (Lloyd 1982), where an empty cluster restarts
+at a vector that is badly served.
 
 Axes: N vectors, K codes, D channels.
 """
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from .nearest import nearest_code
 
-SEEDING_ROUNDS = 8
+# Share of codes added in one round of seeding. Codes of one round do not know of each other, so small rounds
+# seed better; each vector meets each code once, so many rounds cost little more.
+SEEDING_GROWTH = 1 / 16
 
 
 @torch.no_grad()
@@ -37,11 +40,10 @@ def kmeans(vectors: Tensor, num_codes: int, *, iterations: int, generator: torch
 
     codes = sample(1, torch.ones(len(vectors)))
     distance = (vectors - codes).square().sum(1)
-    for target in [1 + (num_codes - 1) * (r + 1) // SEEDING_ROUNDS for r in range(SEEDING_ROUNDS)]:
-        new = sample(target - len(codes), distance)
-        if len(new):
-            codes = torch.cat([codes, new])
-            distance = torch.minimum(distance, (vectors - new[nearest_code(vectors, new)]).square().sum(1))
+    while len(codes) < num_codes:
+        new = sample(min(num_codes - len(codes), max(1, int(len(codes) * SEEDING_GROWTH))), distance)
+        codes = torch.cat([codes, new])
+        distance = torch.minimum(distance, (vectors - new[nearest_code(vectors, new)]).square().sum(1))
 
     for _ in range(iterations):
         index = nearest_code(vectors, codes)

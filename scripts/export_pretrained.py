@@ -1,0 +1,77 @@
+"""Write the models of a run as published weights: {model}.json and {model}.safetensors.
+
+    python scripts/export_pretrained.py --run outputs/stage2 --output_dir pretrained/my_vqvae
+
+`trellis.models.from_pretrained("pretrained/my_vqvae/encoder")` and `finetune_ckpt` read them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from trellis.models import build, load_weights, model_spec
+from trellis.trainers.checkpoint import Checkpoints, model_file
+from trellis.utils.config import load_config
+from trellis.utils.errors import CheckpointError, UserError
+from trellis.utils.files import written_aside
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--ckpt", default="latest", help="latest, best or a step (default: latest)")
+    parser.add_argument("--raw", action="store_true", help="raw weights instead of the average (EMA)")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32",
+                        help="of the stored weights; TRELLIS publishes float16")
+    args = parser.parse_args(argv)
+    if args.ckpt not in ("latest", "best") and not args.ckpt.isdigit():
+        parser.error(f"--ckpt is {args.ckpt!r}; it must be latest, best or a step")
+    return args
+
+
+def export(args: argparse.Namespace) -> list[Path]:
+    """Write the pairs. Returns their paths without a suffix."""
+    from safetensors.torch import save_file
+
+    checkpoints = Checkpoints(args.run)
+    step = checkpoints.resolve(args.ckpt)
+    if step is None:
+        raise CheckpointError(f"--run {args.run}: {checkpoints.folder} has no complete checkpoint")
+    misc = checkpoints.read_misc(step) or {"config": load_config(str(Path(args.run) / "config.json"))}
+    folder = Path(args.output_dir)
+    targets = {name: folder / name for name in misc["config"]["models"]}
+    for target in targets.values():
+        if target.with_suffix(".json").exists() or target.with_suffix(".safetensors").exists():
+            raise CheckpointError(f"{target}.json or .safetensors exists already; choose another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = getattr(torch, args.dtype)
+    for name, spec in misc["config"]["models"].items():
+        rates = [] if args.raw else checkpoints.ema_rates(name, step)
+        model = build(spec, f"models.{name}")
+        load_weights(model, checkpoints.folder / model_file(name, step, rates[0] if rates else None))
+        state = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
+        with written_aside(targets[name].with_suffix(".safetensors")) as aside:
+            save_file(state, aside)
+        with written_aside(targets[name].with_suffix(".json")) as aside:
+            aside.write_text(model_spec(spec), encoding="utf-8")
+    return list(targets.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        for path in export(args):
+            print(f"written: {path}.json, {path}.safetensors")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Train a model from a configuration.
+
+    python train.py --config configs/vae/vqvae_stage1.json --output_dir outputs/stage1 --data_dir data/voxels
+
+The same command continues a run that was cut off. `--help` lists the flags; README.md explains them.
+"""
+
+import argparse
+import math
+import os
+import resource
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from trellis import models as model_registry
+from trellis.datasets import DATASETS
+from trellis.trainers import TRAINERS
+from trellis.trainers.basic import BasicTrainer
+from trellis.trainers.interrupt import Interrupted
+from trellis.trainers.optim import preview_schedule
+from trellis.trainers.weights import WeightPlan, plan_weights
+from trellis.utils import dist_utils
+from trellis.utils.config import apply_override, check_args, check_component, load_config
+from trellis.utils.errors import ConfigError, UserError
+from trellis.utils.random_utils import derive_seed
+from trellis.utils.registry import did_you_mean
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="JSON file with models, dataset and trainer")
+    parser.add_argument("--output_dir", required=True, help="run folder; a run found there is continued")
+    parser.add_argument("--data_dir", required=True, help="data roots, separated by commas")
+    parser.add_argument("--load_dir", help="run folder to take weights from, such as stage 1's")
+    parser.add_argument("--ckpt", default="latest", help="latest, best, none or a step (default: latest)")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH.TO.KEY=VALUE", dest="overrides",
+                        help="change the configuration; may be repeated")
+    parser.add_argument("--auto_retry", type=int, default=3, help="retries after a failure (default: 3)")
+    parser.add_argument("--tryrun", action="store_true", help="check that a run would start, and show it")
+    parser.add_argument("--profile", action="store_true", help="trace a few steps instead of training")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--num_nodes", type=int, default=1)
+    parser.add_argument("--node_rank", type=int, default=0)
+    parser.add_argument("--num_gpus", type=int, default=-1,
+                        help="processes on this node; -1: one per GPU, or one on a CPU")
+    parser.add_argument("--master_addr", default="localhost")
+    parser.add_argument("--master_port", type=int, default=12345)
+    args = parser.parse_args(argv)
+    if args.ckpt not in ("latest", "best", "none") and not args.ckpt.isdigit():
+        parser.error(f"--ckpt is {args.ckpt!r}; it must be latest, best, none or a step")
+    for name, low in (("auto_retry", 0), ("num_nodes", 1), ("node_rank", 0)):
+        if getattr(args, name) < low:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least {low}")
+    if args.node_rank >= args.num_nodes:
+        parser.error(f"--node_rank is {args.node_rank}; with --num_nodes {args.num_nodes} it must be below that")
+    if args.num_gpus == 0 or args.num_gpus < -1:
+        parser.error(f"--num_gpus is {args.num_gpus}; it must be -1 or at least 1")
+    return args
+
+
+# --- configuration ---------------------------------------------------------------------------------------
+
+
+def read_config(args: argparse.Namespace, world_size: int) -> dict:
+    """The configuration with `--set` applied, checked whole. Raises ConfigError."""
+    config = load_config(args.config)
+    for assignment in args.overrides:
+        apply_override(config, assignment)
+    try:
+        check_config(config, world_size)
+    except ConfigError as error:
+        raise ConfigError(f"{args.config}: {error}") from error
+    return config
+
+
+def check_config(config: dict, world_size: int) -> None:
+    for key in config:
+        if key not in ("models", "dataset", "trainer"):
+            raise ConfigError(f"{key} is unknown{did_you_mean(key, ('models', 'dataset', 'trainer'))}")
+    for key in ("models", "dataset", "trainer"):
+        if not isinstance(config.get(key), dict):
+            raise ConfigError(f"{key} is missing or no object")
+    for name, spec in config["models"].items():
+        with torch.device("meta"):  # shapes only: finds what a constructor refuses, at no cost
+            model_registry.build(spec, f"models.{name}")
+    check_component(config["dataset"], "dataset")
+    dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
+    check_args(config["dataset"].get("args", {}), dataset_class, "dataset.args")
+    check_component(config["trainer"], "trainer")
+    TRAINERS.get(config["trainer"]["name"], "trainer.name").check_config(config, world_size)
+
+
+# --- processes -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Launch:
+    """The processes of a run. local: those of this node that we start; 1 where torchrun started us."""
+
+    device: str
+    local: int
+    world: int
+
+
+def plan_launch(args: argparse.Namespace) -> Launch:
+    """Raises ConfigError for a device or a number of GPUs that is not there."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu, or install a CUDA build of torch")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if dist_utils.under_torchrun():
+        return Launch(device, 1, int(os.environ["WORLD_SIZE"]))
+    there = torch.cuda.device_count() if device == "cuda" else 1
+    local = there if args.num_gpus == -1 else args.num_gpus
+    if device == "cuda" and local > there:
+        raise ConfigError(f"--num_gpus is {local}, but this machine has {there}")
+    return Launch(device, local, local * args.num_nodes)
+
+
+def launch(args: argparse.Namespace, config: dict, plan: Launch) -> None:
+    """Run on every process of this node, waiting for them."""
+    if dist_utils.under_torchrun():
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        join_and_run(local_rank, args, config, plan, rank=rank)
+    elif plan.world == 1:
+        run(args, config, torch.device(plan.device, 0) if plan.device == "cuda" else torch.device("cpu"))
+    else:
+        torch.multiprocessing.spawn(_spawned, (args, config, plan), nprocs=plan.local)
+
+
+def _spawned(local_rank: int, args: argparse.Namespace, config: dict, plan: Launch) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = str(plan.local)
+    if plan.device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // plan.local))
+    try:
+        join_and_run(local_rank, args, config, plan, rank=args.node_rank * plan.local + local_rank)
+    except Interrupted as stop:
+        sys.exit(stop.exit_code)
+
+
+def join_and_run(local_rank: int, args: argparse.Namespace, config: dict, plan: Launch, *, rank: int) -> None:
+    addr, port = args.master_addr, args.master_port
+    if dist_utils.under_torchrun():
+        addr, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    dist_utils.init_process_group(rank, plan.world, local_rank, addr, port, plan.device)
+    try:
+        run(args, config, torch.device("cuda", local_rank) if plan.device == "cuda" else torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+# --- one process -----------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace, config: dict, device: torch.device) -> None:
+    """Build everything by name, then try, profile or train."""
+    trainer_class = TRAINERS.get(config["trainer"]["name"], "trainer.name")
+    plan = dist_utils.broadcast_object(
+        plan_weights(config, trainer_class, args.output_dir, args.load_dir, args.ckpt)
+        if dist_utils.is_main() else None
+    )
+    dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
+    dataset = dataset_class(args.data_dir, split="train", **config["dataset"].get("args", {}))
+    trainer_args = config["trainer"].get("args", {})
+    torch.manual_seed(derive_seed("models", trainer_args.get("seed", 0)))
+    models = {name: model_registry.build(spec, f"models.{name}") for name, spec in config["models"].items()}
+    trainer = trainer_class(
+        models, dataset, output_dir=args.output_dir, device=device, plan=plan, config=config, **trainer_args
+    )
+    if dist_utils.is_main():
+        describe(trainer, config, plan)
+    if args.tryrun:
+        tryrun(trainer)
+    elif args.profile:
+        print(f"trace for https://ui.perfetto.dev: {trainer.profile()}")
+    else:
+        trainer.run()
+
+
+def describe(trainer: BasicTrainer, config: dict, plan: WeightPlan) -> None:
+    """What is about to run: models, where their weights come from, data."""
+    print(f"{'model':<12}{'class':<26}{'parameters':>12}  {'':<10}{'dtype':<8}weights")
+    for name, model in trainer.models.items():
+        count = sum(parameter.numel() for parameter in model.parameters())
+        role = "frozen" if name in trainer.frozen else "trainable"
+        origin = plan.origin[name]
+        if origin == "initialised" and getattr(model, "init", None) == "kmeans":
+            origin = "initialised by k-means over the data when the run starts"
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        print(f"{name:<12}{type(model).__name__:<26}{count:>12,}  {role:<10}{dtype:<8}{origin}")
+    for note in plan.notes:
+        print(f"note: {note}")
+    random = [name for name, origin in plan.origin.items() if origin == "initialised" and name != "quantizer"]
+    if random and plan.resume is None:
+        print(f"note: {', '.join(random)} start from random weights; give --load_dir to start from a trained run")
+    print(trainer.dataset.summary())
+    if not trainer.dataset.split_sizes()["val"]:
+        print("note: no object is in the validation split, so nothing is validated and no checkpoint is the best")
+    where = f"{dist_utils.world_size()} x {trainer.device.type}"
+    print(f"{where}, {trainer.precision.name}, {trainer.global_batch} samples per step, {trainer.max_steps} steps")
+    if trainer.precision.note:
+        print(f"note: {trainer.precision.note}")
+    sys.stdout.flush()
+
+
+def tryrun(trainer: BasicTrainer) -> None:
+    """Show what a run would do and take one sample forward and backward. Writes nothing."""
+    started = time.monotonic()
+    losses = trainer.tryrun()
+    seconds = time.monotonic() - started
+    if not dist_utils.is_main():
+        return
+    groups: dict[str, list[float]] = {}
+    for group in trainer.optimizer.param_groups:
+        groups.setdefault(group.get("name", "all").split(".")[0], []).append(group["lr"])
+    print(f"optimizer {type(trainer.optimizer).__name__}, lr_scaling {trainer.lr_scaling}")
+    for name, rates in groups.items():
+        span = f"{min(rates):.3g}" if len(rates) == 1 else f"{min(rates):.3g} to {max(rates):.3g}"
+        print(f"  {name}: {len(rates)} group{'s' if len(rates) > 1 else ''}, lr {span}")
+    schedule = preview_schedule(trainer.optimizer_spec, trainer.scheduler_spec, trainer.max_steps)
+    name = trainer.scheduler_spec["name"] if trainer.scheduler_spec else "constant"
+    print(f"schedule {name}: " + ", ".join(f"lr {rate:.3g} at step {step}" for step, rate in schedule.items()))
+    quantizer, encoder = trainer.models.get("quantizer"), trainer.models["encoder"]
+    if quantizer is not None:
+        cells = trainer.dataset.resolution // encoder.downsampling
+        tokens = cells**3 // quantizer.cells_per_token
+        bits = tokens * math.log2(quantizer.n_embed)
+        print(f"{tokens} tokens of {quantizer.n_embed} codes per object: {bits:.0f} bits")
+    print("one sample, forward and backward: " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
+    if trainer.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(trainer.device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{seconds:.1f} s, peak memory {memory / 2**30:.2f} GiB; a run would start")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        plan = plan_launch(args)
+        config = read_config(args, plan.world)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    # torchrun restarts all ranks of a failed group itself; one of them alone could not go on.
+    retries = 0 if args.tryrun or args.profile or dist_utils.under_torchrun() else args.auto_retry
+    for attempt in range(retries + 1):
+        try:
+            launch(args, config, plan)
+            return 0
+        except Interrupted as stop:
+            return stop.exit_code
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except Exception:
+            traceback.print_exc()
+            if attempt < retries:
+                print(f"failed; trying again from the last checkpoint ({attempt + 1} of {retries})", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

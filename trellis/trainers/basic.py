@@ -1,0 +1,524 @@
+"""The training loop, and the parts it is put together from.
+
+Read `run` first. A new objective is a subclass with `training_losses`; it inherits the rest.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from ..datasets.components import StandardDatasetBase
+from ..datasets.sampler import Numbered, ResumableSampler
+from ..renderers.voxel_preview import save_png
+from ..utils import dist_utils
+from ..utils.config import Count, Range, check_args
+from ..utils.environment import versions
+from ..utils.errors import ConfigError, DataError
+from ..utils.files import written_aside
+from ..utils.registry import did_you_mean
+from . import optim
+from .checkpoint import Checkpoints
+from .ema import EMA
+from .interrupt import Interrupted, StopRequests
+from .logger import PendingSteps, Progress, RunLog
+from .precision import Precision
+from .weights import WeightPlan
+
+# Between ranks a stop request travels with a collective, which is not worth one every step.
+STEPS_BETWEEN_STOP_CHECKS = 10
+
+
+class _Objective(nn.Module):
+    """The loss as a module over the trained models, so that one DDP reduces all their gradients together."""
+
+    def __init__(self, trained: dict[str, nn.Module], training_losses):
+        super().__init__()
+        self.models = nn.ModuleDict(trained)
+        self.training_losses = training_losses
+
+    def forward(self, batch: dict[str, Tensor]):
+        return self.training_losses(**batch)
+
+
+class BasicTrainer:
+    """Trains models on a dataset, on one process or as one rank of several.
+
+    From the program: models {key: module}; dataset, the training split; output_dir, the run folder; device;
+    plan, where weights come from; config, the whole configuration, kept in the run folder.
+
+    From the configuration:
+    max_steps: optimizer steps. batch_size: samples per step over all ranks, or batch_size_per_gpu: per rank.
+    batch_split: parts that each rank's batch is worked off in. optimizer, lr_scheduler, grad_clip: see
+    `optim`. lr_scaling: "rms" makes lr relative to each tensor's RMS at the start. freeze: model keys that
+    are not trained. ema_rate: one or several. mix_precision_mode: null for fp32, "amp" or "inflat_all" (see
+    `precision`), with mix_precision_dtype. fp16_mode: TRELLIS's name for the mode, with float16.
+    fp16_scale_growth: log2 growth of the loss scale per step. finetune_ckpt: {model: weights} to start from.
+    elastic: must be null; it belongs to TRELLIS's sparse models. log_param_stats: log the RMS of every
+    parameter. prefetch_data: load the next batches while the model works. num_workers: loading processes
+    per rank; null chooses. seed: of everything random. i_print, i_log, i_eval, i_sample, i_save,
+    i_ddpcheck: steps between terminal lines, log entries, validations, pictures, checkpoints and checks
+    that ranks agree. keep_last: checkpoints to keep beside the best; null keeps all.
+    """
+
+    model_keys: tuple[str, ...] = ()
+    best_by = "iou"
+    runtime_args = ("models", "dataset", "output_dir", "device", "plan", "config")
+
+    def __init__(
+        self,
+        models: dict[str, nn.Module],
+        dataset: StandardDatasetBase,
+        *,
+        output_dir: str,
+        device: torch.device,
+        plan: WeightPlan,
+        config: dict,
+        max_steps: Count,
+        batch_size: Count | None = None,
+        batch_size_per_gpu: Count | None = None,
+        batch_split: Count = 1,
+        optimizer: dict,
+        lr_scheduler: dict | None = None,
+        lr_scaling: Literal["none", "rms"] = "none",
+        grad_clip: dict | float | None = None,
+        freeze: list[str] = (),
+        ema_rate: Annotated[float, Range(0, 1)] | list[Annotated[float, Range(0, 1)]] = 0.9999,
+        mix_precision_mode: Literal["amp", "inflat_all"] | None = "amp",
+        mix_precision_dtype: Literal["float16", "bfloat16"] = "bfloat16",
+        fp16_mode: Literal["amp", "inflat_all", "unset"] | None = "unset",
+        fp16_scale_growth: Annotated[float, Range(0)] = 1e-3,
+        finetune_ckpt: dict[str, str] | None = None,
+        elastic: None = None,
+        log_param_stats: bool = False,
+        prefetch_data: bool = True,
+        num_workers: Annotated[int, Range(0)] | None = None,
+        seed: Annotated[int, Range(0)] = 0,
+        i_print: Count = 1000,
+        i_log: Count = 500,
+        i_eval: Count = 10000,
+        i_sample: Count = 10000,
+        i_save: Count = 10000,
+        i_ddpcheck: Count = 10000,
+        keep_last: Count | None = None,
+    ):
+        self.models, self.dataset, self.device, self.config = models, dataset, device, config
+        self.output_dir, self.plan = Path(output_dir), plan
+        self.checkpoints = Checkpoints(output_dir)
+        self.max_steps, self.batch_split, self.seed = max_steps, batch_split, seed
+        world = dist_utils.world_size()
+        self.batch_per_rank = batch_size_per_gpu or batch_size // world
+        self.global_batch = self.batch_per_rank * world
+        self.optimizer_spec, self.scheduler_spec, self.lr_scaling = optimizer, lr_scheduler, lr_scaling
+        self.clipper = optim.build_grad_clipper(grad_clip)
+        self.ema_rates = ema_rate if isinstance(ema_rate, list) else [ema_rate]
+        self.log_param_stats, self.prefetch_data, self.num_workers = log_param_stats, prefetch_data, num_workers
+        self.i_log, self.i_eval = i_log, i_eval
+        self.i_sample, self.i_save, self.i_ddpcheck, self.keep_last = i_sample, i_save, i_ddpcheck, keep_last
+
+        mode, dtype = mix_precision_mode, mix_precision_dtype
+        if fp16_mode != "unset":
+            mode, dtype = fp16_mode, "float16"
+        self.precision = Precision(mode, dtype, device, fp16_scale_growth)
+
+        self.trained = {name: model for name, model in models.items() if name not in freeze}
+        self.frozen = {name: model for name, model in models.items() if name in freeze}
+        plan.load(models)
+        for name, model in models.items():
+            self.precision.prepare(model)
+            model.to(device).requires_grad_(name in self.trained).train(name in self.trained)
+
+        self.step, self.samples_seen = 0, 0
+        self.seconds, self.logged_seconds = 0.0, 0.0  # spent in steps, since the run began
+        self.best: dict | None = None  # {"step", "by", "score"} of the best validation
+        self.pending = PendingSteps()
+        self.progress = Progress(max_steps, i_print)
+
+    # --- for subclasses ---
+
+    def training_losses(self, **batch: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(losses, status) of a batch: scalars; losses["loss"] is optimized, all are logged."""
+        raise NotImplementedError
+
+    def initialize_models(self) -> None:
+        """Give models that no source had weights for a start that depends on the data."""
+
+    def validate(self) -> dict[str, float] | None:
+        """Scores on the validation split, the same on every rank; the best checkpoint is the one with the
+        highest `best_by`. None where there is no such split."""
+        return None
+
+    def run_snapshot(self) -> dict[str, Any]:
+        """Pictures by name, [H, W, 3] uint8."""
+        return {}
+
+    @classmethod
+    def check_config(cls, config: dict, world_size: int) -> None:
+        """Raise ConfigError for trainer arguments that cannot run, before anything is built."""
+        args, where = config["trainer"].get("args", {}), "trainer.args"
+        check_args(args, cls, where)
+        models = config["models"]
+        for key in models:
+            if key not in cls.model_keys:
+                raise ConfigError(f"models.{key} is unknown to {cls.__name__}{did_you_mean(key, cls.model_keys)}")
+        for key in cls.model_keys:
+            if key not in models:
+                raise ConfigError(f"models.{key} is missing; {cls.__name__} trains {', '.join(cls.model_keys)}")
+        for name in args.get("freeze", ()):
+            if name not in models:
+                raise ConfigError(f"{where}.freeze has {name!r}{did_you_mean(name, models)}")
+        if not set(models) - set(args.get("freeze", ())):
+            raise ConfigError(f"{where}.freeze names every model, so nothing would be trained; leave one out")
+        for name in args.get("finetune_ckpt") or ():
+            if name not in models:
+                raise ConfigError(f"{where}.finetune_ckpt has {name!r}{did_you_mean(name, models)}")
+        _check_batch(args, world_size, where)
+        optim.check_optimizer(args["optimizer"], f"{where}.optimizer")
+        optim.check_lr_scheduler(args.get("lr_scheduler"), f"{where}.lr_scheduler")
+        optim.build_grad_clipper(args.get("grad_clip"), f"{where}.grad_clip")
+
+    # --- the loop ---
+
+    def run(self) -> None:
+        """Train until max_steps, continuing from the plan's checkpoint. Raises Interrupted after a signal."""
+        self.open_run()
+        if self.plan.resume is None:
+            # Step 0 keeps the scores before training and, in the checkpoint, the codebook's first state.
+            self.log(self.measure())
+            self.snapshot()
+            self.save()
+        if self.step >= self.max_steps:
+            self.say(f"{self.output_dir} is finished at step {self.step}; nothing is left to do")
+        with StopRequests() as stop, contextlib.closing(self.batches()) as batches:
+            while self.step < self.max_steps:
+                started, lr = time.monotonic(), self.lr
+                losses, status = self.run_step(next(batches))
+                self.seconds += time.monotonic() - started
+                self.step += 1
+                self.samples_seen += self.global_batch
+                self.pending.add(self.step, {**losses, **status}, lr=lr)
+                if dist_utils.is_main():
+                    self.progress.show(self.step, losses)
+
+                scores = self.measure() if self.due(self.i_eval) else {}
+                improved = bool(scores) and self.best["step"] == self.step
+                stopping = self.stop_requested(stop)
+                saving = self.due(self.i_save) or improved or stopping
+                if self.due(self.i_log) or scores or saving:
+                    self.log(scores)
+                if self.due(self.i_sample):
+                    self.snapshot()
+                if self.due(self.i_ddpcheck):
+                    self.check_ranks_agree()
+                if saving:
+                    self.save()
+                if stopping:
+                    self.say(f"stopped at step {self.step}; the same command continues from there")
+                    raise Interrupted(stopping)
+        self.progress.close()
+        if dist_utils.is_main():
+            self.log_files.close()
+
+    def due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.max_steps
+
+    def run_step(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One optimizer step on this rank's share of the batch. Returns losses and status averaged over its
+        parts, as tensors on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, status = self.accumulate_gradients(batch)
+        self.precision.unscale(self.optimizer)
+        norm = self.clipper(self.parameters)
+        self.precision.step(self.optimizer)
+        optim.step_lr_scheduler(self.scheduler, losses["loss"])
+        self.ema.update(self.step + 1)
+        if not self.precision.skips_overflow:
+            self.all_finite &= norm.isfinite()
+        return losses, {**status, "grad_norm": norm}
+
+    def accumulate_gradients(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        parts = self.split_batch(batch)
+        losses: dict[str, Tensor] = {}
+        status: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            last = number + 1 == len(parts)
+            with contextlib.nullcontext() if last else self.without_reduction():
+                with self.precision.autocast():
+                    part_losses, part_status = self.objective(part)
+                self.precision.backward(part_losses["loss"] / len(parts))
+            for total, values in ((losses, part_losses), (status, part_status)):
+                for name, value in values.items():
+                    total[name] = total.get(name, 0) + value.detach() / len(parts)
+        return losses, status
+
+    def split_batch(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        pieces = {name: value.chunk(self.batch_split) for name, value in batch.items()}
+        return [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
+
+    def without_reduction(self):
+        ddp = isinstance(self.objective, DistributedDataParallel)
+        return self.objective.no_sync() if ddp else contextlib.nullcontext()
+
+    def stop_requested(self, stop: StopRequests) -> int | None:
+        """The signal to stop for, on every rank at the same step."""
+        if dist_utils.world_size() == 1:
+            return stop.signum
+        if self.step % STEPS_BETWEEN_STOP_CHECKS:
+            return None
+        signum = torch.tensor(stop.signum or 0, device=self.device)
+        dist.all_reduce(signum, op=dist.ReduceOp.MAX)
+        return int(signum) or None
+
+    # --- data ---
+
+    def loader(self) -> DataLoader:
+        """Batches of this rank without end, from the first sample not seen yet."""
+        workers = self.num_workers
+        if workers is None:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", dist_utils.world_size()))
+            # On a CPU the model itself needs every core.
+            workers = min(8, (os.cpu_count() or 1) // local) if self.device.type == "cuda" else 0
+        sampler = ResumableSampler(
+            len(self.dataset),
+            self.batch_per_rank,
+            rank=dist_utils.rank(),
+            world_size=dist_utils.world_size(),
+            seed=self.seed,
+            start=self.samples_seen,
+        )
+        return DataLoader(
+            Numbered(self.dataset),
+            batch_sampler=sampler,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=(4 if self.prefetch_data else 1) if workers else None,
+        )
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The loader's batches, on the device except for the sample ids."""
+        loader = iter(self.loader())
+        while True:
+            try:
+                batch = next(loader)
+            except DataError as error:
+                # A loading process wraps the message in its traceback; the message is what the user needs.
+                raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+            yield {
+                name: value if name == "sample_ids" else value.to(self.device, non_blocking=True)
+                for name, value in batch.items()
+            }
+
+    # --- set-up and end ---
+
+    def open_run(self) -> None:
+        """Make everything that a step needs, and the run folder's files."""
+        if dist_utils.is_main():
+            self.write_run_files()
+        dist_utils.barrier()
+        if self.plan.resume is None:
+            self.initialize_models()
+            for model in self.trained.values():
+                dist_utils.broadcast_(model.state_dict().values())
+        self.build_training_state()
+        if self.plan.resume is not None:
+            self.load_training_state()
+        if dist_utils.is_main():
+            self.log_files = RunLog(self.output_dir, self.step)
+
+    def build_training_state(self) -> None:
+        """Optimizer, schedule, averages and gradient reduction, around the models as they are now."""
+        named = {
+            f"{key}.{name}": parameter
+            for key, model in self.trained.items()
+            for name, parameter in model.named_parameters()
+        }
+        self.parameters = list(named.values())
+        self.optimizer = optim.build_optimizer(self.optimizer_spec, named, self.lr_scaling)
+        self.scheduler = optim.build_lr_scheduler(self.scheduler_spec, self.optimizer)
+        self.ema = EMA(self.trained, self.ema_rates)
+        self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.objective: nn.Module = _Objective(self.trained, self.training_losses)
+        if dist.is_initialized():
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.objective = DistributedDataParallel(
+                self.objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def write_run_files(self) -> None:
+        """config.json (an earlier one that differs is kept beside it) and a line in command.txt."""
+        self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.clean()
+        path, text = self.output_dir / "config.json", json.dumps(self.config, indent=4) + "\n"
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            step = self.plan.resume[1] if self.plan.resume else 0
+            path.rename(self.output_dir / f"config_until_step{step:07d}_{time.strftime('%Y%m%d_%H%M%S')}.json")
+        with written_aside(path) as aside:
+            aside.write_text(text, encoding="utf-8")
+        with open(self.output_dir / "command.txt", "a", encoding="utf-8") as file:
+            facts = {**versions(), "seed": self.seed, "ranks": dist_utils.world_size(), "device": str(self.device)}
+            file.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {json.dumps(facts)}\npython {shlex.join(sys.argv)}\n")
+        if self.plan.resume and self.plan.resume[0].folder == self.checkpoints.folder:
+            aside = self.checkpoints.set_aside(after=self.plan.resume[1])
+            if aside is not None:
+                print(f"later checkpoints were moved to {aside}", flush=True)
+
+    # --- checkpoints ---
+
+    def save(self) -> None:
+        """Write the checkpoint of this step. Raises RuntimeError rather than save weights gone to NaN."""
+        self.require_finite()
+        if dist_utils.is_main():
+            misc = {
+                "config": self.config,
+                "samples_seen": self.samples_seen,
+                "seconds": self.seconds,
+                "seed": self.seed,
+                "dataset_size": len(self.dataset),
+                "data_dir": ",".join(os.path.abspath(root) for root in self.dataset.roots),
+                "best": self.best,
+                "versions": versions(),
+                "optimizer": self.optimizer.state_dict(),
+                "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
+                "grad_clip": self.clipper.state_dict(),
+                "precision": self.precision.state_dict(),
+            }
+            self.checkpoints.save(
+                self.step,
+                {name: model.state_dict() for name, model in self.trained.items()},
+                self.ema.averages,
+                {name: model.state_dict() for name, model in self.frozen.items()},
+                misc,
+            )
+            if self.keep_last is not None:
+                self.checkpoints.prune(self.keep_last, self.best["step"] if self.best else None)
+        dist_utils.barrier()
+
+    def load_training_state(self) -> None:
+        """Continue exactly: everything but the models' weights, which the plan has loaded already."""
+        checkpoints, step = self.plan.resume
+        misc = checkpoints.read_misc(step, mmap=False)
+        self.step, self.samples_seen, self.seconds = step, misc["samples_seen"], misc["seconds"]
+        self.best = misc["best"]
+        self.optimizer.load_state_dict(misc["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(misc["lr_scheduler"])
+        self.clipper.load_state_dict(misc["grad_clip"])
+        self.precision.load_state_dict(misc["precision"])
+        self.ema.load(checkpoints, step)
+        if misc["dataset_size"] != len(self.dataset):
+            self.say(f"the training split had {misc['dataset_size']} objects and has {len(self.dataset)} now")
+
+    def require_finite(self) -> None:
+        if not self.all_finite:
+            raise RuntimeError(
+                f"a gradient was not finite by step {self.step}. Nothing since the last checkpoint is saved; "
+                "lower trainer.args.optimizer.args.lr or set grad_clip, and run the same command again"
+            )
+
+    # --- reporting ---
+
+    @property
+    def lr(self) -> float:
+        return optim.current_lr(self.optimizer)
+
+    def say(self, text: str) -> None:
+        if dist_utils.is_main():
+            self.progress.say(text)
+
+    def measure(self) -> dict[str, float]:
+        """Validate, say how it went, and remember the best step. Empty without a validation split."""
+        scores = self.validate()
+        if scores is None:
+            return {}
+        self.say(f"step {self.step}  validation  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        if self.best is None or scores[self.best_by] > self.best["score"]:
+            self.best = {"step": self.step, "by": self.best_by, "score": scores[self.best_by]}
+        return {f"val/{name}": value for name, value in scores.items()}
+
+    def log(self, scores: dict[str, float]) -> None:
+        """Write the pending steps to log.txt, one line each, and their mean and the scores to TensorBoard."""
+        started = time.monotonic()
+        rows = self.pending.fetch()  # waits for the device
+        self.seconds += time.monotonic() - started
+        self.require_finite()
+        if not dist_utils.is_main():
+            return
+        summary = dict(scores)
+        if rows:
+            elapsed, self.logged_seconds = self.seconds - self.logged_seconds, self.seconds
+            summary["samples_per_second"] = len(rows) * self.global_batch / elapsed
+        self.log_files.write([*rows, {"step": self.step, "seconds": self.seconds, **summary}])
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
+        if self.log_param_stats:
+            for key, model in self.trained.items():
+                for name, parameter in model.named_parameters():
+                    means[f"rms/{key}.{name}"] = parameter.detach().float().square().mean().sqrt().item()
+        self.log_files.scalars({**means, **summary}, self.step)
+
+    def snapshot(self) -> None:
+        """Save the pictures as samples/{name}_step0000100.png and show them in TensorBoard."""
+        if dist_utils.is_main():
+            for name, picture in self.run_snapshot().items():
+                path = self.output_dir / "samples" / f"{name}_step{self.step:07d}.png"
+                path.parent.mkdir(exist_ok=True)
+                save_png(path, picture)
+                self.log_files.image(name, picture, self.step)
+        dist_utils.barrier()
+
+    def check_ranks_agree(self) -> None:
+        """Raise RuntimeError where a rank's weights differ from rank 0's in any bit."""
+        for key, model in self.trained.items():
+            for name, value in model.state_dict().items():
+                reference = value.detach().clone()
+                dist_utils.broadcast_([reference])
+                if dist_utils.any_rank(not torch.equal(reference, value), self.device):
+                    raise RuntimeError(f"{key}.{name} differs between ranks at step {self.step}")
+
+    # --- without training ---
+
+    def tryrun(self) -> dict[str, float]:
+        """One sample forward and backward, without a step and without writing anything. Returns losses."""
+        self.build_training_state()
+        batch = next(self.batches())
+        losses, _ = self.accumulate_gradients({name: value[:1] for name, value in batch.items()})
+        return {name: value.item() for name, value in losses.items()}
+
+    def profile(self, wait: int = 2, warmup: int = 3, active: int = 5) -> Path:
+        """Trace `active` steps, print the operators that cost most, and return the trace's path. The weights
+        change but nothing else is written."""
+        self.build_training_state()
+        path = self.output_dir / "profile" / "trace.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        schedule = torch.profiler.schedule(wait=wait, warmup=warmup, active=active)
+        with torch.profiler.profile(schedule=schedule, record_shapes=True) as profiler:
+            for batch, _ in zip(self.batches(), range(wait + warmup + active), strict=False):
+                self.run_step(batch)
+                profiler.step()
+        if dist_utils.is_main():
+            profiler.export_chrome_trace(str(path))
+            by = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+            print(profiler.key_averages().table(sort_by=by, row_limit=25))
+        return path
+
+
+def _check_batch(args: dict, world_size: int, where: str) -> None:
+    total, per_rank = args.get("batch_size"), args.get("batch_size_per_gpu")
+    if (total is None) == (per_rank is None):
+        raise ConfigError(f"{where}: give either batch_size (over all ranks) or batch_size_per_gpu, not both or none")
+    if total is not None and total % world_size:
+        raise ConfigError(f"{where}.batch_size is {total}, which does not divide over {world_size} ranks")
+    per_rank = per_rank or total // world_size
+    split = args.get("batch_split", 1)
+    if per_rank % split:
+        raise ConfigError(f"{where}.batch_split is {split}, which does not divide the {per_rank} samples of a rank")

@@ -1,0 +1,38 @@
+"""Ctrl-C and termination as requests that training answers at the end of a step."""
+
+import signal
+import threading
+
+
+class Interrupted(Exception):
+    """Training stopped because a signal asked it to; the checkpoint was saved."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.exit_code = 128 + signum
+
+
+class StopRequests:
+    """Within the block, the first SIGINT or SIGTERM sets `signum`; a second one has its usual effect."""
+
+    def __init__(self):
+        self.signum: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequests":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def _note(self, signum: int, frame) -> None:
+        self.signum = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous.clear()
+
+    def __exit__(self, *exc) -> None:
+        self._restore()

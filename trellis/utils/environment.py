@@ -1,0 +1,41 @@
+"""What a run was made with."""
+
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import numpy
+import torch
+
+from .. import __version__
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """Versions of this package, Python, torch, numpy and CUDA, and the git commit of the source ("+" where
+    files differ from it; None outside a checkout)."""
+    return {
+        "trellis": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda,
+        "git": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    folder = Path(__file__).resolve().parent
+
+    def git(*args: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=False)
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        if commit.returncode:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    except FileNotFoundError:  # git is not installed
+        return None
+    return commit.stdout.strip() + ("+" if changed else "")

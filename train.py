@@ -167,6 +167,7 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> None:
     dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
     dataset = dataset_class(args.data_dir, split="train", **config["dataset"].get("args", {}))
     trainer_args = config["trainer"].get("args", {})
+    torch.backends.cudnn.benchmark = True  # shapes never change
     torch.manual_seed(derive_seed("models", trainer_args.get("seed", 0)))
     models = {name: model_registry.build(spec, f"models.{name}") for name, spec in config["models"].items()}
     trainer = trainer_class(

@@ -458,6 +458,8 @@ class BasicTrainer:
         if rows:
             elapsed, self.logged_seconds = self.seconds - self.logged_seconds, self.seconds
             summary["samples_per_second"] = len(rows) * self.global_batch / elapsed
+            if self.device.type == "cuda":
+                summary["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.log_files.write([*rows, {"step": self.step, "seconds": self.seconds, **summary}])
         means = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
         if self.log_param_stats:

@@ -134,6 +134,11 @@ class Checkpoints:
             files.append(self._link_or_write(model_file(name, step), name, state))
         sizes = {path.name: path.stat().st_size for path in files}
         self._write(misc_file(step), {"format": FORMAT, "step": step, "files": sizes, **misc})
+        if self.read_misc(step) is None:
+            raise RuntimeError(
+                f"{misc_file(step)} holds objects that could only be unpickled, so it would not load again; "
+                "an optimizer or schedule keeps them in its state"
+            )
 
     def _write(self, name: str, content: Any) -> Path:
         path = self.folder / name

@@ -18,7 +18,7 @@ def versions() -> dict[str, str | None]:
     return {
         "trellis": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda,
         "git": _git_commit(),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .metrics import entropy_bits, usage, voxel_metrics
+from .metrics import entropy_bits, perplexity, usage, voxel_metrics
 
 
 class Reconstruction(NamedTuple):
@@ -51,12 +51,11 @@ class Scores:
 
 def codebook_scores(counts: Tensor, tokens: int) -> dict[str, float]:
     """Usage, perplexity and bits per object, as tokens·log2 K and as tokens·entropy. counts: [K]."""
-    entropy = entropy_bits(counts)
     return {
         "codebook_usage": usage(counts),
-        "codebook_perplexity": 2.0**entropy,
+        "codebook_perplexity": perplexity(counts),
         "bits_per_object": tokens * math.log2(len(counts)),
-        "entropy_bits_per_object": tokens * entropy,
+        "entropy_bits_per_object": tokens * entropy_bits(counts),
     }
 
 

@@ -44,8 +44,8 @@ class VectorQuantizer(nn.Module):
             )
         self.n_embed, self.embed_dim, self.latent_channels, self.init = n_embed, embed_dim, latent_channels, init
         self.cells_per_token = embed_dim // latent_channels
-        self.embeddings = nn.Embedding(n_embed, embed_dim)
-        nn.init.uniform_(self.embeddings.weight, -1 / n_embed, 1 / n_embed)
+        weight = torch.empty(n_embed, embed_dim).uniform_(-1 / n_embed, 1 / n_embed)
+        self.embeddings = nn.Embedding.from_pretrained(weight, freeze=False)
 
     def forward(self, z: Tensor) -> Quantized:
         """z: [B, C, X, Y, Z] float. See `Quantized`; losses: "vq" (codes towards latents) and "commit"

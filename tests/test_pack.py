@@ -1,0 +1,134 @@
+"""Packing loses nothing, either way round, and a failure leaves nothing behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset_toolkits.pack import pack, unpack  # noqa: E402
+from trellis.datasets.sparse_structure import SparseStructure  # noqa: E402
+from trellis.datasets.voxels import pack_bits  # noqa: E402
+from trellis.utils.errors import DataError  # noqa: E402
+
+R = 8
+SHA256 = ["%064x" % (number * 0x9e3779b97f4a7c15**4 % 2**256) for number in range(1, 8)]
+
+
+def arrays() -> dict[str, np.ndarray]:
+    grids = np.random.default_rng(0).random((7, R, R, R)) < 0.2
+    return {
+        "bits": pack_bits(grids),
+        "sha256": np.array(SHA256),
+        "name": np.array(["a.glb", "b, c.glb", 'd "e".obj', "NA", "größe/椅子.stl", "null", "007"]),
+        "source": np.array(["lab", "", "lab", "shop, inc.", "", "None", "1"]),
+        "split": np.array(["train", "val", "train", "train", "val", "train", "train"]),
+    }
+
+
+@pytest.fixture
+def packed(tmp_path) -> Path:
+    np.savez(tmp_path / "a.npz", **arrays())
+    return tmp_path / "a.npz"
+
+
+def test_packed_to_folder_and_back_is_the_identity(packed, tmp_path):
+    assert unpack(packed, tmp_path / "root") == 7
+    assert pack(str(tmp_path / "root"), tmp_path / "b.npz", R) == 7
+    with np.load(tmp_path / "b.npz", allow_pickle=False) as file:
+        assert sorted(file.files) == sorted(arrays())
+        for key, array in arrays().items():
+            assert file[key].dtype.kind == array.dtype.kind and np.array_equal(file[key], array), key
+
+    assert unpack(tmp_path / "b.npz", tmp_path / "again") == 7
+    first, second = ({path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+                     for root in (tmp_path / "root", tmp_path / "again"))
+    assert first == second and len(first) == 8
+
+
+def test_names_that_look_like_numbers_stay_text(tmp_path):
+    names = np.array(["007", "1e3", "1.0", "-0", "00", "1.10", "12"])
+    np.savez(tmp_path / "a.npz", **arrays() | {"name": names, "source": names[::-1]})
+    unpack(tmp_path / "a.npz", tmp_path / "root")
+    entries = SparseStructure(str(tmp_path / "root"), resolution=R, split="all").entries
+    assert [(entry.name, entry.source) for entry in entries] == list(zip(names, names[::-1], strict=True))
+
+
+def test_the_folder_has_the_layout_that_the_dataset_reads(packed, tmp_path):
+    unpack(packed, tmp_path / "root")
+    metadata = pd.read_csv(tmp_path / "root" / "metadata.csv", dtype=str, keep_default_na=False)
+    bits = np.unpackbits(arrays()["bits"], axis=1)
+    assert metadata["sha256"].tolist() == SHA256 and metadata["voxelized"].tolist() == ["True"] * 7
+    assert metadata["num_voxels"].astype(int).tolist() == bits.sum(1).tolist()
+    datasets = [SparseStructure(str(path), resolution=R, split="all") for path in (packed, tmp_path / "root")]
+    entries = [[entry._replace(root="") for entry in dataset.entries] for dataset in datasets]
+    assert entries[0] == entries[1]
+    for mine, theirs in zip(*datasets, strict=True):
+        assert mine["ss"].equal(theirs["ss"])
+
+
+def test_the_split_of_a_file_name_or_hash_is_kept(tmp_path):
+    for name in ("a_val.npz", "a.npz"):
+        np.savez(tmp_path / name, bits=arrays()["bits"], sha256=arrays()["sha256"])
+        before = SparseStructure(str(tmp_path / name), resolution=R, split="all")
+        unpack(tmp_path / name, tmp_path / name[:-4])
+        pack(str(tmp_path / name[:-4]), tmp_path / "again_train.npz", R)
+        after = SparseStructure(str(tmp_path / "again_train.npz"), resolution=R, split="all")
+        assert [entry.split for entry in before.entries] == [entry.split for entry in after.entries]
+        assert [entry.name for entry in after.entries] == SHA256
+        (tmp_path / "again_train.npz").unlink()
+
+
+def test_nothing_is_overwritten(packed, tmp_path):
+    unpack(packed, tmp_path / "root")
+    before = packed.read_bytes()
+    with pytest.raises(DataError, match="a.npz: exists already"):
+        pack(str(tmp_path / "root"), packed, R)
+    with pytest.raises(DataError, match="root: exists already"):
+        unpack(packed, tmp_path / "root")
+    with pytest.raises(DataError, match="b.zip: the name of a packed file ends in .npz"):
+        pack(str(tmp_path / "root"), tmp_path / "b.zip", R)
+    assert packed.read_bytes() == before
+
+
+def test_a_failure_half_way_leaves_nothing_behind(packed, tmp_path, monkeypatch):
+    unpack(packed, tmp_path / "root")
+    last = tmp_path / "root" / "voxels" / f"{SHA256[-1]}.ply"
+    last.write_bytes(last.read_bytes()[:-1])
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DataError, match=f"{last.name}: .*truncated"):
+        pack(str(tmp_path / "root"), tmp_path / "b.npz", R)
+
+    written = []
+
+    def fill_the_disk(path, points):
+        written.append(path)
+        if len(written) == 4:
+            raise OSError(28, "No space left on device")
+        path.write_bytes(b"")
+
+    monkeypatch.setattr("dataset_toolkits.pack.write_ply", fill_the_disk)
+    with pytest.raises(OSError, match="No space"):
+        unpack(packed, tmp_path / "other")
+    assert len(written) == 4 and sorted(tmp_path.iterdir()) == before
+
+
+def run(*flags: object, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "dataset_toolkits" / "pack.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_the_program_works_from_any_folder_and_fails_with_one_line(packed, tmp_path):
+    done = run("--unpack", "a.npz", "--output_dir", "root", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "root: 7 grids\n"), done.stderr
+    failed = run("--input", "root", "--output", "b.npz", cwd=tmp_path)  # resolution 64 is the default
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: root/voxels/") and failed.stderr.count("\n") == 1
+    assert not (tmp_path / "b.npz").exists()
+    misused = run("--input", "root", "--output_dir", "b", cwd=tmp_path)
+    assert misused.returncode == 2 and "--input goes with --output" in misused.stderr

@@ -1,0 +1,377 @@
+"""train.py as a user runs it: continuing, carrying stages over, two ranks, and what a mistake looks like."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, tiny_config
+
+import train
+from trellis.trainers.checkpoint import Checkpoints
+
+VQ = "SparseStructureVqVaeTrainer"
+ADAPTIVE = {"name": "AdaptiveGradClipper", "args": {"max_norm": 1.0, "clip_percentile": 90, "buffer_size": 4}}
+STAGE2 = {
+    "optimizer": {"name": "AdamW", "args": {"lr": 5e-3}},
+    "lr_scaling": "rms",
+    "lr_scheduler": {"name": "ExponentialLR", "args": {"gamma": 0.9}},
+    "loss_type": "l1_l2",
+    "grad_clip": ADAPTIVE,
+}
+
+
+def run(*flags) -> int:
+    return train.main([*map(str, flags), "--device", "cpu", "--auto_retry", "0"])
+
+
+def command(*flags) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *map(str, flags), "--device", "cpu", "--auto_retry", "0"]
+
+
+def checkpoint(run_dir, step: int) -> dict[str, dict]:
+    """All files of a step, without the wall-clock time and the command's own config."""
+    checkpoints = Checkpoints(run_dir)
+    assert checkpoints.is_complete(step)
+    files = {path.name: torch.load(path, weights_only=True) for path in checkpoints.folder.glob(f"*step{step:07d}.pt")}
+    for key in ("seconds", "files", "config"):
+        files[f"misc_step{step:07d}.pt"].pop(key)
+    return files
+
+
+def assert_equal(a, b, where=""):
+    """Equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7)), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def logged(run_dir) -> list[dict]:
+    """Lines of log.txt without timings."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "log.txt").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def vae_run(data_dir, tmp_path_factory) -> Path:
+    """A short KL run, from which stage 1 can start."""
+    folder = tmp_path_factory.mktemp("vae")
+    config = folder / "config.json"
+    config.write_text(json.dumps(tiny_config(max_steps=4)))
+    assert run("--config", config, "--data_dir", data_dir, "--output_dir", folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def stage1_run(vae_run, data_dir, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stage1")
+    config = folder / "config.json"
+    config.write_text(json.dumps(tiny_config(VQ, freeze=["encoder", "decoder"], loss_type="l1", max_steps=4)))
+    assert run("--config", config, "--data_dir", data_dir, "--output_dir", folder / "run", "--load_dir", vae_run) == 0
+    return folder / "run"
+
+
+# --- resume ---
+
+
+@pytest.mark.parametrize(
+    "config",
+    [tiny_config(batch_split=2, ema_rate=[0.9, 0.99]), tiny_config(VQ, **STAGE2)],
+    ids=["kl", "vq stage 2"],
+)
+def test_two_halves_equal_the_whole(config, data_dir, write_config, tmp_path):
+    path = write_config(config)
+    common = ("--config", path, "--data_dir", data_dir)
+    assert run(*common, "--output_dir", tmp_path / "whole") == 0
+    assert run(*common, "--output_dir", tmp_path / "parts", "--set", "trainer.args.max_steps=2") == 0
+    assert run(*common, "--output_dir", tmp_path / "parts") == 0
+    assert_equal(checkpoint(tmp_path / "whole", 6), checkpoint(tmp_path / "parts", 6))
+    whole, parts = logged(tmp_path / "whole"), logged(tmp_path / "parts")
+    # Stopping at 2 adds a validation there; every step's own line is the same.
+    assert [line for line in whole if "loss" in line] == [line for line in parts if "loss" in line]
+
+
+def test_killed_at_random_moments_ends_in_the_same_weights(stage1_run, data_dir, write_config, tmp_path):
+    path = write_config(tiny_config(VQ, **STAGE2, max_steps=16, i_save=1, i_eval=4))
+    flags = ("--config", path, "--data_dir", data_dir, "--load_dir", stage1_run)
+    assert run(*flags, "--output_dir", tmp_path / "whole") == 0
+    checkpoints, moments, kills = Checkpoints(tmp_path / "killed"), random.Random(time.time_ns()), 0
+    for _ in range(3):
+        before = max(checkpoints.steps(), default=-1)
+        process = subprocess.Popen(command(*flags, "--output_dir", checkpoints.run_dir), stdout=subprocess.DEVNULL)
+        while process.poll() is None and max(checkpoints.steps(), default=-1) <= before:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills
+    assert run(*flags, "--output_dir", checkpoints.run_dir) == 0
+    assert_equal(checkpoint(tmp_path / "whole", 16), checkpoint(checkpoints.run_dir, 16))
+    assert logged(tmp_path / "whole") == logged(checkpoints.run_dir)
+
+
+def test_interrupt_saves_and_the_same_command_continues(data_dir, write_config, tmp_path):
+    path = write_config(tiny_config(max_steps=400, i_save=1000, i_eval=1000))
+    flags = ("--config", path, "--data_dir", data_dir, "--output_dir", tmp_path / "run")
+    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True)
+    assert any("step 2/400" in line for line in iter(process.stdout.readline, ""))
+    process.send_signal(signal.SIGINT)
+    assert "the same command continues" in process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGINT
+    step = Checkpoints(tmp_path / "run").latest()
+    assert 2 <= step < 400
+    assert run(*flags, "--set", f"trainer.args.max_steps={step + 2}") == 0
+    assert Checkpoints(tmp_path / "run").latest() == step + 2
+
+
+def test_a_finished_run_is_left_as_it_is(vae_run, data_dir, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in (vae_run / "ckpts").iterdir()}
+    config = json.loads((vae_run / "config.json").read_text())
+    (vae_run.parent / "again.json").write_text(json.dumps(config))
+    assert run("--config", vae_run.parent / "again.json", "--data_dir", data_dir, "--output_dir", vae_run) == 0
+    assert "finished at step 4" in capsys.readouterr().out
+    assert before == {path.name: path.stat().st_mtime_ns for path in (vae_run / "ckpts").iterdir()}
+
+
+def test_an_incomplete_checkpoint_is_never_picked(data_dir, write_config, tmp_path):
+    path = write_config(tiny_config())
+    flags = ("--config", path, "--data_dir", data_dir, "--output_dir", tmp_path / "run")
+    assert run(*flags) == 0
+    checkpoints = Checkpoints(tmp_path / "run")
+    (checkpoints.folder / "decoder_step0000006.pt").unlink()
+    assert checkpoints.latest() == 4
+    truncated = checkpoints.folder / "encoder_step0000004.pt"
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    assert checkpoints.latest() == 2
+    misc = checkpoints.folder / "misc_step0000002.pt"
+    misc.write_bytes(misc.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="misc_step0000002.pt is damaged"):
+        assert checkpoints.latest() == 0
+    with pytest.warns(UserWarning):
+        assert run(*flags) == 0
+    assert checkpoints.latest() == 6
+
+
+def test_going_back_to_a_step_keeps_what_came_after(data_dir, write_config, tmp_path):
+    path = write_config(tiny_config())
+    flags = ("--config", path, "--data_dir", data_dir, "--output_dir", tmp_path / "run")
+    assert run(*flags) == 0
+    last = checkpoint(tmp_path / "run", 6)
+    assert run(*flags, "--ckpt", 2) == 0
+    assert_equal(last, checkpoint(tmp_path / "run", 6))
+    assert (tmp_path / "run" / "ckpts" / "superseded_1" / "misc_step0000006.pt").is_file()
+
+
+def test_another_optimizer_cannot_continue_a_run(vae_run, data_dir, write_config, capsys):
+    config = tiny_config(max_steps=8, optimizer={"name": "AdamW", "args": {"lr": 1e-4}})
+    assert run("--config", write_config(config), "--data_dir", data_dir, "--output_dir", vae_run) == 1
+    assert "trainer.args.optimizer.args.lr differ" in capsys.readouterr().err
+
+
+# --- stages ---
+
+
+def test_stage_1_trains_the_codebook_alone(vae_run, stage1_run):
+    source, result = checkpoint(vae_run, 4), checkpoint(stage1_run, 4)
+    for name in ("encoder", "decoder"):
+        assert_equal(source[f"{name}_ema0.9999_step0000004.pt"], result[f"{name}_step0000004.pt"])
+        assert f"{name}_ema0.9999_step0000004.pt" not in result
+    first = checkpoint(stage1_run, 0)["quantizer_step0000000.pt"]["embeddings.weight"]
+    last = result["quantizer_step0000004.pt"]["embeddings.weight"]
+    assert not torch.equal(first, last)
+    assert first.std() > 0.1  # k-means over latents, not the uniform ±1/32
+    assert len(result["misc_step0000004.pt"]["optimizer"]["state"]) == 1
+
+
+def test_stage_2_starts_from_stage_1s_averages(stage1_run, data_dir, write_config, tmp_path):
+    config = tiny_config(VQ, **STAGE2, max_steps=1)
+    assert run("--config", write_config(config), "--data_dir", data_dir,
+               "--output_dir", tmp_path / "run", "--load_dir", stage1_run) == 0  # fmt: skip
+    source, start = checkpoint(stage1_run, 4), checkpoint(tmp_path / "run", 0)
+    assert_equal(source["quantizer_ema0.9999_step0000004.pt"], start["quantizer_step0000000.pt"])
+    assert_equal(source["encoder_step0000004.pt"], start["encoder_step0000000.pt"])
+    end = checkpoint(tmp_path / "run", 1)
+    for name in ("encoder", "quantizer", "decoder"):
+        for key, value in end[f"{name}_step0000001.pt"].items():
+            assert not torch.equal(value, start[f"{name}_step0000000.pt"][key]), key
+
+
+def test_a_load_dir_of_the_same_stage_resumes_everything(data_dir, write_config, tmp_path):
+    path = write_config(tiny_config(VQ, **STAGE2))
+    common = ("--config", path, "--data_dir", data_dir)
+    assert run(*common, "--output_dir", tmp_path / "first") == 0
+    assert run(*common, "--output_dir", tmp_path / "second", "--load_dir", tmp_path / "first", "--ckpt", 4) == 0
+    assert Checkpoints(tmp_path / "second").steps()[0] > 4
+    assert_equal(checkpoint(tmp_path / "first", 6), checkpoint(tmp_path / "second", 6))
+
+
+def test_exported_weights_come_back_exactly(stage1_run, data_dir, write_config, tmp_path):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import export_pretrained
+
+    from trellis.models import from_pretrained
+
+    assert export_pretrained.main(["--run", str(stage1_run), "--output_dir", str(tmp_path / "out")]) == 0
+    source = checkpoint(stage1_run, 4)
+    model = from_pretrained(str(tmp_path / "out" / "quantizer"))
+    assert_equal(dict(source["quantizer_ema0.9999_step0000004.pt"]), dict(model.state_dict()))
+    ckpts = {name: str(tmp_path / "out" / name) for name in ("encoder", "decoder", "quantizer")}
+    config = write_config(tiny_config(VQ, **STAGE2, max_steps=1, finetune_ckpt=ckpts))
+    assert run("--config", config, "--data_dir", data_dir, "--output_dir", tmp_path / "tuned") == 0
+    start = checkpoint(tmp_path / "tuned", 0)
+    assert_equal(source["quantizer_ema0.9999_step0000004.pt"], start["quantizer_step0000000.pt"])
+    assert export_pretrained.main(["--run", str(stage1_run), "--output_dir", str(tmp_path / "out")]) == 1
+
+
+def test_keep_last_keeps_the_last_and_the_best(data_dir, write_config, tmp_path):
+    config = tiny_config(max_steps=12, keep_last=2, i_eval=5)
+    assert run("--config", write_config(config), "--data_dir", data_dir, "--output_dir", tmp_path / "run") == 0
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert set(checkpoints.steps()) == {10, 12, checkpoints.best()}
+    scores = {line["step"]: line["val/iou"] for line in logged(tmp_path / "run") if "val/iou" in line}
+    assert scores[checkpoints.best()] == max(scores.values())
+
+
+# --- ranks ---
+
+
+@pytest.mark.parametrize("loss_type", ["bce", "l1_l2"])
+def test_two_ranks_equal_one(loss_type, data_dir, write_config, tmp_path):
+    path = write_config(tiny_config(VQ, **{**STAGE2, "loss_type": loss_type}, i_ddpcheck=2))
+    flags = ("--config", path, "--data_dir", data_dir, "--master_port", 12400 + os.getpid() % 500)
+    assert run(*flags, "--output_dir", tmp_path / "one") == 0
+    assert run(*flags, "--output_dir", tmp_path / "two", "--num_gpus", 2) == 0
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", loss_type, "vq", "commit", "val/iou"):
+            if name in a:
+                assert abs(a[name] - b[name]) < 1e-5, (a["step"], name)
+
+
+def test_kl_noise_does_not_depend_on_ranks(data_dir, write_config, tmp_path):
+    path = write_config(tiny_config(lambda_kl=1e-3))
+    flags = ("--config", path, "--data_dir", data_dir)
+    assert run(*flags, "--output_dir", tmp_path / "one") == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                "--master_port", str(12900 + os.getpid() % 500)]  # fmt: skip
+    subprocess.run([*torchrun, *command(*flags, "--output_dir", tmp_path / "two")[1:]], check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for a, b in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
+        assert a["step"] == b["step"]
+        if "loss" in a:
+            assert abs(a["loss"] - b["loss"]) < 1e-5
+
+
+# --- tryrun ---
+
+
+def test_tryrun_shows_the_run_and_writes_nothing(vae_run, data_dir, write_config, tmp_path, capsys):
+    config = tiny_config(VQ, freeze=["encoder", "decoder"], lr_scheduler=STAGE2["lr_scheduler"])
+    assert run("--config", write_config(config), "--data_dir", data_dir, "--output_dir", tmp_path / "new",
+               "--load_dir", vae_run, "--tryrun") == 0  # fmt: skip
+    assert not (tmp_path / "new").exists()
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "frozen" in lines["encoder"] and "encoder_ema0.9999_step0000004.pt" in lines["encoder"]
+    assert "trainable" in lines["quantizer"] and "k-means" in lines["quantizer"]
+    assert "64 tokens of 32 codes per object: 320 bits" in lines["64"]
+    assert "lr 0.01 at step 0, lr 0.009 at step 1, lr 0.00729 at step 3, lr 0.00531 at step 6" in lines["schedule"]
+
+
+def test_tryrun_fails_where_a_frozen_model_has_no_weights(data_dir, write_config, tmp_path, capsys):
+    config = tiny_config(VQ, freeze=["encoder", "decoder"])
+    flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "new", "--tryrun")
+    assert run("--config", write_config(config), *flags) == 1
+    assert "encoder is frozen but has no weights: give --load_dir" in capsys.readouterr().err
+    config["trainer"]["args"]["finetune_ckpt"] = {"encoder": "gone/encoder.safetensors"}
+    assert run("--config", write_config(config), *flags) == 1
+    assert "finetune_ckpt.encoder is gone/encoder.safetensors, which is not there" in capsys.readouterr().err
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("trainer.args.lamda_kl=0.1", "trainer.args.lamda_kl is unknown; did you mean lambda_kl?"),
+        ("trainer.args.max_steps=0", "trainer.args.max_steps is 0; it must be integer >= 1"),
+        ('trainer.args.max_steps="many"', 'trainer.args.max_steps is "many"; it must be integer >= 1'),
+        ("trainer.args.batch_split=3", "batch_split is 3, which does not divide the 4 samples"),
+        ("trainer.args.batch_size_per_gpu=4", "give either batch_size"),
+        ("trainer.args.optimizer.name=AdamX", "'AdamX', which torch.optim does not have; did you mean Adam"),
+        ("trainer.args.optimizer.args.learning_rate=1", "learning_rate is unknown to AdamW"),
+        ("trainer.args.optimizer.args.lr=-1", "lr is -1; it must be a number > 0"),
+        ('trainer.args.lr_scheduler={"name": "ExponentialLR"}', "lr_scheduler.args does not build ExponentialLR"),
+        ('trainer.args.freeze=["encodr"]', "freeze has 'encodr'; did you mean encoder?"),
+        ('trainer.args.freeze=["encoder", "decoder"]', "freeze names every model"),
+        ("trainer.args.loss_type=l3", 'loss_type is "l3"; it must be "bce" or'),
+        ("trainer.args.grad_clip=0", "grad_clip is 0"),
+        ("trainer.name=VaeTrainer", "trainer.name is 'VaeTrainer', which is not known"),
+        ("models.encoder.args.latent_channels=0", "latent_channels is 0; it must be integer >= 1"),
+        ("models.encoder.name=os.system", "models.encoder.name is 'os.system', which is not known"),
+        ("dataset.args.resolutoin=16", "dataset.args.resolutoin is unknown; did you mean resolution?"),
+        ("models.coder={}", "models.coder.name is missing"),
+        ("trainer.arg.max_steps=1", "trainer.arg is not in the configuration; did you mean args?"),
+    ],
+)
+def test_a_wrong_configuration_is_one_clear_error(override, message, write_config, tmp_path, capsys):
+    """Before data is touched: the data folder does not even exist."""
+    flags = ("--data_dir", tmp_path / "none", "--output_dir", tmp_path / "out", "--set", override)
+    assert run("--config", write_config(tiny_config()), *flags) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_vq_trainer_has_no_kl(write_config, tmp_path, capsys):
+    config = tiny_config(VQ, lambda_kl=1e-3)
+    assert run("--config", write_config(config), "--data_dir", tmp_path, "--output_dir", tmp_path / "out") == 1
+    assert "trainer.args.lambda_kl is unknown" in capsys.readouterr().err
+
+
+def test_latent_and_codebook_must_fit(write_config, tmp_path, capsys):
+    for quantizer, message in (({"embed_dim": 6}, "embed_dim 6 is no multiple"), ({"latent_channels": 8, "embed_dim": 8},
+                               "latent_channels is 8, but the encoder's latent has 4")):  # fmt: skip
+        config = tiny_config(VQ)
+        config["models"]["quantizer"]["args"].update(quantizer)
+        assert run("--config", write_config(config), "--data_dir", tmp_path, "--output_dir", tmp_path / "out") == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_bug_ends_non_zero_with_its_traceback_after_the_last_retry(data_dir, write_config, tmp_path, monkeypatch, capsys):
+    from trellis.trainers.basic import BasicTrainer
+
+    def fail(self):
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(BasicTrainer, "run", fail)
+    flags = ["--config", write_config(tiny_config()), "--data_dir", data_dir, "--output_dir", str(tmp_path / "out")]
+    assert train.main([*flags, "--auto_retry", "2", "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("RuntimeError: broken on purpose") == 3 and error.count("trying again") == 2
+
+
+def test_weights_gone_to_nan_are_not_saved(data_dir, write_config, tmp_path, capsys):
+    config = tiny_config(optimizer={"name": "SGD", "args": {"lr": 1e30}}, max_steps=8, grad_clip=None, i_eval=100)
+    assert run("--config", write_config(config), "--data_dir", data_dir, "--output_dir", tmp_path / "run") == 1
+    assert "a gradient was not finite" in capsys.readouterr().err
+    checkpoints = Checkpoints(tmp_path / "run")
+    for step in checkpoints.steps():
+        for path in checkpoints.folder.glob(f"*coder_step{step:07d}.pt"):
+            assert all(value.isfinite().all() for value in torch.load(path, weights_only=True).values())

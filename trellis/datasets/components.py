@@ -1,0 +1,242 @@
+"""What every dataset shares: roots, metadata, filters, the split, and what to do about a bad item.
+
+A bad item is an error. It is never replaced by another one: a damaged folder would otherwise train unnoticed.
+"""
+
+import copy
+import os
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..utils.errors import DataError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+SPLITS = ("train", "val")
+VAL_FRACTION = 0.05
+NAME_COLUMNS = ("name", "file", "file_identifier")  # packed files, voxelize.py, TRELLIS
+TEXT_COLUMNS = ("sha256", "source", "split", *NAME_COLUMNS)
+
+
+class Entry(NamedTuple):
+    """One object that passed the filters."""
+
+    root: str
+    sha256: str
+    name: str           # the mesh file where known, else the sha256
+    source: str | None  # the collection it comes from, where known
+    split: str
+
+
+class StandardDatasetBase(Dataset, ABC):
+    """Objects of one or several roots, named by sha256, filtered by their metadata, in one split.
+
+    A subclass says how a root lists its objects (`read_root`), which of them it wants (`filter_metadata`) and
+    what an item is (`get_instance`).
+
+    roots: comma-separated paths.
+    split: "train", "val" or "all". Where the metadata do not say, 5 % of all sha256 are validation, so that
+        objects added later do not move the others.
+    instances: list of (root, sha256), in the order of the roots and of their metadata.
+    entries: what is known of each instance.
+    Raises DataError for an unusable root, and where no object is left.
+    """
+
+    runtime_args = ("roots", "split")  # given by the program, not by a configuration
+
+    def __init__(self, roots: str, *, split: Literal["train", "val", "all"] = "train"):
+        self.roots = [root.strip() for root in roots.split(",")]
+        if not all(self.roots):
+            raise DataError(f"data_dir {roots!r} has an empty entry; give folders or .npz files, separated "
+                            "by commas")
+        self._all_entries: list[Entry] = []
+        self._report: dict[str, str] = {}
+        for root in self.roots:
+            self._add_root(root)
+        self._select(split)
+
+    @abstractmethod
+    def read_root(self, root: str) -> "DataFrame":
+        """Return one row per object of a root: `sha256` and, where known, `name`, `source`, `split`.
+
+        `attrs["path"]` of the result is what errors call it.
+        """
+
+    @abstractmethod
+    def get_instance(self, root: str, instance: str) -> dict[str, Tensor]:
+        """Return the item of an object."""
+
+    def filter_metadata(self, metadata: "DataFrame") -> tuple["DataFrame", dict[str, int | None]]:
+        """Return the rows to keep and how many rows each filter removed; None: it could not be applied.
+
+        Subclasses extend the result of super().
+        """
+        return metadata, {}
+
+    def check_files(self, root: str, metadata: "DataFrame") -> None:  # noqa: B027 - optional hook
+        """Raise DataError where files of the rows that passed the filters are missing."""
+
+    def _add_root(self, root: str) -> None:
+        if root in self._report:
+            raise DataError(f"{root}: is given twice in data_dir")
+        metadata = self.read_root(root)
+        where = metadata.attrs["path"]
+        listed = len(metadata)
+        if not listed:
+            raise DataError(f"{where}: lists no object. Run voxelize.py on the meshes first.")
+        _check_sha256(where, metadata["sha256"])
+
+        metadata, stats = self.filter_metadata(metadata)
+        notes = [f"{removed} removed by {name}" if removed is not None
+                 else f"{name} NOT applied (no such column)" for name, removed in stats.items()]
+        known = {entry.sha256 for entry in self._all_entries}
+        repeated = metadata["sha256"].isin(known)
+        if repeated.any():
+            notes.append(f"{int(repeated.sum())} removed as repeating an earlier root")
+            metadata = metadata[~repeated]
+        if not len(metadata):
+            raise DataError(f"{where}: none of {listed} objects is left: {'; '.join(notes)}. "
+                            "Relax the filter or leave this root out.")
+        self.check_files(root, metadata)
+
+        entries = _entries(root, where, metadata)
+        self._all_entries += entries
+        val = sum(entry.split == "val" for entry in entries)
+        notes.append(f"{len(entries)} kept: {len(entries) - val} train, {val} val")
+        self._report[root] = f"{listed} listed; {'; '.join(notes)}"
+
+    def _select(self, split: str) -> None:
+        self.split = split
+        self.entries = [entry for entry in self._all_entries if split in (entry.split, "all")]
+        self.instances = [(entry.root, entry.sha256) for entry in self.entries]
+        if not self.instances:
+            raise DataError(f"{','.join(self.roots)}: no object is in split {split!r} "
+                            f"({self.split_sizes()}). Add objects, set their split in the metadata, or "
+                            "choose another split.")
+
+    def for_split(self, split: Literal["train", "val", "all"]) -> "StandardDatasetBase":
+        """Return the same data restricted to another split; nothing is read again.
+
+        Raises DataError where that split is empty; `split_sizes` tells beforehand.
+        """
+        other = copy.copy(self)
+        other._select(split)
+        return other
+
+    def split_sizes(self) -> dict[str, int]:
+        """Return the number of objects in each split after the filters, whatever this dataset's own split."""
+        return {split: sum(entry.split == split for entry in self._all_entries) for split in SPLITS}
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.get_instance(*self.instances[index])
+
+    def sha256(self, index: int) -> str:
+        return self.entries[index].sha256
+
+    def name(self, index: int) -> str:
+        """Return the mesh file's name where the root has it, else the sha256."""
+        return self.entries[index].name
+
+    def source(self, index: int) -> str | None:
+        """Return the collection an object comes from, None where the root does not say."""
+        return self.entries[index].source
+
+    def summary(self) -> str:
+        """Return a line for the whole and a line per root: counts, and what each filter removed."""
+        total = len(self._all_entries)
+        lines = [f"{type(self).__name__}, split {self.split}: {len(self)} of {total} objects"]
+        return "\n".join(lines + [f"  {root}: {report}" for root, report in self._report.items()])
+
+    __str__ = summary
+
+
+def read_metadata(root: str) -> "DataFrame":
+    """Read `root/metadata.csv`. Raises DataError where it cannot be read or has no sha256 column."""
+    import pandas as pd
+
+    path = Path(root, "metadata.csv")
+    try:
+        metadata = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str), low_memory=False,
+                               keep_default_na=False, na_values=[""])  # a mesh may be called 007 or NA
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). voxelize.py writes it.") from error
+    except ValueError as error:  # pandas' parser errors and bad UTF-8 are ValueErrors
+        raise DataError(f"{path}: is not a CSV table ({error}). Rerun voxelize.py.") from error
+    if "sha256" not in metadata:
+        raise DataError(f"{path}: has no sha256 column, only {', '.join(map(str, metadata.columns))}. "
+                        "Rerun voxelize.py.")
+    metadata.attrs["path"] = str(path)
+    return metadata
+
+
+def read_flags(metadata: "DataFrame", column: str) -> "Series":
+    """Return a column of true and false as bool, [N]; a blank is false: merged records leave one behind.
+
+    Raises DataError naming the first other value.
+    """
+    text = metadata[column].astype(object).where(metadata[column].notna(), "").astype(str).str.lower()
+    true, false = text.isin(["true", "1", "1.0"]), text.isin(["false", "0", "0.0", ""])
+    unknown = ~(true | false)
+    if unknown.any():
+        row = metadata[unknown].iloc[0]
+        raise DataError(f"{metadata.attrs['path']}: {column} of {row['sha256']} is {row[column]!r}; "
+                        "it must be True or False")
+    return true
+
+
+def require_files(folder: str | os.PathLike, names: list[str]) -> None:
+    """Check that a folder has all the named files, by listing it once. Raises DataError naming the first."""
+    try:
+        present = set(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}). voxelize.py makes it.") from error
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise DataError(f"{Path(folder, missing[0])}: is missing, and so are {len(missing) - 1} other files "
+                        f"of the {len(names)} that metadata.csv lists. Rerun voxelize.py, which makes only "
+                        "what is missing.")
+
+
+def split_of(sha256: str) -> str:
+    """Return "val" for 5 % of all hashes, else "train"."""
+    return "val" if int(sha256[:8], 16) / 2**32 < VAL_FRACTION else "train"
+
+
+def _check_sha256(where: str, column: "Series") -> None:
+    valid = column.map(lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)))
+    valid = valid.astype(bool)
+    if not valid.all():
+        first = column[~valid].iloc[0]
+        raise DataError(f"{where}: sha256 {first!r} is not 64 lower-case hexadecimal digits")
+    repeated = column.duplicated()
+    if repeated.any():
+        raise DataError(f"{where}: sha256 {column[repeated].iloc[0]} is listed twice ({int(repeated.sum())} "
+                        "repetitions in all). Remove the repeated rows.")
+
+
+def _entries(root: str, where: str, metadata: "DataFrame") -> list[Entry]:
+    """Make the entries of a root; raises DataError for a split that does not exist."""
+    def texts(*columns: str) -> list[str | None]:
+        """The first of these columns that there is; None for a blank."""
+        for column in columns:
+            if column in metadata:
+                return [str(value) if present and value != "" else None
+                        for value, present in zip(metadata[column], metadata[column].notna(), strict=True)]
+        return [None] * len(metadata)
+
+    entries = []
+    for sha256, name, source, split in zip(metadata["sha256"], texts(*NAME_COLUMNS), texts("source"),
+                                           texts("split"), strict=True):
+        if split not in (*SPLITS, None):
+            raise DataError(f"{where}: split of {sha256} is {split!r}; it must be train, val or blank")
+        entries.append(Entry(root, sha256, name or sha256, source, split or split_of(sha256)))
+    return entries

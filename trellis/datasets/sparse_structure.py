@@ -1,0 +1,175 @@
+"""Sparse structures: occupancy grids of PLY roots and of packed roots.
+
+PLY root, as TRELLIS makes it: `metadata.csv` and `voxels/<sha256>.ply`.
+Packed root: an .npz file, or a folder of them, each with `bits` uint8 [N, R^3 / 8] (see voxels.unpack_bits)
+and optional [N] text arrays `name`, `source`, `sha256` (default: of the row's bytes) and `split`.
+"""
+
+import hashlib
+import re
+import zipfile
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from torch import Tensor
+
+from ..utils.config import Count
+from ..utils.errors import DataError
+from .components import StandardDatasetBase, read_flags, read_metadata, require_files
+from .voxels import points_to_occupancy, read_ply, unpack_bits
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+TEXT_ARRAYS = ("name", "source", "sha256", "split")
+SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|val)$", re.IGNORECASE)  # not in interval.npz
+
+
+class SparseStructure(StandardDatasetBase):
+    """Occupancy grids; an item is {"ss": uint8 [1, R, R, R], 0 or 1, axes x y z}.
+
+    roots: comma-separated folders or .npz files.
+    resolution: R, cells per axis.
+    min_aesthetic_score: keep objects whose `aesthetic_score` is at least this, in roots with that column.
+    split: "train", "val" or "all": by the `split` column or array; else, for an .npz, by a file name that
+        ends in train or val; else by sha256.
+    Packed rows stay packed in memory; PLY files are read item by item.
+    """
+
+    def __init__(self, roots: str, *, resolution: Count = 64, min_aesthetic_score: float | None = None,
+                 split: Literal["train", "val", "all"] = "train"):
+        self.resolution = resolution
+        self.min_aesthetic_score = min_aesthetic_score
+        self._packed: dict[tuple[str, str], np.ndarray] = {}  # (root, sha256) -> a row of `bits`
+        super().__init__(roots, split=split)
+
+    def read_root(self, root: str) -> "DataFrame":
+        path = Path(root)
+        if path.suffix == ".npz":
+            return self._read_packed(root, [path])
+        if not path.is_dir():
+            what = "is neither a folder nor an .npz file" if path.exists() else "does not exist"
+            raise DataError(f"{root}: {what}. voxelize.py makes a folder of voxels out of meshes.")
+        packed = sorted(path.glob("*.npz"))
+        has_metadata = Path(path, "metadata.csv").exists()
+        if packed and has_metadata:
+            raise DataError(f"{root}: has both metadata.csv and {packed[0].name}; move one of them elsewhere")
+        if packed:
+            return self._read_packed(root, packed)
+        if has_metadata:
+            return read_metadata(root)
+        raise DataError(f"{root}: has neither metadata.csv (with voxels/<sha256>.ply beside it) nor an .npz "
+                        "file of packed grids. voxelize.py makes the former out of meshes.")
+
+    def filter_metadata(self, metadata: "DataFrame") -> tuple["DataFrame", dict[str, int | None]]:
+        metadata, stats = super().filter_metadata(metadata)
+        if "voxelized" in metadata:
+            voxelized = read_flags(metadata, "voxelized")
+            stats["voxelized = True"] = int((~voxelized).sum())
+            metadata = metadata[voxelized]
+        if self.min_aesthetic_score is not None:
+            label = f"aesthetic_score >= {self.min_aesthetic_score:g}"
+            stats[label] = None
+            if "aesthetic_score" in metadata:
+                good = _scores(metadata) >= self.min_aesthetic_score
+                stats[label] = int((~good).sum())
+                metadata = metadata[good]
+        return metadata, stats
+
+    def check_files(self, root: str, metadata: "DataFrame") -> None:
+        if (root, metadata["sha256"].iloc[0]) in self._packed:
+            return
+        if "resolution" in metadata:  # TRELLIS's metadata do not say; there the points tell, as they are read
+            other = metadata[metadata["resolution"].notna() & (metadata["resolution"] != self.resolution)]
+            if len(other):
+                raise DataError(f"{metadata.attrs['path']}: resolution of {other['sha256'].iloc[0]} is "
+                                f"{other['resolution'].iloc[0]}, but the config's is {self.resolution}. Set "
+                                "that in the config, or make the grids anew with voxelize.py --resolution.")
+        require_files(Path(root, "voxels"), [f"{sha256}.ply" for sha256 in metadata["sha256"]])
+
+    def get_instance(self, root: str, instance: str) -> dict[str, Tensor]:
+        if (root, instance) in self._packed:
+            return {"ss": unpack_bits(self._packed[root, instance][None], self.resolution)}
+        path = Path(root, "voxels", f"{instance}.ply")
+        return {"ss": points_to_occupancy(read_ply(path), self.resolution, name=str(path))}
+
+    def _read_packed(self, root: str, paths: list[Path]) -> "DataFrame":
+        import pandas as pd
+
+        tables = []
+        for path in paths:
+            arrays = load_packed(path)
+            bits = arrays.pop("bits")
+            _check_resolution(path, bits, self.resolution)
+            named_split = SPLIT_IN_NAME.search(path.stem)
+            if "split" not in arrays and named_split:
+                arrays["split"] = np.full(len(bits), named_split[1].lower())
+            columns = {key: array.tolist() for key, array in arrays.items()}
+            tables.append(pd.DataFrame(columns, dtype=object))
+            self._packed.update(((root, sha256), row)
+                                for sha256, row in zip(columns["sha256"], bits, strict=True))
+        metadata = pd.concat(tables, ignore_index=True)
+        metadata.attrs["path"] = root
+        return metadata
+
+
+def load_packed(path: Path) -> dict[str, np.ndarray]:
+    """Load `bits` uint8 [N, R^3 / 8], `sha256` [N], and those of `name`, `source`, `split` that a file has.
+
+    Nothing is unpickled. Raises DataError where the file is missing, damaged or without `bits`, where an
+    array has another type or length, and where a grid is empty.
+    """
+    try:
+        with open(path, "rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            arrays = {key: file[key] for key in ("bits", *TEXT_ARRAYS) if key in getattr(file, "files", ())}
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: is not a readable .npz file ({error}). Make it anew by pack.py.") from error
+    if "bits" not in arrays:
+        raise DataError(f"{path}: has no array `bits`. pack.py writes packed files.")
+    bits = arrays["bits"]
+    if bits.dtype != np.uint8 or bits.ndim != 2 or not bits.size:
+        raise DataError(f"{path}: bits is {bits.dtype} {list(bits.shape)}; it must be uint8 [N, R^3 / 8], "
+                        "N >= 1. pack.py writes packed files.")
+    for key in arrays.keys() - {"bits"}:
+        if arrays[key].dtype.kind != "U" or arrays[key].shape != (len(bits),):
+            raise DataError(f"{path}: {key} is {arrays[key].dtype} {list(arrays[key].shape)}; "
+                            f"it must be text [{len(bits)}], one for each row of bits")
+    empty = ~bits.any(axis=1)
+    if empty.any():
+        raise DataError(f"{path}: row {int(np.argmax(empty))} of bits has no occupied cell "
+                        f"({int(empty.sum())} such rows in all). Remove them.")
+    if "sha256" not in arrays:
+        arrays["sha256"] = np.array([hashlib.sha256(row).hexdigest() for row in bits])
+    return arrays
+
+
+def packed_resolution(bits: np.ndarray) -> int | None:
+    """Return the R of rows [N, R^3 / 8], None where no R fits."""
+    resolution = round((bits.shape[1] * 8) ** (1 / 3))
+    return resolution if resolution**3 == bits.shape[1] * 8 else None
+
+
+def _check_resolution(path: Path, bits: np.ndarray, resolution: int) -> None:
+    found = packed_resolution(bits)
+    if found != resolution:
+        what = f"hold grids of resolution {found}" if found else "are no cube"
+        raise DataError(f"{path}: rows of {bits.shape[1]} bytes {what}, but resolution is {resolution}. "
+                        "Set the config's resolution or choose another file.")
+
+
+def _scores(metadata: "DataFrame") -> "Series":
+    """Return aesthetic_score as float64 [N]. Raises DataError for one that is blank or no number."""
+    import pandas as pd
+
+    scores = pd.to_numeric(metadata["aesthetic_score"], errors="coerce").astype("float64")
+    if scores.isna().any():
+        row = metadata[scores.isna()].iloc[0]
+        raise DataError(f"{metadata.attrs['path']}: aesthetic_score of {row['sha256']} is "
+                        f"{row['aesthetic_score']!r} ({int(scores.isna().sum())} such objects in all). Fill "
+                        "them in or leave min_aesthetic_score out.")
+    return scores

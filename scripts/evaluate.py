@@ -1,6 +1,7 @@
-"""Score a run: how well its models bring grids back, and what its codebook does.
+"""Score a run, or exported models: how well they bring grids back, and what their codebook does.
 
     python scripts/evaluate.py --run outputs/stage2
+    python scripts/evaluate.py --pretrained pretrained/demo_vae --data_dir data/voxels --output_dir outputs/eval
 
 Occupied is where the logit is above 0; everything runs in fp32. Averaged (EMA) and raw weights are scored.
 Writes {run}/eval/{split}_step0000100.json and a contact sheet of the worst, median and best objects beside it.
@@ -9,6 +10,7 @@ Writes {run}/eval/{split}_step0000100.json and a contact sheet of the worst, med
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +34,9 @@ OBJECTS_PER_BLOCK = 3  # of the worst, the median and the best
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="run folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="run folder")
+    source.add_argument("--pretrained", help="folder with exported encoder, decoder and, if any, quantizer")
     parser.add_argument("--ckpt", default="latest", help="latest, best or a step (default: latest)")
     parser.add_argument("--data_dir", help="data roots, separated by commas (default: those of the run)")
     parser.add_argument("--split", choices=("train", "val", "all"), default="val")
@@ -44,7 +48,48 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--ckpt is {args.ckpt!r}; it must be latest, best or a step")
     if args.batch_size < 1:
         parser.error(f"--batch_size is {args.batch_size}; it must be at least 1")
+    if args.pretrained and not (args.data_dir and args.output_dir):
+        parser.error("--pretrained needs --data_dir and --output_dir")
     return args
+
+
+@dataclass
+class Subject:
+    """What is scored. config: as of train.py; sets: {label: {model: weights file}}, the one that a later
+    stage would take first."""
+
+    name: str
+    step: int
+    config: dict
+    sets: dict[str, dict[str, Path]]
+    data_dir: str | None = None
+    training_seconds: float | None = None
+
+
+def run_subject(run_dir: str, ckpt: str) -> Subject:
+    """A step of a run. Raises CheckpointError where there is none."""
+    checkpoints = Checkpoints(run_dir)
+    step = checkpoints.resolve(ckpt)
+    if step is None:
+        raise CheckpointError(f"--run {run_dir}: {checkpoints.folder} has no complete checkpoint")
+    misc = checkpoints.read_misc(step) or {"config": load_config(str(Path(run_dir) / "config.json"))}
+    sets = weight_sets(checkpoints, list(misc["config"]["models"]), step)
+    return Subject(run_dir, step, misc["config"], sets, misc.get("data_dir"), misc.get("seconds"))
+
+
+def pretrained_subject(folder: str) -> Subject:
+    """Exported models. Raises CheckpointError where encoder or decoder is missing."""
+    names = [name for name in ("encoder", "quantizer", "decoder") if (Path(folder) / f"{name}.json").is_file()]
+    for name in ("encoder", "decoder"):
+        if name not in names:
+            raise CheckpointError(f"--pretrained {folder}: {name}.json is not there; export_pretrained.py writes it")
+    trainer = "SparseStructureVqVaeTrainer" if "quantizer" in names else "SparseStructureVaeTrainer"
+    config = {
+        "models": {name: load_config(f"{folder}/{name}.json") for name in names},
+        "dataset": {"name": "SparseStructure"},
+        "trainer": {"name": trainer},
+    }
+    return Subject(folder, 0, config, {"pretrained": {name: Path(folder) / f"{name}.safetensors" for name in names}})
 
 
 def weight_sets(checkpoints: Checkpoints, names: list[str], step: int) -> dict[str, dict[str, Path]]:
@@ -114,15 +159,11 @@ def pick_examples(iou: torch.Tensor) -> list[tuple[str, int]]:
 
 
 def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
-    """Score a run and write the files. Returns what the JSON file holds, and its path."""
-    checkpoints = Checkpoints(args.run)
-    step = checkpoints.resolve(args.ckpt)
-    if step is None:
-        raise CheckpointError(f"--run {args.run}: {checkpoints.folder} has no complete checkpoint")
-    misc = checkpoints.read_misc(step) or {"config": load_config(str(Path(args.run) / "config.json"))}
-    config, data_dir = misc["config"], args.data_dir or misc.get("data_dir")
+    """Score the models and write the files. Returns what the JSON file holds, and its path."""
+    subject = pretrained_subject(args.pretrained) if args.pretrained else run_subject(args.run, args.ckpt)
+    config, data_dir = subject.config, args.data_dir or subject.data_dir
     if data_dir is None:
-        raise ConfigError(f"--run {args.run} does not say which data it used; give --data_dir")
+        raise ConfigError(f"{subject.name} does not say which data it used; give --data_dir")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -138,7 +179,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
 
     results, examples = {}, None
     sources = [dataset.source(i) for i in range(len(dataset))]
-    for label, files in weight_sets(checkpoints, list(models), step).items():
+    for label, files in subject.sets.items():
         for name, model in models.items():
             load_weights(model, files[name])
         with tqdm(total=len(dataset), desc=label, unit="object", disable=not sys.stderr.isatty()) as bar:
@@ -165,12 +206,13 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
                 caption = f"{kind}: {dataset.name(number)}, IoU {iou:.3f}"
                 examples.append((ss[0, 0].bool().cpu().numpy(), (logits[0, 0] > 0).cpu().numpy(), caption))
 
-    folder = Path(args.output_dir or Path(args.run) / "eval")
+    folder = Path(args.output_dir or Path(subject.name) / "eval")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{args.split}_step{step:07d}.json"
+    path = folder / f"{args.split}_step{subject.step:07d}.json"
     report = {
-        "run": str(args.run), "step": step, "split": args.split, "data_dir": data_dir, "device": str(device),
-        "training_seconds": misc.get("seconds"), "versions": versions(), "weights": results,
+        "models": subject.name, "step": subject.step, "split": args.split, "data_dir": data_dir,
+        "device": str(device), "training_seconds": subject.training_seconds, "versions": versions(),
+        "weights": results,
     }  # fmt: skip
     with written_aside(path) as aside:
         aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -185,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.run} at step {report['step']}, split {args.split}")
+    print(f"{report['models']} at step {report['step']}, split {args.split}")
     print(format_table(report["weights"]))
     for source, part in next(iter(report["weights"].values()))["sources"].items():
         print(f"  {source}: IoU {part['iou']:.4f} over {part['objects']}")

@@ -346,15 +346,18 @@ def test_the_vq_trainer_has_no_kl(write_config, tmp_path, capsys):
 
 
 def test_latent_and_codebook_must_fit(write_config, tmp_path, capsys):
-    for quantizer, message in (({"embed_dim": 6}, "embed_dim 6 is no multiple"), ({"latent_channels": 8, "embed_dim": 8},
-                               "latent_channels is 8, but the encoder's latent has 4")):  # fmt: skip
+    cases = (
+        ({"embed_dim": 6}, "embed_dim 6 is no multiple"),
+        ({"latent_channels": 8, "embed_dim": 8}, "latent_channels is 8, but the encoder's latent has 4"),
+    )
+    for quantizer, message in cases:
         config = tiny_config(VQ)
         config["models"]["quantizer"]["args"].update(quantizer)
         assert run("--config", write_config(config), "--data_dir", tmp_path, "--output_dir", tmp_path / "out") == 1
         assert message in capsys.readouterr().err
 
 
-def test_a_bug_ends_non_zero_with_its_traceback_after_the_last_retry(data_dir, write_config, tmp_path, monkeypatch, capsys):
+def test_a_bug_ends_non_zero_after_the_last_retry(data_dir, write_config, tmp_path, monkeypatch, capsys):
     from trellis.trainers.basic import BasicTrainer
 
     def fail(self):

@@ -17,7 +17,6 @@ from ..modules.norm import norm_layer
 from ..utils.config import Count, Range
 
 
-
 class _UNet(nn.Module):
     """What the encoder and the decoder share: where reduced precision may be used.
 

@@ -45,7 +45,7 @@ def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: s
     if own.latest() is not None:
         if ckpt == "none":
             raise CheckpointError(
-                f"{output_dir} already has checkpoints and --ckpt none would start over them; choose another --output_dir"
+                f"{output_dir} already has checkpoints, which --ckpt none would start over; choose another --output_dir"
             )
         return _resume(config, trainer_class, own, own.resolve(ckpt))
 
@@ -54,7 +54,7 @@ def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: s
         other = Checkpoints(load_dir)
         step = other.resolve(ckpt)
         if step is None:
-            raise CheckpointError(f"--load_dir {load_dir} has no complete checkpoint in {other.folder}; give a run folder")
+            raise CheckpointError(f"--load_dir {load_dir}: {other.folder} has no complete checkpoint; give a run folder")
         misc = other.read_misc(step)
         if misc and _same_kind(config, trainer_class, misc["config"]):
             return _resume(config, trainer_class, other, step)

@@ -1,0 +1,156 @@
+"""The main job from end to end: meshes, voxels, VAE, stage 1, stage 2, scores and pictures.
+
+    bash scripts/demo.sh [--meshes DIR] [--output_dir DIR] [--device auto|cpu|cuda] [--from_scratch]
+
+Each step is a command of this repository, printed before it runs. A rerun picks up what is finished, and a step
+that was cut off resumes.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset_toolkits import common
+from trellis.utils.errors import ConfigError, DataError, UserError
+
+PRETRAINED = ROOT / "pretrained" / "demo_vae"
+CONFIGS = ROOT / "configs" / "vae"
+# One of this many meshes of the user's is held out to be scored.
+HELD_OUT = 8
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--meshes", help="folder of meshes (default: the built-in shapes)")
+    parser.add_argument("--output_dir", default=str(ROOT / "outputs" / "demo"), help="default: outputs/demo")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--from_scratch", action="store_true",
+                        help="train the VAE here instead of starting from pretrained/demo_vae")
+    return parser.parse_args(argv)
+
+
+def run(*command: object) -> None:
+    """Run a script of this repository with this Python. Raises CalledProcessError where it fails."""
+    words = [str(word) for word in command]
+    print(f"\n$ python {shlex.join(words)}", flush=True)
+    started = time.monotonic()
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    print(f"({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def remember_options(args: argparse.Namespace, folder: Path) -> None:
+    """Refuse to mix runs with different options in one folder."""
+    options = {"meshes": args.meshes and str(Path(args.meshes).resolve()), "from_scratch": args.from_scratch}
+    path = folder / "demo.json"
+    if path.exists() and (before := json.loads(path.read_text())) != options:
+        raise ConfigError(f"{folder} was made with {before}, not {options}; choose another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(options) + "\n")
+
+
+def make_data(args: argparse.Namespace, folder: Path) -> Path:
+    """Voxelise the meshes, or the built-in shapes. Returns the data root."""
+    voxels = folder / "voxels"
+    if args.meshes is None:
+        run("dataset_toolkits/datasets/shapes.py", "--output_dir", folder / "shapes")
+        for split in ("train", "val"):
+            run("dataset_toolkits/voxelize.py", "--input", folder / "shapes" / split, "--output_dir", voxels,
+                "--up_axis", "z", "--split", split)
+    else:
+        run("dataset_toolkits/voxelize.py", "--input", Path(args.meshes).resolve(), "--output_dir", voxels)
+        hold_out(voxels)
+    return voxels
+
+
+def hold_out(voxels: Path) -> None:
+    """Give every mesh that has no split yet one, in the order of their hashes."""
+    fields, rows = common.read_metadata(voxels)
+    done = [row for row in rows.values() if common.is_voxelized(row)]
+    if len(done) < 2:
+        raise DataError(f"{voxels} has {len(done)} voxelised mesh; give at least 2, one to train on and one to score")
+    for number, row in enumerate(sorted(done, key=lambda row: row["sha256"])):
+        row["split"] = row.get("split") or ("train" if number % HELD_OUT else "val")
+    common.write_table(voxels / "metadata.csv", [*fields, *({"split"} - set(fields))], rows.values())
+
+
+def train(args: argparse.Namespace, folder: Path, voxels: Path, stage: str, load_dir: Path | None) -> None:
+    run("train.py", "--config", CONFIGS / f"demo_{stage}.json", "--data_dir", voxels, "--output_dir", folder / stage,
+        "--device", args.device, "--num_gpus", 1, *(("--load_dir", load_dir) if load_dir else ()))
+
+
+def score(args: argparse.Namespace, folder: Path, voxels: Path, stage: str) -> dict:
+    """Scores of a stage's averaged weights on the held-out objects, and the seconds it was trained for."""
+    output = folder / "eval" / stage
+    source = ("--pretrained", PRETRAINED) if stage == "vae" and not args.from_scratch else ("--run", folder / stage)
+    if not list(output.glob("val*.json")):
+        run("scripts/evaluate.py", *source, "--data_dir", voxels, "--output_dir", output, "--device", args.device)
+    path = next(output.glob("val*.json"))
+    report = json.loads(path.read_text())
+    seconds = report["training_seconds"]
+    if seconds is None:
+        last = (PRETRAINED / "log.txt").read_text().splitlines()[-1]
+        seconds = json.loads(last)["seconds"]
+    return {**next(iter(report["weights"].values())), "seconds": seconds, "sheet": path.with_suffix(".png")}
+
+
+def table(rows: dict[str, dict]) -> str:
+    columns = {
+        "IoU": ("iou", ".4f"), "median": ("iou_median", ".4f"), "precision": ("precision", ".4f"),
+        "recall": ("recall", ".4f"), "exact": ("exact", ".4f"), "usage": ("codebook_usage", ".3f"),
+        "perplexity": ("codebook_perplexity", ".0f"), "bits/object": ("bits_per_object", ".0f"),
+        "train s": ("seconds", ".0f"),
+    }  # fmt: skip
+    lines = [["", *columns]]
+    for name, row in rows.items():
+        lines.append([name, *(format(row[key], form) if key in row else "-" for key, form in columns.values())])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def demo(args: argparse.Namespace) -> None:
+    folder = Path(args.output_dir).resolve()
+    remember_options(args, folder)
+    voxels = make_data(args, folder)
+    if args.from_scratch:
+        train(args, folder, voxels, "vae", None)
+    train(args, folder, voxels, "stage1", folder / "vae" if args.from_scratch else None)
+    train(args, folder, voxels, "stage2", folder / "stage1")
+    rows = {stage: score(args, folder, voxels, stage) for stage in ("vae", "stage1", "stage2")}
+
+    names = {"vae": "VAE", "stage1": "stage 1", "stage2": "stage 2"}
+    print(f"\nHeld-out objects: {rows['vae']['objects']}\n")
+    print(table({names[stage]: row for stage, row in rows.items()}))
+    if not args.from_scratch:
+        print("(the VAE was trained beforehand on one H200; see pretrained/demo_vae)")
+    print("\nPictures, input | reconstruction | difference:")
+    for row in rows.values():
+        print(f"  {row['sheet']}")
+    tensorboard = Path(sys.executable).with_name("tensorboard")
+    print(f"Curves: {shlex.join([str(tensorboard), '--logdir', str(folder)])}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        demo(parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        print(f"error: the step above ended with exit code {error.returncode}; the same command goes on from there",
+              file=sys.stderr)
+        return error.returncode if error.returncode > 0 else 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

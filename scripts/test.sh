@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets up what is missing and runs the whole test suite. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+set_up
+cd "$ROOT"
+"$PYTHON" -m ruff check .
+exec "$PYTHON" -m pytest -q --durations=10 "$@"

@@ -6,9 +6,11 @@ The same command continues a run that was cut off. `--help` lists the flags; REA
 """
 
 import argparse
+import gc
 import math
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -22,7 +24,6 @@ from trellis import models as model_registry
 from trellis.datasets import DATASETS
 from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
-from trellis.trainers.interrupt import Interrupted
 from trellis.trainers.optim import preview_schedule
 from trellis.trainers.weights import WeightPlan, plan_weights
 from trellis.utils import dist_utils
@@ -122,43 +123,75 @@ def plan_launch(args: argparse.Namespace) -> Launch:
     return Launch(device, local, local * args.num_nodes)
 
 
-def launch(args: argparse.Namespace, config: dict, plan: Launch) -> None:
-    """Run on every process of this node, waiting for them."""
+def launch(args: argparse.Namespace, config: dict, plan: Launch) -> int:
+    """Run on every process of this node, waiting for them. Returns the exit code."""
     if dist_utils.under_torchrun():
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-        join_and_run(local_rank, args, config, plan, rank=rank)
-    elif plan.world == 1:
-        run(args, config, torch.device(plan.device, 0) if plan.device == "cuda" else torch.device("cpu"))
-    else:
-        torch.multiprocessing.spawn(_spawned, (args, config, plan), nprocs=plan.local)
+        return join_and_run(args, config, plan, int(os.environ["LOCAL_RANK"]))
+    if plan.world > 1:
+        return spawn(args, config, plan)
+    return run(args, config, torch.device(plan.device, 0) if plan.device == "cuda" else torch.device("cpu"))
 
 
-def _spawned(local_rank: int, args: argparse.Namespace, config: dict, plan: Launch) -> None:
-    os.environ["LOCAL_WORLD_SIZE"] = str(plan.local)
+def spawn(args: argparse.Namespace, config: dict, plan: Launch) -> int:
+    """Start this node's processes and wait for them, passing on signals. Raises what they failed with."""
+    mistakes = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    processes = torch.multiprocessing.spawn(
+        _spawned, (args, config, plan, mistakes), nprocs=plan.local, join=False
+    )
+
+    def pass_on(signum: int, frame) -> None:
+        for process in processes.processes:
+            os.kill(process.pid, signum)
+
+    before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while not processes.join():
+            pass
+        return 0
+    except torch.multiprocessing.ProcessExitedException as error:
+        if not mistakes.empty():  # the ranks tend to find the same one; the first will do
+            raise mistakes.get() from None
+        if error.exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            return error.exit_code
+        raise
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _spawned(local_rank: int, args: argparse.Namespace, config: dict, plan: Launch, mistakes) -> None:
+    os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
+    os.environ.update(
+        RANK=str(args.node_rank * plan.local + local_rank),
+        WORLD_SIZE=str(plan.world),
+        LOCAL_WORLD_SIZE=str(plan.local),
+        MASTER_ADDR=args.master_addr,
+        MASTER_PORT=str(args.master_port),
+    )
     if plan.device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // plan.local))
     try:
-        join_and_run(local_rank, args, config, plan, rank=args.node_rank * plan.local + local_rank)
-    except Interrupted as stop:
-        sys.exit(stop.exit_code)
+        sys.exit(join_and_run(args, config, plan, local_rank))
+    except UserError as error:
+        mistakes.put(error)
+        sys.exit(1)
 
 
-def join_and_run(local_rank: int, args: argparse.Namespace, config: dict, plan: Launch, *, rank: int) -> None:
-    addr, port = args.master_addr, args.master_port
-    if dist_utils.under_torchrun():
-        addr, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    dist_utils.init_process_group(rank, plan.world, local_rank, addr, port, plan.device)
+def join_and_run(args: argparse.Namespace, config: dict, plan: Launch, local_rank: int) -> int:
+    device = torch.device("cuda", local_rank) if plan.device == "cuda" else torch.device("cpu")
+    dist_utils.init_process_group(device)
     try:
-        run(args, config, torch.device("cuda", local_rank) if plan.device == "cuda" else torch.device("cpu"))
+        return run(args, config, device)
     finally:
+        gc.collect()  # a trainer and its DDP refer to each other; both must go before the group they use
         dist.destroy_process_group()
 
 
 # --- one process -----------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace, config: dict, device: torch.device) -> None:
-    """Build everything by name, then try, profile or train."""
+def run(args: argparse.Namespace, config: dict, device: torch.device) -> int:
+    """Build everything by name, then try, profile or train. Returns the exit code."""
     trainer_class = TRAINERS.get(config["trainer"]["name"], "trainer.name")
     plan = dist_utils.broadcast_object(
         plan_weights(config, trainer_class, args.output_dir, args.load_dir, args.ckpt)
@@ -180,7 +213,9 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> None:
     elif args.profile:
         print(f"trace for https://ui.perfetto.dev: {trainer.profile()}")
     else:
-        trainer.run()
+        signum = trainer.run()
+        return 128 + signum if signum else 0
+    return 0
 
 
 def describe(trainer: BasicTrainer, config: dict, plan: WeightPlan) -> None:
@@ -252,10 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     retries = 0 if args.tryrun or args.profile or dist_utils.under_torchrun() else args.auto_retry
     for attempt in range(retries + 1):
         try:
-            launch(args, config, plan)
-            return 0
-        except Interrupted as stop:
-            return stop.exit_code
+            return launch(args, config, plan)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -4,9 +4,11 @@ Read `run` first. A new objective is a subclass with `training_losses`; it inher
 """
 
 import contextlib
+import inspect
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -31,11 +33,17 @@ from ..utils.registry import did_you_mean
 from . import optim
 from .checkpoint import Checkpoints
 from .ema import EMA
-from .interrupt import Interrupted, StopRequests
+from .interrupt import StopRequests
 from .logger import PendingSteps, Progress, RunLog
 from .precision import Precision
 from .weights import WeightPlan
 
+# A codebook's statistics are reduced over ranks where they arise; DDP must not overwrite them with rank 0's.
+# torch 2.13 renamed the argument.
+_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+_WITHOUT_BUFFER_SYNC = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers": False
+}
 # Between ranks a stop request travels with a collective, which is not worth one every step.
 STEPS_BETWEEN_STOP_CHECKS = 10
 
@@ -122,7 +130,7 @@ class BasicTrainer:
         self.global_batch = self.batch_per_rank * world
         self.optimizer_spec, self.scheduler_spec, self.lr_scaling = optimizer, lr_scheduler, lr_scaling
         self.clipper = optim.build_grad_clipper(grad_clip)
-        self.ema_rates = ema_rate if isinstance(ema_rate, list) else [ema_rate]
+        self.ema_rates = [float(rate) for rate in (ema_rate if isinstance(ema_rate, list) else [ema_rate])]
         self.log_param_stats, self.prefetch_data, self.num_workers = log_param_stats, prefetch_data, num_workers
         self.i_log, self.i_eval = i_log, i_eval
         self.i_sample, self.i_save, self.i_ddpcheck, self.keep_last = i_sample, i_save, i_ddpcheck, keep_last
@@ -185,13 +193,16 @@ class BasicTrainer:
                 raise ConfigError(f"{where}.finetune_ckpt has {name!r}{did_you_mean(name, models)}")
         _check_batch(args, world_size, where)
         optim.check_optimizer(args["optimizer"], f"{where}.optimizer")
-        optim.check_lr_scheduler(args.get("lr_scheduler"), f"{where}.lr_scheduler")
+        optim.check_lr_scheduler(
+            args.get("lr_scheduler"), args["optimizer"], args["max_steps"], f"{where}.lr_scheduler"
+        )
         optim.build_grad_clipper(args.get("grad_clip"), f"{where}.grad_clip")
 
     # --- the loop ---
 
-    def run(self) -> None:
-        """Train until max_steps, continuing from the plan's checkpoint. Raises Interrupted after a signal."""
+    def run(self) -> int | None:
+        """Train until max_steps, continuing from the plan's checkpoint. Returns the signal that stopped training
+        before, after a checkpoint, or None."""
         self.open_run()
         if self.plan.resume is None:
             # Step 0 keeps the scores before training and, in the checkpoint, the codebook's first state.
@@ -200,6 +211,7 @@ class BasicTrainer:
             self.save()
         if self.step >= self.max_steps:
             self.say(f"{self.output_dir} is finished at step {self.step}; nothing is left to do")
+        stopping = None
         with StopRequests() as stop, contextlib.closing(self.batches()) as batches:
             while self.step < self.max_steps:
                 started, lr = time.monotonic(), self.lr
@@ -225,10 +237,11 @@ class BasicTrainer:
                     self.save()
                 if stopping:
                     self.say(f"stopped at step {self.step}; the same command continues from there")
-                    raise Interrupted(stopping)
+                    break
         self.progress.close()
         if dist_utils.is_main():
             self.log_files.close()
+        return stopping
 
     def due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.max_steps
@@ -241,7 +254,7 @@ class BasicTrainer:
         self.precision.unscale(self.optimizer)
         norm = self.clipper(self.parameters)
         self.precision.step(self.optimizer)
-        optim.step_lr_scheduler(self.scheduler, losses["loss"])
+        optim.step_lr_scheduler(self.scheduler, self.optimizer, losses["loss"])
         self.ema.update(self.step + 1)
         if not self.precision.skips_overflow:
             self.all_finite &= norm.isfinite()
@@ -334,7 +347,8 @@ class BasicTrainer:
         if self.plan.resume is not None:
             self.load_training_state()
         if dist_utils.is_main():
-            self.log_files = RunLog(self.output_dir, self.step)
+            # The first line of a new run has step 0 itself.
+            self.log_files = RunLog(self.output_dir, self.step if self.plan.resume else -1)
 
     def build_training_state(self) -> None:
         """Optimizer, schedule, averages and gradient reduction, around the models as they are now."""
@@ -352,7 +366,7 @@ class BasicTrainer:
         if dist.is_initialized():
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.objective = DistributedDataParallel(
-                self.objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.objective, device_ids=ids, gradient_as_bucket_view=True, **_WITHOUT_BUFFER_SYNC
             )
 
     def write_run_files(self) -> None:
@@ -368,10 +382,14 @@ class BasicTrainer:
         with open(self.output_dir / "command.txt", "a", encoding="utf-8") as file:
             facts = {**versions(), "seed": self.seed, "ranks": dist_utils.world_size(), "device": str(self.device)}
             file.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {json.dumps(facts)}\npython {shlex.join(sys.argv)}\n")
-        if self.plan.resume and self.plan.resume[0].folder == self.checkpoints.folder:
-            aside = self.checkpoints.set_aside(after=self.plan.resume[1])
-            if aside is not None:
-                print(f"later checkpoints were moved to {aside}", flush=True)
+        # What resuming passed over is no part of the run from here: pruning and frozen weights' links must not
+        # meet it. A run that does not continue this folder passes over all of it.
+        continues = self.plan.resume and self.plan.resume[0].folder == self.checkpoints.folder
+        aside = self.checkpoints.set_aside(after=self.plan.resume[1] if continues else -1)
+        if aside is not None:
+            if (self.output_dir / "log.txt").exists():
+                shutil.copy(self.output_dir / "log.txt", aside)
+            print(f"later or incomplete checkpoints and the log so far are kept in {aside}", flush=True)
 
     # --- checkpoints ---
 
@@ -408,7 +426,8 @@ class BasicTrainer:
         """Continue exactly: everything but the models' weights, which the plan has loaded already."""
         checkpoints, step = self.plan.resume
         misc = checkpoints.read_misc(step, mmap=False)
-        self.step, self.samples_seen, self.seconds = step, misc["samples_seen"], misc["seconds"]
+        self.step, self.samples_seen = step, misc["samples_seen"]
+        self.seconds = self.logged_seconds = misc["seconds"]
         self.best = misc["best"]
         self.optimizer.load_state_dict(misc["optimizer"])
         if self.scheduler is not None:
@@ -420,9 +439,9 @@ class BasicTrainer:
             self.say(f"the training split had {misc['dataset_size']} objects and has {len(self.dataset)} now")
 
     def require_finite(self) -> None:
-        if not self.all_finite:
+        if not self.all_finite or self.precision.hopeless:
             raise RuntimeError(
-                f"a gradient was not finite by step {self.step}. Nothing since the last checkpoint is saved; "
+                f"gradients are not finite at step {self.step}. Nothing since the last checkpoint is saved; "
                 "lower trainer.args.optimizer.args.lr or set grad_clip, and run the same command again"
             )
 

@@ -91,7 +91,7 @@ class Checkpoints:
 
     def ema_rates(self, name: str, step: int) -> list[float]:
         """Rates of the averages that the step holds of a model, highest first."""
-        pattern = re.compile(re.escape(name) + r"_ema([0-9.]+)_step" + f"{step:07d}" + r"\.pt")
+        pattern = re.compile(re.escape(name) + r"_ema(\d[\d.e-]*)_step" + f"{step:07d}" + r"\.pt")
         found = (pattern.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted((float(match[1]) for match in found if match), reverse=True)
 

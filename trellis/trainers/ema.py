@@ -58,4 +58,4 @@ class EMA:
         """A copy of the model that holds the average, for evaluation."""
         model = copy.deepcopy(self.models[name])
         model.load_state_dict(self.averages[rate][name])
-        return model.requires_grad_(False)
+        return model.requires_grad_(False).eval()

@@ -4,14 +4,6 @@ import signal
 import threading
 
 
-class Interrupted(Exception):
-    """Training stopped because a signal asked it to; the checkpoint was saved."""
-
-    def __init__(self, signum: int):
-        super().__init__(signum)
-        self.exit_code = 128 + signum
-
-
 class StopRequests:
     """Within the block, the first SIGINT or SIGTERM sets `signum`; a second one has its usual effect."""
 

@@ -1,13 +1,17 @@
 """Optimizer, learning-rate schedule and gradient clipper, each by name from a configuration."""
 
+import contextlib
 import inspect
 import math
+from collections.abc import Iterator
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
-from ..utils.config import check_component, matches
+from ..utils import dist_utils
+from ..utils.config import Count, Range, check_args, check_component, matches
 from ..utils.errors import ConfigError
 from ..utils.registry import did_you_mean
 
@@ -20,9 +24,15 @@ RMS_FLOOR = 1e-3
 
 
 def check_optimizer(spec: dict, where: str) -> None:
-    """Raise ConfigError unless the spec builds an optimizer."""
+    """Raise ConfigError unless the spec builds an optimizer that can take a step."""
     check_component(spec, where)
-    build_optimizer(spec, {"weight": nn.Parameter(torch.zeros(1, 1))}, "none", where)
+    weight = nn.Parameter(torch.zeros(1, 1))
+    weight.grad = torch.ones(1, 1)
+    optimizer = build_optimizer(spec, {"weight": weight}, "none", where)
+    try:
+        optimizer.step()
+    except Exception as error:  # what torch raises for a wrong value can be of any type
+        raise ConfigError(f"{where} cannot take a step with torch.optim.{spec['name']}: {error}") from error
 
 
 def build_optimizer(
@@ -32,7 +42,8 @@ def build_optimizer(
 
     parameters: {name: parameter} to train. lr_scaling: "none" puts them in one group at the given lr; "rms"
     gives each tensor its own group, whose lr is the given one times the RMS that the tensor has now, so
-    that lr is a relative step. Each group carries its factor as `lr_scale`.
+    that lr is a relative step. Each group carries its factor as `lr_scale` and the lr without it as
+    `relative_lr`.
     """
     name, args = spec["name"], spec.get("args", {})
     known = [
@@ -46,7 +57,7 @@ def build_optimizer(
     if name == "LBFGS":
         raise ConfigError(f"{where}.name is 'LBFGS', which needs a closure per step; use AdamW or another")
     _check_keywords(cls, args, f"{where}.args")
-    if "lr" in args and not (isinstance(args["lr"], (int, float)) and args["lr"] > 0):
+    if "lr" in args and not (matches(args["lr"], float) and args["lr"] > 0):
         raise ConfigError(f"{where}.args.lr is {args['lr']}; it must be a number > 0")
     if lr_scaling == "rms":
         if "lr" not in args:
@@ -58,19 +69,33 @@ def build_optimizer(
     else:
         groups = [{"params": list(parameters.values()), "lr_scale": 1.0}]
     try:
-        return cls(groups, **args)
-    except (TypeError, ValueError) as error:
+        optimizer = cls(groups, **args)
+    except Exception as error:  # what torch raises for a wrong value can be of any type
         raise ConfigError(f"{where}.args does not build torch.optim.{name}: {error}") from error
+    for group in optimizer.param_groups:
+        group["relative_lr"] = args["lr"] if "lr" in args else group["lr"]
+    return optimizer
 
 
 def current_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The lr of the configuration's scale: that of the first group, without its factor."""
-    group = optimizer.param_groups[0]
-    return float(group["lr"]) / group["lr_scale"]
+    """The lr on the configuration's scale: that of the first group, without its factor."""
+    return float(optimizer.param_groups[0]["relative_lr"])
+
+
+@contextlib.contextmanager
+def _relative_lrs(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, groups are at lr without their factors, so that a schedule's own rates (OneCycleLR's max_lr,
+    eta_min, ...) are on the same scale as the configuration's lr."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["relative_lr"]
+    yield
+    for group in optimizer.param_groups:
+        group["relative_lr"] = group["lr"]
+        group["lr"] = group["relative_lr"] * group["lr_scale"]
 
 
 def _check_keywords(cls: type, args: dict, where: str) -> None:
-    known = [name for name in inspect.signature(cls).parameters if name not in ("params", "optimizer")]
+    known = [name for name in inspect.signature(cls).parameters if name not in ("params", "optimizer", "last_epoch")]
     for key in args:
         if key not in known:
             raise ConfigError(f"{where}.{key} is unknown to {cls.__name__}{did_you_mean(key, known)}")
@@ -86,11 +111,31 @@ class LinearWarmupLRScheduler(schedulers.LambdaLR):
         super().__init__(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps), last_epoch)
 
 
-def check_lr_scheduler(spec: dict | None, where: str) -> None:
-    """Raise ConfigError unless the spec builds a schedule."""
-    if spec is not None:
-        check_component({key: value for key, value in spec.items() if key != "warmup_steps"}, where)
-        build_lr_scheduler(spec, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9), where)
+def check_lr_scheduler(spec: dict | None, optimizer_spec: dict, max_steps: int, where: str) -> None:
+    """Raise ConfigError unless the spec builds a schedule that can take a step and lasts max_steps."""
+    if spec is None:
+        return
+    named = {key: value for key, value in spec.items() if key != "warmup_steps"}
+    check_component(named, where)
+    for trial in (spec, named):  # under a warm-up, the named schedule's own first steps would come late
+        optimizer = build_optimizer(optimizer_spec, {"weight": nn.Parameter(torch.zeros(1, 1))}, "none")
+        scheduler = build_lr_scheduler(trial, optimizer, where)
+        optimizer.step()  # torch warns when a schedule moves before its optimizer
+        try:
+            step_lr_scheduler(scheduler, optimizer, torch.zeros(()))
+            rate = current_lr(optimizer)
+        except Exception as error:  # what torch raises for a wrong value can be of any type
+            raise ConfigError(f"{where}.args: {spec['name']} cannot take a step with them: {error}") from error
+        if not 0 <= rate < math.inf:
+            raise ConfigError(f"{where}.args: {spec['name']} leads to lr {rate}")
+    # The only one of torch's schedules that ends by raising an error.
+    if isinstance(scheduler, schedulers.OneCycleLR):
+        steps = max_steps - spec.get("warmup_steps", 0)
+        if scheduler.total_steps < steps:
+            raise ConfigError(
+                f"{where}.args: OneCycleLR has {scheduler.total_steps} steps, but max_steps leaves {steps} for it; "
+                f"set total_steps to {steps}"
+            )
 
 
 def build_lr_scheduler(spec: dict | None, optimizer: torch.optim.Optimizer, where: str = "lr_scheduler"):
@@ -101,10 +146,13 @@ def build_lr_scheduler(spec: dict | None, optimizer: torch.optim.Optimizer, wher
     if spec is None:
         return None
     name, args, warmup_steps = spec["name"], spec.get("args", {}), spec.get("warmup_steps", 0)
-    known = {"LinearWarmupLRScheduler": LinearWarmupLRScheduler}
-    for key, value in vars(schedulers).items():
-        if inspect.isclass(value) and issubclass(value, schedulers.LRScheduler) and not key.startswith("_"):
-            known[key] = value
+    known = {
+        key: value
+        for key, value in vars(schedulers).items()
+        if inspect.isclass(value) and issubclass(value, schedulers.LRScheduler) and not key.startswith("_")
+    }
+    del known["LRScheduler"]  # abstract
+    known["LinearWarmupLRScheduler"] = LinearWarmupLRScheduler
     if name not in known:
         raise ConfigError(
             f"{where}.name is {name!r}, which torch.optim.lr_scheduler does not have{did_you_mean(name, known)}"
@@ -115,20 +163,24 @@ def build_lr_scheduler(spec: dict | None, optimizer: torch.optim.Optimizer, wher
         raise ConfigError(f"{where}.warmup_steps cannot precede ReduceLROnPlateau, which follows the loss; drop one")
     _check_keywords(known[name], args, f"{where}.args")
     try:
-        if warmup_steps:
+        with _relative_lrs(optimizer):
+            if not warmup_steps:
+                return known[name](optimizer, **args)
             warmup = LinearWarmupLRScheduler(optimizer, warmup_steps)
             return schedulers.SequentialLR(optimizer, [warmup, known[name](optimizer, **args)], [warmup_steps])
-        return known[name](optimizer, **args)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except Exception as error:  # what torch raises for a wrong value can be of any type
         raise ConfigError(f"{where}.args does not build {name} from JSON values: {error}") from error
 
 
-def step_lr_scheduler(scheduler, loss: Tensor) -> None:
-    """Advance by one optimizer step. loss: the same on all ranks, read only by ReduceLROnPlateau."""
-    if isinstance(scheduler, schedulers.ReduceLROnPlateau):
-        scheduler.step(loss.item())
-    elif scheduler is not None:
-        scheduler.step()
+def step_lr_scheduler(scheduler, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Advance by one optimizer step. loss: of this rank; only ReduceLROnPlateau reads it, as the mean over ranks."""
+    if scheduler is None:
+        return
+    with _relative_lrs(optimizer):
+        if isinstance(scheduler, schedulers.ReduceLROnPlateau):
+            scheduler.step(dist_utils.all_mean(loss).item())
+        else:
+            scheduler.step()
 
 
 def preview_schedule(optimizer_spec: dict, scheduler_spec: dict | None, max_steps: int) -> dict[int, float]:
@@ -144,7 +196,7 @@ def preview_schedule(optimizer_spec: dict, scheduler_spec: dict | None, max_step
         if step in marks:
             rates[step] = current_lr(optimizer)
         if step < max_steps:
-            scheduler.step()
+            step_lr_scheduler(scheduler, optimizer, torch.zeros(()))
     return rates
 
 
@@ -158,12 +210,12 @@ class AdaptiveGradClipper:
     clip_percentile: of the last `buffer_size` norms. Norms that are not finite are left out.
     """
 
-    def __init__(self, max_norm: float | None = None, clip_percentile: float = 95.0, buffer_size: int = 1000):
-        if not 0 < clip_percentile <= 100 or buffer_size < 1 or (max_norm is not None and max_norm <= 0):
-            raise ValueError(
-                f"max_norm {max_norm} must be > 0 or null, clip_percentile {clip_percentile} in (0, 100] and "
-                f"buffer_size {buffer_size} >= 1"
-            )
+    def __init__(
+        self,
+        max_norm: Annotated[float, Range(0, open_min=True)] | None = None,
+        clip_percentile: Annotated[float, Range(0, 100, open_min=True)] = 95.0,
+        buffer_size: Count = 1000,
+    ):
         self.max_norm, self.clip_percentile, self.buffer_size = max_norm, clip_percentile, buffer_size
         self.norms: Tensor | None = None  # [buffer_size] on the gradients' device, in order of arrival mod size
         self.count = 0
@@ -185,7 +237,9 @@ class AdaptiveGradClipper:
         return {"norms": self.norms, "count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
-        self.norms, self.count = state["norms"], state["count"]
+        """Continue with the norms so far; with none where another clipper or buffer_size collected them."""
+        if state.get("norms") is not None and len(state["norms"]) == self.buffer_size:
+            self.norms, self.count = state["norms"], state["count"]
 
 
 class NormClipper:
@@ -213,8 +267,5 @@ def build_grad_clipper(spec: dict | float | None, where: str = "grad_clip") -> A
     check_component(spec, where)
     if spec["name"] != "AdaptiveGradClipper":
         raise ConfigError(f"{where}.name is {spec['name']!r}; it can be AdaptiveGradClipper, or give a number")
-    _check_keywords(AdaptiveGradClipper, spec.get("args", {}), f"{where}.args")
-    try:
-        return AdaptiveGradClipper(**spec.get("args", {}))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}.args: {error}") from error
+    check_args(spec.get("args", {}), AdaptiveGradClipper, f"{where}.args")
+    return AdaptiveGradClipper(**spec.get("args", {}))

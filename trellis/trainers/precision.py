@@ -47,6 +47,11 @@ class Precision:
         self.scaler.update()
 
     @property
+    def hopeless(self) -> bool:
+        """Whether fp16 overflowed so often that the loss scale has fallen below any use."""
+        return self.skips_overflow and self.scaler.get_scale() < 2.0**-10
+
+    @property
     def skips_overflow(self) -> bool:
         """Whether a step with a gradient that is not finite is skipped as a matter of course."""
         return self.scaler.is_enabled()

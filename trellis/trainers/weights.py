@@ -33,7 +33,9 @@ class WeightPlan:
                 load_weights(model, self.files[name])
 
 
-def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: str | None, ckpt: str) -> WeightPlan:
+def plan_weights(
+    config: dict, trainer_class: type, output_dir: str, load_dir: str | None, ckpt: str
+) -> WeightPlan:
     """Decide where weights come from, downloading from the Hub only what nothing nearer has.
 
     ckpt: "latest", "best", "none" or a step, of output_dir if it has a complete checkpoint, else of load_dir.
@@ -54,7 +56,7 @@ def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: s
         other = Checkpoints(load_dir)
         step = other.resolve(ckpt)
         if step is None:
-            raise CheckpointError(f"--load_dir {load_dir}: {other.folder} has no complete checkpoint; give a run folder")
+            raise CheckpointError(f"--load_dir {load_dir} has no complete checkpoint; give a run folder")
         misc = other.read_misc(step)
         if misc and _same_kind(config, trainer_class, misc["config"]):
             return _resume(config, trainer_class, other, step)
@@ -100,16 +102,20 @@ def _finetune_file(source: str, name: str) -> Path:
 
 
 def _argument(config: dict, trainer_class: type, key: str):
-    """A trainer argument, with the default where the configuration leaves it out."""
+    """A trainer argument, with the default where the configuration leaves it out, in one form for equal values."""
     default = config_arguments(trainer_class)[key][1]
-    return config["trainer"].get("args", {}).get(key, default)
+    value = config["trainer"].get("args", {}).get(key, default)
+    if key == "freeze":
+        return sorted(value)
+    if key == "ema_rate":
+        return value if isinstance(value, list) else [value]
+    return value
 
 
 def _same_kind(config: dict, trainer_class: type, other: dict) -> bool:
     if other["trainer"]["name"] != config["trainer"]["name"]:
         return False
-    frozen = [set(_argument(c, trainer_class, "freeze") or ()) for c in (config, other)]
-    return frozen[0] == frozen[1]
+    return _argument(config, trainer_class, "freeze") == _argument(other, trainer_class, "freeze")
 
 
 def _resume(config: dict, trainer_class: type, checkpoints: Checkpoints, step: int) -> WeightPlan:

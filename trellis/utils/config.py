@@ -6,6 +6,7 @@ Range(min=1)]` adds a range. An argument that is not in the signature is an erro
 
 import inspect
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -43,19 +44,9 @@ Count = Annotated[int, Range(min=1)]
 def load_config(path: str) -> dict:
     """Read a JSON configuration. Raises ConfigError for a missing file, bad JSON or a key given twice."""
 
-    def no_duplicates(pairs):
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{path}: key {key!r} is given twice in one object; keep one")
-        return dict(pairs)
-
-    def no_constants(name):
-        raise ConfigError(f"{path}: {name} is not a number that JSON knows; give a finite number or null")
-
     try:
         with open(path, encoding="utf-8") as file:
-            config = json.load(file, object_pairs_hook=no_duplicates, parse_constant=no_constants)
+            config = _parse(file.read(), path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); --config takes a JSON file") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -63,6 +54,22 @@ def load_config(path: str) -> dict:
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: the file must hold one JSON object")
     return config
+
+
+def _parse(text: str, where: str) -> Any:
+    """JSON in which no key is given twice and every number is finite."""
+
+    def no_duplicates(pairs):
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"{where}: key {key!r} is given twice in one object; keep one")
+        return dict(pairs)
+
+    def no_constants(name):
+        raise ConfigError(f"{where}: {name} is not a number that JSON knows; give a finite number or null")
+
+    return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
 
 
 def apply_override(config: dict, assignment: str) -> None:
@@ -75,7 +82,7 @@ def apply_override(config: dict, assignment: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"--set {assignment}: write it as path.to.key=value")
     try:
-        value = json.loads(text)
+        value = _parse(text, f"--set {assignment}")
     except json.JSONDecodeError:
         value = text
     node = config
@@ -120,7 +127,8 @@ def describe(annotation: Any) -> str:
 
 
 def matches(value: Any, annotation: Any) -> bool:
-    """Whether a JSON value fits an annotation. An integer fits float; a boolean is no number."""
+    """Whether a JSON value fits an annotation. An integer fits float; a boolean is no number, nor is what is
+    too large for one (1e999)."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return matches(value, args[0]) and all(value in bound for bound in args[1:] if isinstance(bound, Range))
@@ -135,7 +143,7 @@ def matches(value: Any, annotation: Any) -> bool:
     if annotation is type(None):
         return value is None
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return (isinstance(value, float) and math.isfinite(value)) or matches(value, int)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, annotation)

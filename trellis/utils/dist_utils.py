@@ -21,15 +21,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def init_process_group(rank: int, world_size: int, local_rank: int, addr: str, port: int, device: str) -> None:
-    """Join the group: NCCL where device is "cuda", else gloo. The rank's GPU becomes the current one."""
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
+def init_process_group(device: torch.device) -> None:
+    """Join the group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: NCCL for GPUs, else gloo."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=f"tcp://{addr}:{port}",
-        rank=rank,
-        world_size=world_size,
+        "nccl" if device.type == "cuda" else "gloo",
         # A rank may wait while rank 0 runs k-means or a Hub download is under way.
         timeout=datetime.timedelta(minutes=60),
     )

@@ -1,3 +1,13 @@
 """Training of vector-quantised TRELLIS sparse structures, from mesh to tokens and back."""
 
+import importlib
+
 __version__ = "0.1.0"
+
+_SUBPACKAGES = ("datasets", "models", "trainers")
+
+
+def __getattr__(name: str):
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

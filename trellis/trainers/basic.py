@@ -7,9 +7,6 @@ import contextlib
 import inspect
 import json
 import os
-import shlex
-import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,23 +16,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from ..datasets.components import StandardDatasetBase
-from ..datasets.sampler import Numbered, ResumableSampler
 from ..renderers.voxel_preview import save_png
 from ..utils import dist_utils
 from ..utils.config import Count, Range, check_args
 from ..utils.environment import versions
-from ..utils.errors import ConfigError, DataError
+from ..utils.errors import ConfigError
 from ..utils.files import written_aside
 from ..utils.registry import did_you_mean
 from . import optim
+from .batches import endless_batches
 from .checkpoint import Checkpoints
 from .ema import EMA
 from .interrupt import StopRequests
 from .logger import PendingSteps, Progress, RunLog
 from .precision import Precision
+from .run_folder import open_run_folder
 from .weights import WeightPlan
 
 # A codebook's statistics are reduced over ranks where they arise; DDP must not overwrite them with rank 0's.
@@ -96,7 +93,7 @@ class BasicTrainer:
         max_steps: Count,
         batch_size: Count | None = None,
         batch_size_per_gpu: Count | None = None,
-        batch_split: Count = 1,
+        batch_split: Count | None = None,
         optimizer: dict,
         lr_scheduler: dict | None = None,
         lr_scaling: Literal["none", "rms"] = "none",
@@ -124,7 +121,7 @@ class BasicTrainer:
         self.models, self.dataset, self.device, self.config = models, dataset, device, config
         self.output_dir, self.plan = Path(output_dir), plan
         self.checkpoints = Checkpoints(output_dir)
-        self.max_steps, self.batch_split, self.seed = max_steps, batch_split, seed
+        self.max_steps, self.batch_split, self.seed = max_steps, batch_split or 1, seed
         world = dist_utils.world_size()
         self.batch_per_rank = batch_size_per_gpu or batch_size // world
         self.global_batch = self.batch_per_rank * world
@@ -293,51 +290,25 @@ class BasicTrainer:
         dist.all_reduce(signum, op=dist.ReduceOp.MAX)
         return int(signum) or None
 
-    # --- data ---
-
-    def loader(self) -> DataLoader:
-        """Batches of this rank without end, from the first sample not seen yet."""
-        workers = self.num_workers
-        if workers is None:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", dist_utils.world_size()))
-            # On a CPU the model itself needs every core.
-            workers = min(8, (os.cpu_count() or 1) // local) if self.device.type == "cuda" else 0
-        sampler = ResumableSampler(
-            len(self.dataset),
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """This rank's batches from the first sample not seen yet."""
+        return endless_batches(
+            self.dataset,
             self.batch_per_rank,
-            rank=dist_utils.rank(),
-            world_size=dist_utils.world_size(),
             seed=self.seed,
             start=self.samples_seen,
+            device=self.device,
+            num_workers=self.num_workers,
+            prefetch=self.prefetch_data,
         )
-        return DataLoader(
-            Numbered(self.dataset),
-            batch_sampler=sampler,
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-            prefetch_factor=(4 if self.prefetch_data else 1) if workers else None,
-        )
-
-    def batches(self) -> Iterator[dict[str, Tensor]]:
-        """The loader's batches, on the device except for the sample ids."""
-        loader = iter(self.loader())
-        while True:
-            try:
-                batch = next(loader)
-            except DataError as error:
-                # A loading process wraps the message in its traceback; the message is what the user needs.
-                raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
-            yield {
-                name: value if name == "sample_ids" else value.to(self.device, non_blocking=True)
-                for name, value in batch.items()
-            }
 
     # --- set-up and end ---
 
     def open_run(self) -> None:
         """Make everything that a step needs, and the run folder's files."""
         if dist_utils.is_main():
-            self.write_run_files()
+            step = self.plan.resume[1] if self.plan.resume else 0
+            open_run_folder(self.checkpoints, self.config, step, {"seed": self.seed, "device": str(self.device)})
         dist_utils.barrier()
         if self.plan.resume is None:
             self.initialize_models()
@@ -369,28 +340,6 @@ class BasicTrainer:
                 self.objective, device_ids=ids, gradient_as_bucket_view=True, **_WITHOUT_BUFFER_SYNC
             )
 
-    def write_run_files(self) -> None:
-        """config.json (an earlier one that differs is kept beside it) and a line in command.txt."""
-        self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoints.clean()
-        path, text = self.output_dir / "config.json", json.dumps(self.config, indent=4) + "\n"
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            step = self.plan.resume[1] if self.plan.resume else 0
-            path.rename(self.output_dir / f"config_until_step{step:07d}_{time.strftime('%Y%m%d_%H%M%S')}.json")
-        with written_aside(path) as aside:
-            aside.write_text(text, encoding="utf-8")
-        with open(self.output_dir / "command.txt", "a", encoding="utf-8") as file:
-            facts = {**versions(), "seed": self.seed, "ranks": dist_utils.world_size(), "device": str(self.device)}
-            file.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {json.dumps(facts)}\npython {shlex.join(sys.argv)}\n")
-        # What resuming passed over is no part of the run from here: pruning and frozen weights' links must not
-        # meet it. A run that does not continue this folder passes over all of it.
-        continues = self.plan.resume and self.plan.resume[0].folder == self.checkpoints.folder
-        aside = self.checkpoints.set_aside(after=self.plan.resume[1] if continues else -1)
-        if aside is not None:
-            if (self.output_dir / "log.txt").exists():
-                shutil.copy(self.output_dir / "log.txt", aside)
-            print(f"later or incomplete checkpoints and the log so far are kept in {aside}", flush=True)
-
     # --- checkpoints ---
 
     def save(self) -> None:
@@ -418,6 +367,9 @@ class BasicTrainer:
                 {name: model.state_dict() for name, model in self.frozen.items()},
                 misc,
             )
+            if self.best is not None:
+                with written_aside(self.output_dir / "best.json") as aside:
+                    aside.write_text(json.dumps(self.best) + "\n", encoding="utf-8")
             if self.keep_last is not None:
                 self.checkpoints.prune(self.keep_last, self.best["step"] if self.best else None)
         dist_utils.barrier()
@@ -540,6 +492,6 @@ def _check_batch(args: dict, world_size: int, where: str) -> None:
     if total is not None and total % world_size:
         raise ConfigError(f"{where}.batch_size is {total}, which does not divide over {world_size} ranks")
     per_rank = per_rank or total // world_size
-    split = args.get("batch_split", 1)
+    split = args.get("batch_split") or 1
     if per_rank % split:
         raise ConfigError(f"{where}.batch_split is {split}, which does not divide the {per_rank} samples of a rank")

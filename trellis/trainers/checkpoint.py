@@ -135,6 +135,7 @@ class Checkpoints:
         sizes = {path.name: path.stat().st_size for path in files}
         self._write(misc_file(step), {"format": FORMAT, "step": step, "files": sizes, **misc})
         if self.read_misc(step) is None:
+            (self.folder / misc_file(step)).unlink()
             raise RuntimeError(
                 f"{misc_file(step)} holds objects that could only be unpickled, so it would not load again; "
                 "an optimizer or schedule keeps them in its state"
@@ -178,10 +179,11 @@ class Checkpoints:
 
     def set_aside(self, after: int) -> Path | None:
         """Move the checkpoints after a step into a sub-folder, so that going back to that step loses nothing
-        and nothing later is picked by mistake. Returns the folder, or None where there was nothing."""
-        later = [path for path in self.folder.glob("*_step*.pt") if int(path.stem.rsplit("_step", 1)[1]) > after]
-        if not later:
+        and nothing later is picked by mistake. Returns the folder, or None where there was no later checkpoint
+        (files without a misc file, left by a crash, are not one: they will be written again)."""
+        if not any(step > after for step in self.steps()):
             return None
+        later = [path for path in self.folder.glob("*_step*.pt") if int(path.stem.rsplit("_step", 1)[1]) > after]
         number = 1
         while (target := self.folder / f"superseded_{number}").exists():
             number += 1

@@ -1,0 +1,41 @@
+"""What a run folder says of how it came about."""
+
+import json
+import shlex
+import shutil
+import sys
+import time
+
+from ..utils import dist_utils
+from ..utils.environment import versions
+from ..utils.errors import ConfigError
+from ..utils.files import written_aside
+from .checkpoint import Checkpoints
+
+
+def open_run_folder(checkpoints: Checkpoints, config: dict, step: int, facts: dict) -> None:
+    """Make the folder ready to continue after `step`: config.json, and a line in command.txt with the facts.
+
+    An earlier config.json that differs is kept beside it; checkpoints after the step are set aside with the
+    log. Raises ConfigError where the folder cannot be made.
+    """
+    folder = checkpoints.run_dir
+    try:
+        checkpoints.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {folder} cannot be made ({error.strerror})") from error
+    checkpoints.clean()
+    later = checkpoints.set_aside(after=step)
+    if later is not None:
+        if (folder / "log.txt").exists():
+            shutil.copy(folder / "log.txt", later)
+        print(f"later checkpoints and the log so far are kept in {later}", flush=True)
+
+    path, text = folder / "config.json", json.dumps(config, indent=4) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        path.rename(folder / f"config_until_step{step:07d}_{time.strftime('%Y%m%d_%H%M%S')}.json")
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+    facts = {**versions(), **facts, "ranks": dist_utils.world_size()}
+    with open(folder / "command.txt", "a", encoding="utf-8") as file:
+        file.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {json.dumps(facts)}\npython {shlex.join(sys.argv)}\n")

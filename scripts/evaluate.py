@@ -203,7 +203,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
                 with torch.no_grad():
                     logits = reconstruct(models, ss).logits
                 iou = scores.objects["iou"][number].item()
-                caption = f"{kind}: {dataset.name(number)}, IoU {iou:.3f}"
+                caption = f"{kind}: {Path(dataset.name(number)).name}, IoU {iou:.3f}"
                 examples.append((ss[0, 0].bool().cpu().numpy(), (logits[0, 0] > 0).cpu().numpy(), caption))
 
     folder = Path(args.output_dir or Path(subject.name) / "eval")

@@ -4,6 +4,7 @@ Axes: B batch, C latent channels, X Y Z latent cells, R voxels along an axis, K 
 """
 
 import contextlib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -103,5 +104,6 @@ class SparseStructureVaeTrainer(BasicTrainer):
             ss = dataset[index]["ss"][None].to(self.device)
             with self.precision.autocast():
                 logits = self.reconstruct(models, ss).logits
-            rows.append((ss[0, 0].bool().cpu().numpy(), (logits[0, 0] > 0).cpu().numpy(), dataset.name(index)))
+            caption = Path(dataset.name(index)).name
+            rows.append((ss[0, 0].bool().cpu().numpy(), (logits[0, 0] > 0).cpu().numpy(), caption))
         return {"reconstruction": contact_sheet(rows)}

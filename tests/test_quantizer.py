@@ -83,6 +83,7 @@ def test_forward_and_lookup_agree_bit_for_bit(embed_dim):
     quantized = quantizer(z)
     assert quantized.codes.shape == z.shape
     assert torch.equal(quantized.codes, quantizer.lookup(quantized.indices))
+    assert torch.equal(quantized.codes, quantizer.lookup(quantized.indices.flatten(1)))
     again = quantizer(quantized.codes.detach())
     assert torch.equal(again.codes, quantized.codes)
 
@@ -124,6 +125,8 @@ def test_shapes_that_do_not_fit_are_named():
         VectorQuantizer(embed_dim=12)
     with pytest.raises(ValueError, match="covers 4 cells along z, and the latent's 6 cells do not divide"):
         VectorQuantizer(n_embed=4, embed_dim=32)(torch.randn(1, 8, 4, 4, 6))
+    with pytest.raises(ValueError, match="60 tokens of 4 cells make no cubic latent"):
+        VectorQuantizer(n_embed=4, embed_dim=32).lookup(torch.zeros(1, 60, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"the latent must be \[B, 8, X, Y, Z\]"):
         VectorQuantizer(n_embed=4)(torch.randn(1, 4, 4, 4, 4))
 

@@ -1,6 +1,7 @@
 """The batches of one rank, on its device."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,11 @@ from ..datasets.components import StandardDatasetBase
 from ..datasets.sampler import Numbered, ResumableSampler
 from ..utils import dist_utils
 from ..utils.errors import DataError
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches loading processes too; training finishes its step and needs them until then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def endless_batches(
@@ -46,6 +52,7 @@ def endless_batches(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=(4 if prefetch else 1) if num_workers else None,
+        worker_init_fn=_ignore_interrupt,
     )
     loaded = iter(loader)
     while True:

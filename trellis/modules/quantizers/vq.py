@@ -62,7 +62,16 @@ class VectorQuantizer(nn.Module):
         return Quantized(codes, indices, losses)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Codes of token indices. indices: [B, X, Y, Z/G] int64. Returns [B, C, X, Y, Z] float32."""
+        """Codes of token indices. indices: [B, X, Y, Z/G] int64, or [B, T] in the same order for a cubic latent.
+        Returns [B, C, X, Y, Z] float32. Raises ValueError where T tokens make no cube."""
+        if indices.ndim == 2:
+            B, T = indices.shape
+            side = round((T * self.cells_per_token) ** (1 / 3))
+            if side**3 != T * self.cells_per_token:
+                raise ValueError(
+                    f"{T} tokens of {self.cells_per_token} cells make no cubic latent; give [B, X, Y, Z] indices"
+                )
+            indices = indices.view(B, side, side, side // self.cells_per_token)
         vectors = F.embedding(indices, self.embeddings.weight)  # [B, X, Y, Z/G, embed_dim]
         B, X, Y, tokens, _ = vectors.shape
         cells = vectors.reshape(B, X, Y, tokens * self.cells_per_token, self.latent_channels)

@@ -1,0 +1,413 @@
+"""Checkpoint folders: which step is picked, what is kept, and where weights come from."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+import train
+from trellis.models import build
+from trellis.trainers import SparseStructureVaeTrainer, SparseStructureVqVaeTrainer
+from trellis.trainers.checkpoint import Checkpoints, misc_file, model_file
+from trellis.trainers.weights import plan_weights
+from trellis.utils.errors import CheckpointError, ConfigError
+
+VQ = "SparseStructureVqVaeTrainer"
+
+
+def weights(value: float) -> dict:
+    return {"w": torch.full((50,), value)}
+
+
+def save(checkpoints: Checkpoints, step: int, best: int | None = None, frozen=("encoder",), **misc) -> None:
+    """A set in which trained weights hold the step, averages the step plus a half, frozen ones 7."""
+    trained = {name: weights(step) for name in ("decoder", "quantizer")}
+    averages = {rate: {name: weights(step + 0.5) for name in trained} for rate in (0.9, 0.9999)}
+    score = None if best is None else {"step": best, "by": "iou", "score": 0.5}
+    frozen = {name: weights(7) for name in frozen}
+    checkpoints.save(step, trained, averages, frozen, {"best": score, **misc})
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> Checkpoints:
+    """Steps 0, 2, 4 and 6, the best of which is 2."""
+    result = Checkpoints(tmp_path / "run")
+    for step in (0, 2, 4, 6):
+        save(result, step, best=min(step, 2))
+    return result
+
+
+def files(checkpoints: Checkpoints, step: int) -> set[str]:
+    return {path.name for path in checkpoints.folder.glob(f"*step{step:07d}.pt")}
+
+
+# --- finding ---
+
+
+def test_names_are_those_of_trellis(checkpoints):
+    assert files(checkpoints, 4) == {
+        "decoder_step0000004.pt", "decoder_ema0.9_step0000004.pt", "decoder_ema0.9999_step0000004.pt",
+        "quantizer_step0000004.pt", "quantizer_ema0.9_step0000004.pt", "quantizer_ema0.9999_step0000004.pt",
+        "encoder_step0000004.pt", "misc_step0000004.pt",
+    }  # fmt: skip
+    assert model_file("decoder", 12345678, 0.9999) == "decoder_ema0.9999_step12345678.pt"
+    state = torch.load(checkpoints.folder / "decoder_ema0.9_step0000004.pt", weights_only=True)
+    assert torch.equal(state["w"], weights(4.5)["w"])
+
+
+def test_resolve(checkpoints):
+    assert checkpoints.steps() == [0, 2, 4, 6]
+    assert [checkpoints.resolve(ckpt) for ckpt in ("latest", "best", "none", "4", "0000002")] == [6, 2, None, 4, 2]
+    with pytest.raises(CheckpointError, match="no complete checkpoint for --ckpt 5; complete steps: 0, 2, 4, 6"):
+        checkpoints.resolve("5")
+
+
+def test_a_folder_without_checkpoints_has_none(tmp_path):
+    for folder in (tmp_path, tmp_path / "gone"):
+        empty = Checkpoints(folder)
+        assert empty.steps() == [] and empty.latest() is None and empty.best() is None
+        assert empty.resolve("latest") is None and empty.resolve("none") is None
+        for ckpt in ("best", "3"):
+            with pytest.raises(CheckpointError, match="complete steps: none"):
+                empty.resolve(ckpt)
+
+
+def test_best_is_none_before_any_validation(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 0)
+    assert checkpoints.best() is None
+    with pytest.raises(CheckpointError, match="--ckpt best; complete steps: 0"):
+        checkpoints.resolve("best")
+
+
+def test_steps_sort_by_number_beyond_seven_digits(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (9999999, 10000000, 123):
+        save(checkpoints, step)
+    assert checkpoints.steps() == [123, 9999999, 10000000] and checkpoints.latest() == 10000000
+
+
+def test_a_set_that_lost_or_shortened_any_file_is_never_picked(checkpoints):
+    for name in sorted(files(checkpoints, 6) - {misc_file(6)}):
+        path = checkpoints.folder / name
+        whole = path.read_bytes()
+        for damage in (None, b"", whole[:-1], whole + b"x"):
+            path.unlink()
+            if damage is not None:
+                path.write_bytes(damage)
+            assert not checkpoints.is_complete(6) and checkpoints.latest() == 4, name
+            with pytest.raises(CheckpointError, match="--ckpt 6; complete steps: 0, 2, 4$"):
+                checkpoints.resolve("6")
+            path.write_bytes(whole)
+    assert checkpoints.latest() == 6
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "zeros", "no end"])
+def test_a_damaged_misc_file_is_passed_over_aloud(damage, checkpoints):
+    path = checkpoints.folder / misc_file(6)
+    whole = path.read_bytes()
+    kinds = {"empty": b"", "half": whole[: len(whole) // 2], "zeros": bytes(len(whole)), "no end": whole[:-30]}
+    path.write_bytes(kinds[damage])
+    with pytest.warns(UserWarning, match="passed over: .*misc_step0000006.pt is damaged"):
+        assert checkpoints.latest() == 4
+
+
+def test_an_interrupted_save_is_not_a_checkpoint(checkpoints, monkeypatch):
+    """Whichever write fails, what was there stays the latest, and nothing half-written has a final name."""
+    written, space = [], []
+    original = torch.save
+
+    def failing(content, path):
+        if not space:
+            Path(path).write_bytes(b"half")
+            raise OSError("disk full")
+        space.pop()
+        written.append(Path(path).name)
+        original(content, path)
+
+    monkeypatch.setattr(torch, "save", failing)
+    for survives in range(7):
+        space[:] = [None] * survives
+        with pytest.raises(OSError, match="disk full"):
+            save(checkpoints, 8)
+        assert checkpoints.latest() == 6
+        assert not [path for path in checkpoints.folder.iterdir() if path.read_bytes() == b"half"]
+    space[:] = [None] * 7
+    save(checkpoints, 8)
+    assert misc_file(8) in written[-1] and checkpoints.latest() == 8
+
+
+def test_clean_removes_what_a_killed_write_left(checkpoints):
+    (checkpoints.folder / ".decoder_step0000008.pt.123.tmp").write_bytes(b"half")
+    before = {path.name for path in checkpoints.folder.iterdir() if not path.name.startswith(".")}
+    checkpoints.clean()
+    assert {path.name for path in checkpoints.folder.iterdir()} == before
+
+
+def test_a_state_that_would_not_load_again_is_refused(checkpoints):
+    with pytest.raises(RuntimeError, match="misc_step0000008.pt holds objects that could only be unpickled"):
+        save(checkpoints, 8, optimizer={"path": Path("x")})
+    assert checkpoints.latest() == 6
+
+
+def test_ema_rates_are_of_this_model_and_step(checkpoints):
+    assert checkpoints.ema_rates("decoder", 4) == [0.9999, 0.9]
+    assert checkpoints.ema_rates("encoder", 4) == [] and checkpoints.ema_rates("decoder", 5) == []
+    for name in ("decoder_x", "x_decoder"):
+        (checkpoints.folder / model_file(name, 4, 0.5)).touch()
+    for rate in (0.999999, 1e-05, 1.0):
+        (checkpoints.folder / model_file("decoder", 4, rate)).touch()
+    assert checkpoints.ema_rates("decoder", 4) == [1.0, 0.999999, 0.9999, 0.9, 1e-05]
+
+
+# --- keeping ---
+
+
+@pytest.mark.parametrize("keep_last, best, kept", [(1, 2, [2, 6]), (2, 2, [2, 4, 6]), (1, 6, [6]), (2, None, [4, 6]),
+                                                  (9, 2, [0, 2, 4, 6])])  # fmt: skip
+def test_prune_keeps_the_last_and_the_best_whole(keep_last, best, kept, checkpoints):
+    checkpoints.prune(keep_last, best)
+    assert checkpoints.steps() == kept and all(checkpoints.is_complete(step) for step in kept)
+    assert {path.name for path in checkpoints.folder.iterdir()} == set().union(*(files(checkpoints, s) for s in kept))
+    for step in kept:  # also the frozen weights, whose first file may be gone
+        state = torch.load(checkpoints.folder / model_file("encoder", step), weights_only=True)
+        assert torch.equal(state["w"], weights(7)["w"])
+
+
+def test_a_removed_set_loses_its_misc_file_first(checkpoints, monkeypatch):
+    removed = []
+    original = Path.unlink
+
+    def recording(path, *args, **kwargs):
+        removed.append(path.name)
+        original(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", recording)
+    checkpoints.remove(2)
+    assert removed[0] == misc_file(2) and len(removed) == 8 and files(checkpoints, 2) == set()
+
+
+def test_frozen_weights_are_stored_once(checkpoints):
+    inodes = {(checkpoints.folder / model_file("encoder", step)).stat().st_ino for step in (0, 2, 4, 6)}
+    assert len(inodes) == 1
+    save(checkpoints, 4)  # again, as after going back
+    assert (checkpoints.folder / model_file("encoder", 4)).stat().st_ino in inodes
+    checkpoints.prune(1, None)
+    save(checkpoints, 8)
+    assert (checkpoints.folder / model_file("encoder", 8)).stat().st_ino in inodes
+
+
+def test_without_hard_links_frozen_weights_are_copied(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError("not on this file system")
+
+    monkeypatch.setattr(os, "link", no_links)
+    checkpoints = Checkpoints(tmp_path)
+    for step in (0, 2, 2):
+        save(checkpoints, step)
+        assert checkpoints.is_complete(step)
+    paths = [checkpoints.folder / model_file("encoder", step) for step in (0, 2)]
+    assert paths[0].read_bytes() and not paths[0].samefile(paths[1])
+    assert torch.equal(torch.load(paths[1], weights_only=True)["w"], weights(7)["w"])
+
+
+def test_set_aside_moves_all_that_is_later_and_loses_nothing(checkpoints):
+    (checkpoints.folder / "decoder_step0000009.pt").write_bytes(b"of an interrupted save")
+    want = {path.name: path.read_bytes() for path in checkpoints.folder.iterdir() if int(path.stem[-1]) > 2}
+    target = checkpoints.set_aside(after=2)
+    assert target == checkpoints.folder / "superseded_1"
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == want
+    assert checkpoints.steps() == [0, 2] and checkpoints.latest() == 2
+    assert checkpoints.set_aside(after=2) is None
+    assert checkpoints.set_aside(after=-1) == checkpoints.folder / "superseded_2" and checkpoints.steps() == []
+
+
+def test_set_aside_interrupted_anywhere_leaves_no_later_set_complete(checkpoints, monkeypatch):
+    original = Path.rename
+    moved = []
+
+    def failing(path, target):
+        if len(moved) == 2:
+            raise OSError("killed")
+        moved.append(path.name)
+        return original(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="killed"):
+        checkpoints.set_aside(after=2)
+    assert sorted(moved) == [misc_file(4), misc_file(6)] and checkpoints.latest() == 2
+
+
+# --- where weights come from ---
+
+
+def models(config: dict, seed: int) -> dict[str, torch.nn.Module]:
+    torch.manual_seed(seed)
+    return {name: build(spec) for name, spec in config["models"].items()}
+
+
+def trellis_run(folder: Path, config: dict, step: int = 10, ema: bool = True, misc=None) -> dict[str, dict]:
+    """A run as TRELLIS leaves it, its misc file with numpy objects inside. Returns the raw weights."""
+    (folder / "ckpts").mkdir(parents=True, exist_ok=True)
+    states = {name: model.state_dict() for name, model in models(config, seed=step).items()}
+    for name, state in states.items():
+        torch.save(state, folder / "ckpts" / f"{name}_step{step:07d}.pt")
+        if ema:
+            averaged = {key: value + 1 for key, value in state.items()}
+            torch.save(averaged, folder / "ckpts" / f"{name}_ema0.9999_step{step:07d}.pt")
+    misc = misc or {"optimizer": {"state": {}}, "step": step, "log_scale": np.float64(20.0),
+                    "grad_clip": {"grad_norm": np.ones(3)}}  # fmt: skip
+    torch.save(misc, folder / "ckpts" / f"misc_step{step:07d}.pt")
+    return states
+
+
+@pytest.mark.parametrize("misc", [None, {"step": 10, "optimizer": {}}], ids=["numpy inside", "tensors only"])
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_trellis_run_gives_weights_only(ema, misc, tmp_path):
+    config = tiny_config()
+    trellis_run(tmp_path / "theirs", config, step=5)
+    states = trellis_run(tmp_path / "theirs", config, step=10, ema=ema, misc=misc)
+    theirs = Checkpoints(tmp_path / "theirs")
+    assert theirs.latest() == 10 and theirs.read_misc(10) is None
+    plan = plan_weights(config, SparseStructureVaeTrainer, str(tmp_path / "out"), str(theirs.run_dir), "latest")
+    assert plan.resume is None
+    loaded = models(config, seed=99)
+    plan.load(loaded)
+    for name, model in loaded.items():
+        assert ("EMA" if ema else "raw") in plan.origin[name] and "step0000010" in plan.origin[name]
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, states[name][key] + ema)
+
+
+def test_a_trellis_run_feeds_stage_1_and_the_codebook_is_named(tmp_path):
+    trellis_run(tmp_path / "theirs", tiny_config())
+    config = tiny_config(VQ, freeze=["encoder", "decoder"])
+    plan = plan_weights(config, SparseStructureVqVaeTrainer, str(tmp_path / "out"), str(tmp_path / "theirs"), "10")
+    assert plan.files["quantizer"] is None and plan.origin["quantizer"] == "initialised"
+    assert plan.notes == [f"{tmp_path / 'theirs'} at step 10 has no quantizer"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trellis_run_cannot_be_continued_in_place(tmp_path):
+    config = tiny_config()
+    trellis_run(tmp_path / "theirs", config)
+    with pytest.raises(CheckpointError, match="is a run of another program; give it as --load_dir"):
+        plan_weights(config, SparseStructureVaeTrainer, str(tmp_path / "theirs"), None, "latest")
+
+
+def own_run(folder: Path, config: dict, step: int = 4) -> Checkpoints:
+    checkpoints = Checkpoints(folder)
+    states = {name: model.state_dict() for name, model in models(config, seed=step).items()}
+    frozen = {name: states.pop(name) for name in config["trainer"]["args"].get("freeze", ())}
+    averages = {0.9999: {name: {k: v + 1 for k, v in state.items()} for name, state in states.items()}}
+    checkpoints.save(step, states, averages, frozen, {"best": None, "config": config})
+    return checkpoints
+
+
+def test_the_runs_own_checkpoint_comes_before_load_dir_and_finetune_ckpt(tmp_path):
+    config = tiny_config(finetune_ckpt={"encoder": "gone/encoder"})
+    own_run(tmp_path / "other", config, step=8)
+    own = own_run(tmp_path / "own", config)
+    plan = plan_weights(config, SparseStructureVaeTrainer, str(own.run_dir), str(tmp_path / "other"), "latest")
+    assert plan.resume[0].folder == own.folder and plan.resume[1] == 4
+    assert plan.files == {name: own.folder / model_file(name, 4) for name in config["models"]}  # raw, not averaged
+    with pytest.raises(CheckpointError, match="--ckpt 8; complete steps: 4"):
+        plan_weights(config, SparseStructureVaeTrainer, str(own.run_dir), str(tmp_path / "other"), "8")
+    with pytest.raises(CheckpointError, match="which --ckpt none would start over"):
+        plan_weights(config, SparseStructureVaeTrainer, str(own.run_dir), None, "none")
+
+
+def test_load_dir_comes_before_finetune_ckpt_which_fills_what_is_missing(tmp_path):
+    config = tiny_config()
+    trellis_run(tmp_path / "theirs", config, ema=False)
+    (tmp_path / "theirs" / "ckpts" / "decoder_step0000010.pt").unlink()
+    torch.save(models(config, seed=1)["decoder"].state_dict(), tmp_path / "decoder.pt")
+    config = tiny_config(finetune_ckpt={"encoder": "no/such/path", "decoder": str(tmp_path / "decoder.pt")})
+    plan = plan_weights(config, SparseStructureVaeTrainer, str(tmp_path / "out"), str(tmp_path / "theirs"), "latest")
+    assert plan.origin["encoder"].endswith("encoder_step0000010.pt (raw weights)")
+    assert plan.files["decoder"] == tmp_path / "decoder.pt" and plan.origin["decoder"].endswith("(finetune_ckpt)")
+
+
+@pytest.mark.parametrize(
+    "change, load_dir, ckpt, message",
+    [
+        ({}, "gone", "latest", "--load_dir {tmp}/gone has no complete checkpoint"),
+        ({}, "gone", "3", "--ckpt 3; complete steps: none"),
+        ({}, None, "3", "--ckpt 3: .* has no complete checkpoint; give --load_dir too"),
+        ({}, None, "best", "--ckpt best: .* give --load_dir too"),
+        ({"freeze": ["encoder"]}, None, "latest", "encoder is frozen but has no weights: give --load_dir"),
+        ({"freeze": ["encoder"]}, "theirs", "none", "encoder is frozen but has no weights"),
+        ({"finetune_ckpt": {"encoder": "gone.pt"}}, None, "latest", "encoder is gone.pt, which is not there"),
+        ({"finetune_ckpt": {"encoder": "gone/encoder"}}, None, "latest", "The weights of encoder are needed"),
+    ],
+)
+def test_a_source_that_cannot_serve_is_a_clear_error(change, load_dir, ckpt, message, tmp_path):
+    trellis_run(tmp_path / "theirs", tiny_config())
+    load_dir = load_dir and str(tmp_path / load_dir)
+    with pytest.raises(CheckpointError, match=message.format(tmp=tmp_path)):
+        plan_weights(tiny_config(**change), SparseStructureVaeTrainer, str(tmp_path / "out"), load_dir, ckpt)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ({"freeze": []}, {}),
+        ({"freeze": ["encoder", "decoder"]}, {"freeze": ["decoder", "encoder"]}),
+        ({"ema_rate": 0.9999}, {}),
+        ({"ema_rate": [0.9999]}, {"ema_rate": 0.9999}),
+        ({"lr_scaling": "none", "lr_scheduler": None}, {}),
+    ],
+)
+def test_the_same_settings_written_otherwise_continue_a_run(before, after, tmp_path):
+    own = own_run(tmp_path, tiny_config(VQ, **before))
+    plan = plan_weights(tiny_config(VQ, **after), SparseStructureVqVaeTrainer, str(tmp_path), None, "latest")
+    assert plan.resume == (plan.resume[0], 4) and plan.resume[0].folder == own.folder
+
+
+def test_intervals_may_change_and_are_noted(tmp_path):
+    own_run(tmp_path, tiny_config())
+    plan = plan_weights(tiny_config(max_steps=60, i_save=7, grad_clip=None), SparseStructureVaeTrainer,
+                        str(tmp_path), None, "latest")  # fmt: skip
+    assert plan.notes == [f"trainer.args.{key} differs from the run so far; the new value is used from step 4 on"
+                          for key in ("grad_clip", "i_save", "max_steps")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"lr_scheduler": {"name": "ExponentialLR", "args": {"gamma": 0.9}}}, ["trainer.args.lr_scheduler"]),
+        ({"lr_scaling": "rms", "ema_rate": 0.9}, ["trainer.args.lr_scaling", "trainer.args.ema_rate"]),
+        ({"optimizer": {"name": "SGD", "args": {"lr": 1e-2}}}, ["trainer.args.optimizer.name"]),
+        ({"freeze": ["encoder"]}, ["trainer.args.freeze"]),
+        ({"n_embed": 16}, ["models.quantizer.args.n_embed"]),
+    ],
+)
+def test_what_the_saved_state_depends_on_may_not_change(change, named, tmp_path):
+    own_run(tmp_path, tiny_config(VQ))
+    with pytest.raises(ConfigError) as error:
+        plan_weights(tiny_config(VQ, **change), SparseStructureVqVaeTrainer, str(tmp_path), None, "latest")
+    assert f"({', '.join(sorted(named, key=str(error.value).find))} differ)" in str(error.value)
+
+
+def test_a_new_run_over_incomplete_sets_keeps_its_own_and_uses_its_own_frozen_weights(data_dir, write_config, tmp_path):
+    """What an earlier attempt left incomplete counts neither for keep_last nor as frozen weights to link."""
+    stage1 = tiny_config(VQ, freeze=["encoder", "decoder"], keep_last=1, max_steps=1, i_eval=100)
+    stale = own_run(tmp_path / "run", stage1, step=6)
+    (stale.folder / model_file("quantizer", 6)).unlink()
+    (tmp_path / "run" / "log.txt").write_text('{"step": 0, "old": 1}\n{"step": 6, "old": 1}\n')
+    trellis_run(tmp_path / "theirs", tiny_config(), ema=False)
+    flags = ["--config", write_config(stage1), "--data_dir", data_dir, "--load_dir", str(tmp_path / "theirs")]
+    assert train.main([*flags, "--output_dir", str(tmp_path / "run"), "--device", "cpu", "--auto_retry", "0"]) == 0
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.steps()[-1] == 1 and 6 not in checkpoints.steps()
+    for name in ("encoder", "decoder"):
+        source = torch.load(tmp_path / "theirs" / "ckpts" / model_file(name, 10), weights_only=True)
+        result = torch.load(checkpoints.folder / model_file(name, 1), weights_only=True)
+        assert all(torch.equal(result[key], value) for key, value in source.items())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    assert steps.count(0) == 1 and 6 not in steps
+    assert "old" in (checkpoints.folder / "superseded_1" / "log.txt").read_text()

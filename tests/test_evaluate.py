@@ -1,0 +1,324 @@
+"""Scores of a run, against a recomputation object by object in numpy."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, solid_grids, tiny_config
+from PIL import Image
+
+import train
+from trellis.models import build
+from trellis.trainers.checkpoint import Checkpoints, model_file
+from trellis.utils.evaluation import Reconstruction, evaluate
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import evaluate as script  # noqa: E402
+
+VQ = "SparseStructureVqVaeTrainer"
+SOURCES = ["chairs", "tables", "chairs", "", "tables", "chairs", "lamps"]  # "": unknown
+
+
+@pytest.fixture(scope="module")
+def sourced_data(tmp_path_factory) -> Path:
+    """12 training and 7 validation grids of 16³; the latter have names and, but for one, sources."""
+    folder = tmp_path_factory.mktemp("sourced")
+    for split, number, seed in (("train", 12, 3), ("val", 7, 4)):
+        grids = solid_grids(number, 16, seed)
+        known = {"name": [f"object {i}" for i in range(7)], "source": SOURCES} if split == "val" else {}
+        bits = np.packbits(grids.reshape(number, -1), axis=1)
+        np.savez(folder / f"shapes_{split}.npz", bits=bits, **{key: np.array(value) for key, value in known.items()})
+    return folder
+
+
+def trained(folder: Path, data: Path, config: dict, *flags) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    common = ["--config", str(path), "--data_dir", str(data), "--output_dir", str(folder / "run")]
+    assert train.main([*common, *map(str, flags), "--device", "cpu", "--auto_retry", "0"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def vae_run(sourced_data, tmp_path_factory) -> Path:
+    """Long enough that grids come back in part: the average leads to other scores than the raw weights."""
+    config = tiny_config(max_steps=20, ema_rate=[0.5, 0.9], i_eval=100, i_save=100, loss_type="dice")
+    return trained(tmp_path_factory.mktemp("vae"), sourced_data, config)
+
+
+@pytest.fixture(scope="module")
+def vq_run(vae_run, sourced_data, tmp_path_factory) -> Path:
+    """Stage 1, so that encoder and decoder have raw weights only."""
+    config = tiny_config(VQ, freeze=["encoder", "decoder"], max_steps=4, embed_dim=8, i_save=2, i_eval=2)
+    return trained(tmp_path_factory.mktemp("vq"), sourced_data, config, "--load_dir", vae_run)
+
+
+def score(run: Path, out: Path, *flags) -> dict:
+    """The report, without the time that the picture takes."""
+    flags = ["--run", str(run), "--output_dir", str(out), "--device", "cpu", *map(str, flags)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "contact_sheet", lambda examples: np.zeros((8, 8, 3), dtype=np.uint8))
+        assert script.main(flags) == 0
+    (report,) = out.glob("*.json")
+    return json.loads(report.read_text())
+
+
+def by_hand(run: Path, data: Path, rate: float | None, split: str = "val") -> dict:
+    """Every number of one set of weights. Codes are searched in float64 and counts made object by object; the
+    networks see the batches that the script gives them, since one voxel whose logit is 0 but for rounding counts."""
+    checkpoints = Checkpoints(run)
+    step = checkpoints.latest()
+    config = json.loads((run / "config.json").read_text())
+    models = {}
+    for name, spec in config["models"].items():
+        averaged = checkpoints.folder / model_file(name, step, rate)
+        path = averaged if averaged.is_file() else checkpoints.folder / model_file(name, step)
+        models[name] = build(spec).eval()
+        models[name].load_state_dict(torch.load(path, weights_only=True))
+    bits = np.load(data / f"shapes_{split}.npz")["bits"]
+    size = round((bits.shape[1] * 8) ** (1 / 3))
+    grids = np.unpackbits(bits, axis=1).reshape(-1, size, size, size).astype(bool)
+
+    reconstructions, errors, used = [], [], []
+    for start in range(0, len(grids), 8):
+        with torch.no_grad():
+            z = models["encoder"](torch.from_numpy(grids[start : start + 8])[:, None].float())
+            if "quantizer" in models:
+                codebook = models["quantizer"].embeddings.weight.double().numpy()  # [K, 8]: two cells of 4
+                latent = z.double().numpy()  # [B, 4, R/4, R/4, R/4]: channels, x, y, z
+                quantized = np.empty_like(latent)
+                for b, x, y, t in np.ndindex(len(z), size // 4, size // 4, size // 8):
+                    vector = latent[b, :, x, y, 2 * t : 2 * t + 2].T.reshape(8)
+                    code = int(((codebook - vector) ** 2).sum(1).argmin())
+                    used.append(code)
+                    quantized[b, :, x, y, 2 * t : 2 * t + 2] = codebook[code].reshape(2, 4).T
+                errors += [((a - b) ** 2).mean() for a, b in zip(latent, quantized, strict=True)]
+                z = torch.from_numpy(quantized).float().contiguous(memory_format=torch.channels_last_3d)
+            reconstructions += list(models["decoder"](z)[:, 0].numpy() > 0)
+
+    rows = []
+    for number, (grid, predicted) in enumerate(zip(grids, reconstructions, strict=True)):
+        hits, union = (predicted & grid).sum(), (predicted | grid).sum()
+        rows.append({
+            "iou": hits / union, "recall": hits / grid.sum(),
+            "precision": hits / predicted.sum() if predicted.any() else 1.0,
+            "exact": float((predicted == grid).all()), **({"quantization_error": errors[number]} if errors else {}),
+        })  # fmt: skip
+
+    ious = sorted(row["iou"] for row in rows)
+    result = {"objects": len(rows), **{key: np.mean([row[key] for row in rows]) for key in rows[0]}}
+    result["iou_median"] = (ious[(len(ious) - 1) // 2] + ious[len(ious) // 2]) / 2
+    place = 0.05 * (len(ious) - 1)
+    low = int(place)
+    result["iou_p5"] = ious[low] + (place - low) * (ious[low + 1] - ious[low])
+    if used:
+        n_embed = len(codebook)
+        shares = [used.count(code) / len(used) for code in set(used)]
+        entropy = -sum(share * math.log2(share) for share in shares)
+        tokens = len(used) // len(rows)
+        result |= {
+            "codebook_usage": len(set(used)) / n_embed, "codebook_perplexity": 2**entropy,
+            "bits_per_object": tokens * math.log2(n_embed), "entropy_bits_per_object": tokens * entropy,
+        }  # fmt: skip
+    sources = SOURCES if split == "val" and size == 16 else [""] * len(rows)
+    picked = {source: [row["iou"] for row, s in zip(rows, sources, strict=True) if s == source] for source in sources}
+    result["sources"] = {s: {"objects": len(x), "iou": np.mean(x)} for s, x in sorted(picked.items()) if s}
+    result["rows"] = rows
+    return result
+
+
+def assert_same(got: dict, want: dict) -> None:
+    want = {key: value for key, value in want.items() if key != "rows"}
+    assert got.keys() - {"per_object"} == want.keys()
+    for key, value in want.items():
+        if key == "sources":
+            assert got[key].keys() == value.keys()
+            for source, numbers in value.items():
+                assert got[key][source] == pytest.approx(numbers, rel=1e-5), source
+        else:
+            assert got[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_numbers_of_a_vae_equal_those_by_hand_for_every_set_of_weights(vae_run, sourced_data, tmp_path):
+    report = score(vae_run, tmp_path)
+    assert list(report["weights"]) == ["ema0.9", "ema0.5", "raw"]
+    for label, rate in (("ema0.9", 0.9), ("ema0.5", 0.5), ("raw", None)):
+        assert_same(report["weights"][label], by_hand(vae_run, sourced_data, rate))
+    ious = {label: part["iou"] for label, part in report["weights"].items()}
+    assert len(set(ious.values())) == 3 and 0 < ious["raw"] < 1  # or the test would compare nothing
+    assert report["weights"]["raw"]["sources"].keys() == {"chairs", "tables", "lamps"}
+
+
+def test_numbers_of_stage_1_equal_those_by_hand(vq_run, sourced_data, tmp_path):
+    report = score(vq_run, tmp_path)
+    assert list(report["weights"]) == ["ema0.9999", "raw"]
+    assert_same(report["weights"]["ema0.9999"], by_hand(vq_run, sourced_data, 0.9999))
+    assert_same(report["weights"]["raw"], by_hand(vq_run, sourced_data, None))
+    assert report["weights"]["raw"]["bits_per_object"] == 32 * 5  # 4·4·2 tokens of 32 codes
+
+
+def test_objects_are_listed_with_name_and_scores(vq_run, sourced_data, tmp_path):
+    report = score(vq_run, tmp_path)
+    rows = by_hand(vq_run, sourced_data, 0.9999)["rows"]
+    listed = list(report["weights"]["ema0.9999"]["per_object"].values())
+    assert [item.pop("name") for item in listed] == [f"object {i}" for i in range(7)]
+    for got, want in zip(listed, rows, strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+    assert "per_object" not in report["weights"]["raw"]
+
+
+def test_batch_size_does_not_matter(vq_run, tmp_path):
+    reports = [score(vq_run, tmp_path / str(size), "--batch_size", size) for size in (1, 4, 100)]
+    for report in reports[1:]:
+        for label, part in report["weights"].items():
+            for key, value in part.items():
+                if isinstance(value, float):  # up to voxels that rounding decides
+                    assert value == pytest.approx(reports[0]["weights"][label][key], rel=2e-3), key
+
+
+def test_the_report_says_what_was_scored_and_the_sheet_is_a_picture(vae_run, sourced_data, capsys):
+    assert script.main(["--run", str(vae_run), "--device", "cpu"]) == 0
+    path = vae_run / "eval" / "val_step0000020.json"
+    report = json.loads(path.read_text())
+    assert (report["models"], report["step"], report["split"], report["device"]) == (str(vae_run), 20, "val", "cpu")
+    assert report["data_dir"] == str(sourced_data) and report["training_seconds"] > 0
+    assert report["versions"]["torch"] == torch.__version__
+    with Image.open(path.with_suffix(".png")) as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    assert min(pixels.shape[:2]) > 100 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = (line.split() for line in lines if line.split()[:1] == ["ema0.9"])
+    scores = report["weights"]["ema0.9"]
+    assert row[1:5] == ["7", *(f"{scores[key]:.4f}" for key in ("iou", "iou_median", "iou_p5"))]
+    assert row[-1] == "-"  # there is no codebook
+    assert any(f"chairs: IoU {scores['sources']['chairs']['iou']:.4f} over 3" in line for line in lines)
+
+
+def test_step_split_and_data_can_be_chosen(vq_run, sourced_data, tmp_path):
+    assert score(vq_run, tmp_path / "a", "--ckpt", 2)["step"] == 2
+    assert score(vq_run, tmp_path / "b", "--ckpt", "best")["step"] == Checkpoints(vq_run).best()
+    training = score(vq_run, tmp_path / "c", "--split", "train")
+    assert_same(training["weights"]["raw"], by_hand(vq_run, sourced_data, None, "train"))
+    assert score(vq_run, tmp_path / "d", "--split", "all")["weights"]["raw"]["objects"] == 19
+    other = score(vq_run, tmp_path / "e", "--split", "all", "--data_dir", sourced_data / "shapes_val.npz")
+    assert other["weights"]["raw"]["objects"] == 7
+
+
+def test_exported_weights_are_scored_without_their_run(vq_run, tmp_path, capsys):
+    import export_pretrained
+
+    pretrained, data = tmp_path / "pretrained", tmp_path / "data"
+    assert export_pretrained.main(["--run", str(vq_run), "--output_dir", str(pretrained)]) == 0
+    data.mkdir()
+    np.savez(data / "shapes_val.npz", bits=np.packbits(solid_grids(2, 64, 0).reshape(2, -1), axis=1))
+    flags = ["--pretrained", str(pretrained), "--data_dir", str(data), "--device", "cpu"]
+    assert script.main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "val_step0000000.json").read_text())
+    assert list(report["weights"]) == ["pretrained"]
+    assert_same(report["weights"]["pretrained"], by_hand(vq_run, data, 0.9999))
+    (pretrained / "decoder.json").unlink()
+    assert script.main([*flags, "--output_dir", str(tmp_path / "out")]) == 1
+    assert "decoder.json is not there" in capsys.readouterr().err
+
+
+def test_a_run_of_trellis_is_scored_from_its_config(vae_run, sourced_data, tmp_path, capsys):
+    """Its misc file is not ours, so the configuration comes from config.json and the data must be given."""
+    (tmp_path / "run" / "ckpts").mkdir(parents=True)
+    for path in (vae_run / "ckpts").glob("*coder_step0000020.pt"):
+        (tmp_path / "run" / "ckpts" / path.name).write_bytes(path.read_bytes())
+    torch.save({"step": 20, "norms": np.ones(3)}, tmp_path / "run" / "ckpts" / "misc_step0000020.pt")
+    (tmp_path / "run" / "config.json").write_bytes((vae_run / "config.json").read_bytes())
+    assert script.main(["--run", str(tmp_path / "run"), "--device", "cpu"]) == 1
+    assert "does not say which data it used; give --data_dir" in capsys.readouterr().err
+    report = score(tmp_path / "run", tmp_path / "out", "--data_dir", sourced_data)
+    assert list(report["weights"]) == ["raw"]
+    assert_same(report["weights"]["raw"], by_hand(vae_run, sourced_data, None))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--run", "{tmp}/gone"], "has no complete checkpoint"),
+        (["--ckpt", "3"], "no complete checkpoint for --ckpt 3; complete steps: 0, 2, 4"),
+        (["--data_dir", "{tmp}/gone"], "{tmp}/gone: does not exist"),
+        (["--data_dir", "{tmp}/train.npz"], "no object is in split 'val'"),
+        (["--data_dir", "{tmp}/coarse_val.npz"], "hold grids of resolution 8, but resolution is 16"),
+    ],
+)
+def test_a_mistake_is_one_clear_error_and_writes_nothing(flags, message, vq_run, sourced_data, tmp_path, capsys):
+    (tmp_path / "train.npz").write_bytes((sourced_data / "shapes_train.npz").read_bytes())
+    np.savez(tmp_path / "coarse_val.npz", bits=np.packbits(solid_grids(2, 8, 0).reshape(2, -1), axis=1))
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    assert script.main(["--run", str(vq_run), "--output_dir", str(tmp_path / "out"), "--device", "cpu", *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message.format(tmp=tmp_path) in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--ckpt", "none"], ["--batch_size", "0"], ["--split", "test"],
+                                   ["--pretrained", "x", "--data_dir", "y", "--output_dir", "z"]])  # fmt: skip
+def test_a_wrong_flag_ends_non_zero(flags):
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(["--run", "x", *flags])
+    assert stop.value.code == 2
+
+
+def test_damaged_weights_are_one_clear_error(vq_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "ckpts").mkdir(parents=True)
+    for path in (vq_run / "ckpts").glob("*step0000004.pt"):
+        (run / "ckpts" / path.name).write_bytes(path.read_bytes())
+    decoder = run / "ckpts" / "decoder_step0000004.pt"
+    decoder.write_bytes(bytes(decoder.stat().st_size))
+    assert script.main(["--run", str(run), "--device", "cpu"]) == 1
+    assert f"error: {decoder}: not a readable weights file" in capsys.readouterr().err
+
+
+# --- the parts ---
+
+
+def test_examples_are_the_worst_the_median_and_the_best_each_once():
+    iou = torch.tensor([0.9, 0.1, 0.5, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6, 0.0, 1.0])
+    picked = script.pick_examples(iou)
+    assert [(label, round(iou[number].item(), 1)) for label, number in picked] == [
+        ("worst", 0.0), ("worst", 0.1), ("worst", 0.2), ("median", 0.4), ("median", 0.5), ("median", 0.6),
+        ("best", 0.8), ("best", 0.9), ("best", 1.0),
+    ]  # fmt: skip
+    for number in range(1, 12):
+        objects = [index for _, index in script.pick_examples(iou[:number])]
+        assert len(objects) == len(set(objects)) == min(number, 9)
+        assert {int(iou[:number].argmin()), int(iou[:number].argmax())} <= set(objects)
+
+
+def test_shares_of_ranks_add_up_to_the_whole():
+    """Means and codebook scores over unequal shares, summed as ranks would, equal those of one process."""
+    grids = torch.from_numpy(solid_grids(7, 8, 0))[:, None]
+    dataset = [{"ss": grid} for grid in grids]
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 1, 8, 8, 8, generator=generator)
+    indices = torch.randint(0, 5, (7, 2, 2, 1), generator=generator)
+    known = {grid.numpy().tobytes(): number for number, grid in enumerate(grids)}
+
+    def reconstruct(ss):
+        rows = [known[grid.numpy().tobytes()] for grid in ss]
+        counts = torch.bincount(indices[rows].flatten(), minlength=6)
+        return Reconstruction(logits[rows], indices[rows], counts, torch.tensor(rows, dtype=torch.float32))
+
+    def scored(picked, batch_size=2):
+        return evaluate(reconstruct, dataset, picked, batch_size=batch_size, device=torch.device("cpu"))
+
+    whole, shares = scored(range(7), 7), [scored(range(0, 7, 3)), scored(range(1, 7, 3)), scored(range(2, 7, 3))]
+    sums: list[list[torch.Tensor]] = []
+    for share in shares:
+        sums.append([])
+        share.means(lambda tensor: sums[-1].append(tensor) or tensor)  # noqa: B023 - called within this turn
+    totals = iter([sum(parts) for parts in zip(*sums, strict=True)])
+    assert shares[0].means(lambda tensor: next(totals)) == pytest.approx(whole.means())
+    assert whole.means()["quantization_error"] == 3.0 and whole.means()["codebook_usage"] == 5 / 6
+    done: list[int] = []
+    evaluate(reconstruct, dataset, range(7), batch_size=3, device=torch.device("cpu"), progress=done.append)
+    assert done == [3, 6, 7]

@@ -1,0 +1,118 @@
+"""The order of samples and their noise follow from seed and position alone."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from trellis.datasets.sampler import Numbered, ResumableSampler
+from trellis.utils.random_utils import derive_seed, permutation, sample_noise
+
+SIZE = 7
+
+
+def take(batches: int, batch_size: int, *, rank=0, world_size=1, seed=3, start=0, size=SIZE) -> list[list[tuple]]:
+    sampler = ResumableSampler(size, batch_size, rank=rank, world_size=world_size, seed=seed, start=start)
+    return list(itertools.islice(sampler, batches))
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)])
+def test_ranks_together_are_one_process(world_size, batch_size):
+    """12 a step over a data set of 7, so that a step holds parts of several epochs."""
+    ranks = [take(9, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
+    assert together == take(9, 12)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resumed_run_goes_on_where_it_was(world_size):
+    for rank in range(world_size):
+        place = {"rank": rank, "world_size": world_size}
+        whole = take(20, 3, **place)
+        for done in (1, 2, 5, 13):
+            assert take(20 - done, 3, **place, start=done * 3 * world_size) == whole[done:]
+
+
+def test_a_resumed_run_may_have_other_ranks_and_another_batch():
+    before = list(itertools.chain(*take(5, 4)))
+    after = [list(itertools.chain(*take(5, 5, rank=rank, world_size=2, start=20))) for rank in range(2)]
+    assert sorted(before + after[0] + after[1]) == sorted(itertools.chain(*take(70, 1)))
+
+
+@pytest.mark.parametrize("size, batch_size", [(7, 1), (7, 3), (7, 7), (7, 20), (1, 4), (64, 16)])
+def test_every_epoch_is_another_permutation_of_all_items(size, batch_size):
+    flat = list(itertools.chain(*take(-(-5 * size // batch_size), batch_size, size=size)))[: 5 * size]
+    assert [sample_id for sample_id, _ in flat] == list(range(5 * size))
+    epochs = np.array([index for _, index in flat]).reshape(5, size)
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs.tolist())
+    if size > 1:
+        assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
+
+
+def test_seeds_give_unrelated_orders_and_the_same_one_repeats():
+    orders = {tuple(permutation(50, "order", seed, epoch).tolist()) for seed in range(20) for epoch in range(20)}
+    assert len(orders) == 400
+    assert take(5, 4, seed=9) == take(5, 4, seed=9) != take(5, 4, seed=10)
+
+
+def test_the_first_item_is_uniform_over_epochs():
+    first = np.bincount([permutation(5, "order", 0, epoch)[0] for epoch in range(5000)], minlength=5)
+    assert ((first - 1000) ** 2 / 1000).sum() < 30  # chi-square of 4 degrees: 1e-5 of seeds would fail
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_arrive_in_order_with_their_number(workers):
+    data = Numbered(_Squares())
+    loader = DataLoader(data, batch_sampler=ResumableSampler(SIZE, 4, rank=0, world_size=1, seed=3, start=8),
+                        num_workers=workers)  # fmt: skip
+    for batch, want in zip(itertools.islice(loader, 6), take(6, 4, start=8), strict=True):
+        assert list(zip(batch["sample_ids"].tolist(), batch["square"].tolist(), strict=True)) == [
+            (sample_id, index**2) for sample_id, index in want
+        ]
+
+
+class _Squares(Dataset):
+    def __getitem__(self, index):
+        return {"square": index**2}
+
+
+# --- noise ---
+
+
+def test_noise_belongs_to_the_sample_and_not_to_its_batch():
+    ids = torch.tensor([5, 0, 2**40, 5])
+    noise = sample_noise(ids, (4, 3, 3, 3), seed=1, device=torch.device("cpu"))
+    assert noise.shape == (4, 4, 3, 3, 3) and noise.dtype == torch.float32
+    assert torch.equal(noise[0], noise[3])
+    for row, sample_id in enumerate(ids):
+        assert torch.equal(noise[row], sample_noise(sample_id[None], (4, 3, 3, 3), 1, torch.device("cpu"))[0])
+    assert not torch.equal(noise, sample_noise(ids, (4, 3, 3, 3), 2, torch.device("cpu")))
+
+
+def test_noise_leaves_the_global_generator_alone_and_is_not_moved_by_it():
+    torch.manual_seed(0)
+    want = torch.randn(3)
+    torch.manual_seed(0)
+    first = sample_noise(torch.arange(3), (2,), 0, torch.device("cpu"))
+    assert torch.equal(torch.randn(3), want)
+    assert torch.equal(first, sample_noise(torch.arange(3), (2,), 0, torch.device("cpu")))
+
+
+def test_noise_is_standard_normal_and_independent_between_samples():
+    noise = sample_noise(torch.arange(4000), (16,), 0, torch.device("cpu")).double()
+    assert abs(noise.mean()) < 5 / 64000**0.5 and abs(noise.var() - 1) < 5 * (2 / 64000) ** 0.5
+    neighbours = (noise[1:] * noise[:-1]).mean()
+    assert abs(neighbours) < 5 / 64000**0.5
+
+
+def test_seeds_do_not_depend_on_the_process_and_keep_parts_apart():
+    code = "from trellis.utils.random_utils import derive_seed; print(derive_seed('noise', 3, 14))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                           env={"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
+    assert int(other.stdout) == derive_seed("noise", 3, 14)
+    seeds = {derive_seed(*parts) for parts in (("a", 1, 23), ("a", 12, 3), ("a", 123), ("b", 1, 23), ("a1", 23))}
+    assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)

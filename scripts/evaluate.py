@@ -38,6 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--run", help="run folder")
     source.add_argument("--pretrained", help="folder with exported encoder, decoder and, if any, quantizer")
     parser.add_argument("--ckpt", default="latest", help="latest, best or a step (default: latest)")
+    parser.add_argument("--resolution", type=int, default=64, help="of the data, with --pretrained (default: 64)")
     parser.add_argument("--data_dir", help="data roots, separated by commas (default: those of the run)")
     parser.add_argument("--split", choices=("train", "val", "all"), default="val")
     parser.add_argument("--output_dir", help="default: {run}/eval")
@@ -77,7 +78,7 @@ def run_subject(run_dir: str, ckpt: str) -> Subject:
     return Subject(run_dir, step, misc["config"], sets, misc.get("data_dir"), misc.get("seconds"))
 
 
-def pretrained_subject(folder: str) -> Subject:
+def pretrained_subject(folder: str, resolution: int) -> Subject:
     """Exported models. Raises CheckpointError where encoder or decoder is missing."""
     names = [name for name in ("encoder", "quantizer", "decoder") if (Path(folder) / f"{name}.json").is_file()]
     for name in ("encoder", "decoder"):
@@ -86,7 +87,7 @@ def pretrained_subject(folder: str) -> Subject:
     trainer = "SparseStructureVqVaeTrainer" if "quantizer" in names else "SparseStructureVaeTrainer"
     config = {
         "models": {name: load_config(f"{folder}/{name}.json") for name in names},
-        "dataset": {"name": "SparseStructure"},
+        "dataset": {"name": "SparseStructure", "args": {"resolution": resolution}},
         "trainer": {"name": trainer},
     }
     return Subject(folder, 0, config, {"pretrained": {name: Path(folder) / f"{name}.safetensors" for name in names}})
@@ -95,11 +96,11 @@ def pretrained_subject(folder: str) -> Subject:
 def weight_sets(checkpoints: Checkpoints, names: list[str], step: int) -> dict[str, dict[str, Path]]:
     """{label: {model: weights file}}: one set per EMA rate, then raw. A frozen model has raw weights only."""
     raw = {name: checkpoints.folder / model_file(name, step) for name in names}
-    rates = sorted({rate for name in names for rate in checkpoints.ema_rates(name, step)}, reverse=True)
+    rates = {name: checkpoints.ema_rates(name, step) for name in names}
     sets = {}
-    for rate in rates:
+    for rate in sorted(set().union(*rates.values()), reverse=True):
         averaged = {name: checkpoints.folder / model_file(name, step, rate) for name in names}
-        sets[f"ema{rate}"] = {name: path if path.is_file() else raw[name] for name, path in averaged.items()}
+        sets[f"ema{rate}"] = {name: averaged[name] if rate in rates[name] else raw[name] for name in names}
     return {**sets, "raw": raw}
 
 
@@ -160,7 +161,7 @@ def pick_examples(iou: torch.Tensor) -> list[tuple[str, int]]:
 
 def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     """Score the models and write the files. Returns what the JSON file holds, and its path."""
-    subject = pretrained_subject(args.pretrained) if args.pretrained else run_subject(args.run, args.ckpt)
+    subject = pretrained_subject(args.pretrained, args.resolution) if args.pretrained else run_subject(args.run, args.ckpt)
     config, data_dir = subject.config, args.data_dir or subject.data_dir
     if data_dir is None:
         raise ConfigError(f"{subject.name} does not say which data it used; give --data_dir")

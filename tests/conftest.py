@@ -1,6 +1,7 @@
 """Tiny data and configurations: 16³ grids of boxes and balls, networks of a few thousand parameters."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
+# The same in this process and in those that tests start: sums in another order differ in the last bit.
+os.environ["OMP_NUM_THREADS"] = "2"
 torch.set_num_threads(2)
 
 

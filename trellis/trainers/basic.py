@@ -394,7 +394,8 @@ class BasicTrainer:
         if not self.all_finite or self.precision.hopeless:
             raise RuntimeError(
                 f"gradients are not finite at step {self.step}. Nothing since the last checkpoint is saved; "
-                "lower trainer.args.optimizer.args.lr or set grad_clip, and run the same command again"
+                "set trainer.args.grad_clip and run the same command again, or start a new --output_dir with a "
+                "lower trainer.args.optimizer.args.lr"
             )
 
     # --- reporting ---

@@ -92,8 +92,9 @@ class Checkpoints:
     def ema_rates(self, name: str, step: int) -> list[float]:
         """Rates of the averages that the step holds of a model, highest first."""
         pattern = re.compile(re.escape(name) + r"_ema(\d[\d.e-]*)_step" + f"{step:07d}" + r"\.pt")
-        found = (pattern.fullmatch(path.name) for path in self.folder.iterdir())
-        return sorted((float(match[1]) for match in found if match), reverse=True)
+        misc = self.read_misc(step) if step in self.steps() else None
+        names = misc["files"] if misc else (path.name for path in self.folder.iterdir())
+        return sorted((float(match[1]) for match in map(pattern.fullmatch, names) if match), reverse=True)
 
     # --- reading ---
 

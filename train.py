@@ -236,7 +236,10 @@ def describe(trainer: BasicTrainer, config: dict, plan: WeightPlan) -> None:
         print(f"note: {', '.join(random)} start from random weights; give --load_dir to start from a trained run")
     print(trainer.dataset.summary())
     if not trainer.dataset.split_sizes()["val"]:
-        print("note: no object is in the validation split, so nothing is validated and no checkpoint is the best")
+        print(
+            "note: no object is in the validation split, so nothing is validated and no checkpoint is the best; "
+            "set the split column of some objects in metadata.csv to val"
+        )
     where = f"{dist_utils.world_size()} x {trainer.device.type}"
     print(f"{where}, {trainer.precision.name}, {trainer.global_batch} samples per step, {trainer.max_steps} steps")
     if trainer.precision.note:

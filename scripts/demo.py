@@ -41,16 +41,28 @@ def run(*command: object) -> None:
     words = [str(word) for word in command]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     started = time.monotonic()
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    with subprocess.Popen([sys.executable, *words], cwd=ROOT) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the step got it too, and saves before it ends
+            process.wait()
+            raise
+    if code:
+        raise subprocess.CalledProcessError(code, words)
     print(f"({time.monotonic() - started:.0f} s)", flush=True)
 
 
 def remember_options(args: argparse.Namespace, folder: Path) -> None:
     """Refuse to mix runs with different options in one folder."""
+    if args.meshes and not Path(args.meshes).is_dir():
+        raise ConfigError(f"--meshes {args.meshes} is not a folder")
     options = {"meshes": args.meshes and str(Path(args.meshes).resolve()), "from_scratch": args.from_scratch}
     path = folder / "demo.json"
-    if path.exists() and (before := json.loads(path.read_text())) != options:
-        raise ConfigError(f"{folder} was made with {before}, not {options}; choose another --output_dir")
+    if path.exists() and json.loads(path.read_text()) != options:
+        before = json.loads(path.read_text())
+        flags = [f"--meshes {before['meshes']}"] * bool(before["meshes"]) + ["--from_scratch"] * before["from_scratch"]
+        made_with = " ".join(flags) or "neither --meshes nor --from_scratch"
+        raise ConfigError(f"{folder} was made with {made_with}; choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(options) + "\n")
 
@@ -89,9 +101,12 @@ def score(args: argparse.Namespace, folder: Path, voxels: Path, stage: str) -> d
     """Scores of a stage's averaged weights on the held-out objects, and the seconds it was trained for."""
     output = folder / "eval" / stage
     source = ("--pretrained", PRETRAINED) if stage == "vae" and not args.from_scratch else ("--run", folder / stage)
-    if not list(output.glob("val*.json")):
+    held_out = {row["sha256"] for row in common.read_metadata(voxels)[1].values() if row.get("split") == "val"}
+    reports = [json.loads(path.read_text()) for path in output.glob("val*.json")]
+    scored = [set(next(iter(report["weights"].values()))["per_object"]) for report in reports]
+    if held_out not in scored:
         run("scripts/evaluate.py", *source, "--data_dir", voxels, "--output_dir", output, "--device", args.device)
-    path = next(output.glob("val*.json"))
+    path = max(output.glob("val*.json"))
     report = json.loads(path.read_text())
     seconds = report["training_seconds"]
     if seconds is None:

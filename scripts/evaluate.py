@@ -143,25 +143,24 @@ def format_table(results: dict[str, dict]) -> str:
 
 
 def pick_examples(iou: torch.Tensor) -> list[tuple[str, int]]:
-    """(label, object) of the worst, the median and the best by IoU, no object twice."""
+    """(label, object) of the worst, the median and the best by IoU; of few objects, all of them in thirds."""
     order = iou.argsort().tolist()
-    middle = max(0, len(order) // 2 - OBJECTS_PER_BLOCK // 2)
-    blocks = {
-        "worst": order[:OBJECTS_PER_BLOCK],
-        "median": order[middle : middle + OBJECTS_PER_BLOCK],
-        "best": order[-OBJECTS_PER_BLOCK:],
-    }
-    seen: set[int] = set()
-    examples = []
-    for label, objects in blocks.items():
-        examples += [(label, number) for number in objects if number not in seen]
-        seen.update(objects)
-    return examples
+    if len(order) > 3 * OBJECTS_PER_BLOCK:
+        third, middle = OBJECTS_PER_BLOCK, len(order) // 2 - OBJECTS_PER_BLOCK // 2
+        between = order[middle : middle + OBJECTS_PER_BLOCK]
+    else:
+        third = len(order) // 3
+        between = order[third : len(order) - third]
+    blocks = {"worst": order[:third], "median": between, "best": order[len(order) - third :]}
+    return [(label, number) for label, objects in blocks.items() for number in objects]
 
 
 def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     """Score the models and write the files. Returns what the JSON file holds, and its path."""
-    subject = pretrained_subject(args.pretrained, args.resolution) if args.pretrained else run_subject(args.run, args.ckpt)
+    if args.pretrained:
+        subject = pretrained_subject(args.pretrained, args.resolution)
+    else:
+        subject = run_subject(args.run, args.ckpt)
     config, data_dir = subject.config, args.data_dir or subject.data_dir
     if data_dir is None:
         raise ConfigError(f"{subject.name} does not say which data it used; give --data_dir")

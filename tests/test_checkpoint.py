@@ -158,10 +158,15 @@ def test_ema_rates_are_of_this_model_and_step(checkpoints):
     assert checkpoints.ema_rates("decoder", 4) == [0.9999, 0.9]
     assert checkpoints.ema_rates("encoder", 4) == [] and checkpoints.ema_rates("decoder", 5) == []
     for name in ("decoder_x", "x_decoder"):
-        (checkpoints.folder / model_file(name, 4, 0.5)).touch()
+        (checkpoints.folder / model_file(name, 9, 0.5)).touch()
     for rate in (0.999999, 1e-05, 1.0):
-        (checkpoints.folder / model_file("decoder", 4, rate)).touch()
-    assert checkpoints.ema_rates("decoder", 4) == [1.0, 0.999999, 0.9999, 0.9, 1e-05]
+        (checkpoints.folder / model_file("decoder", 9, rate)).touch()
+    assert checkpoints.ema_rates("decoder", 9) == [1.0, 0.999999, 1e-05]  # as in a folder of TRELLIS's
+
+
+def test_a_file_that_a_set_does_not_list_is_not_its_average(checkpoints):
+    (checkpoints.folder / model_file("decoder", 4, 0.5)).touch()
+    assert checkpoints.ema_rates("decoder", 4) == [0.9999, 0.9]
 
 
 # --- keeping ---

@@ -117,8 +117,8 @@ class StandardDatasetBase(Dataset, ABC):
         self.instances = [(entry.root, entry.sha256) for entry in self.entries]
         if not self.instances:
             raise DataError(f"{','.join(self.roots)}: no object is in split {split!r} "
-                            f"({self.split_sizes()}). Add objects, set their split in the metadata, or "
-                            "choose another split.")
+                            f"({self.split_sizes()}). Set `split` of some objects in metadata.csv, add objects, "
+                            "or choose another split (evaluate.py --split all).")
 
     def for_split(self, split: Literal["train", "val", "all"]) -> "StandardDatasetBase":
         """Return the same data restricted to another split; nothing is read again.

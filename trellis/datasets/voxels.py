@@ -95,7 +95,7 @@ def points_to_occupancy(points: np.ndarray, resolution: int, name: str = "points
     if not inside.all():
         first = int(np.argmin(inside))
         raise DataError(f"{name}: point {first} is {_coordinates(points[first])}; each coordinate must lie "
-                        "in [-0.5, 0.5). Rerun voxelize.py.")
+                        "in [-0.5, 0.5). Delete the file and rerun voxelize.py.")
     centred = _on_centres(points, resolution)
     if not centred.all():
         first = int(np.argmin(centred))

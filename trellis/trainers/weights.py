@@ -4,6 +4,7 @@ Per model, the first that has it: a complete checkpoint in the run's own folder,
 `finetune_ckpt`, or fresh initialisation. The plan is made before data or GPU is touched.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def plan_weights(
         other = Checkpoints(load_dir)
         step = other.resolve(ckpt)
         if step is None:
-            raise CheckpointError(f"--load_dir {load_dir} has no complete checkpoint; give a run folder")
+            state = "has no complete checkpoint" if Path(load_dir).is_dir() else "does not exist"
+            raise CheckpointError(f"--load_dir {load_dir} {state}; give a run folder")
         misc = other.read_misc(step)
         if misc and _same_kind(config, trainer_class, misc["config"]):
             return _resume(config, trainer_class, other, step)
@@ -118,6 +120,24 @@ def _same_kind(config: dict, trainer_class: type, other: dict) -> bool:
     return _argument(config, trainer_class, "freeze") == _argument(other, trainer_class, "freeze")
 
 
+def _fixed_on_resume(config: dict, trainer_class: type) -> dict:
+    """The part of a configuration that a resumed run must keep, with defaults filled in."""
+    name = config["trainer"]["name"]
+    same_class = name == trainer_class.__name__
+    args = {key: _argument(config, trainer_class, key) for key in FIXED_ON_RESUME} if same_class else {}
+    return {"models": config["models"], "trainer": {"name": name, "args": args}}
+
+
+def _value_at(config: dict, path: str) -> str:
+    """The value at a dotted path as JSON, or "absent"."""
+    node = config
+    for key in path.split("."):
+        if not isinstance(node, dict) or key not in node:
+            return "absent"
+        node = node[key]
+    return json.dumps(node)
+
+
 def _resume(config: dict, trainer_class: type, checkpoints: Checkpoints, step: int) -> WeightPlan:
     misc = checkpoints.read_misc(step)
     if misc is None:
@@ -125,17 +145,15 @@ def _resume(config: dict, trainer_class: type, checkpoints: Checkpoints, step: i
             f"{checkpoints.run_dir} is a run of another program; give it as --load_dir and choose a new --output_dir"
         )
     old = misc["config"]
-    changed = differing_keys(old["models"], config["models"], "models")
-    changed += differing_keys(old["trainer"]["name"], config["trainer"]["name"], "trainer.name")
-    if not changed:
-        for key in FIXED_ON_RESUME:
-            pair = [_argument(c, trainer_class, key) for c in (old, config)]
-            changed += differing_keys(*pair, f"trainer.args.{key}")
+    fixed = [_fixed_on_resume(c, trainer_class) for c in (old, config)]
+    changed = differing_keys(*fixed)
     if changed:
+        old_new = [(key, *(_value_at(part, key) for part in fixed)) for key in changed]
+        changes = "; ".join(f"{key} was {before} and is {now}" for key, before, now in old_new)
         raise ConfigError(
-            f"{checkpoints.run_dir} was trained under another configuration ({', '.join(changed)} differ), so "
-            "it cannot continue. Restore these values, or start in a new --output_dir from its weights alone: "
-            "scripts/export_pretrained.py and trainer.args.finetune_ckpt"
+            f"{checkpoints.run_dir} cannot continue under another configuration: {changes}. Restore what was, or "
+            f"start a new --output_dir from its weights alone: python scripts/export_pretrained.py --run "
+            f"{checkpoints.run_dir} --output_dir DIR, then --set trainer.args.finetune_ckpt.MODEL=DIR/MODEL"
         )
     plan = WeightPlan(resume=(checkpoints, step))
     for key in differing_keys(old, config):

@@ -98,6 +98,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
     def latent_vectors(self, count: int) -> Tensor:
         """About `count` latent vectors [N, embed_dim] of training objects, an equal share from each."""
         order = permutation(len(self.dataset), "kmeans", self.seed)
+        share = -(-count // min(OBJECTS_AT_LEAST, len(order)))
         vectors, seen = [], 0
         for number, index in enumerate(order):
             if seen >= count and number >= OBJECTS_AT_LEAST:
@@ -106,7 +107,6 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
             with self.precision.autocast():
                 z = self.models["encoder"](ss)
             tokens = self.models["quantizer"].to_vectors(z.float()).flatten(0, -2)
-            share = -(-count // OBJECTS_AT_LEAST)
             if share < len(tokens):
                 picked = permutation(len(tokens), "kmeans", self.seed, int(index))[:share]
                 tokens = tokens[torch.from_numpy(picked).to(tokens.device)]

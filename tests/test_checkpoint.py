@@ -340,7 +340,7 @@ def test_load_dir_comes_before_finetune_ckpt_which_fills_what_is_missing(tmp_pat
 @pytest.mark.parametrize(
     "change, load_dir, ckpt, message",
     [
-        ({}, "gone", "latest", "--load_dir {tmp}/gone has no complete checkpoint"),
+        ({}, "gone", "latest", "--load_dir {tmp}/gone does not exist; give a run folder"),
         ({}, "gone", "3", "--ckpt 3; complete steps: none"),
         ({}, None, "3", "--ckpt 3: .* has no complete checkpoint; give --load_dir too"),
         ({}, None, "best", "--ckpt best: .* give --load_dir too"),
@@ -384,18 +384,21 @@ def test_intervals_may_change_and_are_noted(tmp_path):
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"lr_scheduler": {"name": "ExponentialLR", "args": {"gamma": 0.9}}}, ["trainer.args.lr_scheduler"]),
-        ({"lr_scaling": "rms", "ema_rate": 0.9}, ["trainer.args.lr_scaling", "trainer.args.ema_rate"]),
-        ({"optimizer": {"name": "SGD", "args": {"lr": 1e-2}}}, ["trainer.args.optimizer.name"]),
-        ({"freeze": ["encoder"]}, ["trainer.args.freeze"]),
-        ({"n_embed": 16}, ["models.quantizer.args.n_embed"]),
+        ({"lr_scheduler": {"name": "StepLR", "args": {"step_size": 9}}},
+         ['trainer.args.lr_scheduler was null and is {"name": "StepLR", "args": {"step_size": 9}}']),
+        ({"lr_scaling": "rms", "ema_rate": 0.9},
+         ["trainer.args.ema_rate was [0.9999] and is [0.9]", 'trainer.args.lr_scaling was "none" and is "rms"']),
+        ({"optimizer": {"name": "SGD", "args": {"lr": 1e-2}}},
+         ['trainer.args.optimizer.name was "AdamW" and is "SGD"']),
+        ({"freeze": ["encoder"]}, ['trainer.args.freeze was [] and is ["encoder"]']),
+        ({"n_embed": 16}, ["models.quantizer.args.n_embed was 32 and is 16"]),
     ],
 )
 def test_what_the_saved_state_depends_on_may_not_change(change, named, tmp_path):
     own_run(tmp_path, tiny_config(VQ))
     with pytest.raises(ConfigError) as error:
         plan_weights(tiny_config(VQ, **change), SparseStructureVqVaeTrainer, str(tmp_path), None, "latest")
-    assert f"({', '.join(sorted(named, key=str(error.value).find))} differ)" in str(error.value)
+    assert f"another configuration: {'; '.join(named)}. Restore" in str(error.value)
 
 
 def test_a_new_run_over_incomplete_sets_keeps_its_own_and_uses_its_own_frozen_weights(data_dir, write_config, tmp_path):

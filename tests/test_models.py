@@ -145,7 +145,7 @@ def test_loading_never_unpickles_objects(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "sprung"), "w"))
 
-    (tmp_path / "weights.pt").write_bytes(pickle.dumps({"x": Trap()}))
+    (tmp_path / "weights.pt").write_bytes(pickle.dumps({"x": Trap()}, protocol=2))
     from trellis.models import read_weights
 
     with pytest.raises(CheckpointError):

@@ -14,6 +14,9 @@ SHARED = ROOT.parent / "shared"
 # The same in this process and in those that tests start: sums in another order differ in the last bit.
 os.environ["OMP_NUM_THREADS"] = "2"
 torch.set_num_threads(2)
+# Without a GPU, Triton's kernels run in its interpreter, on CPU tensors. Read when a kernel's module is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def solid_grids(number: int, resolution: int, seed: int) -> np.ndarray:

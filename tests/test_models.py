@@ -2,12 +2,13 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SHARED
 
 from trellis.models import build, from_pretrained
-from trellis.modules.blocks3d import ResBlock3d
+from trellis.modules.blocks3d import ResBlock3d, UpsampleBlock3d
 from trellis.modules.norm import ChannelLayerNorm32
-from trellis.modules.spatial import pixel_shuffle_3d
+from trellis.modules.spatial import voxel_shuffle_3d
 from trellis.utils.errors import CheckpointError, ConfigError
 
 PARITY = SHARED / "parity"
@@ -88,12 +89,19 @@ def test_layer_norm_is_over_channels_and_in_fp32():
     assert torch.equal(y, ((wide - mean) / (var + norm.eps).sqrt()).to(torch.bfloat16))
 
 
-def test_pixel_shuffle_sends_each_channel_to_its_voxel():
+def test_voxel_shuffle_sends_each_channel_to_its_voxel():
     x = torch.arange(2 * 16 * 3 * 2 * 4).view(2, 16, 3, 2, 4)
-    y = pixel_shuffle_3d(x, 2)
+    y = voxel_shuffle_3d(x, 2)
     for c in range(2):
         for i, j, k in torch.cartesian_prod(*[torch.arange(2)] * 3).tolist():
-            assert torch.equal(y[:, c, i::2, j::2, k::2], x[:, c * 8 + i * 4 + j * 2 + k])
+            assert torch.equal(y[:, c, i::2, j::2, k::2], x[:, (i * 4 + j * 2 + k) * 2 + c])
+
+
+def test_upsampling_is_a_convolution_and_a_pixel_shuffle():
+    block, x = UpsampleBlock3d(3, 4), torch.randn(2, 3, 3, 4, 2)
+    wide = F.conv3d(x, block.conv.weight, block.conv.bias, padding=1)  # channel 8·c + s for voxel s
+    expected = wide.unflatten(1, (4, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(2, 4, 6, 8, 4)
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_group_norm_goes_to_the_last_layer_only():

@@ -12,8 +12,10 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from ..modules import fused
 from ..modules.blocks3d import DownsampleBlock3d, ResBlock3d, UpsampleBlock3d
-from ..modules.norm import norm_layer
+from ..modules.conv import Conv3d
+from ..modules.norm import ChannelLayerNorm32, norm_layer
 from ..utils.config import Count, Range
 
 
@@ -39,15 +41,26 @@ class _UNet(nn.Module):
         self.use_fp16 = False
 
     def _run(self, x: Tensor, *torso: nn.ModuleList | nn.Sequential) -> Tensor:
-        device = x.device.type
-        with torch.autocast(device, enabled=False):
-            h = self.input_layer(x.float())
         fp16 = self.use_fp16 and x.is_cuda
         with torch.autocast("cuda", torch.float16) if fp16 else contextlib.nullcontext():
+            h = self._first(x.float())
             for stage in torso:
                 for block in stage:
                     h = block(h)
-        with torch.autocast(device, enabled=False):
+            return self._last(h)
+
+    def _first(self, x: Tensor) -> Tensor:
+        if fused.usable(x):
+            return fused.first_layer(x, self.input_layer)
+        with torch.autocast(x.device.type, enabled=False):
+            h = self.input_layer(x)
+        return h.to(fused.working_dtype(h))
+
+    def _last(self, h: Tensor) -> Tensor:
+        norm, _, convolution = self.out_layer
+        if fused.usable(h) and isinstance(norm, ChannelLayerNorm32):
+            return fused.last_layer(h, norm, convolution)
+        with torch.autocast(h.device.type, enabled=False):
             return self.out_layer(h.float())
 
 
@@ -74,7 +87,7 @@ class SparseStructureEncoder(_UNet):
         self.in_channels, self.latent_channels = in_channels, latent_channels
         self.channels, self.use_fp16 = list(channels), use_fp16
 
-        self.input_layer = nn.Conv3d(in_channels, channels[0], 3, padding=1)
+        self.input_layer = Conv3d(in_channels, channels[0])
         self.blocks = nn.ModuleList()
         for level, width in enumerate(channels):
             self.blocks.extend(ResBlock3d(width) for _ in range(num_res_blocks))
@@ -84,7 +97,7 @@ class SparseStructureEncoder(_UNet):
         self.out_layer = nn.Sequential(
             norm_layer(norm_type, channels[-1]),
             nn.SiLU(),
-            nn.Conv3d(channels[-1], latent_channels * 2, 3, padding=1),
+            Conv3d(channels[-1], latent_channels * 2),
         )
 
     @property
@@ -120,7 +133,7 @@ class SparseStructureDecoder(_UNet):
         self.out_channels, self.latent_channels = out_channels, latent_channels
         self.channels, self.use_fp16 = list(channels), use_fp16
 
-        self.input_layer = nn.Conv3d(latent_channels, channels[0], 3, padding=1)
+        self.input_layer = Conv3d(latent_channels, channels[0])
         self.middle_block = nn.Sequential(*(ResBlock3d(channels[0]) for _ in range(num_res_blocks_middle)))
         self.blocks = nn.ModuleList()
         for level, width in enumerate(channels):
@@ -130,7 +143,7 @@ class SparseStructureDecoder(_UNet):
         self.out_layer = nn.Sequential(
             norm_layer(norm_type, channels[-1]),
             nn.SiLU(),
-            nn.Conv3d(channels[-1], out_channels, 3, padding=1),
+            Conv3d(channels[-1], out_channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:

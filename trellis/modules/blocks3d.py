@@ -1,10 +1,13 @@
 """The three blocks of the sparse-structure U-Net. Parameter names are those of the published weights."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import fused
+from .conv import Conv3d, conv3d
 from .norm import ChannelLayerNorm32
-from .spatial import pixel_shuffle_3d
+from .spatial import voxel_shuffle_3d
 
 
 class ResBlock3d(nn.Module):
@@ -18,14 +21,16 @@ class ResBlock3d(nn.Module):
         out_channels = out_channels or channels
         self.norm1 = ChannelLayerNorm32(channels)
         self.norm2 = ChannelLayerNorm32(out_channels)
-        self.conv1 = nn.Conv3d(channels, out_channels, 3, padding=1)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3d(channels, out_channels)
+        self.conv2 = Conv3d(out_channels, out_channels)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv3d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.usable(x) and isinstance(self.skip_connection, nn.Identity):
+            return fused.residual_block(x, self.norm1, self.conv1, self.norm2, self.conv2)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return h + self.skip_connection(x)
@@ -43,11 +48,17 @@ class DownsampleBlock3d(nn.Module):
 
 
 class UpsampleBlock3d(nn.Module):
-    """Double each axis: a 3³ convolution to 8·C' channels, then the pixel shuffle."""
+    """Double each axis: a 3³ convolution to 8·C' channels, then the pixel shuffle (arXiv:1609.05158).
+
+    Channel 8·c + s of the convolution goes to channel c of the s-th of eight voxels. The convolution is made to
+    compute them in the order s, c, so that the shuffle moves whole voxels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels * 8, 3, padding=1)
+        self.conv = Conv3d(in_channels, out_channels * 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return pixel_shuffle_3d(self.conv(x), 2)
+        weight = self.conv.weight.unflatten(0, (-1, 8)).transpose(0, 1).flatten(0, 1)
+        bias = self.conv.bias.view(-1, 8).t().flatten()
+        return voxel_shuffle_3d(conv3d(x, weight.contiguous(memory_format=torch.channels_last_3d), bias), 2)

@@ -2,18 +2,24 @@
 
 The answer is defined in exact arithmetic, as the lowest index among the closest codes, so it depends neither
 on the device nor on how many vectors come at once. A matrix product in fp32 rules out all but a few codes per
-vector, using a bound on its own rounding; where more than one code is left, fp64 decides.
+vector, using a bound on its own rounding; fp64 decides between those that are left. GPUs with Triton have a
+kernel for it, `nearest_triton`; elsewhere it goes by tiles that stay in the cache.
 
 Axes: N vectors, K codes, D channels.
 """
 
+import importlib.util
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Scores of one tile, in elements. On a CPU a tile stays near the cache; a GPU wants long rows of work.
-TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
+TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+# Codes whose scores are reduced to their smallest before any is looked at again.
+BLOCK = 64
 # Pairs of vector and code that fp64 decides at once.
-PAIRS_AT_ONCE = 2**20
+PAIRS_AT_ONCE = 2**17
 
 
 @torch.no_grad()
@@ -23,44 +29,58 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     vectors: [N, D], codebook: [K, D], both used as float32. Returns [N] int64. No [N, K] matrix exists:
     memory grows with the tile only. A vector that is not finite gets an index without meaning.
     """
-    if vectors.ndim != 2 or codebook.ndim != 2 or vectors.shape[1] != codebook.shape[1]:
+    if vectors.ndim != 2 or codebook.ndim != 2 or vectors.shape[1] != codebook.shape[1] or not len(codebook):
         raise ValueError(f"vectors {tuple(vectors.shape)} and codebook {tuple(codebook.shape)} must be [N, D], [K, D]")
-    device = vectors.device.type
-    with torch.autocast(device, enabled=False), _full_fp32():
-        vectors, codebook = vectors.float(), codebook.float().contiguous()
-        squared = codebook.double().square().sum(1)
-        # |fl(z·e) - z·e| <= D·u·(|z|² + |e|²)/2 for any order of summation (Higham, Accuracy and Stability
-        # of Numerical Algorithms, Sec. 3.1); four more roundings cover the norms and the subtraction.
-        bound = (codebook.shape[1] + 4) * 2.0**-24
-        lower_bias = (squared * (0.5 - bound)).float()
-        rows = max(1, TILE_ELEMENTS.get(device, 2**19) // codebook.shape[0])
-        indices = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-        for start in range(0, len(vectors), rows):
-            tile = vectors[start : start + rows]
-            # Half the squared distance less |z|²/2, and less the share of its error bound that depends on e.
-            lower = torch.addmm(lower_bias, tile, codebook.T, alpha=-1)
-            smallest, index = lower.min(1)
-            slack = 2 * bound * (tile.square().sum(1) + squared[index].float())
-            close = lower <= (smallest + slack)[:, None]
-            undecided = (close.sum(1) > 1).nonzero()[:, 0]
-            if len(undecided):
-                index[undecided] = _decide(tile[undecided], codebook, close[undecided])
-            indices[start : start + rows] = index
+    vectors, codebook = vectors.float(), codebook.float()
+    if vectors.is_cuda and importlib.util.find_spec("triton"):
+        from .nearest_triton import nearest_code_cuda
+
+        return nearest_code_cuda(vectors, codebook)
+    with torch.autocast(vectors.device.type, enabled=False), _full_fp32():
+        return _by_tiles(vectors, codebook)
+
+
+def _by_tiles(vectors: Tensor, codebook: Tensor) -> Tensor:
+    N, D = vectors.shape
+    K = len(codebook)
+    blocks = -(-K // BLOCK)
+    # |fl(z·e) - z·e| <= D·u·(|z|² + |e|²)/2 for any order of summation (Higham, Accuracy and Stability of
+    # Numerical Algorithms, Sec. 3.1); four more roundings cover the norms and the subtraction.
+    bound = (D + 4) * 2.0**-24
+    # A score is half the squared distance less |z|²/2, and less the share of its error bound that depends on e.
+    bias = ((0.5 - bound) * codebook.double().square().sum(1)).float()
+    padding = blocks * BLOCK - K
+    bias, codes = F.pad(bias, (0, padding), value=torch.inf), F.pad(codebook, (0, 0, 0, padding))
+    rows = max(1, TILE_ELEMENTS.get(vectors.device.type, 2**20) // (blocks * BLOCK))
+    indices = torch.zeros(N, dtype=torch.int64, device=vectors.device)
+    for tile, index in zip(vectors.split(rows), indices.split(rows), strict=True):
+        # Codes by vectors: a product of this shape and a minimum over rows are what vector units do quickly.
+        scores = torch.addmm(bias[:, None], codes, tile.T, alpha=-1).view(blocks, BLOCK, len(tile))
+        smallest_of_block = scores.amin(1)
+        smallest = smallest_of_block.amin(0)
+        # The nearest code's score exceeds the smallest by at most 2·bound·(|z|² + |e|²), e being the code of the
+        # smallest. From |z·e| <= |z|² + |e|²/4 follows |e|² <= 4·(score + |z|²); 1.01 covers the roundings here.
+        limit = smallest + 2.02 * bound * (5 * tile.square().sum(1) + 4 * smallest)
+        block, vector = (smallest_of_block <= limit).nonzero(as_tuple=True)
+        pair, place = (scores[block, :, vector] <= limit[vector, None]).nonzero(as_tuple=True)
+        _decide(tile, codebook, vector[pair], block[pair] * BLOCK + place, index)
     return indices
 
 
-def _decide(vectors: Tensor, codebook: Tensor, candidates: Tensor) -> Tensor:
-    """Nearest candidate in fp64, the lowest index on ties. candidates: [n, K] bool, some in each row."""
-    row, code = candidates.nonzero(as_tuple=True)
+def _decide(vectors: Tensor, codebook: Tensor, vector: Tensor, code: Tensor, index: Tensor) -> None:
+    """Set index[v] to the nearest, in fp64, of the codes paired with vector v, the lowest on ties.
+
+    vector, code: [P] int64, the pairs. index: [N] int64; stays as it is where v has no pair.
+    """
     distance = torch.cat(
         [
-            (vectors[r].double() - codebook[c].double()).square().sum(1)
-            for r, c in zip(row.split(PAIRS_AT_ONCE), code.split(PAIRS_AT_ONCE), strict=True)
+            (vectors[v].double() - codebook[c].double()).square().sum(1)
+            for v, c in zip(vector.split(PAIRS_AT_ONCE), code.split(PAIRS_AT_ONCE), strict=True)
         ]
     )
-    best = distance.new_full((len(vectors),), torch.inf).scatter_reduce(0, row, distance, "amin")
-    code = code.where(distance == best[row], len(codebook))
-    return code.new_full((len(vectors),), len(codebook)).scatter_reduce(0, row, code, "amin")
+    best = distance.new_full((len(index),), torch.inf).scatter_reduce(0, vector, distance, "amin")
+    tied = (distance == best[vector]).nonzero()[:, 0]
+    index.scatter_reduce_(0, vector[tied], code[tied], "amin", include_self=False)
 
 
 class _full_fp32:

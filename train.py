@@ -28,6 +28,7 @@ from trellis.trainers.optim import preview_schedule
 from trellis.trainers.weights import WeightPlan, plan_weights
 from trellis.utils import dist_utils
 from trellis.utils.config import apply_override, check_args, check_component, load_config
+from trellis.utils.environment import keep_freed_memory
 from trellis.utils.errors import ConfigError, UserError
 from trellis.utils.random_utils import derive_seed
 from trellis.utils.registry import did_you_mean
@@ -192,6 +193,8 @@ def join_and_run(args: argparse.Namespace, config: dict, plan: Launch, local_ran
 
 def run(args: argparse.Namespace, config: dict, device: torch.device) -> int:
     """Build everything by name, then try, profile or train. Returns the exit code."""
+    if device.type == "cpu":
+        keep_freed_memory()
     trainer_class = TRAINERS.get(config["trainer"]["name"], "trainer.name")
     plan = dist_utils.broadcast_object(
         plan_weights(config, trainer_class, args.output_dir, args.load_dir, args.ckpt)

@@ -19,6 +19,10 @@ from ..utils.registry import did_you_mean
 # Tensors that start at zero (biases, zero-initialised convolutions) could not leave it otherwise.
 RMS_FLOOR = 1e-3
 
+# Optimizers with one kernel for the whole step on a GPU, and their arguments that exclude it.
+FUSED = ("Adam", "AdamW", "SGD")
+ONE_OF_FUSED = {"fused", "foreach", "capturable", "differentiable"}
+
 
 # --- optimizer -------------------------------------------------------------------------------------------
 
@@ -43,7 +47,7 @@ def build_optimizer(
     parameters: {name: parameter} to train. lr_scaling: "none" puts them in one group at the given lr; "rms"
     gives each tensor its own group, whose lr is the given one times the RMS that the tensor has now, so
     that lr is a relative step. Each group carries its factor as `lr_scale` and the lr without it as
-    `relative_lr`.
+    `relative_lr`. On a GPU, optimizers that have a fused form use it unless args say otherwise.
     """
     name, args = spec["name"], spec.get("args", {})
     known = [
@@ -68,6 +72,8 @@ def build_optimizer(
             groups.append({"params": [parameter], "lr": args["lr"] * scale, "lr_scale": scale, "name": key})
     else:
         groups = [{"params": list(parameters.values()), "lr_scale": 1.0}]
+    if name in FUSED and not args.keys() & ONE_OF_FUSED and all(p.is_cuda for p in parameters.values()):
+        args = {**args, "fused": True}
     try:
         optimizer = cls(groups, **args)
     except Exception as error:  # what torch raises for a wrong value can be of any type

@@ -1,5 +1,6 @@
-"""What a run was made with."""
+"""What a run was made with, and what it asks of the operating system."""
 
+import ctypes
 import platform
 import subprocess
 from functools import cache
@@ -39,3 +40,20 @@ def _git_commit() -> str | None:
     except FileNotFoundError:  # git is not installed
         return None
     return commit.stdout.strip() + ("+" if changed else "")
+
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep memory that is freed, for the process's next allocation.
+
+    glibc maps every large block anew and unmaps it when it is freed, so each step of training on a CPU would fault
+    in all its activations page by page. The process then holds its peak until it ends. Does nothing where the C
+    library is another.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)

@@ -25,6 +25,7 @@ from trellis.datasets import DATASETS
 from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.optim import preview_schedule
+from trellis.trainers.profile import profile
 from trellis.trainers.weights import WeightPlan, plan_weights
 from trellis.utils import dist_utils
 from trellis.utils.config import apply_override, check_args, check_component, load_config
@@ -214,7 +215,7 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> int:
     if args.tryrun:
         tryrun(trainer)
     elif args.profile:
-        print(f"trace for https://ui.perfetto.dev: {trainer.profile()}")
+        print(f"trace for https://ui.perfetto.dev: {profile(trainer)}")
     else:
         signum = trainer.run()
         return 128 + signum if signum else 0

@@ -1,15 +1,17 @@
 """The GPU's kernels and the fused layers on top of them, against the plain modules.
 
-With a GPU the kernels run on it. Without one they run in Triton's interpreter, and are compiled for an H200 as
-far as that goes without one.
+With a GPU the kernels run on it. Without one they run in Triton's interpreter.
 """
 
 import contextlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import solid_grids
+from conftest import ROOT, solid_grids
 from torch import nn
 
 pytest.importorskip("triton")
@@ -104,6 +106,14 @@ def test_one_channel_convolutions(channels):
     out.requires_grad_()
     F.conv3d(one, out, padding=1).backward(many)
     torch.testing.assert_close(one_channel.weight_grad(one, many), out.grad.flatten(1), rtol=1e-4, atol=1e-4)
+
+
+def test_every_kernel_compiles_for_an_h200():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 # --- layers ------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def _weight_and_bias_grad(
     voxels = grad.permute(0, 2, 3, 4, 1).unflatten(3, (-1, m)).flatten(4, 5)
     _, wide, bias = _backward(voxels.permute(0, 4, 1, 2, 3), x, _widened(weight, m), m, mask)
     places = wide.unflatten(0, (m, len(weight)))
-    total = sum(places[j, ..., j : j + 3] for j in range(m))
+    total = torch.stack([places[j, ..., j : j + 3] for j in range(m)]).sum(0)  # rounds once in half precision
     return total, bias.view(m, -1).sum(0) if with_bias else None
 
 

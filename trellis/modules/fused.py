@@ -7,26 +7,19 @@ kernels of `kernels`. The same arithmetic as the plain modules: tests hold both 
 Axes: B batch, C channels, X Y Z voxels.
 """
 
-import importlib.util
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import conv
+from .kernels.launch import has_triton
 from .norm import ChannelLayerNorm32
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None  # torch for Windows comes without
 
 
 def usable(x: Tensor) -> bool:
     """Whether tensors like x, [B, C, X, Y, Z], can take the fused way."""
-    return x.is_cuda and _has_triton()
+    return x.is_cuda and has_triton()
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from ..datasets.components import StandardDatasetBase
 from ..renderers.voxel_preview import save_png
@@ -248,11 +249,14 @@ class BasicTrainer:
         parts, as tensors on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         losses, status = self.accumulate_gradients(batch)
-        self.precision.unscale(self.optimizer)
-        norm = self.clipper(self.parameters)
-        self.precision.step(self.optimizer)
-        optim.step_lr_scheduler(self.scheduler, self.optimizer, losses["loss"])
-        self.ema.update(self.step + 1)
+        with record_function("clip"):
+            self.precision.unscale(self.optimizer)
+            norm = self.clipper(self.parameters)
+        with record_function("optimizer"):
+            self.precision.step(self.optimizer)
+            optim.step_lr_scheduler(self.scheduler, self.optimizer, losses["loss"])
+        with record_function("ema"):
+            self.ema.update(self.step + 1)
         if not self.precision.skips_overflow:
             self.all_finite &= norm.isfinite()
         return losses, {**status, "grad_norm": norm}
@@ -264,9 +268,10 @@ class BasicTrainer:
         for number, part in enumerate(parts):
             last = number + 1 == len(parts)
             with contextlib.nullcontext() if last else self.without_reduction():
-                with self.precision.autocast():
+                with record_function("forward"), self.precision.autocast():
                     part_losses, part_status = self.objective(part)
-                self.precision.backward(part_losses["loss"] / len(parts))
+                with record_function("backward"):
+                    self.precision.backward(part_losses["loss"] / len(parts))
             for total, values in ((losses, part_losses), (status, part_status)):
                 for name, value in values.items():
                     total[name] = total.get(name, 0) + value.detach() / len(parts)
@@ -290,8 +295,8 @@ class BasicTrainer:
         dist.all_reduce(signum, op=dist.ReduceOp.MAX)
         return int(signum) or None
 
-    def batches(self) -> Iterator[dict[str, Tensor]]:
-        """This rank's batches from the first sample not seen yet."""
+    def batches(self, **options) -> Iterator[dict[str, Tensor]]:
+        """This rank's batches from the first sample not seen yet. options: further ones of `endless_batches`."""
         return endless_batches(
             self.dataset,
             self.batch_per_rank,
@@ -300,6 +305,7 @@ class BasicTrainer:
             device=self.device,
             num_workers=self.num_workers,
             prefetch=self.prefetch_data,
+            **options,
         )
 
     # --- set-up and end ---
@@ -467,23 +473,6 @@ class BasicTrainer:
         batch = next(self.batches())
         losses, _ = self.accumulate_gradients({name: value[:1] for name, value in batch.items()})
         return {name: value.item() for name, value in losses.items()}
-
-    def profile(self, wait: int = 2, warmup: int = 3, active: int = 5) -> Path:
-        """Trace `active` steps, print the operators that cost most, and return the trace's path. The weights
-        change but nothing else is written."""
-        self.build_training_state()
-        path = self.output_dir / "profile" / "trace.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        schedule = torch.profiler.schedule(wait=wait, warmup=warmup, active=active)
-        with torch.profiler.profile(schedule=schedule, record_shapes=True) as profiler:
-            for batch, _ in zip(self.batches(), range(wait + warmup + active), strict=False):
-                self.run_step(batch)
-                profiler.step()
-        if dist_utils.is_main():
-            profiler.export_chrome_trace(str(path))
-            by = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-            print(profiler.key_averages().table(sort_by=by, row_limit=25))
-        return path
 
 
 def _check_batch(args: dict, world_size: int, where: str) -> None:

@@ -1,1 +1,1 @@
-"""Triton kernels for CUDA devices. Imported only where a CUDA tensor needs one."""
+"""Triton kernels for CUDA devices. All but `launch` import Triton, and only what needs a kernel imports them."""

@@ -1,10 +1,17 @@
 """What every kernel launch needs to know of the device."""
 
 import contextlib
+import importlib.util
 from functools import cache
 
 import torch
 from torch import Tensor
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed. CUDA builds of torch bring it, but for Windows."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:

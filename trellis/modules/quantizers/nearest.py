@@ -8,11 +8,11 @@ kernel for it, `nearest_triton`; elsewhere it goes by tiles that stay in the cac
 Axes: N vectors, K codes, D channels.
 """
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..kernels.launch import has_triton
 
 # Scores of one tile, in elements. On a CPU a tile stays near the cache; a GPU wants long rows of work.
 TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
@@ -32,7 +32,7 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     if vectors.ndim != 2 or codebook.ndim != 2 or vectors.shape[1] != codebook.shape[1] or not len(codebook):
         raise ValueError(f"vectors {tuple(vectors.shape)} and codebook {tuple(codebook.shape)} must be [N, D], [K, D]")
     vectors, codebook = vectors.float(), codebook.float()
-    if vectors.is_cuda and importlib.util.find_spec("triton"):
+    if vectors.is_cuda and has_triton():
         from .nearest_triton import nearest_code_cuda
 
         return nearest_code_cuda(vectors, codebook)

@@ -7,17 +7,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from trellis.datasets.sampler import Numbered, ResumableSampler
+from trellis.datasets.sampler import ResumableSampler
+from trellis.trainers.batches import endless_batches
 from trellis.utils.random_utils import derive_seed, permutation, sample_noise
 
 SIZE = 7
 
 
 def take(batches: int, batch_size: int, *, rank=0, world_size=1, seed=3, start=0, size=SIZE) -> list[list[tuple]]:
+    """Batches as lists of (sample id, index)."""
     sampler = ResumableSampler(size, batch_size, rank=rank, world_size=world_size, seed=seed, start=start)
-    return list(itertools.islice(sampler, batches))
+    arrays = list(itertools.islice(sampler, batches))
+    assert all(array.dtype == np.int64 and array.shape == (batch_size,) for pair in arrays for array in pair)
+    return [list(zip(ids.tolist(), indices.tolist(), strict=True)) for ids, indices in arrays]
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)])
@@ -64,20 +68,53 @@ def test_the_first_item_is_uniform_over_epochs():
     assert ((first - 1000) ** 2 / 1000).sum() < 30  # chi-square of 4 degrees: 1e-5 of seeds would fail
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+def take_batches(number: int, data: Dataset, **options) -> list[dict]:
+    place = {"seed": 3, "start": 8, "device": torch.device("cpu"), "num_workers": None, "prefetch": True}
+    batches = endless_batches(data, 4, **{**place, **options})
+    return list(itertools.islice(batches, number))
+
+
+@pytest.mark.parametrize("workers", [None, 0, 2])
 def test_items_arrive_in_order_with_their_number(workers):
-    data = Numbered(_Squares())
-    loader = DataLoader(data, batch_sampler=ResumableSampler(SIZE, 4, rank=0, world_size=1, seed=3, start=8),
-                        num_workers=workers)  # fmt: skip
-    for batch, want in zip(itertools.islice(loader, 6), take(6, 4, start=8), strict=True):
-        assert list(zip(batch["sample_ids"].tolist(), batch["square"].tolist(), strict=True)) == [
-            (sample_id, index**2) for sample_id, index in want
-        ]
+    got = take_batches(6, _Squares(), num_workers=workers)
+    for batch, want in zip(got, take(6, 4, start=8), strict=True):
+        assert batch.keys() == {"square", "sample_ids"}
+        assert batch["sample_ids"].tolist() == [sample_id for sample_id, _ in want]
+        assert batch["square"].tolist() == [index**2 for _, index in want]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("loaded", [0, 1, 3])
+def test_the_order_goes_on_where_items_are_no_longer_needed(workers, loaded):
+    """Batches that a loading process has made ahead must not be skipped or repeated."""
+    asked = itertools.count()
+    data = _Squares()
+    got = take_batches(
+        8, data, num_workers=workers, needs_items=lambda: next(asked) < loaded,
+        prepare=lambda batch, indices: {**batch, "indices": indices},
+    )  # fmt: skip
+    pairs = [list(zip(batch["sample_ids"].tolist(), batch["indices"].tolist(), strict=True)) for batch in got]
+    assert pairs == take(8, 4, start=8)
+    assert ["square" in batch for batch in got] == [True] * loaded + [False] * (8 - loaded)
+    if workers == 0:
+        assert data.loads == loaded
 
 
 class _Squares(Dataset):
-    def __getitem__(self, index):
-        return {"square": index**2}
+    in_memory = True
+
+    def __init__(self):
+        self.loads = 0
+
+    def __len__(self):
+        return SIZE
+
+    def get_batch(self, indices):
+        self.loads += 1
+        return {"square": torch.from_numpy(indices**2)}
+
+    def unpack_batch(self, batch):
+        return batch
 
 
 # --- noise ---

@@ -1,6 +1,9 @@
 """Both layouts give the grids that were stored, the split is stable, and a bad folder is one clear error."""
 
 import hashlib
+import itertools
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,8 +13,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from trellis.datasets.sampler import ResumableSampler
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.datasets.voxels import occupancy_to_points, pack_bits, write_ply
+from trellis.trainers.batches import endless_batches
 from trellis.utils.errors import DataError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -108,6 +113,65 @@ def test_a_filter_without_its_column_is_reported_as_not_applied(tmp_path):
     dataset = SparseStructure(str(root), resolution=R, min_aesthetic_score=4.5, split="all")
     assert len(dataset) == 3
     assert "aesthetic_score >= 4.5 NOT applied (no such column)" in dataset.summary()
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("layouts", ["ply", "packed", "both"])
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_batches_hold_the_items_in_the_samplers_order(tmp_path, layouts, workers):
+    grids = random_grids(12)
+    roots = {
+        "ply": ply_root(tmp_path / "ply", grids[:7]),
+        "packed": packed_root(tmp_path / "a.npz", grids[7:]),
+    }
+    chosen = [str(root) for layout, root in roots.items() if layouts in (layout, "both")]
+    dataset = SparseStructure(",".join(chosen), resolution=R, split="all")
+    assert dataset.in_memory == (layouts == "packed")
+    batches = endless_batches(dataset, 5, seed=1, start=10, device=torch.device("cpu"), num_workers=workers,
+                              prefetch=True)
+    order = ResumableSampler(len(dataset), 5, rank=0, world_size=1, seed=1, start=10)
+    items = all_items(dataset)
+    for batch, (sample_ids, indices) in zip(itertools.islice(batches, 6), order, strict=False):
+        assert batch.keys() == {"ss", "sample_ids"} and batch["ss"].dtype == torch.uint8
+        assert torch.equal(batch["ss"], items[indices]) and batch["sample_ids"].tolist() == sample_ids.tolist()
+
+
+def test_a_batch_travels_packed(tmp_path):
+    grids = random_grids(6)
+    for root in (ply_root(tmp_path / "ply", grids), packed_root(tmp_path / "a.npz", grids)):
+        dataset = SparseStructure(str(root), resolution=R, split="all")
+        batch = dataset.get_batch(np.array([4, 0, 4]))
+        assert batch.keys() == {"bits"} and np.array_equal(batch["bits"].numpy(), pack_bits(grids[[4, 0, 4]]))
+
+
+def test_the_content_key_follows_from_what_the_items_are(tmp_path):
+    def key(root, split="all", **arguments):
+        return SparseStructure(str(root), resolution=R, split=split, **arguments).content_key()
+
+    grids = random_grids(40)
+    names = np.array([sha256(number) for number in range(40)])
+    packed = packed_root(tmp_path / "a.npz", grids, sha256=names)
+    keys = [key(packed), key(packed, split="train"), key(packed_root(tmp_path / "b.npz", grids[:39]))]
+    turned = packed_root(tmp_path / "c.npz", grids.swapaxes(1, 3), sha256=names)  # the same meshes, other axes
+    keys.append(key(turned))
+    root = ply_root(tmp_path / "ply", grids)
+    keys.append(key(root))
+    path = root / "voxels" / f"{sha256(3)}.ply"
+    status = path.stat()
+    write_ply(path, occupancy_to_points(grids[3].swapaxes(0, 2)))
+    assert path.stat().st_size == status.st_size
+    os.utime(path, ns=(0, status.st_mtime_ns + 1000))
+    keys.append(key(root))
+    assert len({json.dumps(each) for each in keys}) == len(keys)
+    assert key(packed_root(tmp_path / "copy.npz", grids, sha256=names)) == keys[0]
+    os.utime(path, ns=(0, status.st_mtime_ns))
+    assert key(root) == keys[4]
+    dataset = SparseStructure(str(root), resolution=R, split="all")
+    path.unlink()
+    with pytest.raises(DataError, match=f"{sha256(3)}.ply: cannot be read"):
+        dataset.content_key()
 
 
 # --- split ---

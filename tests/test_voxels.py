@@ -17,6 +17,7 @@ from trellis.datasets.voxels import (
     points_to_occupancy,
     read_ply,
     unpack_bits,
+    unpack_bits_on_device,
     write_ply,
 )
 from trellis.utils.errors import DataError
@@ -205,7 +206,27 @@ def test_packed_bits_are_the_documented_ones_and_come_back():
     assert np.array_equal(pack_bits(unpacked), rows)
 
 
+@pytest.mark.parametrize("resolution", [2, 6, 16, 32, 64])
+def test_bits_unpacked_by_tensor_operations_are_those_of_numpy(resolution):
+    rows = np.random.default_rng(4).integers(0, 256, (3, resolution**3 // 8), dtype=np.uint8)
+    unpacked = unpack_bits_on_device(torch.from_numpy(rows), resolution)
+    assert unpacked.dtype == torch.uint8 and unpacked.is_contiguous()
+    assert torch.equal(unpacked, unpack_bits(rows, resolution)[:, None])
+
+
+def test_every_byte_is_unpacked_and_a_filled_up_one_is_cut():
+    every = np.arange(256, dtype=np.uint8)[:, None]
+    unpacked = unpack_bits_on_device(torch.from_numpy(every), 2)
+    assert np.array_equal(unpacked.flatten(1).numpy(), np.unpackbits(every, axis=1))
+    grids = np.random.default_rng(5).random((4, 5, 5, 5)) < 0.5  # 125 cells in 16 bytes
+    rows = torch.from_numpy(np.packbits(grids.reshape(4, -1), axis=1))
+    assert np.array_equal(unpack_bits_on_device(rows, 5)[:, 0].numpy(), grids)
+
+
 def test_rows_of_another_size_are_refused():
+    for wrong in (torch.zeros(1, 8, dtype=torch.uint8), torch.zeros(1, 64), torch.zeros(64, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"uint8 \[B, 64\] at resolution 8"):
+            unpack_bits_on_device(wrong, 8)
     with pytest.raises(ValueError, match="resolution 8"):
         unpack_bits(np.zeros((1, 8), np.uint8), 8)
     with pytest.raises(ValueError, match="even R"):

@@ -4,14 +4,16 @@ A bad item is an error. It is never replaced by another one: a damaged folder wo
 """
 
 import copy
+import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ..utils.errors import DataError
 
@@ -38,7 +40,8 @@ class StandardDatasetBase(Dataset, ABC):
     """Objects of one or several roots, named by sha256, filtered by their metadata, in one split.
 
     A subclass says how a root lists its objects (`read_root`), which of them it wants (`filter_metadata`) and
-    what an item is (`get_instance`).
+    what an item is (`get_instance`). Where items are larger than need be between file and device, it says how
+    a batch of them travels (`get_batch`, `unpack_batch`).
 
     roots: comma-separated paths.
     split: "train", "val" or "all". Where the metadata do not say, 5 % of all sha256 are validation, so that
@@ -138,6 +141,34 @@ class StandardDatasetBase(Dataset, ABC):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.get_instance(*self.instances[index])
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether no item has to be read from a file, so that loading processes would only cost."""
+        return False
+
+    def get_batch(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """Return the items at these indices, [B] int64, stacked and in the form that travels to the device."""
+        return default_collate([self[index] for index in indices.tolist()])
+
+    def unpack_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a batch of `get_batch`, on any device, as stacked items there; other entries stay."""
+        return batch
+
+    def content_key(self) -> dict[str, str | int]:
+        """Return what identifies the items of this split in their order, for files that are made from them.
+
+        A subclass adds its arguments that change an item.
+        """
+        digest = hashlib.sha256()
+        for root, sha256 in self.instances:
+            digest.update(f"{sha256} {self.item_version(root, sha256)}\n".encode())
+        return {"dataset": type(self).__name__, "objects": len(self), "data": digest.hexdigest()}
+
+    def item_version(self, root: str, instance: str) -> str:
+        """Return what differs where an object's item was made anew: the sha256 is often that of a mesh, which
+        gives another grid along other axes. Cheap, for it is asked of every object."""
+        return ""
 
     def sha256(self, index: int) -> str:
         return self.entries[index].sha256

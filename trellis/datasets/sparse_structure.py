@@ -6,6 +6,7 @@ and optional [N] text arrays `name`, `source`, `sha256` (default: of the row's b
 """
 
 import hashlib
+import os
 import re
 import zipfile
 import zlib
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..utils.config import Count
 from ..utils.errors import DataError
 from .components import StandardDatasetBase, read_flags, read_metadata, require_files
-from .voxels import points_to_occupancy, read_ply, unpack_bits
+from .voxels import points_to_occupancy, read_ply, unpack_bits, unpack_bits_on_device
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -35,7 +37,7 @@ class SparseStructure(StandardDatasetBase):
     min_aesthetic_score: keep objects whose `aesthetic_score` is at least this, in roots with that column.
     split: "train", "val" or "all": by the `split` column or array; else, for an .npz, by a file name that
         ends in train or val; else by sha256.
-    Packed rows stay packed in memory; PLY files are read item by item.
+    Packed rows stay packed in memory; PLY files are read item by item. Batches of either travel packed.
     """
 
     def __init__(self, roots: str, *, resolution: Count = 64, min_aesthetic_score: float | None = None,
@@ -92,8 +94,40 @@ class SparseStructure(StandardDatasetBase):
     def get_instance(self, root: str, instance: str) -> dict[str, Tensor]:
         if (root, instance) in self._packed:
             return {"ss": unpack_bits(self._packed[root, instance][None], self.resolution)}
-        path = Path(root, "voxels", f"{instance}.ply")
+        path = _ply_path(root, instance)
         return {"ss": points_to_occupancy(read_ply(path), self.resolution, name=str(path))}
+
+    @property
+    def in_memory(self) -> bool:
+        return all(instance in self._packed for instance in self.instances)
+
+    def get_batch(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """Return {"bits": uint8 [B, ceil(R^3 / 8)]}: grids as in a packed file."""
+        return {"bits": torch.from_numpy(np.stack([self._bits(*self.instances[i]) for i in indices.tolist()]))}
+
+    def unpack_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch with `ss` uint8 [B, 1, R, R, R] in place of `bits`."""
+        others = {name: value for name, value in batch.items() if name != "bits"}
+        return {"ss": unpack_bits_on_device(batch["bits"], self.resolution), **others}
+
+    def _bits(self, root: str, instance: str) -> np.ndarray:
+        row = self._packed.get((root, instance))
+        return np.packbits(self.get_instance(root, instance)["ss"].numpy()) if row is None else row
+
+    def content_key(self) -> dict[str, str | int]:
+        return {**super().content_key(), "resolution": self.resolution}
+
+    def item_version(self, root: str, instance: str) -> str:
+        """Return the checksum of a packed row; size and time of change of a PLY file, which copying keeps only
+        where it is told to (cp -p, rsync -t)."""
+        if (root, instance) in self._packed:
+            return f"{zlib.crc32(self._packed[root, instance]):08x}"
+        path = _ply_path(root, instance)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}). Rerun voxelize.py.") from error
+        return f"{status.st_size} {status.st_mtime_ns}"
 
     def _read_packed(self, root: str, paths: list[Path]) -> "DataFrame":
         import pandas as pd
@@ -113,6 +147,10 @@ class SparseStructure(StandardDatasetBase):
         metadata = pd.concat(tables, ignore_index=True)
         metadata.attrs["path"] = root
         return metadata
+
+
+def _ply_path(root: str, instance: str) -> Path:
+    return Path(root, "voxels", f"{instance}.ply")
 
 
 def load_packed(path: Path) -> dict[str, np.ndarray]:

@@ -148,3 +148,20 @@ def unpack_bits(rows: np.ndarray, resolution: int) -> "Tensor":
                          f"not {rows.dtype} {list(rows.shape)}")
     bits = np.unpackbits(rows, axis=1).reshape(-1, resolution, resolution, resolution)
     return torch.from_numpy(bits)
+
+
+def unpack_bits_on_device(bits: "Tensor", resolution: int) -> "Tensor":
+    """`unpack_bits` by tensor operations: on the device of the rows, and without waiting for it.
+
+    bits: [B, ceil(R^3 / 8)] uint8; bits that fill up the last byte are dropped.
+    Returns [B, 1, R, R, R] uint8, 0 or 1. Raises ValueError where the rows have another length.
+    """
+    import torch
+
+    cells = resolution**3
+    if bits.dtype != torch.uint8 or bits.ndim != 2 or bits.shape[1] != -(-cells // 8):
+        raise ValueError(f"bits must be uint8 [B, {-(-cells // 8)}] at resolution {resolution}, "
+                         f"not {bits.dtype} {list(bits.shape)}")
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+    unpacked = (bits[:, :, None] >> shifts) & 1  # [B, bytes, 8]
+    return unpacked.flatten(1)[:, :cells].reshape(-1, 1, resolution, resolution, resolution)

@@ -119,12 +119,13 @@ def _weight_and_bias_grad(
 ) -> tuple[Tensor, Tensor | None]:
     mask = (False, True, with_bias)
     if m == 1:
-        return _backward(grad, x, weight, 1, mask)[1:]
+        _, total, bias = _backward(grad, x, weight, 1, mask)
+        return laid_out_like(weight, total), bias
     voxels = grad.permute(0, 2, 3, 4, 1).unflatten(3, (-1, m)).flatten(4, 5)
     _, wide, bias = _backward(voxels.permute(0, 4, 1, 2, 3), x, _widened(weight, m), m, mask)
     places = wide.unflatten(0, (m, len(weight)))
     total = torch.stack([places[j, ..., j : j + 3] for j in range(m)]).sum(0)  # rounds once in half precision
-    return total, bias.view(m, -1).sum(0) if with_bias else None
+    return laid_out_like(weight, total), bias.view(m, -1).sum(0) if with_bias else None
 
 
 def _widened(weight: Tensor, m: int) -> Tensor:
@@ -133,6 +134,11 @@ def _widened(weight: Tensor, m: int) -> Tensor:
     for j in range(m):
         wide[j, ..., j : j + 3] = weight
     return wide.flatten(0, 1).contiguous(memory_format=torch.channels_last_3d)
+
+
+def laid_out_like(weight: Tensor, grad: Tensor) -> Tensor:
+    """grad in the weight's own strides, which optimizers and reductions over ranks want."""
+    return grad if grad.stride() == weight.stride() else torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, m: int, mask: tuple[bool, bool, bool]) -> tuple:

@@ -119,7 +119,7 @@ class _LastLayer(torch.autograd.Function):
             taps = weight.flatten(2)[0]  # [C, 27]
             if trained:
                 h = norm_silu(x, None, gamma, beta, ctx.eps)
-                grad_weight = weight_grad(grad, h).flip(1).reshape(weight.shape)
+                grad_weight = conv.laid_out_like(weight, weight_grad(grad, h).flip(1).reshape(weight.shape))
             grad_h = expand(grad, taps.flip(1), torch.zeros_like(gamma), x.dtype)
         else:
             if trained:
@@ -139,8 +139,7 @@ class _FromOneChannel(torch.autograd.Function):
         from .kernels.one_channel import expand
 
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        ctx.save_for_backward(x)
-        ctx.shape = weight.shape
+        ctx.save_for_backward(x, weight)
         return expand(x, weight.flatten(1), bias, dtype)
 
     @staticmethod
@@ -148,6 +147,7 @@ class _FromOneChannel(torch.autograd.Function):
     def backward(ctx, grad):
         from .kernels.one_channel import weight_grad
 
-        (x,) = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last_3d)
-        return None, weight_grad(x, grad).reshape(ctx.shape), grad.sum((0, 2, 3, 4), dtype=torch.float32), None
+        grad_weight = conv.laid_out_like(weight, weight_grad(x, grad).reshape(weight.shape))
+        return None, grad_weight, grad.sum((0, 2, 3, 4), dtype=torch.float32), None

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.launch import has_triton
 
 # Scores of one tile, in elements. On a CPU a tile stays near the cache; a GPU wants long rows of work.
-TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 # Codes whose scores are reduced to their smallest before any is looked at again.
 BLOCK = 64
 # Pairs of vector and code that fp64 decides at once.
@@ -44,18 +44,26 @@ def _by_tiles(vectors: Tensor, codebook: Tensor) -> Tensor:
     N, D = vectors.shape
     K = len(codebook)
     blocks = -(-K // BLOCK)
-    # |fl(z·e) - z·e| <= D·u·(|z|² + |e|²)/2 for any order of summation (Higham, Accuracy and Stability of
-    # Numerical Algorithms, Sec. 3.1); four more roundings cover the norms and the subtraction.
-    bound = (D + 4) * 2.0**-24
+    # The error of a score, a sum of D + 1 products, is at most (D + 1)·u·(|z||e| + |e|²/2), in any order of summation
+    # (Higham, Accuracy and Stability of Numerical Algorithms, Sec. 3.1), and so at most bound·(|z|²/2 + |e|²); four
+    # more roundings cover the norms.
+    bound = (D + 5) * 2.0**-24
     # A score is half the squared distance less |z|²/2, and less the share of its error bound that depends on e.
     bias = ((0.5 - bound) * codebook.double().square().sum(1)).float()
     padding = blocks * BLOCK - K
-    bias, codes = F.pad(bias, (0, padding), value=torch.inf), F.pad(codebook, (0, 0, 0, padding))
-    rows = max(1, TILE_ELEMENTS.get(vectors.device.type, 2**20) // (blocks * BLOCK))
+    codes = torch.cat(
+        [F.pad(-codebook, (0, 0, 0, padding)), F.pad(bias, (0, padding), value=torch.inf)[:, None]], dim=1
+    )
+    vectors_and_one = F.pad(vectors, (0, 1), value=1.0)
+    rows = max(1, TILE_ELEMENTS.get(vectors.device.type, 2**21) // (blocks * BLOCK))
     indices = torch.zeros(N, dtype=torch.int64, device=vectors.device)
-    for tile, index in zip(vectors.split(rows), indices.split(rows), strict=True):
+    # One buffer for all tiles: memory that comes and goes with each would be mapped anew by the system.
+    buffer = torch.empty(blocks * BLOCK * min(rows, N), device=vectors.device)
+    parts = zip(vectors.split(rows), vectors_and_one.split(rows), indices.split(rows), strict=True)
+    for tile, tile_and_one, index in parts:
         # Codes by vectors: a product of this shape and a minimum over rows are what vector units do quickly.
-        scores = torch.addmm(bias[:, None], codes, tile.T, alpha=-1).view(blocks, BLOCK, len(tile))
+        scores = buffer[: len(codes) * len(tile)].view(len(codes), len(tile))
+        scores = torch.mm(codes, tile_and_one.T, out=scores).view(blocks, BLOCK, len(tile))
         smallest_of_block = scores.amin(1)
         smallest = smallest_of_block.amin(0)
         # The nearest code's score exceeds the smallest by at most 2·bound·(|z|² + |e|²), e being the code of the

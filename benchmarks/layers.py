@@ -1,0 +1,298 @@
+"""Where a training step's time goes: every kind of layer, forward and backward, and the work around the network.
+
+    python benchmarks/layers.py                   # GPU: the full-size KL step at batch 32
+    python benchmarks/layers.py --device cpu      # the demo's at batch 4
+
+Each kind of layer of the real networks runs alone on random input of its shape; indented rows are its parts. Backward
+is the time of forward and backward less that of forward. Limit: for each convolution the larger of its operations over
+the product rate and its bytes over the copy rate, both measured in this run, with norm, SiLU and residual sum done in
+the passes of the convolutions; for the rest, bytes over the copy rate. Bytes: every input read and every result
+written once.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common, plain, runs
+from trellis.modules import conv, fused
+from trellis.modules.blocks3d import DownsampleBlock3d, ResBlock3d, UpsampleBlock3d
+from trellis.modules.losses import RECONSTRUCTION_LOSSES
+from trellis.modules.quantizers.nearest import nearest_code
+from trellis.modules.spatial import voxel_shuffle_3d
+from trellis.trainers.basic import BasicTrainer
+from trellis.utils.config import load_config
+
+HOST_STEPS = 10
+INDENT = "– "  # before the name of what is a part of another row
+
+
+@dataclass
+class Work:
+    """Operations and bytes of one stage, in each direction."""
+
+    flops: tuple[float, float] = (0.0, 0.0)
+    moved: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass
+class Part:
+    """A row of the table. count: how often a step has it, 0 for what the KL step does not have. forward: the work to
+    time; inputs: tensors that backward gives gradients of, None where there is no backward. stages: what it has to
+    do, one after the other."""
+
+    name: str
+    count: int
+    forward: Callable[[], object]
+    inputs: list[Tensor] | None = None
+    stages: list[Work] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
+
+
+# --- what layers have to do ------------------------------------------------------------------------------
+
+
+def conv_work(convolution: nn.Conv3d, cells: int, sizes: tuple[int, int], *, extra: int = 0,
+              input_grad: bool = True) -> Work:  # fmt: skip
+    """Of a convolution over [C, cells³], for one sample. sizes: bytes of an element of the input and the output.
+    extra: bytes that the pass forward reads besides, such as a residual."""
+    out = cells // convolution.stride[0]
+    flops = 2 * convolution.weight.numel() * out**3
+    inputs, outputs = convolution.in_channels * cells**3 * sizes[0], convolution.out_channels * out**3 * sizes[1]
+    backward = flops * (2 if input_grad else 1)
+    return Work((flops, backward), (inputs + outputs + extra, outputs + inputs * (2 if input_grad else 1)))
+
+
+def pass_work(elements: int, size: int) -> Work:
+    """Of a layer that reads and writes each element; backward reads the input and the gradient and writes one."""
+    return Work((0, 0), (2 * elements * size, 3 * elements * size))
+
+
+def limit_seconds(part: Part, batch: int, ceilings: common.Ceilings) -> float:
+    directions = (0, 1) if part.inputs is not None else (0,)
+    return sum(
+        ceilings.seconds(batch * work.flops[way], batch * work.moved[way], part.dtype)
+        for work in part.stages
+        for way in directions
+    )
+
+
+# --- the network -----------------------------------------------------------------------------------------
+
+
+def blocks_of(trainer: BasicTrainer) -> Iterator[tuple[nn.Module, int]]:
+    """(block, cells along an axis of its input) in the order of execution, without first and last layers."""
+    encoder, decoder = trainer.models["encoder"], trainer.models["decoder"]
+    cells = trainer.dataset.resolution
+    for block in (*encoder.blocks, *encoder.middle_block, *decoder.middle_block, *decoder.blocks):
+        yield block, cells
+        if isinstance(block, DownsampleBlock3d):
+            cells //= 2
+        elif isinstance(block, UpsampleBlock3d):
+            cells *= 2
+
+
+def network_parts(trainer: BasicTrainer, batch: int) -> list[Part]:
+    """Every kind of layer once, with its parts after it."""
+    device, dtype = trainer.device, trainer.precision.dtype
+    size, resolution = dtype.itemsize, trainer.dataset.resolution
+
+    def random(channels: int, cells: int, of: torch.dtype = dtype) -> Tensor:
+        x = torch.randn(batch, channels, cells, cells, cells, device=device, dtype=of)
+        return x.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+
+    def run(function: Callable, x: Tensor) -> Callable[[], Tensor]:
+        def forward() -> Tensor:
+            with trainer.precision.autocast():
+                return function(x)
+
+        return forward
+
+    groups: dict[tuple, list[nn.Module]] = {}
+    for block, cells in blocks_of(trainer):
+        shape = tuple(next(block.parameters()).shape if isinstance(block, ResBlock3d) else block.conv.weight.shape)
+        groups.setdefault((type(block), shape, cells), []).append(block)
+
+    parts = []
+    for name, model in (("encoder", trainer.models["encoder"]), ("decoder", trainer.models["decoder"])):
+        first, last = model.input_layer, model.out_layer[2]
+        cells = resolution if name == "encoder" else resolution // trainer.models["encoder"].downsampling
+        other = resolution // trainer.models["encoder"].downsampling if name == "encoder" else resolution
+        grid = random(first.in_channels, cells, torch.float32).detach().requires_grad_(name == "decoder")
+        parts.append(Part(f"first layer, {name}", 1, run(model._first, grid), [*_own(grid), *first.parameters()],
+                          [conv_work(first, cells, (4, size), input_grad=grid.requires_grad)], dtype))  # fmt: skip
+        h = random(last.in_channels, other)
+        parts.append(Part(f"last layer, {name}", 1, run(model._last, h), [h, *model.out_layer.parameters()],
+                          [conv_work(last, other, (size, 4))], dtype))  # fmt: skip
+
+    for (kind, _, cells), blocks in groups.items():
+        block = blocks[0]
+        convolution = block.conv1 if kind is ResBlock3d else block.conv
+        channels = convolution.in_channels
+        x = random(channels, cells)
+        elements = channels * cells**3
+        whole = Part(f"{kind.__name__} {channels} at {cells}³", len(blocks), run(block, x), [x, *block.parameters()],
+                     dtype=dtype)  # fmt: skip
+        parts.append(whole)
+        if kind is ResBlock3d:
+            extra = elements * size
+            whole.stages = [conv_work(block.conv1, cells, (size, size)),
+                            conv_work(block.conv2, cells, (size, size), extra=extra)]  # fmt: skip
+            parts += convolution_parts(block.conv1, x, 2 * len(blocks), dtype)
+            parts.append(norm_part(trainer, block, x, 2 * len(blocks)))
+            continue
+        whole.stages = [conv_work(convolution, cells, (size, size))]
+        if kind is UpsampleBlock3d:
+            y = random(convolution.out_channels, cells)
+            parts.append(Part(f"{INDENT}shuffle", len(blocks), lambda y=y: voxel_shuffle_3d(y, 2), [y],
+                              [pass_work(convolution.out_channels * cells**3, size)], dtype))  # fmt: skip
+    return parts
+
+
+def _own(x: Tensor) -> list[Tensor]:
+    return [x] if x.requires_grad else []
+
+
+def convolution_parts(convolution: nn.Conv3d, x: Tensor, count: int, dtype: torch.dtype) -> list[Part]:
+    """The three convolutions of a residual block's, each alone."""
+    x, weight = x.detach(), convolution.weight.detach().to(dtype)
+    grad, size = torch.randn_like(x), dtype.itemsize
+    work = conv_work(convolution, x.shape[-1], (size, size))
+    one = Work((work.flops[0], 0), (work.moved[0], 0))
+    ways = {
+        f"{INDENT}convolution": lambda: conv.forward(x, weight),
+        f"{INDENT}its input's gradient": lambda: conv.input_grad(grad, weight),
+        f"{INDENT}its weight's gradient": lambda: conv.weight_grad(x, grad, weight),
+    }
+    return [Part(name, count, way, None, [one], dtype) for name, way in ways.items()]
+
+
+def norm_part(trainer: BasicTrainer, block: ResBlock3d, x: Tensor, count: int) -> Part:
+    """Norm and SiLU, forward and backward, as the block runs them."""
+    elements, size = x[0].numel(), x.element_size()
+    work = pass_work(elements, size)
+    if not fused.usable(x):
+        inputs = [x, *block.norm1.parameters()]
+        return Part(f"{INDENT}norm and SiLU", count, lambda: F.silu(block.norm1(x)), inputs, [work])
+    from trellis.modules.kernels.norm_silu import norm_silu, norm_silu_backward
+
+    gamma, beta, eps = block.norm1.weight.detach(), block.norm1.bias.detach(), block.norm1.eps
+    x, grad = x.detach(), torch.randn_like(x)
+
+    def both() -> None:
+        norm_silu(x, None, gamma, beta, eps)
+        norm_silu_backward(x, None, gamma, beta, eps, grad)
+
+    return Part(f"{INDENT}norm and SiLU, both ways", count, both, None, [Work((0, 0), (sum(work.moved), 0))])
+
+
+# --- around the network ----------------------------------------------------------------------------------
+
+
+def step_parts(trainer: BasicTrainer, batch: int) -> list[Part]:
+    """Loss, codebook and the updates. The trainer has taken a step, so that gradients are there."""
+    parameters = sum(parameter.numel() for parameter in trainer.parameters)
+    resolution, device = trainer.dataset.resolution, trainer.device
+    logits = torch.randn(batch, 1, *(resolution,) * 3, device=device, requires_grad=True)
+    target = (torch.rand(logits.shape, device=device) < 0.04).to(torch.uint8)
+    voxels = resolution**3
+    loss = RECONSTRUCTION_LOSSES[trainer.loss_type]
+    book = load_config(runs.config_path("vqvae_stage2" if device.type == "cuda" else "demo_stage2"))["models"]
+    codes = book["quantizer"]["args"]["n_embed"]
+    tokens = plain.tokens_per_sample(book, resolution)
+    vectors, codebook = torch.randn(batch * tokens, 8, device=device), torch.randn(codes, 8, device=device)
+
+    def updates(moved: int) -> list[Work]:
+        """For `limit_seconds`, which counts per sample."""
+        return [Work((0, 0), (moved * parameters / batch, 0))]
+
+    return [
+        Part(f"loss, {trainer.loss_type}", 1, lambda: loss(logits, target), [logits],
+             [Work((0, 0), (5 * voxels, 9 * voxels))]),
+        Part(f"nearest code, {len(vectors)} × {codes} × 8", 0, lambda: nearest_code(vectors, codebook), None,
+             [Work((plain.nearest_flops(tokens, codes, 8), 0), (tokens * 8 * 4, 0))]),
+        Part("gradient norm and clipping", 1, lambda: trainer.clipper(trainer.parameters), None, updates(4)),
+        Part("optimizer", 1, trainer.optimizer.step, None, updates(28)),
+        Part("averages", 1, lambda: trainer.ema.update(1), None, updates(12)),
+    ]  # fmt: skip
+
+
+def host_seconds(trainer: BasicTrainer, batch: dict[str, Tensor]) -> float:
+    """Mean time until a step is enqueued, when the GPU has nothing else to do."""
+    total = 0.0
+    for _ in range(HOST_STEPS):
+        torch.cuda.synchronize(trainer.device)
+        started = time.perf_counter()
+        trainer.run_step(batch)
+        total += time.perf_counter() - started
+    torch.cuda.synchronize(trainer.device)
+    return total / HOST_STEPS
+
+
+# --- table -----------------------------------------------------------------------------------------------
+
+
+def measured_row(part: Part, batch: int, step: float, seconds: float, device: torch.device,
+                 ceilings: common.Ceilings) -> list:  # fmt: skip
+    """seconds: to spend on each measurement."""
+    forward = both = common.median_seconds(part.forward, device, budget=seconds)
+    if part.inputs is not None:
+        grad = torch.randn_like(part.forward())
+        both = common.median_seconds(
+            lambda: torch.autograd.grad(part.forward(), part.inputs, grad), device, budget=seconds
+        )
+    ways = slice(0, 2 if part.inputs is not None else 1)
+    flops = batch * sum(sum(work.flops[ways]) for work in part.stages)
+    moved = batch * sum(sum(work.moved[ways]) for work in part.stages)
+    limit = limit_seconds(part, batch, ceilings)
+    backward = (both - forward) * 1e3 if part.inputs is not None else None
+    share = part.count * both / step if part.count else None
+    return [part.name, part.count, forward * 1e3, backward, flops / 1e9, moved / 1e9, limit * 1e3, limit / both, share]
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = common.parser(__doc__)
+    flags.add_argument("--batch_size", type=int, help="default: 32 on a GPU, 4 on a CPU")
+    flags.add_argument("--seconds", type=float, default=0.5, help="to spend on each measurement (default: 0.5)")
+    args = flags.parse_args(argv)
+    device = common.pick_device(args.device)
+    cuda = device.type == "cuda"
+    batch_size = args.batch_size or (32 if cuda else 4)
+    path = runs.config_path("ss_vae_conv3d_16l8_fp16" if cuda else "demo_vae")
+    config = load_config(path)
+    ceilings = common.measure_ceilings(device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data_dir = common.data_for(args, folder)
+        weights = common.random_weights(config["models"], common.packed_rows(data_dir), folder, device)
+        settings = runs.steady_settings(weights, 1, 1) | runs.batch_setting(config, batch_size)
+        settings["dataset.args.resolution"] = args.resolution
+        trainer = runs.build_trainer(runs.arguments(path, device, data_dir, folder / "run", settings), device)
+        trainer.build_training_state()
+        batch = next(trainer.batches())
+    step = common.median_seconds(lambda: trainer.run_step(batch), device, budget=4 * args.seconds)
+    summary = f"{path.stem}, batch {batch_size}: {step * 1e3:.1f} ms a step, {batch_size / step:.1f} samples/s."
+    if cuda:
+        summary += f" The host enqueues a step in {host_seconds(trainer, batch) * 1e3:.1f} ms."
+    rows = [
+        measured_row(part, batch_size, step, args.seconds, device, ceilings)
+        for part in (*network_parts(trainer, batch_size), *step_parts(trainer, batch_size))
+    ]
+    total = sum(row[-1] for row in rows if row[-1] is not None and not row[0].startswith(INDENT))
+    summary += f" The rows that are no parts of others make {total:.0%} of it."
+    columns = ["layer", "times", "forward ms", "backward ms", "GFLOP", "GB", "limit ms", "of limit", "share of step"]
+    parts = [common.describe_machine(device), f"Ceilings: {ceilings}.", summary, common.markdown_table(columns, rows)]
+    print(common.write_report("Layers", parts, args.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Running train.py: as a command whose log is read, or as a trainer to take apart."""
+
+import json
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import train
+from benchmarks.common import ROOT
+from trellis import models as model_registry
+from trellis.datasets import DATASETS
+from trellis.trainers import TRAINERS
+from trellis.trainers.basic import BasicTrainer
+from trellis.trainers.weights import plan_weights
+from trellis.utils.environment import keep_freed_memory
+
+# Intervals of the log that still hold warm-up: compilation, the choice of convolution algorithms, the loss scale.
+WARM_INTERVALS = 2
+# No validation, pictures or checkpoints between the first and the last step.
+NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of a training run after warm-up. Memory is None on a CPU."""
+
+    samples_per_second: float
+    peak_memory_gib: float | None
+
+
+def config_path(name: str) -> Path:
+    """A shipped configuration."""
+    return ROOT / "configs" / "vae" / f"{name}.json"
+
+
+def arguments(
+    config: Path, device: torch.device, data_dir: str, output_dir: Path, settings: dict, *flags: str
+) -> list[str]:
+    """train.py's command line. settings: {"trainer.args.max_steps": 4, ...}."""
+    parts = ["--config", str(config), "--data_dir", data_dir, "--output_dir", str(output_dir)]
+    parts += ["--device", device.type, "--auto_retry", "0", "--master_port", str(_free_port()), *flags]
+    for key, value in settings.items():
+        parts += ["--set", f"{key}={json.dumps(value)}"]
+    return parts
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def batch_setting(config: dict, batch: int) -> dict:
+    """The setting of the batch size per process, under whichever name the configuration has."""
+    args = config["trainer"]["args"]
+    return {"trainer.args.batch_size" if "batch_size" in args else "trainer.args.batch_size_per_gpu": batch}
+
+
+def steady_settings(weights: dict[str, str] | None, max_steps: int, interval: int) -> dict:
+    """Settings of a run of max_steps that does nothing but train and log every `interval` steps. weights: see
+    `common.random_weights`; None for fresh ones. The lr is too small to change them much, since random weights may
+    diverge at the configuration's; speed is the same."""
+    settings = {"max_steps": max_steps, "i_log": interval, "i_print": interval, "finetune_ckpt": weights}
+    settings |= dict.fromkeys(("i_eval", "i_save", "i_sample", "i_ddpcheck"), NEVER)
+    settings["optimizer.args.lr"] = 1e-6
+    return {f"trainer.args.{key}": value for key, value in settings.items()}
+
+
+def run_train(command_line: list[str]) -> str:
+    """Run train.py to its end. Returns what it printed; raises RuntimeError with the end of it if it failed."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *command_line],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"train.py {' '.join(command_line)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
+def read_speed(run_dir: Path, warm: int) -> Speed:
+    """The median rate over the log's intervals after the first `warm`, and the peak memory of the whole run."""
+    lines = [json.loads(line) for line in (run_dir / "log.txt").read_text().splitlines()]
+    intervals = [line for line in lines if "samples_per_second" in line]
+    rates = [line["samples_per_second"] for line in intervals[warm:]]
+    if not rates:
+        raise RuntimeError(f"{run_dir}/log.txt has {len(intervals)} intervals, all of them warm-up; run for longer")
+    return Speed(statistics.median(rates), intervals[-1].get("peak_memory_gib"))
+
+
+def speed(command_line: list[str], run_dir: Path, warm: int) -> Speed:
+    """`read_speed` of a run of train.py, whose folder is removed after: checkpoints of full-size networks take
+    gigabytes each."""
+    run_train(command_line)
+    try:
+        return read_speed(run_dir, warm)
+    finally:
+        shutil.rmtree(run_dir)
+
+
+def build_trainer(command_line: list[str], device: torch.device) -> BasicTrainer:
+    """The trainer that train.py would run with these arguments, in one process, before its run is opened."""
+    args = train.parse_args(command_line)
+    if device.type == "cpu":
+        keep_freed_memory()
+    config = train.read_config(args, world_size=1)
+    trainer_args = config["trainer"]["args"]
+    cls = TRAINERS.get(config["trainer"]["name"], "trainer.name")
+    plan = plan_weights(config, cls, args.output_dir, args.load_dir, args.ckpt)
+    dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
+    dataset = dataset_class(args.data_dir, split="train", **config["dataset"].get("args", {}))
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    models = {name: model_registry.build(spec, f"models.{name}") for name, spec in config["models"].items()}
+    return cls(models, dataset, output_dir=args.output_dir, device=device, plan=plan, config=config, **trainer_args)

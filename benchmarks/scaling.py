@@ -1,0 +1,104 @@
+"""How the cost of a training step grows with batch, resolution, codes and GPUs.
+
+    python benchmarks/scaling.py                          # everything
+    python benchmarks/scaling.py --of gpus --batch 32     # 1, 2, 4 ... GPUs
+
+Batch and resolution by KL training, codes by stage 2, GPUs by KL training with the batch on each. Every row is a run
+of train.py as in train_speed.py. Limit as there, for all GPUs together. Rate, time of a step and work, the operations
+of a step's convolutions on each GPU, are also given over those of the first row.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common, plain, runs
+from trellis.utils.config import apply_override, load_config
+
+AXES = ("batch", "resolution", "codes", "gpus")
+DEFAULTS = {
+    "cuda": {"batch": [1, 2, 4, 8, 16, 32, 64], "resolution": [32, 64, 128], "codes": [2**n for n in range(10, 17)]},
+    "cpu": {"batch": [1, 2, 4, 8], "resolution": [32, 64], "codes": [2**n for n in range(10, 17)]},
+}
+CONFIGS = {
+    "cuda": {"kl": "ss_vae_conv3d_16l8_fp16", "stage2": "vqvae_stage2"},
+    "cpu": {"kl": "demo_vae", "stage2": "demo_stage2"},
+}
+STEPS = {"cuda": 10, "cpu": 2}  # in an interval of the log
+
+
+def run(path: Path, device: torch.device, data_dir: str, folder: Path, settings: dict, intervals: int,
+        gpus: int) -> runs.Speed:  # fmt: skip
+    """One run of train.py in `folder`. settings: what differs from the configuration."""
+    config, interval = load_config(path), STEPS[device.type]
+    for key, value in settings.items():
+        apply_override(config, f"{key}={value}")
+    weights = common.random_weights(config["models"], common.packed_rows(data_dir), folder, device)
+    steps = (runs.WARM_INTERVALS + intervals) * interval
+    settings = runs.steady_settings(weights, steps, interval) | settings
+    line = runs.arguments(path, device, data_dir, folder / "run", settings, "--num_gpus", str(gpus))
+    return runs.speed(line, folder / "run", runs.WARM_INTERVALS)
+
+
+def values_of(args: argparse.Namespace, device: torch.device, axis: str) -> list[int]:
+    if axis == "gpus":
+        there = torch.cuda.device_count() if device.type == "cuda" else 0
+        return [n for n in (1, 2, 4, 8) if n <= there]
+    return args.values or DEFAULTS[device.type][axis]
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = common.parser(__doc__)
+    flags.add_argument("--of", nargs="+", choices=AXES, default=list(AXES))
+    flags.add_argument("--values", nargs="+", type=int, help="with one --of: what to measure")
+    flags.add_argument("--batch", type=int, help="where it does not vary (default: 16 on a GPU, 2 on a CPU; an eighth "
+                       "of it above 64 cells)")  # fmt: skip
+    flags.add_argument("--intervals", type=int, default=4, help="intervals of the log that count (default: 4)")
+    args = flags.parse_args(argv)
+    if args.values and (len(args.of) > 1 or args.of == ["gpus"]):
+        flags.error("--values needs one --of, of batch, resolution or codes")
+    device = common.pick_device(args.device)
+    cuda = device.type == "cuda"
+    usual = args.batch or (16 if cuda else 2)
+    ceilings = common.measure_ceilings(device)
+    columns = ["", "value", "batch", "samples/s", "rate to first", "ms per step",
+               "time to first", "work to first", "GiB", "of limit"]  # fmt: skip
+    table, text = [], "There is no GPU, so nothing to scale over."
+    with tempfile.TemporaryDirectory() as name:
+        made: dict[int, str] = {}
+        if args.data_dir:
+            made[args.resolution] = common.data_for(args, Path(name))
+        for axis in args.of:
+            path = runs.config_path(CONFIGS[device.type]["stage2" if axis == "codes" else "kl"])
+            first = None
+            for value in values_of(args, device, axis):
+                resolution = value if axis == "resolution" else args.resolution
+                gpus = value if axis == "gpus" else 1
+                batch = value if axis == "batch" else max(1, usual // 8) if resolution > 64 else usual
+                if resolution not in made:
+                    made[resolution] = common.make_data(Path(name), args.objects, resolution)
+                settings = {"dataset.args.resolution": resolution, **runs.batch_setting(load_config(path), batch)}
+                if axis == "codes":
+                    settings["models.quantizer.args.n_embed"] = value
+                speed = run(path, device, made[resolution], Path(name), settings, args.intervals,
+                            gpus)  # fmt: skip
+                flops = plain.convolution_flops(load_config(path)["models"], "kl", resolution)
+                rate, step = speed.samples_per_second, batch * gpus / speed.samples_per_second
+                limit = gpus / ceilings.seconds(flops, 0, common.compute_dtype(device))
+                first = first or (rate, step, batch * flops)
+                table.append([axis, value, batch, rate, rate / first[0], step * 1e3, step / first[1],
+                              batch * flops / first[2], speed.peak_memory_gib, rate / limit])  # fmt: skip
+                print(f"{axis} {value}: {rate:.1f} samples/s", flush=True)
+                parts = [common.describe_machine(device), f"Ceilings: {ceilings}.",
+                         common.markdown_table(columns, table)]  # fmt: skip
+                text = common.write_report("Scaling", parts, args.output)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

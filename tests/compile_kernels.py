@@ -10,8 +10,8 @@ from triton.compiler import ASTSource
 from trellis.modules.kernels import norm_silu, one_channel
 
 TARGET = GPUTarget("cuda", 90, 32)
-TYPES = {"x_ptr": "*bf16", "out_ptr": "*bf16", "grad_ptr": "*bf16", "residual_ptr": "*bf16",
-         "residual_grad_ptr": "*bf16", "grad_x_ptr": "*bf16", "h_ptr": "*bf16", "b_ptr": "*bf16", "eps": "fp32"}  # fmt: skip
+HALF = ("x", "out", "grad", "residual", "residual_grad", "grad_x", "h", "b")
+TYPES = {**{f"{name}_ptr": "*bf16" for name in HALF}, "eps": "fp32"}
 
 
 def compile_kernel(kernel, warps: int, types: dict[str, str] = TYPES, **constants) -> None:

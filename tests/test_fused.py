@@ -4,18 +4,22 @@ With a GPU the kernels run on it. Without one they run in Triton's interpreter.
 """
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, solid_grids
+from conftest import ROOT, solid_grids, tiny_config
+from safetensors.torch import save_file
 from torch import nn
 
 pytest.importorskip("triton")
 
+import train  # noqa: E402
 from trellis.models import build  # noqa: E402
 from trellis.modules import fused  # noqa: E402
 from trellis.modules.blocks3d import ResBlock3d  # noqa: E402
@@ -191,6 +195,35 @@ def test_whole_models_equal_the_plain_ones(frozen, monkeypatch):
         results.append([z.detach(), logits.detach(), *grads])
     for plain, quick in zip(*results, strict=True):
         assert relative(quick, plain) < 1e-4
+
+
+@pytest.mark.parametrize("trainer, args", [
+    ("SparseStructureVaeTrainer", {"loss_type": "dice"}),
+    ("SparseStructureVqVaeTrainer", {"freeze": ["encoder", "decoder"], "loss_type": "l1"}),
+])  # fmt: skip
+def test_training_through_the_kernels_gives_the_plain_losses(
+    trainer, args, tmp_path, write_config, monkeypatch
+):
+    """train.py, with everything that surrounds the models, on 8³ grids: the interpreter is slow."""
+    bits = np.packbits(solid_grids(4, 8, 0).reshape(4, -1), axis=1)
+    np.savez(tmp_path / "train.npz", bits=bits)
+    config = tiny_config(trainer, max_steps=2, batch_size=2, i_log=1, i_sample=1000, mix_precision_mode=None, **args)
+    config["dataset"]["args"]["resolution"] = 8
+    weights = {name: str(tmp_path / f"{name}.safetensors") for name in config["models"] if name != "quantizer"}
+    for name, path in weights.items():
+        state = random_(build(config["models"][name])).state_dict()
+        save_file({key: value.contiguous().cpu() for key, value in state.items()}, path)
+    config["trainer"]["args"]["finetune_ckpt"] = weights
+    path, losses = write_config(config), []
+    for quick in (False, True):
+        monkeypatch.setattr(fused, "usable", lambda x, quick=quick: quick)
+        run_dir = tmp_path / f"run{quick}"
+        flags = ["--config", path, "--data_dir", str(tmp_path / "train.npz"), "--output_dir", str(run_dir)]
+        assert train.main([*flags, "--auto_retry", "0", "--device", DEVICE.type, "--num_gpus", "1"]) == 0
+        log = [json.loads(line) for line in (run_dir / "log.txt").read_text().splitlines()]
+        losses.append([line[key] for line in log if "loss" in line for key in ("loss", "grad_norm")])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 # --- on a GPU ----------------------------------------------------------------------------------------------------

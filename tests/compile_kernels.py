@@ -3,6 +3,8 @@
 Triton's interpreter accepts what its compiler refuses, so tests run this beside it.
 """
 
+import itertools
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -23,24 +25,28 @@ def compile_kernel(kernel, warps: int, types: dict[str, str] = TYPES, **constant
     aligned = [(i,) for i, kind in enumerate(signature.values()) if kind.startswith(("*", "i"))]
     source = ASTSource(kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in aligned})
     triton.compile(source, target=TARGET, options={"num_warps": warps})
-    print(kernel.__name__, constants)
+    print(kernel.__name__, {**constants, **types})
 
 
 def main() -> None:
     for channels in (32, 512):
         forward = norm_silu._blocks(channels, norm_silu.FORWARD_TILE)
         backward = norm_silu._blocks(channels, norm_silu.BACKWARD_TILE)
-        compile_kernel(norm_silu._norm_silu_kernel, norm_silu.FORWARD_WARPS, HAS_SHIFT=True, **forward)
+        for types in (TYPES, {**TYPES, "out_ptr": "*fp32"}):
+            compile_kernel(norm_silu._norm_silu_kernel, norm_silu.FORWARD_WARPS, types, HAS_SHIFT=True, **forward)
         compile_kernel(norm_silu._add_kernel, norm_silu.FORWARD_WARPS, **forward)
-        for residual in (False, True):
-            compile_kernel(
-                norm_silu._norm_silu_backward_kernel, norm_silu.BACKWARD_WARPS,
-                HAS_SHIFT=not residual, HAS_RESIDUAL=residual, NEEDS_SUMS=True, **backward,
-            )  # fmt: skip
+        for residual, sums in itertools.product((False, True), (False, True)):
+            for types in (TYPES, {**TYPES, "grad_ptr": "*fp32"}):
+                compile_kernel(
+                    norm_silu._norm_silu_backward_kernel, norm_silu.BACKWARD_WARPS, types,
+                    HAS_SHIFT=not residual, HAS_RESIDUAL=residual, NEEDS_SUMS=sums, **backward,
+                )  # fmt: skip
     sizes = {"BLOCK_V": one_channel.BLOCK_V, "C": 32, "BLOCK_C": 32}
     compile_kernel(one_channel._expand_kernel, one_channel.NUM_WARPS, **sizes)
-    compile_kernel(one_channel._per_tap_kernel, one_channel.NUM_WARPS, **sizes, PRECISION="tf32")
-    compile_kernel(one_channel._weight_grad_kernel, one_channel.NUM_WARPS, **sizes, PRECISION="tf32")
+    for many, precision in (("*bf16", "tf32"), ("*fp16", "tf32"), ("*fp32", "ieee")):
+        types = {"h_ptr": many, "b_ptr": many}
+        compile_kernel(one_channel._per_tap_kernel, one_channel.NUM_WARPS, types, **sizes, PRECISION=precision)
+        compile_kernel(one_channel._weight_grad_kernel, one_channel.NUM_WARPS, types, **sizes, PRECISION=precision)
     compile_kernel(
         one_channel._gather_kernel, one_channel.NUM_WARPS, {"out_ptr": "*fp32"}, BLOCK_V=one_channel.BLOCK_V
     )

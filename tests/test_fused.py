@@ -51,7 +51,7 @@ def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
 # --- kernels -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [1, 8, 32, 48])
+@pytest.mark.parametrize("channels", [5, 8, 32, 48])
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_norm_silu_and_its_gradients(channels, shifted, residual):
@@ -167,11 +167,11 @@ def test_last_layer_equals_the_plain_one(outputs):
     assert max(relative(a, b) for a, b in zip(quick, plain, strict=True)) < 1e-5
 
 
-def autoencoder() -> tuple[nn.Module, nn.Module]:
+def autoencoder(narrow: int = 8, wide: int = 32) -> tuple[nn.Module, nn.Module]:
     args = {"latent_channels": 4, "num_res_blocks": 1, "num_res_blocks_middle": 1}
     specs = (
-        {"name": "SparseStructureEncoder", "args": {**args, "in_channels": 1, "channels": [8, 32]}},
-        {"name": "SparseStructureDecoder", "args": {**args, "out_channels": 1, "channels": [32, 8]}},
+        {"name": "SparseStructureEncoder", "args": {**args, "in_channels": 1, "channels": [narrow, wide]}},
+        {"name": "SparseStructureDecoder", "args": {**args, "out_channels": 1, "channels": [wide, narrow]}},
     )
     return tuple(random_(build(spec)) for spec in specs)
 
@@ -260,7 +260,7 @@ def test_loss_curve_follows_fp32_over_200_steps(precision, monkeypatch):
 
 @needs_gpu
 def test_training_holds_less_memory_than_the_plain_modules(monkeypatch):
-    encoder, decoder = (m.requires_grad_() for m in autoencoder())
+    encoder, decoder = (m.requires_grad_() for m in autoencoder(32, 64))
     ss = torch.from_numpy(solid_grids(8, 64, 0)).float()[:, None].to(DEVICE)
     peaks = []
     for quick in (False, True):

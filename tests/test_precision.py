@@ -164,14 +164,16 @@ def check_outputs(autocast, device: str, dtype: torch.dtype, tolerance: float) -
         want_logits = decoder(want_z)
     encoder, decoder = encoder.to(device), decoder.to(device)
     inside, ends = [], []
-    for block in (encoder.blocks[0].conv1, decoder.middle_block[0].conv2):
+    for block in (encoder.blocks[0], decoder.middle_block[0]):
         block.register_forward_hook(lambda module, args, out: inside.append(out.dtype))
     for end in (encoder.input_layer, encoder.out_layer[2], decoder.input_layer, decoder.out_layer[2]):
         end.register_forward_hook(lambda module, args, out: ends.append(out.dtype))
     with torch.no_grad(), autocast:
         z, mean, logvar = encoder(ss.to(device), return_raw=True)
         logits = decoder(want_z.to(device))
-    assert inside == [dtype] * 2 and ends == [torch.float32] * 4
+    assert inside == [dtype] * 2
+    if device == "cpu":  # a GPU's kernels take first and last layers apart; tests/test_fused.py has their precision
+        assert ends == [torch.float32] * 4
     for got, want in ((z, want_z), (mean, want_mean), (logvar, want_logvar), (logits, want_logits)):
         assert got.dtype == torch.float32
         error = (got.cpu() - want).norm() / want.norm()
@@ -224,7 +226,7 @@ def test_a_published_model_runs_its_torso_in_fp16_outside_training():
     spec["args"]["use_fp16"] = True
     encoder = build(spec).cuda()
     inside = []
-    encoder.blocks[0].conv1.register_forward_hook(lambda module, args, out: inside.append(out.dtype))
+    encoder.blocks[0].register_forward_hook(lambda module, args, out: inside.append(out.dtype))
     ss = torch.from_numpy(solid_grids(1, 16, 0))[:, None].cuda()
     assert encoder(ss).dtype == torch.float32 and inside == [torch.float16]
 

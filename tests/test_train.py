@@ -273,7 +273,8 @@ def test_two_ranks_equal_one(loss_type, freeze, vae_run, data_dir, write_config,
 
 
 def test_kl_noise_does_not_depend_on_ranks(data_dir, write_config, tmp_path):
-    path = write_config(tiny_config(lambda_kl=1e-3))
+    # A low rate, for Adam makes steps of full size out of what rounding does to the smallest gradients.
+    path = write_config(tiny_config(lambda_kl=1e-3, optimizer={"name": "AdamW", "args": {"lr": 1e-3}}))
     flags = ("--config", path, "--data_dir", data_dir)
     assert run(*flags, "--output_dir", tmp_path / "one") == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
@@ -283,7 +284,7 @@ def test_kl_noise_does_not_depend_on_ranks(data_dir, write_config, tmp_path):
     for a, b in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
         assert a["step"] == b["step"]
         if "loss" in a:
-            assert abs(a["loss"] - b["loss"]) < 5e-5  # rounding, as six steps of Adam let it grow
+            assert abs(a["loss"] - b["loss"]) < 1e-5
 
 
 # --- tryrun ---

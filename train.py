@@ -22,6 +22,7 @@ import torch.multiprocessing
 
 from trellis import models as model_registry
 from trellis.datasets import DATASETS
+from trellis.modules.kernels.launch import obstacle
 from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.optim import preview_schedule
@@ -248,6 +249,8 @@ def describe(trainer: BasicTrainer, config: dict, plan: WeightPlan) -> None:
     print(f"{where}, {trainer.precision.name}, {trainer.global_batch} samples per step, {trainer.max_steps} steps")
     if trainer.precision.note:
         print(f"note: {trainer.precision.note}")
+    if trainer.device.type == "cuda" and obstacle(trainer.device):
+        print(f"note: plain modules run in place of the GPU kernels, which are faster: {obstacle(trainer.device)}")
     sys.stdout.flush()
 
 

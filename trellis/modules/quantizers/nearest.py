@@ -2,8 +2,8 @@
 
 The answer is defined in exact arithmetic, as the lowest index among the closest codes, so it depends neither
 on the device nor on how many vectors come at once. A matrix product in fp32 rules out all but a few codes per
-vector, using a bound on its own rounding; fp64 decides between those that are left. GPUs with Triton have a
-kernel for it, `nearest_triton`; elsewhere it goes by tiles that stay in the cache.
+vector, using a bound on its own rounding; fp64 decides between those that are left. GPUs have a kernel
+for it, `nearest_triton`; elsewhere it goes by tiles that stay in the cache.
 
 Axes: N vectors, K codes, D channels.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.launch import has_triton
+from ..kernels.launch import kernels_run
 
 # Scores of one tile, in elements. On a CPU a tile stays near the cache; a GPU wants long rows of work.
 TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
@@ -32,7 +32,7 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     if vectors.ndim != 2 or codebook.ndim != 2 or vectors.shape[1] != codebook.shape[1] or not len(codebook):
         raise ValueError(f"vectors {tuple(vectors.shape)} and codebook {tuple(codebook.shape)} must be [N, D], [K, D]")
     vectors, codebook = vectors.float(), codebook.float()
-    if vectors.is_cuda and has_triton():
+    if kernels_run(vectors):
         from .nearest_triton import nearest_code_cuda
 
         return nearest_code_cuda(vectors, codebook)

@@ -27,7 +27,7 @@ from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.optim import preview_schedule
 from trellis.trainers.profile import profile
-from trellis.trainers.weights import WeightPlan, plan_weights
+from trellis.trainers.weights import plan_weights
 from trellis.utils import dist_utils
 from trellis.utils.config import apply_override, check_args, check_component, load_config
 from trellis.utils.environment import keep_freed_memory
@@ -195,6 +195,21 @@ def join_and_run(args: argparse.Namespace, config: dict, plan: Launch, local_ran
 
 def run(args: argparse.Namespace, config: dict, device: torch.device) -> int:
     """Build everything by name, then try, profile or train. Returns the exit code."""
+    trainer = build_trainer(args, config, device)
+    if dist_utils.is_main():
+        describe(trainer)
+    if args.tryrun:
+        tryrun(trainer)
+    elif args.profile:
+        print(f"trace for https://ui.perfetto.dev: {profile(trainer)}")
+    else:
+        signum = trainer.run()
+        return 128 + signum if signum else 0
+    return 0
+
+
+def build_trainer(args: argparse.Namespace, config: dict, device: torch.device) -> BasicTrainer:
+    """Data, models with their weights, and the trainer around them."""
     if device.type == "cpu":
         keep_freed_memory()
     trainer_class = TRAINERS.get(config["trainer"]["name"], "trainer.name")
@@ -208,23 +223,14 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> int:
     torch.backends.cudnn.benchmark = True  # shapes never change
     torch.manual_seed(derive_seed("models", trainer_args.get("seed", 0)))
     models = {name: model_registry.build(spec, f"models.{name}") for name, spec in config["models"].items()}
-    trainer = trainer_class(
+    return trainer_class(
         models, dataset, output_dir=args.output_dir, device=device, plan=plan, config=config, **trainer_args
     )
-    if dist_utils.is_main():
-        describe(trainer, config, plan)
-    if args.tryrun:
-        tryrun(trainer)
-    elif args.profile:
-        print(f"trace for https://ui.perfetto.dev: {profile(trainer)}")
-    else:
-        signum = trainer.run()
-        return 128 + signum if signum else 0
-    return 0
 
 
-def describe(trainer: BasicTrainer, config: dict, plan: WeightPlan) -> None:
+def describe(trainer: BasicTrainer) -> None:
     """What is about to run: models, where their weights come from, data."""
+    plan = trainer.plan
     print(f"{'model':<12}{'class':<26}{'parameters':>12}  {'':<10}{'dtype':<8}weights")
     for name, model in trainer.models.items():
         count = sum(parameter.numel() for parameter in model.parameters())

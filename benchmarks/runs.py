@@ -13,12 +13,7 @@ import torch
 
 import train
 from benchmarks.common import ROOT
-from trellis import models as model_registry
-from trellis.datasets import DATASETS
-from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
-from trellis.trainers.weights import plan_weights
-from trellis.utils.environment import keep_freed_memory
 
 # Intervals of the log that still hold warm-up: compilation, the choice of convolution algorithms, the loss scale.
 WARM_INTERVALS = 2
@@ -106,15 +101,4 @@ def speed(command_line: list[str], run_dir: Path, warm: int) -> Speed:
 def build_trainer(command_line: list[str], device: torch.device) -> BasicTrainer:
     """The trainer that train.py would run with these arguments, in one process, before its run is opened."""
     args = train.parse_args(command_line)
-    if device.type == "cpu":
-        keep_freed_memory()
-    config = train.read_config(args, world_size=1)
-    trainer_args = config["trainer"]["args"]
-    cls = TRAINERS.get(config["trainer"]["name"], "trainer.name")
-    plan = plan_weights(config, cls, args.output_dir, args.load_dir, args.ckpt)
-    dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
-    dataset = dataset_class(args.data_dir, split="train", **config["dataset"].get("args", {}))
-    torch.backends.cudnn.benchmark = True
-    torch.manual_seed(0)
-    models = {name: model_registry.build(spec, f"models.{name}") for name, spec in config["models"].items()}
-    return cls(models, dataset, output_dir=args.output_dir, device=device, plan=plan, config=config, **trainer_args)
+    return train.build_trainer(args, train.read_config(args, world_size=1), device)

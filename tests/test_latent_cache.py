@@ -118,6 +118,9 @@ def test_damaged_rows_and_they_alone_are_computed_anew(tmp_path, apply, lost):
     assert not opened.cache.complete
     opened.fetch(range(12))
     assert opened.encoded == lost and opened.cache.complete
+    absent = opened.lines[0] != f"latent cache: 12 of 12 objects in {opened.folder}"
+    told = f"latent cache: {opened.folder} has damaged rows; they are computed anew" in opened.lines
+    assert absent or told  # damage that the count at the start does not show is told
     assert Opened(tmp_path).cache.complete
 
 
@@ -191,7 +194,7 @@ def test_another_key_is_another_folder_and_a_foreign_one_is_refused(tmp_path):
         cache_folder(tmp_path, KEY, SHAPE)
     for content in ("{", None):
         (folder / "key.json").write_text(content) if content else (folder / "key.json").unlink()
-        with pytest.raises(ConfigError, match=f"{folder}/key.json is missing or damaged .*delete the folder"):
+        with pytest.raises(ConfigError, match=f"{folder}/key.json is missing or damaged .*delete {folder}"):
             cache_folder(tmp_path, KEY, SHAPE)
 
 
@@ -224,10 +227,16 @@ def test_rows_are_written_whole_where_the_system_takes_them_piece_by_piece(tmp_p
     assert Opened(tmp_path).cache.complete
 
 
-def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="latent_cache: .*file/.*: File exists; name .*set it to false"):
-        cache_folder(tmp_path / "file", KEY, SHAPE)
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="latent_cache: .*/file is not a folder; name .*set it to false"):
+            cache_folder(root, KEY, SHAPE)
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_cache.os, "access", lambda path, mode: False)
+        with pytest.raises(ConfigError, match=f"latent_cache: {tmp_path} cannot be written to; name"):
+            cache_folder(tmp_path / "new", KEY, SHAPE)
+    assert not (tmp_path / "new").exists()
     with pytest.raises(ConfigError, match="none: No such file or directory"):
         LatentCache(tmp_path / "none", SHAPE, CPU, print)
 

@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,11 +230,17 @@ def test_other_weights_and_other_data_find_other_latents(vae_run, data_dir, writ
         assert counts["encoder"] == 24 and len(list(shared.iterdir())) == number + 1
 
 
-def test_tryrun_writes_no_cache(vae_run, data_dir, write_config, tmp_path):
+def test_tryrun_shows_the_cache_and_writes_none(vae_run, data_dir, write_config, tmp_path, capsys):
     config = write_config(stage1(loss_type="none", latent_cache=True))
-    assert run("--config", config, "--data_dir", data_dir, "--load_dir", vae_run,
-               "--output_dir", tmp_path / "new", "--tryrun") == 0  # fmt: skip
+    flags = ("--config", config, "--data_dir", data_dir, "--load_dir", vae_run, "--output_dir", tmp_path / "new")
+    assert run(*flags, "--tryrun") == 0
     assert not (tmp_path / "new").exists()
+    shown = re.search(r"latent cache: 0.00 GiB in (.*)", capsys.readouterr().out)
+    assert run(*flags) == 0
+    assert f"latent cache: 0 of 24 objects in {shown[1]}" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    assert run(*flags, "--tryrun", "--set", f"trainer.args.latent_cache={tmp_path / 'file'}") == 1
+    assert "file is not a folder; name a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args, message", [

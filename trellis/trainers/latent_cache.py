@@ -58,19 +58,23 @@ def latent_key(spec: dict, encoder: nn.Module, content: dict, precision: str, de
     }
 
 
+def folder_of(root: Path, key: dict) -> Path:
+    """Where below `root` the cache of this key lies."""
+    return root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def cache_folder(root: Path, key: dict, shape: tuple[int, ...]) -> Path:
     """The folder of this key below `root`, made where it is not there; one rank does this before all open it.
 
     shape: [N, C, X, Y, Z]. Raises ConfigError where it cannot be made, where the disk has too little room, or
     where a folder of this name is no cache of this key.
     """
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = root / name
+    folder = folder_of(root, key)
     sizes = {"latents.bin": 4 * math.prod(shape), "checks.bin": 4 * shape[0]}
+    require_place(root, folder, shape)
     with _reported(folder):
         root.mkdir(parents=True, exist_ok=True)
         if not folder.exists():
-            _require_room(root, sizes["latents.bin"], shape[0])
             _make(folder, key, sizes)
         _require_key(folder, key)
         for file, size in sizes.items():
@@ -97,12 +101,21 @@ def _make(folder: Path, key: dict, sizes: dict[str, int]) -> None:
             raise
 
 
-def _require_room(root: Path, size: int, objects: int) -> None:
-    free = shutil.disk_usage(root).free
-    if free < size:
+def require_place(root: Path, folder: Path, shape: tuple[int, ...]) -> None:
+    """Raise ConfigError where `root` is no folder that can be written to, or its disk has too little room for
+    `folder`, unless that is there already. Writes nothing. shape: [N, C, X, Y, Z]."""
+    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "is not a folder" if not there.is_dir() else "cannot be written to"
         raise ConfigError(
-            f"trainer.args.latent_cache: the latents of {objects} objects take {size / 2**30:.2f} GiB, but {root} has "
-            f"{free / 2**30:.2f} GiB free; make room, name a folder on another disk, or set it to false"
+            f"trainer.args.latent_cache: {there} {what}; name a folder that every process can write to, or set it "
+            "to false"
+        )
+    size, free = 4 * math.prod(shape), shutil.disk_usage(there).free
+    if free < size and not folder.exists():
+        raise ConfigError(
+            f"trainer.args.latent_cache: the latents of {shape[0]} objects take {size / 2**30:.2f} GiB, but {there} "
+            f"has {free / 2**30:.2f} GiB free; make room, name a folder on another disk, or set it to false"
         )
 
 
@@ -110,11 +123,11 @@ def _require_key(folder: Path, key: dict) -> None:
     try:
         found = json.loads((folder / "key.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"{folder}/key.json is missing or damaged ({error}); delete the folder") from error
+        raise ConfigError(f"{folder}/key.json is missing or damaged ({error}); delete {folder}") from error
     if found != key:
         raise ConfigError(
             f"{folder} holds latents that {', '.join(differing_keys(found, key))} in its key.json set apart from "
-            "this run's; delete the folder or name another one as trainer.args.latent_cache"
+            f"this run's; delete {folder} or name another folder as trainer.args.latent_cache"
         )
 
 
@@ -148,6 +161,7 @@ class LatentCache:
             self._checks = np.memmap(folder / "checks.bin", np.uint32, "r", shape=shape[:1])
         self._trusted = np.zeros(shape[0], bool)
         self._on_device: Tensor | None = None
+        self._damage_told = False
         self.complete = False
         self.say(f"latent cache: {np.count_nonzero(self._checks)} of {shape[0]} objects in {folder}")
         self._note_completion()
@@ -177,6 +191,9 @@ class LatentCache:
         """Which of the rows are there and whole, [B] bool. A row is checked once, then trusted."""
         for row in np.unique(rows[~self._trusted[rows]]):
             self._trusted[row] = self._checks[row] and self._checks[row] == _checksum(self._latents[row])
+            if self._checks[row] and not self._trusted[row] and not self._damage_told:
+                self.say(f"latent cache: {self.folder} has damaged rows; they are computed anew")
+                self._damage_told = True
         return self._trusted[rows]
 
     def _read(self, rows: np.ndarray) -> Tensor:

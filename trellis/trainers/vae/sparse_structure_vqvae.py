@@ -23,7 +23,7 @@ from ...utils.evaluation import Reconstruction
 from ...utils.metrics import codebook_counts
 from ...utils.random_utils import derive_seed, permutation
 from ..batches import to_device
-from ..latent_cache import LatentCache, cache_folder, latent_key
+from ..latent_cache import LatentCache, cache_folder, folder_of, latent_key, require_place
 from .sparse_structure_vae import SparseStructureVaeTrainer
 
 # A code of a fresh codebook should stand for this many latent vectors, and these should come from many
@@ -125,16 +125,26 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         """Open the latent cache too, and first: k-means uses it."""
         if self.latent_cache:
             shape = (len(self.dataset), *self.latent_shape())
-            folder = dist_utils.broadcast_object(self.make_cache(shape) if dist_utils.is_main() else None)
+            folder = dist_utils.broadcast_object(
+                cache_folder(*self.cache_place(), shape) if dist_utils.is_main() else None
+            )
             self.latents = LatentCache(folder, shape, self.device, self.say)
         super().open_run()
 
-    def make_cache(self, shape: tuple[int, ...]) -> Path:
+    def cache_place(self) -> tuple[Path, dict]:
+        """The folder that caches lie in, and the key of this run's."""
         root = self.output_dir / "latents" if self.latent_cache is True else Path(self.latent_cache)
-        spec = self.config["models"]["encoder"]
-        content = self.dataset.content_key()
-        key = latent_key(spec, self.models["encoder"], content, self.precision.name, self.device)
-        return cache_folder(root, key, shape)
+        spec, content = self.config["models"]["encoder"], self.dataset.content_key()
+        return root, latent_key(spec, self.models["encoder"], content, self.precision.name, self.device)
+
+    def tryrun(self) -> dict[str, float]:
+        if self.latent_cache and dist_utils.is_main():
+            shape = (len(self.dataset), *self.latent_shape())
+            root, key = self.cache_place()
+            folder = folder_of(root, key)
+            require_place(root, folder, shape)
+            self.say(f"latent cache: {4 * math.prod(shape) / 2**30:.2f} GiB in {folder}")
+        return super().tryrun()
 
     def latent_shape(self) -> tuple[int, int, int, int]:
         """[C, X, Y, Z] of an object."""

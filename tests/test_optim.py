@@ -403,3 +403,19 @@ def test_a_wrong_clipper_is_a_clear_error(spec, message):
     with pytest.raises(ConfigError) as error:
         optim.build_grad_clipper(spec, "where")
     assert message in str(error.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gets_the_fused_step_unless_the_configuration_chooses():
+    weight = {"weight": nn.Parameter(torch.ones(3, device="cuda"))}
+
+    def defaults(name: str, **args) -> dict:
+        return optim.build_optimizer({"name": name, "args": {"lr": 0.1, **args}}, weight, "none").defaults
+
+    assert defaults("AdamW")["fused"] is True and defaults("AdamW", foreach=True)["fused"] is None
+    assert "fused" not in defaults("Adamax")
+
+
+def test_a_cpu_keeps_torchs_own_choice_of_step():
+    weight = {"weight": nn.Parameter(torch.ones(3))}
+    assert optim.build_optimizer({"name": "AdamW", "args": {"lr": 0.1}}, weight, "none").defaults["fused"] is None

@@ -22,8 +22,9 @@ from ..utils.config import Count, Range
 class _UNet(nn.Module):
     """What the encoder and the decoder share: where reduced precision may be used.
 
-    The first and the last layer always run in fp32, so that latents and logits are fp32; the torso between
-    them runs in the caller's autocast, or in fp16 on a GPU where `use_fp16` asks for it.
+    The first and the last layer always sum in fp32, so that latents and logits are fp32; the torso between them
+    runs in the caller's autocast, or in fp16 on a GPU where `use_fp16` asks for it. Beside a reduced torso, a
+    GPU's kernels round what a last layer of one channel multiplies to half precision and tf32.
     """
 
     use_fp16: bool

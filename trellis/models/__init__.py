@@ -19,6 +19,14 @@ MODELS = Registry(
         "SparseStructureEncoder": ".sparse_structure_vae",
         "SparseStructureDecoder": ".sparse_structure_vae",
         "VectorQuantizer": "..modules.quantizers.vq",
+        "EMAVectorQuantizer": "..modules.quantizers.ema_vq",
+        "SimVQ": "..modules.quantizers.simvq",
+        "RotationVectorQuantizer": "..modules.quantizers.rotation",
+        "FiniteScalarQuantizer": "..modules.quantizers.fsq",
+        "LookupFreeQuantizer": "..modules.quantizers.lfq",
+        "IndexBackpropagationQuantizer": "..modules.quantizers.ibq",
+        "ResidualVectorQuantizer": "..modules.quantizers.residual_vq",
+        "ProductVectorQuantizer": "..modules.quantizers.product_vq",
     },
 )
 

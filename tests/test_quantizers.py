@@ -1,0 +1,258 @@
+"""What holds for every quantizer."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+
+from trellis.models import MODELS, build
+from trellis.modules.quantizers import Quantizer
+from trellis.modules.quantizers.common import nearest_ids
+from trellis.modules.quantizers.kmeans import kmeans
+
+K, C = 32, 4
+OWN_ARGS = {
+    "VectorQuantizer": {},
+    "EMAVectorQuantizer": {"decay": 0.9},
+    "SimVQ": {},
+    "RotationVectorQuantizer": {},
+    "FiniteScalarQuantizer": {"levels": [8, 4]},
+    "LookupFreeQuantizer": {},
+    "IndexBackpropagationQuantizer": {},
+    "ResidualVectorQuantizer": {"num_codes": 3},
+    "ProductVectorQuantizer": {"num_codes": 2},
+}
+NAMES = list(OWN_ARGS)
+GRIDS = ("FiniteScalarQuantizer", "LookupFreeQuantizer")
+SEVERAL = ("ResidualVectorQuantizer", "ProductVectorQuantizer")
+TABLES = [name for name in NAMES if name not in SEVERAL]
+REVIVABLE = [name for name in TABLES if name not in GRIDS]
+GROUPS = [None, [2, 1, 1], [2, 2, 1], [1, 1, 4]]
+
+
+def quantizer_of(name: str, group=None, codes_from=lambda vectors, count: vectors[:count].clone()) -> Quantizer:
+    """A quantizer of 4-channel latents in evaluation mode, fitted to `latents`, of which some are codes."""
+    torch.manual_seed(0)
+    cells = 1 if group is None else group[0] * group[1] * group[2]
+    shape = {"n_embed": K, "embed_dim": C * cells, "latent_channels": C, "group": group}
+    quantizer = build({"name": name, "args": {**shape, **OWN_ARGS[name]}})
+    quantizer.fit(quantizer.to_vectors(latents()).flatten(0, -2), codes_from)
+    return quantizer.eval()
+
+
+def latents(batch: int = 4, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 + torch.randn(batch, C, 4, 4, 4, generator=generator) * torch.tensor([3, 1, 1, 0.5]).view(C, 1, 1, 1)
+
+
+def test_every_quantizer_of_the_name_table_is_tested():
+    classes = {name for name in MODELS.classes if issubclass(MODELS.get(name, ""), Quantizer)}
+    assert classes == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_defaults_and_sizes(name):
+    arguments = inspect.signature(MODELS.get(name, "").__init__).parameters
+    defaults = {key: arguments[key].default for key in ("n_embed", "embed_dim", "latent_channels", "group", "init")}
+    assert defaults == {"n_embed": 8192, "embed_dim": 8, "latent_channels": 8, "group": None, "init": "kmeans"}
+    quantizer = build({"name": name, "args": {}})
+    assert (quantizer.n_embed, quantizer.cells_per_token, quantizer.init) == (8192, 1, "kmeans")
+    table = quantizer.table()
+    assert (table is None) == (name in SEVERAL)
+    assert table is None or table.shape == (8192, 8)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_and_lookup_agree_bit_for_bit(name, group):
+    quantizer, z = quantizer_of(name, group), latents(2).requires_grad_()
+    several = () if quantizer.codes_per_token == 1 else (quantizer.codes_per_token,)
+    before = copy.deepcopy(quantizer)
+    for training in (False, True):
+        quantized = quantizer.train(training)(z)
+        indices = quantized.indices
+        assert quantized.codes.shape == z.shape and quantized.codes.dtype == torch.float32
+        assert indices.shape == (2, *quantizer.lattice((4, 4, 4)), *several) and indices.dtype == torch.int64
+        assert 0 <= indices.min() and indices.max() < K
+        # From before: training moves the codebook of a moving average once its codes are given out.
+        assert torch.equal(quantized.codes, before.lookup(indices))
+        assert torch.equal(quantized.codes, before.lookup(indices.flatten(1)))
+    with torch.no_grad():
+        alone = before(z[:1])
+    assert torch.equal(alone.codes, quantized.codes[:1]) and torch.equal(alone.indices, indices[:1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing(name):
+    quantizer, z = quantizer_of(name), latents(1)
+    want = quantizer(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = quantizer(z)
+        assert torch.equal(quantizer.lookup(got.indices), want.codes)
+    assert torch.equal(got.codes, want.codes) and torch.equal(got.indices, want.indices)
+    assert all(torch.equal(got.losses[key], value) for key, value in want.losses.items())
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_table_is_what_ids_stand_for(name):
+    quantizer, z = quantizer_of(name), latents()
+    table = quantizer.table()
+    codes = quantizer.lookup(torch.arange(K).view(1, 2, 4, 4))
+    assert torch.equal(quantizer.to_vectors(codes).view(K, C), table)
+    ids = quantizer(z).indices
+    assert torch.equal(ids, nearest_ids(quantizer.to_vectors(z), table)) == quantizer.nearest_of_table
+    assert quantizer.nearest_of_table == (name not in GRIDS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fit_makes_the_codebook_stand_for_the_data(name):
+    """Far less error than one code at the mean leaves, and nearly all codes in use, at every stage."""
+
+    def codes_from(vectors, count):
+        return kmeans(vectors, count, iterations=3, generator=torch.Generator().manual_seed(0))
+
+    quantizer, z = quantizer_of(name, codes_from=codes_from), latents()
+    vectors = quantizer.to_vectors(z)
+    spread = (vectors - vectors.flatten(0, -2).mean(0)).square().mean()
+    quantized = quantizer(z)
+    error = (quantized.codes - z).square().mean()
+    assert error < (0.4 if name in GRIDS else 0.25) * spread
+    used = [ids.unique().numel() for ids in quantized.indices.reshape(-1, quantizer.codes_per_token).unbind(1)]
+    assert min(used) > 0.8 * K
+    assert {"vq", "commit"} <= quantized.losses.keys() <= {"vq", "commit", "entropy"}
+    assert all(value.ndim == 0 and value.isfinite() for value in quantized.losses.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_the_latents_and_every_parameter(name):
+    quantizer, z = quantizer_of(name).train(), latents().requires_grad_()
+    weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
+    (quantizer(z).codes * weight).sum().backward()
+    assert z.grad.isfinite().all() and z.grad.abs().amax() > 0
+    for key, parameter in quantizer.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().amax() > 0, key
+    assert (len(list(quantizer.parameters())) == 0) == (name == "EMAVectorQuantizer")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_learn_from_the_reconstruction_and_from_vq_under_a_frozen_encoder(name):
+    for loss in ("reconstruction", "vq"):
+        quantizer = quantizer_of(name).train()
+        quantized = quantizer(latents())
+        value = quantized.codes.square().sum() if loss == "reconstruction" else quantized.losses["vq"]
+        if name == "EMAVectorQuantizer":
+            assert not value.requires_grad
+            continue
+        value.backward()
+        assert all(parameter.grad.abs().amax() > 0 for parameter in quantizer.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vq_leaves_the_latents_alone_and_commit_the_codes(name):
+    quantizer, z = quantizer_of(name).train(), latents().requires_grad_()
+    losses = quantizer(z).losses
+    if losses["vq"].requires_grad:
+        assert torch.autograd.grad(losses["vq"], z, allow_unused=True, retain_graph=True)[0] is None
+    if losses["commit"].requires_grad:
+        codes = [value for key, value in quantizer.named_parameters() if not key.startswith("proj_in")]
+        gradients = torch.autograd.grad(losses["commit"], [z, *codes], allow_unused=True)
+        assert gradients[0].abs().amax() > 0 and not any(gradient is not None for gradient in gradients[1:])
+    assert losses["commit"].requires_grad == (name != "FiniteScalarQuantizer")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_survives_a_round_trip(name):
+    quantizer, z = quantizer_of(name).train(), latents()
+    quantizer(z)
+    args = {"n_embed": K, "embed_dim": C, "latent_channels": C, **OWN_ARGS[name]}
+    torch.manual_seed(99)
+    other = build({"name": name, "args": args})
+    other.load_state_dict(quantizer.state_dict())
+    other.train()
+    for _ in range(2):  # training moves statistics, which must be there too
+        want, got = quantizer(z), other(z)
+        assert torch.equal(got.codes, want.codes) and torch.equal(got.indices, want.indices)
+    assert set(quantizer.code_rows) <= quantizer.state_dict().keys()
+    if name in ("VectorQuantizer", "EMAVectorQuantizer", "RotationVectorQuantizer", "IndexBackpropagationQuantizer"):
+        assert torch.equal(quantizer.state_dict()["embeddings.weight"], quantizer.table())
+
+
+@pytest.mark.parametrize("name", REVIVABLE)
+def test_replaced_codes_stand_for_their_vectors_and_others_stay(name):
+    quantizer = quantizer_of(name)
+    with torch.no_grad():
+        for parameter in quantizer.parameters():  # a map that is not the identity
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    before = quantizer.table().clone()
+    rows, vectors = torch.tensor([7, 0, 31]), 100 + torch.randn(3, C)
+    quantizer.replace_codes(rows, vectors)
+    torch.testing.assert_close(quantizer.table()[rows], vectors, rtol=1e-5, atol=1e-5)
+    rest = torch.ones(K, dtype=torch.bool).index_fill(0, rows, False)
+    assert torch.equal(quantizer.table()[rest], before[rest])
+    assert torch.equal(nearest_ids(vectors, quantizer.table()), rows)
+    assert all(len(quantizer.state_dict()[key]) == K for key in quantizer.code_rows)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(REVIVABLE)))
+def test_quantizers_without_single_codes_say_so(name):
+    quantizer = quantizer_of(name)
+    assert quantizer.code_rows == ()
+    with pytest.raises(NotImplementedError, match=f"{name} has no codes to replace"):
+        quantizer.replace_codes(torch.tensor([0]), torch.zeros(1, C))
+    with pytest.raises(NotImplementedError, match=f"{name} has no codebook to fill"):
+        quantizer.fill(torch.zeros(K, C))
+
+
+# --- the layout of tokens -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [[1, 1, 4], [2, 2, 1], [4, 1, 1], [1, 2, 2], [2, 2, 2]])
+def test_a_token_holds_its_cells_in_order_of_x_y_z(group):
+    cells = group[0] * group[1] * group[2]
+    layout = Quantizer(2, 3 * cells, 3, group)
+    z = torch.arange(2 * 3 * 4 * 8 * 12.0).view(2, 3, 4, 8, 12)
+    tokens = layout.to_vectors(z)
+    assert tokens.shape == (2, 4 // group[0], 8 // group[1], 12 // group[2], 3 * cells)
+    assert tuple(tokens.shape[1:4]) == layout.lattice((4, 8, 12))
+    for b, i, j, k in [(0, 0, 0, 0), (1, 0, 1, 2), (1, tokens.shape[1] - 1, tokens.shape[2] - 1, tokens.shape[3] - 1)]:
+        x, y, w = i * group[0], j * group[1], k * group[2]
+        own = z[b, :, x : x + group[0], y : y + group[1], w : w + group[2]]
+        assert torch.equal(tokens[b, i, j, k], own.permute(1, 2, 3, 0).flatten())
+    assert torch.equal(layout.ungroup_cells(tokens), z)
+    mask = z[:, :1]
+    assert torch.equal(layout.ungroup_cells(layout.group_cells(mask)), mask)
+
+
+def test_without_a_group_cells_lie_along_z():
+    layouts = [Quantizer(2, 32, 8, group) for group in (None, [1, 1, 4])]
+    z = torch.randn(1, 8, 16, 16, 16)
+    assert layouts[0].group == layouts[1].group == (1, 1, 4)
+    assert torch.equal(layouts[0].to_vectors(z), layouts[1].to_vectors(z))
+    t = 777
+    x, y, first = t // 64, (t // 4) % 16, 4 * (t % 4)
+    cells = torch.cat([z[0, :, x, y, first + cell] for cell in range(4)])
+    assert torch.equal(layouts[0].to_vectors(z).view(1024, 32)[t], cells)
+
+
+def test_groups_that_do_not_fit_are_named():
+    for group in ([1, 1, 2], [2, 2], [1, 1, 1, 4]):
+        with pytest.raises(ValueError, match=r"along x, y and z, 4 in all.*Use one such as \[1, 1, 4\]"):
+            Quantizer(2, 32, 8, group)
+    with pytest.raises(ValueError, match="covers 2 cells along y, and the latent's 5 cells do not divide"):
+        Quantizer(2, 32, 8, [2, 2, 1]).lattice((4, 5, 4))
+    with pytest.raises(ValueError, match="2 tokens of 4 cells make no cubic latent"):
+        quantizer_of("VectorQuantizer", [1, 1, 4]).lookup(torch.zeros(1, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"indices must be \[B, X', Y', Z', 3\]; they are \[1, 4, 4, 4\]"):
+        quantizer_of("ResidualVectorQuantizer").lookup(torch.zeros(1, 4, 4, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="in 63 codes, 3 a token, of 1 cells make no cubic latent"):
+        quantizer_of("ResidualVectorQuantizer").lookup(torch.zeros(1, 63, dtype=torch.int64))
+
+
+def test_arguments_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"levels \[4, 4\] make 16 codes, but n_embed is 8192"):
+        MODELS.get("FiniteScalarQuantizer", "")(levels=[4, 4])
+    with pytest.raises(ValueError, match="n_embed 1000 is no power of two; use 512 or 1024"):
+        MODELS.get("LookupFreeQuantizer", "")(n_embed=1000)
+    with pytest.raises(ValueError, match="num_codes 3 does not divide embed_dim 8"):
+        MODELS.get("ProductVectorQuantizer", "")(num_codes=3)

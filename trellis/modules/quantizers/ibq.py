@@ -1,0 +1,76 @@
+"""Index backpropagation quantization (arXiv:2412.02692): the gradient reaches all codes through a soft choice.
+
+With p the softmax over all codes, the decoder gets (onehot + p - sg[p])·codes: the value of the nearest code, a
+gradient for that code, and one for the latent and every code through p.
+
+Departures: the logits are -|z - e|²/τ where the paper takes z·e, so that the choice is the nearest code and a k-means
+codebook is a good start. The losses are those of `vq` where the paper also pulls the soft choice to the latents,
+besides "entropy", the mean entropy of a vector's choice less the entropy of the mean choice.
+
+Memory: p has N·K elements, 1 GiB for 32,768 vectors and 8,192 codes. It only ever exists for some vectors at a time,
+and again in the backward pass, which computes it anew.
+
+Axes: N vectors, D channels of a code, K codes.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ...utils.config import Count, Range
+from .common import entropy_loss, nearest_ids, straight_through
+from .vq import VectorQuantizer
+
+# Elements of p at once, 64 MiB; a backward pass holds a handful of such matrices.
+CHUNK_ELEMENTS = 2**24
+
+
+class IndexBackpropagationQuantizer(VectorQuantizer):
+    """A codebook of `n_embed` vectors that all learn from each vector. A vector gets the nearest code.
+
+    n_embed, embed_dim, latent_channels, group, init: as for `VectorQuantizer`. temperature: τ of the soft choice, in
+    units of a squared distance.
+    """
+
+    def __init__(
+        self,
+        n_embed: Annotated[int, Range(min=2)] = 8192,
+        embed_dim: Count = 8,
+        latent_channels: Count = 8,
+        group: list[Count] | None = None,
+        init: Literal["kmeans", "uniform"] = "kmeans",
+        temperature: Annotated[float, Range(0, open_min=True)] = 1.0,
+    ):
+        super().__init__(n_embed, embed_dim, latent_channels, group, init)
+        self.temperature = temperature
+
+    def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """losses: "vq" and "commit" as for `VectorQuantizer`; "entropy" in nats, zero where no gradient is asked for,
+        which spares the soft choice."""
+        table = self.table()
+        indices = nearest_ids(vectors, table)
+        codes = F.embedding(indices, table)
+        losses = {"vq": F.mse_loss(codes, vectors.detach()), "commit": F.mse_loss(vectors, codes.detach())}
+        if not codes.requires_grad and not (vectors.requires_grad and torch.is_grad_enabled()):
+            return codes, indices, losses | {"entropy": codes.new_zeros(())}
+        flat = vectors.flatten(0, -2)
+        rows = max(1, CHUNK_ELEMENTS // self.n_embed)
+        parts = [
+            checkpoint(_soft_choice, part, table, self.temperature, use_reentrant=False, preserve_rng_state=False)
+            for part in flat.split(rows)
+        ]
+        soft, share, own = zip(*parts, strict=True)
+        losses["entropy"] = entropy_loss(sum(own) / len(flat), sum(share) / len(flat), over_ranks=self.training)
+        return straight_through(codes, torch.cat(soft).view_as(vectors)), indices, losses
+
+
+def _soft_choice(vectors: Tensor, table: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """p·codes [N, D], the codes here held constant; the sum of p over vectors, [K]; the sum of the entropies of p."""
+    # Without |z|², which is the same for all codes.
+    logits = (2 * vectors @ table.T - table.square().sum(1)) / temperature
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    return p @ table.detach(), p.sum(0), -(p * log_p).sum()

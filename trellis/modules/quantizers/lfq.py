@@ -1,0 +1,74 @@
+"""Lookup-free quantization (MAGVIT-v2, arXiv:2310.05737): a code is the signs of log2 K numbers.
+
+The first sign is the id's lowest bit. A softmax over codes of -|u - code|²/τ makes the bits independent, each set
+with probability σ(4·u/τ). "entropy" is the mean entropy of a vector's choice less the entropy of the mean choice, so
+that each vector is decided and all codes are used. The mean choice of all K codes is exact: with the bits in two
+halves it is a product of two small matrices.
+
+Departure: learned projections onto the signs and back, with the loss "vq" of `grid`, since a latent has as many
+channels as the encoder gives it. "commit" acts on the projected numbers.
+
+Axes: N vectors, d = log2 K bits.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...utils.config import Count, Range
+from .common import entropy_loss
+from .grid import GridQuantizer
+
+
+class LookupFreeQuantizer(GridQuantizer):
+    """n_embed, embed_dim, latent_channels, group: see `Quantizer`; n_embed is a power of two. init: "kmeans" to lay the
+    signs along the principal directions of the encoder's latents, "uniform" for random projections. temperature: τ,
+    in units of the squared numbers. Raises ValueError for another n_embed."""
+
+    def __init__(
+        self,
+        n_embed: Annotated[int, Range(min=2)] = 8192,
+        embed_dim: Count = 8,
+        latent_channels: Count = 8,
+        group: list[Count] | None = None,
+        init: Literal["kmeans", "uniform"] = "kmeans",
+        temperature: Annotated[float, Range(0, open_min=True)] = 1.0,
+    ):
+        bits = n_embed.bit_length() - 1
+        if 2**bits != n_embed:
+            raise ValueError(f"n_embed {n_embed} is no power of two; use {2**bits} or {2 ** (bits + 1)}")
+        strides = 2 ** torch.arange(bits)
+        points = (torch.arange(n_embed)[:, None] // strides % 2 * 2 - 1).float()
+        super().__init__(n_embed, embed_dim, latent_channels, group, init, points)
+        self.temperature = temperature
+        self.register_buffer("strides", strides, persistent=False)
+
+    def soft(self, u: Tensor) -> Tensor:
+        return u
+
+    def ids_of(self, u: Tensor) -> Tensor:
+        return ((u > 0) * self.strides).sum(-1)
+
+    def aim(self) -> tuple[Tensor, Tensor]:
+        return self.points.new_zeros(len(self.strides), dtype=torch.float64), torch.arange(len(self.strides))
+
+    def further_losses(self, u: Tensor, points: Tensor) -> dict[str, Tensor]:
+        """"commit", a mean over numbers, and "entropy" in nats."""
+        u = u.float()
+        logits = (4 / self.temperature) * u.flatten(0, -2)
+        one = logits.sigmoid()  # [N, d]
+        # In this form the gradient stays finite where a probability rounds to 0 or 1.
+        own = (one * F.softplus(-logits) + (1 - one) * F.softplus(logits)).sum(1).mean()
+        low, high = (_joint(part) for part in (one[:, : one.shape[1] // 2], one[:, one.shape[1] // 2 :]))
+        share = (high.T @ low).flatten() / len(one)  # [K], the id's low bits fastest
+        return {"commit": F.mse_loss(u, points), "entropy": entropy_loss(own, share, over_ranks=self.training)}
+
+
+def _joint(one: Tensor) -> Tensor:
+    """Probabilities [N, 2^b] of all values of b independent bits, the first the lowest, from those of a one [N, b]."""
+    joint = one.new_ones(len(one), 1)
+    for bit in one.T:
+        joint = torch.cat([joint * (1 - bit)[:, None], joint * bit[:, None]], 1)
+    return joint

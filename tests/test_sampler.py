@@ -78,8 +78,9 @@ def take_batches(number: int, data: Dataset, **options) -> list[dict]:
 def test_items_arrive_in_order_with_their_number(workers):
     got = take_batches(6, _Squares(), num_workers=workers)
     for batch, want in zip(got, take(6, 4, start=8), strict=True):
-        assert batch.keys() == {"square", "sample_ids"}
+        assert batch.keys() == {"square", "form", "sample_ids"}
         assert batch["sample_ids"].tolist() == [sample_id for sample_id, _ in want]
+        assert batch["form"].tolist() == [[3, sample_id] for sample_id, _ in want]
         assert batch["square"].tolist() == [index**2 for _, index in want]
 
 
@@ -115,6 +116,10 @@ class _Squares(Dataset):
 
     def unpack_batch(self, batch):
         return batch
+
+    def augment(self, batch, seed):
+        ids = batch["sample_ids"]
+        return {**batch, "form": torch.stack([torch.full_like(ids, seed), ids], 1)}
 
 
 # --- noise ---

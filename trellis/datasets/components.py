@@ -41,7 +41,8 @@ class StandardDatasetBase(Dataset, ABC):
 
     A subclass says how a root lists its objects (`read_root`), which of them it wants (`filter_metadata`) and
     what an item is (`get_instance`). Where items are larger than need be between file and device, it says how
-    a batch of them travels (`get_batch`, `unpack_batch`).
+    a batch of them travels (`get_batch`, `unpack_batch`). Where training sees items in several forms, it says
+    which (`augment`).
 
     roots: comma-separated paths.
     split: "train", "val" or "all". Where the metadata do not say, 5 % of all sha256 are validation, so that
@@ -153,6 +154,15 @@ class StandardDatasetBase(Dataset, ABC):
 
     def unpack_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a batch of `get_batch`, on any device, as stacked items there; other entries stay."""
+        return batch
+
+    def augment(self, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        """Return an unpacked batch of the training loop with its items in the forms that are trained on.
+
+        The form of an item may depend on `seed` and on its number in `sample_ids`, [B] int64 on the CPU, alone:
+        then neither the number of ranks nor an interruption changes it. Items for anything but a training step
+        (validation, pictures) do not pass through here.
+        """
         return batch
 
     def content_key(self) -> dict[str, str | int]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..utils.config import Count
 from ..utils.errors import DataError
 from .components import StandardDatasetBase, read_flags, read_metadata, require_files
+from .symmetries import Augmentation, augment_grids
 from .voxels import points_to_occupancy, read_ply, unpack_bits, unpack_bits_on_device
 
 if TYPE_CHECKING:
@@ -35,15 +36,19 @@ class SparseStructure(StandardDatasetBase):
     roots: comma-separated folders or .npz files.
     resolution: R, cells per axis.
     min_aesthetic_score: keep objects whose `aesthetic_score` is at least this, in roots with that column.
+    augmentation: the symmetries of the cube that training sees the grids of the training split in, one of them
+        drawn for each sample: "none"; "z", the 8 that keep the z axis and its direction; "all" 48. Items and
+        batches are as stored, and so is every other split.
     split: "train", "val" or "all": by the `split` column or array; else, for an .npz, by a file name that
         ends in train or val; else by sha256.
     Packed rows stay packed in memory; PLY files are read item by item. Batches of either travel packed.
     """
 
     def __init__(self, roots: str, *, resolution: Count = 64, min_aesthetic_score: float | None = None,
-                 split: Literal["train", "val", "all"] = "train"):
+                 augmentation: Augmentation = "none", split: Literal["train", "val", "all"] = "train"):
         self.resolution = resolution
         self.min_aesthetic_score = min_aesthetic_score
+        self.augmentation = augmentation
         self._packed: dict[tuple[str, str], np.ndarray] = {}  # (root, sha256) -> a row of `bits`
         super().__init__(roots, split=split)
 
@@ -109,6 +114,12 @@ class SparseStructure(StandardDatasetBase):
         """Return the batch with `ss` uint8 [B, 1, R, R, R] in place of `bits`."""
         others = {name: value for name, value in batch.items() if name != "bits"}
         return {"ss": unpack_bits_on_device(batch["bits"], self.resolution), **others}
+
+    def augment(self, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        """Return the batch with each grid of `ss` turned and mirrored as its sample's number says."""
+        if self.augmentation == "none" or self.split != "train":
+            return batch
+        return {**batch, "ss": augment_grids(batch["ss"], self.augmentation, seed, batch["sample_ids"])}
 
     def _bits(self, root: str, instance: str) -> np.ndarray:
         row = self._packed.get((root, instance))

@@ -37,11 +37,11 @@ def endless_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield this rank's batches without end: stacked items on the device, and `sample_ids` [B] int64 on the CPU.
 
-    start: samples that all ranks together have seen. num_workers: loading processes; None chooses. prefetch:
-    whether they work several batches ahead. needs_items: asked before each batch; from the first no on,
-    batches are `sample_ids` alone, in the same order, and nothing is loaded. prepare: makes what is yielded of
-    a batch and of the places of its items in the dataset, [B] int64 on the CPU. Raises DataError for an item
-    that cannot be read.
+    seed: of the samples' order and of their augmentation. start: samples that all ranks together have seen.
+    num_workers: loading processes; None chooses. prefetch: whether they work several batches ahead.
+    needs_items: asked before each batch; from the first no on, batches are `sample_ids` alone, in the same
+    order, and nothing is loaded. prepare: makes what is yielded of a batch and of the places of its items in the
+    dataset, [B] int64 on the CPU. Raises DataError for an item that cannot be read.
     """
     world = dist_utils.world_size()
 
@@ -53,6 +53,7 @@ def endless_batches(
     if needs_items():
         for batch in _loaded(dataset, sampler(), device, num_workers, prefetch):
             start += batch_size * world
+            batch = dataset.augment(batch, seed)
             yield prepare(batch, batch.pop("indices"))
             if not needs_items():
                 break

@@ -3,7 +3,9 @@
     python scripts/evaluate.py --run outputs/stage2
     python scripts/evaluate.py --pretrained pretrained/demo_vae --data_dir data/voxels --output_dir outputs/eval
 
-Occupied is where the logit is above 0; everything runs in fp32. Averaged (EMA) and raw weights are scored.
+Occupied is where the logit is above 0; everything runs in fp32. Averaged (EMA) and raw weights are scored, a VAE
+without a codebook from the mean of its posterior and from a sample. Chamfer distance and F-score (at one voxel) are
+those of trellis/utils/metrics.py:distance_metrics.
 Writes {run}/eval/{split}_step0000100.json and a contact sheet of the worst, median and best objects beside it.
 """
 
@@ -26,10 +28,28 @@ from trellis.trainers.checkpoint import Checkpoints, model_file
 from trellis.utils.config import load_config
 from trellis.utils.environment import versions
 from trellis.utils.errors import CheckpointError, ConfigError, UserError
-from trellis.utils.evaluation import Scores, codebook_scores, evaluate
+from trellis.utils.evaluation import Scores, codebook_scores, evaluate, kl_scores, occupancy_scores
 from trellis.utils.files import written_aside
 
 OBJECTS_PER_BLOCK = 3  # of the worst, the median and the best
+# What a KL compares with: an id of ShapeLLM-Omni's 8192 codes (arXiv:2506.01853), which stands for four latent cells.
+ID_BITS = 13.0
+
+# {title: {column: key of a set of weights' scores}}
+TABLES = {
+    "reconstruction": {
+        "objects": "objects", "IoU": "iou", "median": "iou_median", "5 %": "iou_p5", "precision": "precision",
+        "recall": "recall", "exact": "exact", "F-score": "f_score", "chamfer": "chamfer",
+    },
+    "codebook, over all objects and within one": {
+        "tokens": "tokens", "usage": "codebook_usage", "perplexity": "codebook_perplexity",
+        "usage/object": "object_usage", "perplexity/object": "object_perplexity", "bits/object": "bits_per_object",
+        "entropy bits/object": "entropy_bits_per_object", "quant. error": "quantization_error",
+    },
+    f"KL in bits, a group beside {ID_BITS:.0f} of an id": {
+        "groups": "groups", "cell": "kl_bits_per_cell", "group": "kl_bits_per_group", "object": "kl_bits_per_object",
+    },
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,6 +61,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=64, help="of the data, with --pretrained (default: 64)")
     parser.add_argument("--data_dir", help="data roots, separated by commas (default: those of the run)")
     parser.add_argument("--split", choices=("train", "val", "all"), default="val")
+    parser.add_argument("--weights", choices=("all", "averaged"), default="all",
+                        help="averaged: only those that a later stage would take, in half the time")  # fmt: skip
     parser.add_argument("--output_dir", help="default: {run}/eval")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--batch_size", type=int, default=8)
@@ -105,41 +127,67 @@ def weight_sets(checkpoints: Checkpoints, names: list[str], step: int) -> dict[s
 
 
 def summarize(scores: Scores, sources: list[str | None]) -> dict:
-    """Mean of every metric, median and 5th percentile of the IoU, mean IoU per source, and the codebook."""
-    iou = scores.objects["iou"]
-    summary = {
-        "objects": scores.number,
-        **{name: value.mean().item() for name, value in scores.objects.items()},
-        "iou_median": iou.quantile(0.5).item(),
-        "iou_p5": iou.quantile(0.05).item(),
-    }
+    """Mean of every metric, median and 5th percentile of the IoU, the codebook or the KL, and the main scores of
+    each source. scores: of a detailed evaluation."""
+    summary = {"objects": scores.number, **{name: value.mean().item() for name, value in scores.objects.items()}}
+    ious = [name for name in ("iou", "sampled_iou") if name in scores.objects]
+    for name in ious:
+        summary[f"{name}_median"] = scores.objects[name].quantile(0.5).item()
+        summary[f"{name}_p5"] = scores.objects[name].quantile(0.05).item()
     if scores.counts is not None:
-        summary.update(codebook_scores(scores.counts, scores.tokens))
-    known = sorted({source for source in sources if source})
-    picks = {source: [i for i, other in enumerate(sources) if other == source] for source in known}
-    summary["sources"] = {
-        source: {"objects": len(rows), "iou": iou[rows].mean().item()} for source, rows in picks.items()
-    }
+        summary |= codebook_scores(scores.counts, scores.tokens) | occupancy_scores(scores)
+    if scores.groups is not None:
+        summary |= kl_scores(scores) | {"id_bits": ID_BITS}
+    summary["sources"] = {}
+    for source in sorted({source for source in sources if source}):
+        rows = [i for i, other in enumerate(sources) if other == source]
+        part = {name: scores.objects[name][rows] for name in (*ious, "f_score", "chamfer")}
+        means = {name: value.mean().item() for name, value in part.items()}
+        percentiles = {f"{name}_p5": part[name].quantile(0.05).item() for name in ious}
+        summary["sources"][source] = {"objects": len(rows), **means, **percentiles}
     return summary
 
 
-def format_table(results: dict[str, dict]) -> str:
-    """One row per set of weights; a metric that a set does not have is a dash."""
-    columns = {
-        "objects": "objects", "IoU": "iou", "median": "iou_median", "5 %": "iou_p5", "precision": "precision",
-        "recall": "recall", "exact": "exact", "usage": "codebook_usage", "perplexity": "codebook_perplexity",
-        "bits": "bits_per_object", "entropy bits": "entropy_bits_per_object", "quant. error": "quantization_error",
-    }  # fmt: skip
+def format_report(results: dict[str, dict]) -> str:
+    """A table per subject, with rows for each set of weights, and one of the sources, for the first set. "sampled":
+    from a sample of the posterior; "occupied", "empty": over the tokens or groups with and without occupied voxels."""
+    rows = {}
+    for label, result in results.items():
+        rows[label] = result
+        sampled = {key.removeprefix("sampled_"): value for key, value in result.items() if key.startswith("sampled_")}
+        rows[f"{label}, sampled"] = sampled
+        for kind in ("occupied", "empty"):
+            suffix = f"_{kind}"
+            part = {key.removesuffix(suffix): value for key, value in result.items() if key.endswith(suffix)}
+            rows[f"{label}, {kind}"] = part
+    tables = [format_table(title, columns, rows) for title, columns in TABLES.items()]
+    label, first = next(iter(results.items()))
+    columns = {name: TABLES["reconstruction"][name] for name in ("objects", "IoU", "5 %", "F-score", "chamfer")}
+    if "sampled_iou" in first:
+        columns |= {"sampled IoU": "sampled_iou"}
+    tables.append(format_table(f"sources, {label}", columns, first["sources"]))
+    return "\n\n".join(table for table in tables if table)
+
+
+def format_table(title: str, columns: dict[str, str], rows: dict[str, dict]) -> str:
+    """columns: {heading: key}. Rows with none of the keys are left out; without any row the result is empty."""
 
     def cell(value: float | int | None) -> str:
         if value is None:
             return "-"
-        return f"{value:.4f}" if isinstance(value, float) and value < 10 else f"{value:.0f}"
+        if isinstance(value, int):
+            return str(value)
+        return f"{value:.4f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
-    rows = [["weights", *columns]]
-    rows += [[label, *(cell(result.get(key)) for key in columns.values())] for label, result in results.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+    lines = [["", *columns]]
+    for label, row in rows.items():
+        if any(row.get(key) is not None for key in columns.values()):
+            lines.append([label, *(cell(row.get(key)) for key in columns.values())])
+    if len(lines) == 1:
+        return ""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    return "\n".join([f"{title}:", *text])
 
 
 def pick_examples(iou: torch.Tensor) -> list[tuple[str, int]]:
@@ -179,16 +227,20 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
 
     results, examples = {}, None
     sources = [dataset.source(i) for i in range(len(dataset))]
-    for label, files in subject.sets.items():
+    # An object's sample is the same whatever else is scored.
+    sample_ids = torch.tensor([int(dataset.sha256(i)[:15], 16) for i in range(len(dataset))])
+    sets = list(subject.sets.items())
+    for label, files in sets if args.weights == "all" else sets[:1]:
         for name, model in models.items():
             load_weights(model, files[name])
         with tqdm(total=len(dataset), desc=label, unit="object", disable=not sys.stderr.isatty()) as bar:
             scores = evaluate(
-                lambda ss: reconstruct(models, ss),
+                lambda ss, rows: reconstruct(models, ss, sample_ids[list(rows)]),
                 dataset,
                 range(len(dataset)),
                 batch_size=args.batch_size,
                 device=device,
+                detailed=True,
                 progress=lambda done: bar.update(done - bar.n),  # noqa: B023 - called within this turn
             )
         results[label] = summarize(scores, sources)
@@ -228,9 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{report['models']} at step {report['step']}, split {args.split}")
-    print(format_table(report["weights"]))
-    for source, part in next(iter(report["weights"].values()))["sources"].items():
-        print(f"  {source}: IoU {part['iou']:.4f} over {part['objects']}")
+    print(format_report(report["weights"]))
     print(f"written: {path}, {path.with_suffix('.png')}")
     return 0
 

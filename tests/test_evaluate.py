@@ -1,7 +1,9 @@
 """Scores of a run, against a recomputation object by object in numpy."""
 
+import hashlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from PIL import Image
 import train
 from trellis.models import build
 from trellis.trainers.checkpoint import Checkpoints, model_file
-from trellis.utils.evaluation import Reconstruction, evaluate
+from trellis.utils.random_utils import derive_seed
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import evaluate as script  # noqa: E402
@@ -67,6 +69,39 @@ def score(run: Path, out: Path, *flags) -> dict:
     return json.loads(report.read_text())
 
 
+def compare(predicted: np.ndarray, grid: np.ndarray) -> dict:
+    """Scores of one grid [R, R, R] bool. Distances are those of all pairs; None in large grids, where there are too
+    many."""
+    hits, union = (predicted & grid).sum(), (predicted | grid).sum()
+    row = {
+        "iou": hits / union, "recall": hits / grid.sum(),
+        "precision": hits / predicted.sum() if predicted.any() else 1.0, "exact": float((predicted == grid).all()),
+        "chamfer": None, "f_score": None,
+    }  # fmt: skip
+    if grid.size > 16**3:
+        return row
+    if not predicted.any():
+        return row | {"chamfer": math.sqrt(3) * (len(grid) - 1), "f_score": 0.0}
+    apart = np.argwhere(predicted)[:, None] - np.argwhere(grid)
+    apart = np.sqrt((apart**2).sum(-1))
+    nearest = apart.min(1), apart.min(0)
+    precision, recall = ((distance <= 1).mean() for distance in nearest)
+    row["f_score"] = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return row | {"chamfer": (nearest[0].mean() + nearest[1].mean()) / 2}
+
+
+def percentile_5(values: list[float]) -> float:
+    values = sorted(values)
+    place = 0.05 * (len(values) - 1)
+    low = int(place)
+    return values[low] + (place - low) * (values[min(low + 1, len(values) - 1)] - values[low])
+
+
+def entropy_of(codes: list[int]) -> float:
+    shares = [codes.count(code) / len(codes) for code in set(codes)]
+    return -sum(share * math.log2(share) for share in shares)
+
+
 def by_hand(run: Path, data: Path, rate: float | None, split: str = "val") -> dict:
     """Every number of one set of weights. Codes are searched in float64 and counts made object by object; the
     networks see the batches that the script gives them, since one voxel whose logit is 0 but for rounding counts."""
@@ -83,55 +118,102 @@ def by_hand(run: Path, data: Path, rate: float | None, split: str = "val") -> di
     size = round((bits.shape[1] * 8) ** (1 / 3))
     grids = np.unpackbits(bits, axis=1).reshape(-1, size, size, size).astype(bool)
 
-    reconstructions, errors, used = [], [], []
+    predicted, sampled, rows = [], [], [{} for _ in grids]
+    used: list[tuple[bool, int]] = []  # of all objects: whether a voxel of the token is occupied, and its code
+    groups: list[tuple[bool, float]] = []  # likewise, and the KL in bits
     for start in range(0, len(grids), 8):
         with torch.no_grad():
-            z = models["encoder"](torch.from_numpy(grids[start : start + 8])[:, None].float())
+            ss = torch.from_numpy(grids[start : start + 8])[:, None].float()
+            z, mean, logvar = models["encoder"](ss, return_raw=True)
             if "quantizer" in models:
                 codebook = models["quantizer"].embeddings.weight.double().numpy()  # [K, 8]: two cells of 4
                 latent = z.double().numpy()  # [B, 4, R/4, R/4, R/4]: channels, x, y, z
                 quantized = np.empty_like(latent)
-                for b, x, y, t in np.ndindex(len(z), size // 4, size // 4, size // 8):
-                    vector = latent[b, :, x, y, 2 * t : 2 * t + 2].T.reshape(8)
-                    code = int(((codebook - vector) ** 2).sum(1).argmin())
-                    used.append(code)
-                    quantized[b, :, x, y, 2 * t : 2 * t + 2] = codebook[code].reshape(2, 4).T
-                errors += [((a - b) ** 2).mean() for a, b in zip(latent, quantized, strict=True)]
+                for b in range(len(z)):
+                    own = []
+                    for x, y, t in np.ndindex(size // 4, size // 4, size // 8):
+                        vector = latent[b, :, x, y, 2 * t : 2 * t + 2].T.reshape(8)
+                        code = int(((codebook - vector) ** 2).sum(1).argmin())
+                        quantized[b, :, x, y, 2 * t : 2 * t + 2] = codebook[code].reshape(2, 4).T
+                        part = grids[start + b, 4 * x : 4 * x + 4, 4 * y : 4 * y + 4, 8 * t : 8 * t + 8]
+                        own.append((bool(part.any()), code))
+                    inside = [code for occupied, code in own if occupied]
+                    rows[start + b] |= {
+                        "quantization_error": ((latent[b] - quantized[b]) ** 2).mean(), "tokens_occupied": len(inside),
+                        "object_usage": len({code for _, code in own}) / len(codebook),
+                        "object_perplexity": 2 ** entropy_of([code for _, code in own]),
+                        "object_usage_occupied": len(set(inside)) / len(codebook),
+                        "object_perplexity_occupied": 2 ** entropy_of(inside),
+                    }  # fmt: skip
+                    used += own
                 z = torch.from_numpy(quantized).float().contiguous(memory_format=torch.channels_last_3d)
-            reconstructions += list(models["decoder"](z)[:, 0].numpy() > 0)
+            else:
+                noise = []
+                for b in range(len(z)):
+                    number = int(hashlib.sha256(bits[start + b]).hexdigest()[:15], 16)
+                    generator = torch.Generator().manual_seed(derive_seed("noise", 0, number))
+                    noise.append(torch.randn(mean.shape[1:], generator=generator))
+                    own = []
+                    for x, y, t in np.ndindex(size // 4, size // 4, size // 16):
+                        m, v = (part[b, :, x, y, 4 * t : 4 * t + 4].double().numpy() for part in (mean, logvar))
+                        part = grids[start + b, 4 * x : 4 * x + 4, 4 * y : 4 * y + 4, 16 * t : 16 * t + 16]
+                        own.append((bool(part.any()), ((m**2 + np.exp(v) - 1 - v) / 2).sum() / math.log(2)))
+                    rows[start + b] |= {
+                        "kl_bits_per_object": sum(kl for _, kl in own),
+                        "kl_bits_per_object_occupied": sum(kl for occupied, kl in own if occupied),
+                        "groups_occupied": sum(occupied for occupied, _ in own),
+                    }
+                    groups += own
+                sample = mean + torch.exp(0.5 * logvar) * torch.stack(noise)
+                sampled += list(models["decoder"](sample)[:, 0].numpy() > 0)
+            predicted += list(models["decoder"](z)[:, 0].numpy() > 0)
 
-    rows = []
-    for number, (grid, predicted) in enumerate(zip(grids, reconstructions, strict=True)):
-        hits, union = (predicted & grid).sum(), (predicted | grid).sum()
-        rows.append({
-            "iou": hits / union, "recall": hits / grid.sum(),
-            "precision": hits / predicted.sum() if predicted.any() else 1.0,
-            "exact": float((predicted == grid).all()), **({"quantization_error": errors[number]} if errors else {}),
-        })  # fmt: skip
+    for number, grid in enumerate(grids):
+        rows[number] |= compare(predicted[number], grid)
+        if sampled:
+            rows[number] |= {f"sampled_{key}": value for key, value in compare(sampled[number], grid).items()}
 
-    ious = sorted(row["iou"] for row in rows)
-    result = {"objects": len(rows), **{key: np.mean([row[key] for row in rows]) for key in rows[0]}}
-    result["iou_median"] = (ious[(len(ious) - 1) // 2] + ious[len(ious) // 2]) / 2
-    place = 0.05 * (len(ious) - 1)
-    low = int(place)
-    result["iou_p5"] = ious[low] + (place - low) * (ious[low + 1] - ious[low])
+    def mean_of(key: str, chosen: list[dict]) -> float | None:
+        return None if chosen[0][key] is None else np.mean([row[key] for row in chosen])
+
+    result = {"objects": len(rows), **{key: mean_of(key, rows) for key in rows[0]}}
+    ious = [key for key in ("iou", "sampled_iou") if key in rows[0]]
+    for key in ious:
+        result[f"{key}_median"] = np.median([row[key] for row in rows])
+        result[f"{key}_p5"] = percentile_5([row[key] for row in rows])
     if used:
-        n_embed = len(codebook)
-        shares = [used.count(code) / len(used) for code in set(used)]
-        entropy = -sum(share * math.log2(share) for share in shares)
-        tokens = len(used) // len(rows)
-        result |= {
-            "codebook_usage": len(set(used)) / n_embed, "codebook_perplexity": 2**entropy,
-            "bits_per_object": tokens * math.log2(n_embed), "entropy_bits_per_object": tokens * entropy,
-        }  # fmt: skip
+        result["tokens"] = len(used) // len(rows)
+        result["bits_per_object"] = result["tokens"] * math.log2(len(codebook))
+        for suffix, kinds in (("", (True, False)), ("_occupied", (True,)), ("_empty", (False,))):
+            codes = [code for occupied, code in used if occupied in kinds]
+            result |= {
+                f"tokens{suffix}": len(codes) / len(rows), f"codebook_usage{suffix}": len(set(codes)) / len(codebook),
+                f"codebook_perplexity{suffix}": 2 ** entropy_of(codes),
+                f"entropy_bits_per_object{suffix}": len(codes) / len(rows) * entropy_of(codes),
+            }  # fmt: skip
+    else:
+        result |= {"kl_cells_per_group": 4, "id_bits": 13}
+        result["kl_bits_per_cell"] = result["kl_bits_per_object"] / (size // 4) ** 3
+        for suffix, kinds in (("", (True, False)), ("_occupied", (True,)), ("_empty", (False,))):
+            kl = [kl for occupied, kl in groups if occupied in kinds]
+            result |= {
+                f"groups{suffix}": len(kl) / len(rows), f"kl_bits_per_object{suffix}": sum(kl) / len(rows),
+                f"kl_bits_per_group{suffix}": np.mean(kl),
+            }  # fmt: skip
     sources = SOURCES if split == "val" and size == 16 else [""] * len(rows)
-    picked = {source: [row["iou"] for row, s in zip(rows, sources, strict=True) if s == source] for source in sources}
-    result["sources"] = {s: {"objects": len(x), "iou": np.mean(x)} for s, x in sorted(picked.items()) if s}
+    result["sources"] = {}
+    for source in sorted(set(sources) - {""}):
+        chosen = [row for row, other in zip(rows, sources, strict=True) if other == source]
+        result["sources"][source] = {
+            "objects": len(chosen), **{key: mean_of(key, chosen) for key in (*ious, "f_score", "chamfer")},
+            **{f"{key}_p5": percentile_5([row[key] for row in chosen]) for key in ious},
+        }  # fmt: skip
     result["rows"] = rows
     return result
 
 
 def assert_same(got: dict, want: dict) -> None:
+    """A None by hand is a number that was not worked out."""
     want = {key: value for key, value in want.items() if key != "rows"}
     assert got.keys() - {"per_object"} == want.keys()
     for key, value in want.items():
@@ -139,7 +221,7 @@ def assert_same(got: dict, want: dict) -> None:
             assert got[key].keys() == value.keys()
             for source, numbers in value.items():
                 assert got[key][source] == pytest.approx(numbers, rel=1e-5), source
-        else:
+        elif value is not None:
             assert got[key] == pytest.approx(value, rel=1e-5), key
 
 
@@ -150,7 +232,9 @@ def test_numbers_of_a_vae_equal_those_by_hand_for_every_set_of_weights(vae_run, 
         assert_same(report["weights"][label], by_hand(vae_run, sourced_data, rate))
     ious = {label: part["iou"] for label, part in report["weights"].items()}
     assert len(set(ious.values())) == 3 and 0 < ious["raw"] < 1  # or the test would compare nothing
-    assert report["weights"]["raw"]["sources"].keys() == {"chairs", "tables", "lamps"}
+    raw = report["weights"]["raw"]
+    assert raw["sampled_iou"] != raw["iou"] and 0 < raw["f_score"] < 1 and 0 < raw["groups_empty"] < 16
+    assert raw["sources"].keys() == {"chairs", "tables", "lamps"}
 
 
 def test_numbers_of_stage_1_equal_those_by_hand(vq_run, sourced_data, tmp_path):
@@ -180,6 +264,14 @@ def test_batch_size_does_not_matter(vq_run, tmp_path):
                     assert value == pytest.approx(reports[0]["weights"][label][key], rel=2e-3), key
 
 
+def table(lines: list[str], title: str) -> dict[str, dict[str, str]]:
+    """{label: {column: text}} of a printed table."""
+    start = lines.index(f"{title}:") + 1
+    end = next((number for number in range(start, len(lines)) if not lines[number]), len(lines))
+    columns, *rows = (re.split(r"\s{2,}", line.strip()) for line in lines[start:end])
+    return {label: dict(zip(columns, cells, strict=True)) for label, *cells in rows if cells}
+
+
 def test_the_report_says_what_was_scored_and_the_sheet_is_a_picture(vae_run, sourced_data, capsys):
     assert script.main(["--run", str(vae_run), "--device", "cpu"]) == 0
     path = vae_run / "eval" / "val_step0000020.json"
@@ -191,11 +283,41 @@ def test_the_report_says_what_was_scored_and_the_sheet_is_a_picture(vae_run, sou
         pixels = np.asarray(sheet.convert("RGB"))
     assert min(pixels.shape[:2]) > 100 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
     lines = capsys.readouterr().out.splitlines()
-    (row,) = (line.split() for line in lines if line.split()[:1] == ["ema0.9"])
-    scores = report["weights"]["ema0.9"]
-    assert row[1:5] == ["7", *(f"{scores[key]:.4f}" for key in ("iou", "iou_median", "iou_p5"))]
-    assert row[-1] == "-"  # there is no codebook
-    assert any(f"chairs: IoU {scores['sources']['chairs']['iou']:.4f} over 3" in line for line in lines)
+    scores, printed = report["weights"]["ema0.9"], table(lines, "reconstruction")
+    row = list(printed["ema0.9"].values())
+    assert row[:4] == ["7", *(f"{scores[key]:.4f}" for key in ("iou", "iou_median", "iou_p5"))]
+    assert list(printed) == [f"{label}{kind}" for label in ("ema0.9", "ema0.5", "raw") for kind in ("", ", sampled")]
+    assert printed["ema0.9, sampled"]["IoU"] == f"{scores['sampled_iou']:.4f}"
+    source = scores["sources"]["chairs"]
+    assert table(lines, "sources, ema0.9")["chairs"] == {
+        "objects": "3", "IoU": f"{source['iou']:.4f}", "5 %": f"{source['iou_p5']:.4f}",
+        "F-score": f"{source['f_score']:.4f}", "chamfer": f"{source['chamfer']:.4f}",
+        "sampled IoU": f"{source['sampled_iou']:.4f}",
+    }  # fmt: skip
+    kl = table(lines, "KL in bits, a group beside 13 of an id")
+    for kind in ("", "_occupied", "_empty"):
+        row = kl["ema0.5" + kind.replace("_", ", ")]
+        for column, key in (("groups", "groups"), ("group", "kl_bits_per_group"), ("object", "kl_bits_per_object")):
+            assert float(row[column]) == pytest.approx(report["weights"]["ema0.5"][key + kind], rel=1e-2), row
+    assert kl["raw, empty"]["cell"] == "-"
+    assert not any(line.startswith("codebook") for line in lines)  # there is none
+
+
+def test_the_codebook_is_printed_with_and_without_empty_tokens(vq_run, tmp_path, capsys):
+    scores = score(vq_run, tmp_path)["weights"]["raw"]
+    printed = table(capsys.readouterr().out.splitlines(), "codebook, over all objects and within one")
+    assert list(printed) == [
+        f"{label}{kind}" for label in ("ema0.9999", "raw") for kind in ("", ", occupied", ", empty")
+    ]
+    columns = {"tokens": "tokens", "perplexity": "codebook_perplexity", "perplexity/object": "object_perplexity",
+               "entropy bits/object": "entropy_bits_per_object"}  # fmt: skip
+    for kind in ("", "_occupied", "_empty"):
+        row = printed["raw" + kind.replace("_", ", ")]
+        for column, key in columns.items():
+            if key + kind in scores:
+                assert float(row[column]) == pytest.approx(scores[key + kind], rel=1e-2), (kind, column)
+            else:
+                assert row[column] == "-"
 
 
 def test_step_split_and_data_can_be_chosen(vq_run, sourced_data, tmp_path):
@@ -292,33 +414,3 @@ def test_examples_are_the_worst_the_median_and_the_best_each_once():
         objects = [index for _, index in script.pick_examples(iou[:number])]
         assert len(objects) == len(set(objects)) == min(number, 9)
         assert {int(iou[:number].argmin()), int(iou[:number].argmax())} <= set(objects)
-
-
-def test_shares_of_ranks_add_up_to_the_whole():
-    """Means and codebook scores over unequal shares, summed as ranks would, equal those of one process."""
-    grids = torch.from_numpy(solid_grids(7, 8, 0))[:, None]
-    dataset = [{"ss": grid} for grid in grids]
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(7, 1, 8, 8, 8, generator=generator)
-    indices = torch.randint(0, 5, (7, 2, 2, 1), generator=generator)
-    known = {grid.numpy().tobytes(): number for number, grid in enumerate(grids)}
-
-    def reconstruct(ss):
-        rows = [known[grid.numpy().tobytes()] for grid in ss]
-        counts = torch.bincount(indices[rows].flatten(), minlength=6)
-        return Reconstruction(logits[rows], indices[rows], counts, torch.tensor(rows, dtype=torch.float32))
-
-    def scored(picked, batch_size=2):
-        return evaluate(reconstruct, dataset, picked, batch_size=batch_size, device=torch.device("cpu"))
-
-    whole, shares = scored(range(7), 7), [scored(range(0, 7, 3)), scored(range(1, 7, 3)), scored(range(2, 7, 3))]
-    sums: list[list[torch.Tensor]] = []
-    for share in shares:
-        sums.append([])
-        share.means(lambda tensor: sums[-1].append(tensor) or tensor)  # noqa: B023 - called within this turn
-    totals = iter([sum(parts) for parts in zip(*sums, strict=True)])
-    assert shares[0].means(lambda tensor: next(totals)) == pytest.approx(whole.means())
-    assert whole.means()["quantization_error"] == 3.0 and whole.means()["codebook_usage"] == 5 / 6
-    done: list[int] = []
-    evaluate(reconstruct, dataset, range(7), batch_size=3, device=torch.device("cpu"), progress=done.append)
-    assert done == [3, 6, 7]

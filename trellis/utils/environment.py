@@ -1,8 +1,10 @@
 """What a run was made with, and what it asks of the operating system."""
 
+import contextlib
 import ctypes
 import platform
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -57,3 +59,15 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+@contextlib.contextmanager
+def tuned_convolutions(tuned: bool) -> Iterator[None]:
+    """Inside, cuDNN times a few of its algorithms for each new shape and takes the quickest; with `tuned` false, and
+    outside, it takes the one that it expects to be quick."""
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = tuned, 3
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = before

@@ -220,7 +220,6 @@ def build_trainer(args: argparse.Namespace, config: dict, device: torch.device) 
     dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
     dataset = dataset_class(args.data_dir, split="train", **config["dataset"].get("args", {}))
     trainer_args = config["trainer"].get("args", {})
-    torch.backends.cudnn.benchmark = True  # shapes never change
     torch.manual_seed(derive_seed("models", trainer_args.get("seed", 0)))
     models = {name: model_registry.build(spec, f"models.{name}") for name, spec in config["models"].items()}
     return trainer_class(
@@ -238,7 +237,7 @@ def describe(trainer: BasicTrainer) -> None:
         origin = plan.origin[name]
         if origin == "initialised" and getattr(model, "init", None) == "kmeans":
             origin = "initialised by k-means over the data when the run starts"
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        dtype = str(next(iter(model.state_dict().values())).dtype).removeprefix("torch.")
         print(f"{name:<12}{type(model).__name__:<26}{count:>12,}  {role:<10}{dtype:<8}{origin}")
     for note in plan.notes:
         print(f"note: {note}")
@@ -281,8 +280,9 @@ def tryrun(trainer: BasicTrainer) -> None:
     if quantizer is not None:
         cells = trainer.dataset.resolution // encoder.downsampling
         tokens = cells**3 // quantizer.cells_per_token
-        bits = tokens * math.log2(quantizer.n_embed)
-        print(f"{tokens} tokens of {quantizer.n_embed} codes per object: {bits:.0f} bits")
+        each = f" ({quantizer.codes_per_token} a token)" if quantizer.codes_per_token > 1 else ""
+        bits = tokens * quantizer.codes_per_token * math.log2(quantizer.n_embed)
+        print(f"{tokens} tokens of {quantizer.n_embed} codes{each} per object: {bits:.0f} bits")
     print("one sample, forward and backward: " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
     if trainer.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(trainer.device)

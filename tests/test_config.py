@@ -337,6 +337,7 @@ def test_what_the_program_gives_is_not_for_a_configuration_to_set():
     runtime = {"models", "dataset", "output_dir", "device", "plan", "config"}
     vae, vq = config_arguments(SparseStructureVaeTrainer), config_arguments(SparseStructureVqVaeTrainer)
     assert not runtime & (vae.keys() | vq.keys())
-    assert vq.keys() - vae.keys() == {"lambda_vq", "lambda_commit", "latent_cache"}
+    codebook = {"lambda_vq", "lambda_commit", "lambda_entropy", "latent_cache", "revive_every", "revive_until"}
+    assert vq.keys() - vae.keys() == codebook
     assert vae.keys() - vq.keys() == {"lambda_kl"}
     assert (vq["lambda_vq"][1], vq["lambda_commit"][1]) == (1.0, 0.25)

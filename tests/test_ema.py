@@ -75,6 +75,19 @@ def test_rate_1_follows_the_ramp_alone_and_rate_0_is_the_live_model():
     assert not torch.allclose(ema.averages[1.0]["m"]["weight"], model.weight)
 
 
+def test_copied_rows_are_the_live_ones_and_others_stay():
+    model = Counter()
+    ema = EMA({"m": model, "other": Counter()}, [0.5, 0.9])
+    change(model, seed=1)
+    before = copy.deepcopy(ema.averages)
+    ema.copy_rows("m", ("weight",), torch.tensor([2, 0]))
+    for rate, averages in ema.averages.items():
+        assert torch.equal(averages["m"]["weight"][[0, 2]], model.weight[[0, 2]])
+        assert torch.equal(averages["m"]["weight"][1], before[rate]["m"]["weight"][1])
+        assert torch.equal(averages["m"]["mean"], before[rate]["m"]["mean"])
+        assert torch.equal(averages["other"]["weight"], before[rate]["other"]["weight"])
+
+
 def test_averages_share_nothing_with_the_live_model():
     model = Counter()
     ema = EMA({"m": model}, [0.9])

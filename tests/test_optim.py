@@ -46,7 +46,7 @@ class Run:
     """An optimizer and a schedule over two tensors, with gradients and losses that follow from the step."""
 
     def __init__(self, optimizer: dict, scheduler: dict | None, lr_scaling: str = "none"):
-        self.parameters = parameters()
+        self.parameters, self.lr_scaling = parameters(), lr_scaling
         self.optimizer = optim.build_optimizer(optimizer, self.parameters, lr_scaling)
         self.scheduler = optim.build_lr_scheduler(scheduler, self.optimizer)
 
@@ -56,7 +56,8 @@ class Run:
         generator = torch.Generator().manual_seed(number)
         for parameter in self.parameters.values():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        self.optimizer.step()
+        with optim.trust_ratios(self.optimizer, self.lr_scaling):
+            self.optimizer.step()
         optim.step_lr_scheduler(self.scheduler, self.optimizer, torch.tensor(1.0 if number < 4 else 0.5))
         return used
 
@@ -115,7 +116,7 @@ def test_every_schedule_runs_and_continues_exactly(name, lr_scaling):
     assert len({first for first, *_ in rates}) > 1  # it moves
 
 
-@pytest.mark.parametrize("name", SCHEDULES.keys() - {"LinearWarmupLRScheduler", "ReduceLROnPlateau"})
+@pytest.mark.parametrize("name", sorted(SCHEDULES.keys() - {"LinearWarmupLRScheduler", "ReduceLROnPlateau"}))
 def test_after_a_warm_up_every_schedule_starts_at_its_beginning(name):
     spec = {"name": name, "args": SCHEDULES[name]}
     with warnings.catch_warnings():
@@ -258,6 +259,60 @@ def test_rms_scaling_multiplies_the_step_by_each_tensors_rms():
         torch.testing.assert_close(scaled[name].abs(), want, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", optim.TRUST_RATIO_FOR)
+@pytest.mark.parametrize("schedule", [None, {"name": "ExponentialLR", "args": {"gamma": 0.8}, "warmup_steps": 3}])
+def test_trust_ratios_follow_each_tensors_rms_at_every_step(name, schedule):
+    """Against one optimizer a tensor, whose lr is set by hand before each step."""
+    spec = {"name": name, "args": {"lr": 0.1, "weight_decay": 0.01}}
+    assert_continues_exactly(spec, schedule, "trust_ratio")
+    run, plain = Run(spec, schedule, "trust_ratio"), Run(spec, schedule)
+    reference = parameters()
+    reference["b"].data.mul_(1e-3)  # below the floor
+    run.parameters["b"].data.mul_(1e-3)
+    single = {key: getattr(torch.optim, name)([value], **spec["args"]) for key, value in reference.items()}
+    for number in range(14):
+        for key, value in reference.items():
+            rms = np.sqrt(np.mean(np.square(value.detach().double().numpy())))
+            single[key].param_groups[0]["lr"] = optim.current_lr(plain.optimizer) * max(rms, optim.RMS_FLOOR)
+        run.step(number)
+        plain.step(number)
+        for key, value in reference.items():
+            value.grad = run.parameters[key].grad
+            single[key].step()
+    for key, value in reference.items():
+        torch.testing.assert_close(run.parameters[key], value, rtol=1e-5, atol=1e-8)
+    assert all(isinstance(group["lr"], float) for group in run.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("lr_scaling", ["none", "rms", "trust_ratio"])
+def test_a_multiplier_is_a_factor_on_the_lr_of_a_models_tensors(lr_scaling):
+    """Adam's steps are in proportion to lr: a run with twice the lr is the reference of a model with factor 2."""
+
+    def tensors() -> dict[str, nn.Parameter]:
+        a, b = parameters().values()
+        return {"encoder.weight": a, "encoder.bias": b, "decoder.weight": nn.Parameter(a.detach() * 2)}
+
+    def stepped(lr: float, multipliers: dict | None) -> dict[str, nn.Parameter]:
+        weights = tensors()
+        optimizer = optim.build_optimizer({"name": "Adam", "args": {"lr": lr}}, weights, lr_scaling, "", multipliers)
+        schedule = optim.build_lr_scheduler({"name": "ExponentialLR", "args": {"gamma": 0.5}}, optimizer)
+        for number in range(4):
+            generator = torch.Generator().manual_seed(number)
+            for weight in weights.values():
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            with optim.trust_ratios(optimizer, lr_scaling):
+                optimizer.step()
+            optim.step_lr_scheduler(schedule, optimizer, torch.zeros(()))
+        assert optim.current_lr(optimizer) == lr / 16
+        return weights
+
+    got, plain, doubled = stepped(0.1, {"encoder": 2}), stepped(0.1, None), stepped(0.2, {})
+    for key, value in got.items():
+        want = (doubled if key.startswith("encoder") else plain)[key]
+        torch.testing.assert_close(value, want, rtol=1e-6, atol=1e-8)
+        assert not torch.allclose(plain[key], doubled[key])
+
+
 def test_rms_scaling_has_a_floor_for_tensors_that_start_at_zero():
     tensors = {"zero": nn.Parameter(torch.zeros(5)), "tiny": nn.Parameter(torch.full((5,), 1e-6)),
                "two": nn.Parameter(torch.full((5,), -2.0))}  # fmt: skip
@@ -293,6 +348,48 @@ def test_a_wrong_optimizer_is_a_clear_error(spec, message):
     with pytest.raises(ConfigError) as error:
         optim.check_optimizer(spec, "where")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spec, lr_scaling, multipliers, message",
+    [
+        ({"name": "AdamW", "args": {"lr": 0.1}}, "none", {"encoder": 2}, "in has 'encoder', which is not trained"),
+        ({"name": "AdamW", "args": {"lr": 0.1}}, "none", {"decodr": 2}, "not trained here; did you mean decoder?"),
+        ({"name": "AdamW"}, "none", {"decoder": 2}, "in.optimizer.args.lr is missing; lr_multipliers multiplies it"),
+        ({"name": "AdamW"}, "rms", None, "in.optimizer.args.lr is missing; lr_scaling 'rms' multiplies it"),
+        ({"name": "SGD", "args": {"lr": 0.1}}, "trust_ratio", None, "SGD does not make; use Adam or AdamW"),
+        ({"name": "AdamW", "args": {"lr": 0.1, "foreach": True}}, "trust_ratio", None, "optimizer.args.foreach does"),
+    ],
+)
+def test_factors_of_the_lr_that_cannot_be_are_one_clear_error(spec, lr_scaling, multipliers, message):
+    with pytest.raises(ConfigError) as error:
+        optim.check_lr_factors(lr_scaling, multipliers, ["quantizer", "decoder"], spec, "in")
+    assert message.replace("in has", "in.lr_multipliers has") in str(error.value)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_are_forgotten_as_if_they_had_never_moved(name):
+    """Of what is kept for each row, zero is where every optimizer but Rprop starts."""
+    weight = nn.Parameter(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)))
+    other = nn.Parameter(weight.detach().clone())
+    optimizer = optim.build_optimizer({"name": name, "args": {"lr": 0.1}}, {"m.a": weight, "m.b": other}, "none")
+    for _ in range(3):
+        weight.grad, other.grad = torch.ones(6, 3), torch.ones(6, 3)
+        optimizer.step()
+    before = {p: {k: v.clone() for k, v in s.items() if torch.is_tensor(v)} for p, s in optimizer.state.items()}
+    rows = torch.tensor([4, 1])
+    optim.forget_rows(optimizer, weight, rows)
+    rest = torch.tensor([0, 2, 3, 5])
+    for key, value in before.get(weight, {}).items():
+        after = optimizer.state[weight][key]
+        if value.ndim == 2 and len(value) == 6 and key != "step_size":
+            assert torch.equal(after[rest], value[rest]) and (after[rows] == 0).all(), key
+        else:
+            assert torch.equal(after, value), key
+    for key, value in before.get(other, {}).items():
+        assert torch.equal(optimizer.state[other][key], value)
+    optim.forget_rows(optimizer, nn.Parameter(torch.zeros(6, 3)), rows)  # not trained
+    assert len(optimizer.state) == len(before)
 
 
 def test_rms_scaling_needs_an_lr():

@@ -19,6 +19,7 @@ from test_train import VQ, assert_equal, checkpoint, free_port, logged, run
 import train
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
+from trellis.trainers import fresh_codebook
 from trellis.trainers.vae import sparse_structure_vqvae
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
 from trellis.utils.random_utils import permutation
@@ -71,7 +72,7 @@ def counts(monkeypatch) -> collections.Counter:
     get_batch = SparseStructure.get_batch
 
     def counting_batches(self, indices):
-        counted["batches"] += 1
+        counted["batches"] += training[0]
         return get_batch(self, indices)
 
     count(SparseStructureEncoder, "encoder")
@@ -182,9 +183,10 @@ def test_two_ranks_equal_one(init, loss_type, vae_run, data_dir, write_config, t
     assert np.abs(rows[0] - rows[1]).max() < 1e-6 and np.abs(rows[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("per_code, at_least, objects", [(2, 5, 5), (4, 1, 2), (14, 3, 7), (64, 256, 24)])
-def test_kmeans_gets_the_vectors_of_objects_taken_one_by_one(
-    per_code, at_least, objects, vae_run, data_dir, write_config, tmp_path, monkeypatch
+@pytest.mark.parametrize("per_code, at_least", [(4, 3), (24, 5), (24, 256), (128, 256)])
+@pytest.mark.parametrize("embed_dim", [4, 8])
+def test_kmeans_gets_an_equal_share_of_objects_and_mostly_what_is_occupied(
+    per_code, at_least, embed_dim, vae_run, data_dir, write_config, tmp_path, monkeypatch
 ):
     taken = []
 
@@ -193,21 +195,31 @@ def test_kmeans_gets_the_vectors_of_objects_taken_one_by_one(
         return vectors[:n_embed]
 
     monkeypatch.setattr(sparse_structure_vqvae, "kmeans", kmeans)
-    monkeypatch.setattr(sparse_structure_vqvae, "VECTORS_PER_CODE", per_code)
-    monkeypatch.setattr(sparse_structure_vqvae, "OBJECTS_AT_LEAST", at_least)
-    config = stage1("kmeans", max_steps=1, batch_size=3)
+    monkeypatch.setattr(fresh_codebook, "VECTORS_PER_CODE", per_code)
+    monkeypatch.setattr(fresh_codebook, "OBJECTS_AT_LEAST", at_least)
+    config = stage1("kmeans", max_steps=1, batch_size=3, i_eval=100)
+    config["models"]["quantizer"]["args"]["embed_dim"] = embed_dim
     assert run("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run,
                "--output_dir", tmp_path / "run") == 0  # fmt: skip
 
     encoder = SparseStructureEncoder(**config["models"]["encoder"]["args"]).eval()
     encoder.load_state_dict(torch.load(vae_run / "ckpts" / "encoder_ema0.9999_step0000004.pt", weights_only=True))
-    dataset, want = SparseStructure(data_dir, resolution=16), []
-    share = min(64, -(-per_code * 32 // min(at_least, 24)))
-    for index in permutation(24, "kmeans", 0)[:objects].tolist():
+    dataset, want, found = SparseStructure(data_dir, resolution=16), [], 0
+    wanted = per_code * 32 * 3 // 4
+    for index in permutation(24, "kmeans", 0).tolist():
+        if found >= wanted:
+            break
+        ss = dataset[index]["ss"]
         with torch.no_grad():
-            z = encoder(dataset[index]["ss"][None].float())  # [1, 4, 4, 4, 4], a token each cell
-        picked = permutation(64, "kmeans", 0, index)[:share] if share < 64 else np.arange(64)
-        want.append(z[0].flatten(1).T[torch.from_numpy(picked)])
+            cells = encoder(ss[None].float())[0].permute(1, 2, 3, 0)  # [4, 4, 4, 4]
+        vectors = cells.reshape(-1, embed_dim)  # a token is a cell, or two along z
+        occupied = ss.view(4, 4, 4, 4, -1, embed_dim).amax((1, 3, 5)).flatten() > 0
+        assert len(occupied) == len(vectors)
+        shuffled = permutation(len(vectors), "kmeans", 0, index).tolist()
+        inside = [token for token in shuffled if occupied[token]][: -(-wanted // min(at_least, 24))]
+        outside = [token for token in shuffled if not occupied[token]][: round(len(inside) / 3)]
+        want.append(vectors[inside + outside])
+        found += len(inside)
     torch.testing.assert_close(taken[0], torch.cat(want), rtol=0, atol=2e-6)
 
 

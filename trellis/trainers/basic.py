@@ -4,7 +4,6 @@ Read `run` first. A new objective is a subclass with `training_losses`; it inher
 """
 
 import contextlib
-import inspect
 import json
 import os
 import time
@@ -22,7 +21,7 @@ from ..datasets.components import StandardDatasetBase
 from ..renderers.voxel_preview import save_png
 from ..utils import dist_utils
 from ..utils.config import Count, Range, check_args
-from ..utils.environment import versions
+from ..utils.environment import tuned_convolutions, versions
 from ..utils.errors import ConfigError
 from ..utils.files import written_aside
 from ..utils.registry import did_you_mean
@@ -32,30 +31,16 @@ from .checkpoint import Checkpoints
 from .ema import EMA
 from .interrupt import StopRequests
 from .logger import PendingSteps, Progress, RunLog
+from .objective import objective
 from .precision import Precision
 from .run_folder import open_run_folder
 from .weights import WeightPlan
 
-# A codebook's statistics are reduced over ranks where they arise; DDP must not overwrite them with rank 0's.
-# torch 2.13 renamed the argument.
-_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
-_WITHOUT_BUFFER_SYNC = {
-    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers": False
-}
+# Timing cuDNN's algorithms takes about as long as 50 steps of a large network and makes them 4 % faster, so it pays for
+# the shapes of training in a run of this many steps, and never for those of validation.
+STEPS_WORTH_TUNING = 2000
 # Between ranks a stop request travels with a collective, which is not worth one every step.
 STEPS_BETWEEN_STOP_CHECKS = 10
-
-
-class _Objective(nn.Module):
-    """The loss as a module over the trained models, so that one DDP reduces all their gradients together."""
-
-    def __init__(self, trained: dict[str, nn.Module], training_losses):
-        super().__init__()
-        self.models = nn.ModuleDict(trained)
-        self.training_losses = training_losses
-
-    def forward(self, batch: dict[str, Tensor]):
-        return self.training_losses(**batch)
 
 
 class BasicTrainer:
@@ -67,15 +52,16 @@ class BasicTrainer:
     From the configuration:
     max_steps: optimizer steps. batch_size: samples per step over all ranks, or batch_size_per_gpu: per rank.
     batch_split: parts that each rank's batch is worked off in. optimizer, lr_scheduler, grad_clip: see
-    `optim`. lr_scaling: "rms" makes lr relative to each tensor's RMS at the start. freeze: model keys that
-    are not trained. ema_rate: one or several. mix_precision_mode: null for fp32, "amp" or "inflat_all" (see
-    `precision`), with mix_precision_dtype. fp16_mode: TRELLIS's name for the mode, with float16.
-    fp16_scale_growth: log2 growth of the loss scale per step. finetune_ckpt: {model: weights} to start from.
-    elastic: must be null; it belongs to TRELLIS's sparse models. log_param_stats: log the RMS of every
-    parameter. prefetch_data: load the next batches while the model works. num_workers: loading processes
-    per rank; null chooses. seed: of everything random. i_print, i_log, i_eval, i_sample, i_save,
-    i_ddpcheck: steps between terminal lines, log entries, validations, pictures, checkpoints and checks
-    that ranks agree. keep_last: checkpoints to keep beside the best; null keeps all.
+    `optim`. lr_scaling: "rms" makes lr relative to each tensor's RMS at the start, "trust_ratio" to the RMS
+    that it has at each step. lr_multipliers: {model: factor of its lr}. freeze: model keys that are not trained.
+    ema_rate: one or several. mix_precision_mode: null for fp32, "amp" or "inflat_all" (see `precision`), with
+    mix_precision_dtype. fp16_mode: TRELLIS's name for the mode, with float16. fp16_scale_growth: log2 growth of
+    the loss scale per step. finetune_ckpt: {model: weights} to start from. elastic: must be null; it belongs
+    to TRELLIS's sparse models. log_param_stats: log the RMS of every parameter. prefetch_data: load the next
+    batches while the model works. num_workers: loading processes per rank; null chooses. seed: of everything
+    random. i_print, i_log, i_eval, i_sample, i_save, i_ddpcheck: steps between terminal lines, log entries,
+    validations, pictures, checkpoints and checks that ranks agree. keep_last: checkpoints to keep beside the
+    best; null keeps all.
     """
 
     model_keys: tuple[str, ...] = ()
@@ -97,7 +83,8 @@ class BasicTrainer:
         batch_split: Count | None = None,
         optimizer: dict,
         lr_scheduler: dict | None = None,
-        lr_scaling: Literal["none", "rms"] = "none",
+        lr_scaling: optim.LrScaling = "none",
+        lr_multipliers: dict[str, Annotated[float, Range(0, open_min=True)]] | None = None,
         grad_clip: dict | float | None = None,
         freeze: list[str] = (),
         ema_rate: Annotated[float, Range(0, 1)] | list[Annotated[float, Range(0, 1)]] = 0.9999,
@@ -126,7 +113,8 @@ class BasicTrainer:
         world = dist_utils.world_size()
         self.batch_per_rank = batch_size_per_gpu or batch_size // world
         self.global_batch = self.batch_per_rank * world
-        self.optimizer_spec, self.scheduler_spec, self.lr_scaling = optimizer, lr_scheduler, lr_scaling
+        self.optimizer_spec, self.scheduler_spec = optimizer, lr_scheduler
+        self.lr_scaling, self.lr_multipliers = lr_scaling, lr_multipliers
         self.clipper = optim.build_grad_clipper(grad_clip)
         self.ema_rates = [float(rate) for rate in (ema_rate if isinstance(ema_rate, list) else [ema_rate])]
         self.log_param_stats, self.prefetch_data, self.num_workers = log_param_stats, prefetch_data, num_workers
@@ -191,6 +179,9 @@ class BasicTrainer:
                 raise ConfigError(f"{where}.finetune_ckpt has {name!r}{did_you_mean(name, models)}")
         _check_batch(args, world_size, where)
         optim.check_optimizer(args["optimizer"], f"{where}.optimizer")
+        trained = [name for name in models if name not in args.get("freeze", ())]
+        lr_scaling, lr_multipliers = args.get("lr_scaling", "none"), args.get("lr_multipliers")
+        optim.check_lr_factors(lr_scaling, lr_multipliers, trained, args["optimizer"], where)
         optim.check_lr_scheduler(
             args.get("lr_scheduler"), args["optimizer"], args["max_steps"], f"{where}.lr_scheduler"
         )
@@ -209,11 +200,13 @@ class BasicTrainer:
             self.save()
         if self.step >= self.max_steps:
             self.say(f"{self.output_dir} is finished at step {self.step}; nothing is left to do")
-        stopping = None
+        stopping, tuned = None, self.max_steps - self.step >= STEPS_WORTH_TUNING
         with StopRequests() as stop, contextlib.closing(self.batches()) as batches:
             while self.step < self.max_steps:
                 started, lr = time.monotonic(), self.lr
-                losses, status = self.run_step(next(batches))
+                batch = next(batches)
+                with tuned_convolutions(tuned):
+                    losses, status = self.run_step(batch)
                 self.seconds += time.monotonic() - started
                 self.step += 1
                 self.samples_seen += self.global_batch
@@ -249,11 +242,16 @@ class BasicTrainer:
         parts, as tensors on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         losses, status = self.accumulate_gradients(batch)
-        with record_function("clip"):
-            self.precision.unscale(self.optimizer)
-            norm = self.clipper(self.parameters)
-        with record_function("optimizer"):
-            self.precision.step(self.optimizer)
+        norm = torch.zeros((), device=self.device)
+        if self.parameters:
+            with record_function("clip"):
+                self.precision.unscale(self.optimizer)
+                norm = self.clipper(self.parameters)
+            with record_function("optimizer"), optim.trust_ratios(self.optimizer, self.lr_scaling):
+                self.precision.step(self.optimizer)
+        else:
+            self.optimizer.step()  # of nothing; torch warns when a schedule moves before its optimizer
+        with record_function("schedule"):
             optim.step_lr_scheduler(self.scheduler, self.optimizer, losses["loss"])
         with record_function("ema"):
             self.ema.update(self.step + 1)
@@ -270,8 +268,9 @@ class BasicTrainer:
             with contextlib.nullcontext() if last else self.without_reduction():
                 with record_function("forward"), self.precision.autocast():
                     part_losses, part_status = self.objective(part)
-                with record_function("backward"):
-                    self.precision.backward(part_losses["loss"] / len(parts))
+                if self.parameters:
+                    with record_function("backward"):
+                        self.precision.backward(part_losses["loss"] / len(parts))
             for total, values in ((losses, part_losses), (status, part_status)):
                 for name, value in values.items():
                     total[name] = total.get(name, 0) + value.detach() / len(parts)
@@ -335,22 +334,29 @@ class BasicTrainer:
             for name, parameter in model.named_parameters()
         }
         self.parameters = list(named.values())
-        self.optimizer = optim.build_optimizer(self.optimizer_spec, named, self.lr_scaling)
+        # A codebook that learns from statistics has no parameters. Schedules need an optimizer, which needs one: this
+        # stands in and never gets a gradient.
+        self.optimizer = optim.build_optimizer(
+            self.optimizer_spec,
+            named or {"none": nn.Parameter(torch.zeros(1, 1, device=self.device))},
+            self.lr_scaling,
+            lr_multipliers=self.lr_multipliers,
+        )
         self.scheduler = optim.build_lr_scheduler(self.scheduler_spec, self.optimizer)
         self.ema = EMA(self.trained, self.ema_rates)
         self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self.objective: nn.Module = _Objective(self.trained, self.training_losses)
-        if dist.is_initialized():
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.objective = DistributedDataParallel(
-                self.objective, device_ids=ids, gradient_as_bucket_view=True, **_WITHOUT_BUFFER_SYNC
-            )
+        self.objective = objective(self.trained, self.training_losses, self.device)
 
     # --- checkpoints ---
+
+    def training_state(self) -> dict[str, Any]:
+        """What else a subclass needs to continue exactly; kept in the misc file. Called on all ranks."""
+        return {}
 
     def save(self) -> None:
         """Write the checkpoint of this step. Raises RuntimeError rather than save weights gone to NaN."""
         self.require_finite()
+        further = self.training_state()
         if dist_utils.is_main():
             misc = {
                 "config": self.config,
@@ -365,6 +371,7 @@ class BasicTrainer:
                 "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
                 "grad_clip": self.clipper.state_dict(),
                 "precision": self.precision.state_dict(),
+                **further,
             }
             self.checkpoints.save(
                 self.step,
@@ -380,8 +387,9 @@ class BasicTrainer:
                 self.checkpoints.prune(self.keep_last, self.best["step"] if self.best else None)
         dist_utils.barrier()
 
-    def load_training_state(self) -> None:
-        """Continue exactly: everything but the models' weights, which the plan has loaded already."""
+    def load_training_state(self) -> dict[str, Any]:
+        """Continue exactly: everything but the models' weights, which the plan has loaded already. Returns the misc
+        file's content, in which a subclass finds its `training_state`."""
         checkpoints, step = self.plan.resume
         misc = checkpoints.read_misc(step, mmap=False)
         self.step, self.samples_seen = step, misc["samples_seen"]
@@ -395,6 +403,7 @@ class BasicTrainer:
         self.ema.load(checkpoints, step)
         if misc["dataset_size"] != len(self.dataset):
             self.say(f"the training split had {misc['dataset_size']} objects and has {len(self.dataset)} now")
+        return misc
 
     def require_finite(self) -> None:
         if not self.all_finite or self.precision.hopeless:

@@ -43,6 +43,13 @@ class EMA:
                     if not mean.is_floating_point():
                         mean.copy_(live)
 
+    def copy_rows(self, name: str, keys: tuple[str, ...], rows: Tensor) -> None:
+        """Let each average forget these rows [n] int64 of a model's tensors: they become the live ones."""
+        live = self.models[name].state_dict()
+        for averages in self.averages.values():
+            for key in keys:
+                averages[name][key][rows] = live[key][rows]
+
     def load(self, checkpoints: Checkpoints, step: int) -> None:
         """Take the averages of a checkpoint. Raises CheckpointError where one is missing or does not fit."""
         for rate, averages in self.averages.items():

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,18 @@ from ..utils.config import Count, Range, check_args, check_component, matches
 from ..utils.errors import ConfigError
 from ..utils.registry import did_you_mean
 
-# Smallest RMS that "rms" scaling uses: the floor of Adafactor's relative step (arXiv:1804.04235, Sec. 8).
+LrScaling = Literal["none", "rms", "trust_ratio"]
+
+# Smallest RMS that scaling by RMS uses: the floor of Adafactor's relative step (arXiv:1804.04235, Sec. 8).
 # Tensors that start at zero (biases, zero-initialised convolutions) could not leave it otherwise.
 RMS_FLOOR = 1e-3
 
 # Optimizers with one kernel for the whole step on a GPU, and their arguments that exclude it.
 FUSED = ("Adam", "AdamW", "SGD")
 ONE_OF_FUSED = {"fused", "foreach", "capturable", "differentiable"}
+
+# Their updates have an RMS near lr, so that lr times a tensor's RMS is a relative step; and their lr may be a tensor.
+TRUST_RATIO_FOR = ("Adam", "AdamW")
 
 
 # --- optimizer -------------------------------------------------------------------------------------------
@@ -39,17 +44,50 @@ def check_optimizer(spec: dict, where: str) -> None:
         raise ConfigError(f"{where} cannot take a step with torch.optim.{spec['name']}: {error}") from error
 
 
+def check_lr_factors(
+    lr_scaling: LrScaling, lr_multipliers: dict[str, float] | None, trained: list[str], optimizer_spec: dict, where: str
+) -> None:
+    """Raise ConfigError for multipliers of models that are not trained and for a scaling that the optimizer's lr
+    does not go with. where: the path of both arguments' parent."""
+    for name in lr_multipliers or ():
+        if name not in trained:
+            raise ConfigError(
+                f"{where}.lr_multipliers has {name!r}, which is not trained here{did_you_mean(name, trained)}"
+            )
+    args = optimizer_spec.get("args", {})
+    if lr_scaling == "trust_ratio":
+        if optimizer_spec["name"] not in TRUST_RATIO_FOR:
+            raise ConfigError(
+                f'{where}.lr_scaling "trust_ratio" counts on updates of unit RMS, which {optimizer_spec["name"]} does '
+                f"not make; use {' or '.join(TRUST_RATIO_FOR)}, or lr_scaling \"rms\""
+            )
+        chosen = sorted(args.keys() & ONE_OF_FUSED)
+        if chosen:
+            raise ConfigError(
+                f'{where}.optimizer.args.{chosen[0]} does not go with lr_scaling "trust_ratio", whose lr is a tensor; '
+                "leave it out"
+            )
+    weights = {f"{name}.weight": nn.Parameter(torch.zeros(1, 1)) for name in trained}
+    build_optimizer(optimizer_spec, weights, lr_scaling, f"{where}.optimizer", lr_multipliers)
+
+
 def build_optimizer(
-    spec: dict, parameters: dict[str, nn.Parameter], lr_scaling: str, where: str = "optimizer"
+    spec: dict,
+    parameters: dict[str, nn.Parameter],
+    lr_scaling: LrScaling,
+    where: str = "optimizer",
+    lr_multipliers: dict[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Any class of torch.optim by name.
 
-    parameters: {name: parameter} to train. lr_scaling: "none" puts them in one group at the given lr; "rms"
-    gives each tensor its own group, whose lr is the given one times the RMS that the tensor has now, so
-    that lr is a relative step. Each group carries its factor as `lr_scale` and the lr without it as
-    `relative_lr`. On a GPU, optimizers that have a fused form use it unless args say otherwise.
+    parameters: {model.name: parameter} to train. lr_multipliers: {model: factor of its lr}, 1 where it has none.
+    lr_scaling: "none" takes the given lr; "rms" gives each tensor its own group, whose lr is the given one times
+    the RMS that the tensor has now, so that lr is a relative step; "trust_ratio" does the same with the RMS that
+    the tensor has at each step (see `trust_ratios`). Each group carries its factor as `lr_scale` and the lr
+    without it as `relative_lr`. On a GPU, optimizers that have a fused form use it unless args say otherwise.
     """
     name, args = spec["name"], spec.get("args", {})
+    multipliers = lr_multipliers or {}
     known = [
         key
         for key, value in vars(torch.optim).items()
@@ -63,13 +101,24 @@ def build_optimizer(
     _check_keywords(cls, args, f"{where}.args")
     if "lr" in args and not (matches(args["lr"], float) and args["lr"] > 0):
         raise ConfigError(f"{where}.args.lr is {args['lr']}; it must be a number > 0")
-    if lr_scaling == "rms":
-        if "lr" not in args:
-            raise ConfigError(f"{where}.args.lr is missing; lr_scaling 'rms' multiplies it")
+    if (lr_scaling != "none" or multipliers) and "lr" not in args:
+        what = f"lr_scaling {lr_scaling!r}" if lr_scaling != "none" else "lr_multipliers"
+        raise ConfigError(f"{where}.args.lr is missing; {what} multiplies it")
+    if lr_scaling != "none":
         groups = []
         for key, parameter in parameters.items():
-            scale = max(parameter.detach().float().square().mean().sqrt().item(), RMS_FLOOR)
-            groups.append({"params": [parameter], "lr": args["lr"] * scale, "lr_scale": scale, "name": key})
+            multiplier = multipliers.get(key.split(".")[0], 1.0)
+            scale = multiplier * max(parameter.detach().float().square().mean().sqrt().item(), RMS_FLOOR)
+            groups.append({"params": [parameter], "lr": args["lr"] * scale, "lr_scale": scale, "name": key,
+                           "lr_multiplier": multiplier})  # fmt: skip
+    elif multipliers:
+        by_model: dict[str, list[nn.Parameter]] = {}
+        for key, parameter in parameters.items():
+            by_model.setdefault(key.split(".")[0], []).append(parameter)
+        groups = []
+        for model, own in by_model.items():
+            scale = multipliers.get(model, 1.0)
+            groups.append({"params": own, "lr": args["lr"] * scale, "lr_scale": scale, "name": model})
     else:
         groups = [{"params": list(parameters.values()), "lr_scale": 1.0}]
     if name in FUSED and not args.keys() & ONE_OF_FUSED and all(p.is_cuda for p in parameters.values()):
@@ -81,6 +130,37 @@ def build_optimizer(
     for group in optimizer.param_groups:
         group["relative_lr"] = args["lr"] if "lr" in args else group["lr"]
     return optimizer
+
+
+@contextlib.contextmanager
+def trust_ratios(optimizer: torch.optim.Optimizer, lr_scaling: LrScaling) -> Iterator[None]:
+    """Inside, under "trust_ratio", the lr of each tensor follows the RMS that it has now, as a tensor on its device.
+
+    The layer-wise step of LAMB (arXiv:1904.00962, Sec. 3) with two departures: the update is not measured, since
+    Adam's has an RMS near 1, and a tensor's RMS counts as at least RMS_FLOOR.
+    """
+    if lr_scaling != "trust_ratio":
+        yield
+        return
+    groups = optimizer.param_groups
+    weights = [group["params"][0].detach() for group in groups]
+    lrs = torch._foreach_norm(weights)
+    torch._foreach_mul_(lrs, [weight.numel() ** -0.5 for weight in weights])
+    torch._foreach_clamp_min_(lrs, RMS_FLOOR)
+    torch._foreach_mul_(lrs, [group["relative_lr"] * group["lr_multiplier"] for group in groups])
+    for group, lr in zip(groups, lrs, strict=True):
+        group["lr"] = lr
+    yield
+    for group in groups:
+        group["lr"] = group["relative_lr"] * group["lr_scale"]
+
+
+def forget_rows(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
+    """Set what the optimizer remembers of rows [n] int64 of a parameter to zero. Nothing, where it is not trained."""
+    for name, value in optimizer.state.get(parameter, {}).items():
+        per_row = isinstance(value, Tensor) and value.ndim == parameter.ndim and len(value) == len(parameter)
+        if per_row and name != "step_size":  # Rprop's rate of each element, which could not grow out of zero
+            value[rows] = 0
 
 
 def current_lr(optimizer: torch.optim.Optimizer) -> float:

@@ -14,7 +14,7 @@ from ..utils.errors import CheckpointError, ConfigError
 from .checkpoint import Checkpoints, model_file
 
 # Trainer arguments that a resumed run must keep: the optimizer's state or the models' roles depend on them.
-FIXED_ON_RESUME = ("optimizer", "lr_scheduler", "lr_scaling", "freeze", "ema_rate")
+FIXED_ON_RESUME = ("optimizer", "lr_scheduler", "lr_scaling", "lr_multipliers", "freeze", "ema_rate")
 
 
 @dataclass

@@ -7,6 +7,9 @@ at a vector that is badly served.
 Axes: N vectors, K codes, D channels.
 """
 
+import time
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,14 +18,25 @@ from .nearest import nearest_code
 # Share of codes added in one round of seeding. Codes of one round do not know of each other, so small rounds
 # seed better; each vector meets each code once, so many rounds cost little more.
 SEEDING_GROWTH = 1 / 16
+ITERATIONS_BETWEEN_REPORTS = 10
 
 
 @torch.no_grad()
-def kmeans(vectors: Tensor, num_codes: int, *, iterations: int, generator: torch.Generator) -> Tensor:
+def kmeans(
+    vectors: Tensor,
+    num_codes: int,
+    *,
+    generator: torch.Generator,
+    iterations: int = 100,
+    tolerance: float = 1e-3,
+    report: Callable[[str], None] = lambda text: None,
+) -> Tensor:
     """Codebook [K, D] float32 that minimises the mean squared distance from `vectors` [N, D].
 
-    generator: on the CPU; the same seed and vectors give the same codes. N may be below K: the codes left
-    over then repeat vectors. Raises ValueError for no vectors or for vectors that are not finite.
+    generator: on the CPU; the same seed and vectors give the same codes. iterations: at most; they end before, once
+    one lowers the distance by less than a share of `tolerance`. report: told of start, progress and end. N may be
+    below K: the codes left over then repeat vectors. Raises ValueError for no vectors or for vectors that are not
+    finite.
     """
     vectors = vectors.float()
     if not len(vectors) or not vectors.isfinite().all():
@@ -38,6 +52,8 @@ def kmeans(vectors: Tensor, num_codes: int, *, iterations: int, generator: torch
         picked = torch.searchsorted(cumulative, draw, right=True).clamp(max=len(distance) - 1)
         return vectors[picked.to(vectors.device)]
 
+    started = time.monotonic()
+    report(f"k-means: {num_codes} codes of {vectors.shape[1]} channels from {len(vectors)} vectors")
     codes = sample(1, torch.ones(len(vectors)))
     distance = (vectors - codes).square().sum(1)
     while len(codes) < num_codes:
@@ -45,12 +61,24 @@ def kmeans(vectors: Tensor, num_codes: int, *, iterations: int, generator: torch
         codes = torch.cat([codes, new])
         distance = torch.minimum(distance, (vectors - new[nearest_code(vectors, new)]).square().sum(1))
 
-    for _ in range(iterations):
+    before = torch.inf
+    for iteration in range(iterations):
         index = nearest_code(vectors, codes)
+        distance = (vectors - codes[index]).square().sum(1)
         count = torch.bincount(index, minlength=num_codes)
+        distortion = distance.double().mean().item()
+        converged = iteration > 0 and before - distortion <= tolerance * before
+        if converged or iteration % ITERATIONS_BETWEEN_REPORTS == 0 or iteration == iterations - 1:
+            report(
+                f"k-means: {'converged after' if converged else 'at'} iteration {iteration} of at most {iterations}, "
+                f"mean squared distance {distortion / vectors.shape[1]:.4g} a channel, {int((count > 0).sum())} of "
+                f"{num_codes} codes used, {time.monotonic() - started:.0f} s"
+            )
+        if converged:
+            break
+        before = distortion
         total = torch.zeros(codes.shape, dtype=torch.float64, device=codes.device)
         total.index_add_(0, index, vectors.double())
-        distance = (vectors - codes[index]).square().sum(1)
         codes = torch.where(count[:, None] > 0, total / count[:, None].clamp(min=1), codes.double()).float()
         empty = (count == 0).nonzero()[:, 0]
         if len(empty):

@@ -5,28 +5,31 @@ Axes: B batch, C latent channels, X Y Z latent cells, R voxels along an axis, K 
 
 import contextlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
-from ...modules.losses import RECONSTRUCTION_LOSSES, gaussian_kl
+from ...modules.losses import RECONSTRUCTION_LOSSES, ReconstructionLoss, gaussian_kl
 from ...renderers.voxel_preview import contact_sheet
 from ...utils import dist_utils
 from ...utils.config import Range
 from ...utils.evaluation import Reconstruction, evaluate
+from ...utils.metrics import gaussian_kl_bits
 from ...utils.random_utils import sample_noise
 from ..basic import BasicTrainer
 
 # Objects in a snapshot, spread evenly over the split.
 SNAPSHOT_OBJECTS = 8
+# Of the posterior's samples that are scored.
+EVALUATION_SEED = 0
 
 
 class SparseStructureVaeTrainer(BasicTrainer):
     """Trains `encoder` and `decoder` on a reconstruction loss and a KL term.
 
-    loss_type: "bce", "l1", "l2", "l1_l2" or "dice" (see `modules.losses`). lambda_kl: weight of the KL.
+    loss_type: one of `modules.losses`. lambda_kl: weight of the KL.
     """
 
     model_keys = ("encoder", "decoder")
@@ -34,7 +37,7 @@ class SparseStructureVaeTrainer(BasicTrainer):
     def __init__(
         self,
         *args,
-        loss_type: Literal["bce", "l1", "l2", "l1_l2", "dice"] = "bce",
+        loss_type: ReconstructionLoss = "bce",
         lambda_kl: Annotated[float, Range(0)] = 1e-6,
         **kwargs,
     ):
@@ -63,9 +66,19 @@ class SparseStructureVaeTrainer(BasicTrainer):
         return torch.no_grad() if name in self.frozen else contextlib.nullcontext()
 
     @classmethod
-    def reconstruct(cls, models: dict[str, nn.Module], ss: Tensor) -> Reconstruction:
-        """What the models make of grids, from the mean of the posterior. ss: [B, 1, R, R, R]."""
-        return Reconstruction(models["decoder"](models["encoder"](ss.float())))
+    def reconstruct(cls, models: dict[str, nn.Module], ss: Tensor, sample_ids: Tensor | None = None) -> Reconstruction:
+        """What the models make of grids, from the mean of the posterior. ss: [B, 1, R, R, R].
+
+        sample_ids: [B] int64, on the CPU. With these, also from a sample of the posterior, which depends on the
+        object's number alone, and the KL of each latent cell.
+        """
+        _, mean, logvar = models["encoder"](ss.float(), return_raw=True)
+        logits = models["decoder"](mean)
+        if sample_ids is None:
+            return Reconstruction(logits)
+        noise = sample_noise(sample_ids, mean.shape[1:], EVALUATION_SEED, mean.device)
+        sampled = models["decoder"](mean + torch.exp(0.5 * logvar) * noise)
+        return Reconstruction(logits, sampled=sampled, kl_bits=gaussian_kl_bits(mean, logvar))
 
     def averaged_models(self) -> dict[str, nn.Module]:
         """What a later stage would load: the average at the highest rate, or the live model where frozen."""
@@ -84,7 +97,7 @@ class SparseStructureVaeTrainer(BasicTrainer):
         first, stride = (dist_utils.rank(), dist_utils.world_size()) if shared else (0, 1)
         with self.precision.autocast():
             scores = evaluate(
-                lambda ss: self.reconstruct(models, ss),
+                lambda ss, _: self.reconstruct(models, ss),
                 dataset,
                 range(first, len(dataset), stride),
                 batch_size=max(1, self.batch_per_rank // self.batch_split),

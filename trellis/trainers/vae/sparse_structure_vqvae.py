@@ -8,29 +8,27 @@ Axes: B batch, R voxels along an axis, N vectors, K codes.
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
+from ...modules.losses import ReconstructionLoss
+from ...modules.quantizers.common import Quantized
 from ...modules.quantizers.kmeans import kmeans
 from ...utils import dist_utils
 from ...utils.config import Range
 from ...utils.errors import ConfigError
 from ...utils.evaluation import Reconstruction
 from ...utils.metrics import codebook_counts
-from ...utils.random_utils import derive_seed, permutation
+from ...utils.random_utils import derive_seed
 from ..batches import to_device
+from ..codebook_watch import CodebookWatch
+from ..fresh_codebook import latent_sample
 from ..latent_cache import LatentCache, cache_folder, folder_of, latent_key, require_place
 from .sparse_structure_vae import SparseStructureVaeTrainer
-
-# A code of a fresh codebook should stand for this many latent vectors, and these should come from many
-# objects, since neighbouring cells of one are alike.
-VECTORS_PER_CODE = 64
-OBJECTS_AT_LEAST = 256
-KMEANS_ITERATIONS = 20
 
 
 class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
@@ -38,8 +36,11 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
 
     loss_type: as for the VAE, or "none": the codebook learns from its own loss alone and training runs no
     decoder, which takes a frozen encoder and decoder. lambda_vq: weight of the codebook loss. lambda_commit:
-    weight of the commitment loss. latent_cache: keep the latents of a frozen encoder on disk (see
-    `latent_cache`), true in the run folder's `latents`, a string in that folder, which runs may share.
+    weight of the commitment loss. lambda_entropy: weight of the entropy loss, of quantizers that have one.
+    revive_every: steps after which codes that nobody chose get new places, 0 for never; revive_until: share
+    of max_steps after which none do any more (see `codebook_watch`). latent_cache: keep the latents of a
+    frozen encoder on disk (see `latent_cache`), true in the run folder's `latents`, a string in that folder,
+    which runs may share.
     """
 
     model_keys = ("encoder", "quantizer", "decoder")
@@ -48,16 +49,21 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
     def __init__(
         self,
         *args,
-        loss_type: Literal["bce", "l1", "l2", "l1_l2", "dice", "none"] = "bce",
+        loss_type: Literal[ReconstructionLoss, "none"] = "bce",
         lambda_vq: Annotated[float, Range(0)] = 1.0,
         lambda_commit: Annotated[float, Range(0)] = 0.25,
+        lambda_entropy: Annotated[float, Range(0)] = 0.0,
+        revive_every: Annotated[int, Range(0)] = 100,
+        revive_until: Annotated[float, Range(0, 1)] = 0.8,
         latent_cache: bool | str = False,
         **kwargs,
     ):
         super().__init__(*args, loss_type=loss_type, **kwargs)
-        self.lambda_vq, self.lambda_commit = lambda_vq, lambda_commit
+        self.lambdas = {"vq": lambda_vq, "commit": lambda_commit, "entropy": lambda_entropy}
+        self.revive_every, self.revive_until = revive_every, revive_until
         self.latent_cache = latent_cache
         self.latents: LatentCache | None = None  # from `open_run` on
+        self.watch: CodebookWatch | None = None  # from `build_training_state` on
 
     @classmethod
     def check_config(cls, config: dict, world_size: int) -> None:
@@ -76,6 +82,12 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
                 "trainer.args.latent_cache keeps what a frozen encoder computes, but the encoder is trained; add "
                 "encoder to trainer.args.freeze or set latent_cache to false"
             )
+        augmentation = config["dataset"].get("args", {}).get("augmentation", "none")
+        if args.get("latent_cache") and augmentation != "none":
+            raise ConfigError(
+                'trainer.args.latent_cache keeps one latent of each object, but dataset.args.augmentation is '
+                f'"{augmentation}", which shows it in many forms; set latent_cache to false or augmentation to "none"'
+            )
         trained = [name for name in ("encoder", "decoder") if name not in freeze]
         if args.get("loss_type") == "none" and trained:
             raise ConfigError(
@@ -86,36 +98,85 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
     def training_losses(
         self, sample_ids: Tensor, ss: Tensor | None = None, z: Tensor | None = None
     ) -> tuple[EasyDict, EasyDict]:
-        """sample_ids: unused, nothing is random here. ss: [B, 1, R, R, R], 0 or 1; without a reconstruction
-        loss not needed beside z. z: [B, C, X, Y, Z], the encoder's latents where they are known.
+        """sample_ids: [B] int64, on the CPU; what may replace dead codes is drawn by them. ss: [B, 1, R, R, R], 0 or
+        1; without a reconstruction loss not needed beside z. z: [B, C, X, Y, Z], the encoder's latents where they
+        are known.
 
         Returns (losses, status). losses: "loss", which is optimized, and its terms before weighting.
-        status: usage and perplexity of the codebook over the batch of all ranks.
+        status: usage and perplexity of the codebook over the batch of all ranks; of several codes a token, the
+        mean usage and the geometric mean of perplexities.
         """
         if z is None:
             with self.graph("encoder"):
                 # Laid out as a cached z, so that sums over it are taken in the same order.
                 z = self.models["encoder"](ss.float()).contiguous()
-        quantized = self.models["quantizer"](z)
-        if self.loss_type == "none":
-            terms = EasyDict(quantized.losses)
-            loss = self.lambda_vq * terms.vq
-        else:
-            terms = EasyDict(self.reconstruction_loss(self.models["decoder"](quantized.codes), ss), **quantized.losses)
-            loss = terms[self.loss_type] + self.lambda_vq * terms.vq
-        terms.loss = loss + self.lambda_commit * terms.commit
+        quantizer = self.models["quantizer"]
+        quantized = quantizer(z)
+        terms = EasyDict()
+        if self.loss_type != "none":
+            terms.update(self.reconstruction_loss(self.models["decoder"](quantized.codes), ss))
+        terms.update(self.quantizer_losses(quantized))
+        terms.loss = sum(self.lambdas.get(name, 1.0) * value for name, value in terms.items())
 
-        counts = dist_utils.all_sum(codebook_counts(quantized.indices, self.models["quantizer"].n_embed))
-        share = counts / counts.sum()
-        entropy = torch.special.entr(share).sum()
-        status = EasyDict(codebook_usage=(counts > 0).float().mean(), codebook_perplexity=entropy.exp())
-        return terms, status
+        counts = codebook_counts(quantized.indices, quantizer.n_embed, quantizer.codes_per_token)
+        counts = dist_utils.all_sum(counts).view(quantizer.codes_per_token, -1)
+        share = counts / counts.sum(1, keepdim=True)
+        entropy = torch.special.entr(share).sum(1).mean()
+        if self.watch is not None:
+            # Without a reconstruction loss a cached run has no grids, and one without the cache must not differ.
+            grids = None if self.loss_type == "none" else ss
+            self.watch.observe(self.step + 1, counts, z.detach(), quantized.codes.detach(), grids, sample_ids)
+        return terms, EasyDict(codebook_usage=(counts > 0).float().mean(), codebook_perplexity=entropy.exp())
+
+    def quantizer_losses(self, quantized: Quantized) -> dict[str, Tensor]:
+        """The quantizer's losses, without those that nothing trained has a part in: the codebook's where it is frozen,
+        all where the encoder is frozen too. Raises ConfigError for the weight of one that the quantizer lacks."""
+        if self.lambdas["entropy"] and "entropy" not in quantized.losses:
+            name = type(self.models["quantizer"]).__name__
+            raise ConfigError(
+                f"trainer.args.lambda_entropy is {self.lambdas['entropy']}, but a {name}"
+                " has no entropy loss; set it to 0 or take a quantizer that has one"
+            )
+        if "quantizer" in self.trained:
+            return quantized.losses
+        if "encoder" in self.trained:
+            return {name: value for name, value in quantized.losses.items() if name != "vq"}
+        return {}
+
+    def build_training_state(self) -> None:
+        super().build_training_state()
+        if {"encoder", "quantizer"} & self.trained.keys():  # else nothing changes what is chosen
+            self.watch = CodebookWatch(
+                self.models["quantizer"],
+                self.optimizer,
+                self.ema,
+                every=self.revive_every,
+                last_step=self.revive_until * self.max_steps,
+                trained="quantizer" in self.trained,
+                seed=self.seed,
+                say=self.say,
+                device=self.device,
+            )
+
+    def run_step(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        losses, status = super().run_step(batch)
+        return losses, status if self.watch is None else {**status, **self.watch.after_step(self.step + 1)}
+
+    def training_state(self) -> dict[str, Any]:
+        return {} if self.watch is None else {"codebook_watch": self.watch.state_dict()}
+
+    def load_training_state(self) -> dict[str, Any]:
+        misc = super().load_training_state()
+        if self.watch is not None and "codebook_watch" in misc:  # not in checkpoints from before there was one
+            self.watch.load_state_dict(misc["codebook_watch"])
+        return misc
 
     @classmethod
-    def reconstruct(cls, models: dict[str, nn.Module], ss: Tensor) -> Reconstruction:
-        z = models["encoder"](ss.float())
-        quantized = models["quantizer"](z)
-        counts = codebook_counts(quantized.indices, models["quantizer"].n_embed)
+    def reconstruct(cls, models: dict[str, nn.Module], ss: Tensor, sample_ids: Tensor | None = None) -> Reconstruction:
+        """What the models make of grids [B, 1, R, R, R]. sample_ids: unused, there is no posterior."""
+        z, quantizer = models["encoder"](ss.float()), models["quantizer"]
+        quantized = quantizer(z)
+        counts = codebook_counts(quantized.indices, quantizer.n_embed, quantizer.codes_per_token)
         error = (z - quantized.codes).square().flatten(1).mean(1)
         return Reconstruction(models["decoder"](quantized.codes), quantized.indices, counts, error)
 
@@ -187,37 +248,18 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         quantizer = self.models["quantizer"]
         if self.plan.files["quantizer"] is not None or quantizer.init != "kmeans" or not dist_utils.is_main():
             return
-        vectors = self.latent_vectors(VECTORS_PER_CODE * quantizer.n_embed)
-        self.say(f"codebook: k-means of {quantizer.n_embed} codes over {len(vectors)} latent vectors")
+        self.say("codebook: taking latent vectors of the training data")
+        vectors = latent_sample(
+            self.latents_of, len(self.dataset), quantizer, batch_size=self.batch_per_rank, seed=self.seed
+        )
         generator = torch.Generator().manual_seed(derive_seed("kmeans", self.seed))
-        codes = kmeans(vectors, quantizer.n_embed, iterations=KMEANS_ITERATIONS, generator=generator)
-        quantizer.embeddings.weight.data.copy_(codes)
+        quantizer.fit(vectors, lambda part, count: kmeans(part, count, generator=generator, report=self.say))
 
-    @torch.no_grad()
-    def latent_vectors(self, count: int) -> Tensor:
-        """About `count` latent vectors [N, embed_dim] of training objects, an equal share from each."""
-        order = permutation(len(self.dataset), "kmeans", self.seed)
-        _, *cells = self.latent_shape()
-        tokens = math.prod(cells) // self.models["quantizer"].cells_per_token
-        share = min(tokens, -(-count // min(OBJECTS_AT_LEAST, len(order))))
-        order = order[: max(OBJECTS_AT_LEAST, -(-count // share))]
-        vectors = []
-        for part in np.split(order, range(self.batch_per_rank, len(order), self.batch_per_rank)):
-            for index, z in zip(part.tolist(), self.latents_of(part), strict=True):
-                own = self.models["quantizer"].to_vectors(z[None]).flatten(0, -2)
-                if share < tokens:
-                    picked = permutation(tokens, "kmeans", self.seed, index)[:share]
-                    own = own[torch.from_numpy(picked).to(own.device)]
-                vectors.append(own)
-        return torch.cat(vectors)
-
-    def latents_of(self, indices: np.ndarray) -> Tensor:
-        """Latents [n, C, X, Y, Z] of training objects, [n] int64, from the cache where there is one."""
-
-        def encode(absent: np.ndarray) -> Tensor:
-            batch = to_device(self.dataset, self.dataset.get_batch(indices[absent]), self.device)
-            return self.encode(batch["ss"], np.arange(len(absent)))
-
+    def latents_of(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Latents [n, C, X, Y, Z], from the cache where there is one, and grids [n, 1, R, R, R] of training objects,
+        [n] int64, in one of the forms that training sees them in."""
+        batch = to_device(self.dataset, self.dataset.get_batch(indices), self.device)
+        ss = self.dataset.augment({**batch, "sample_ids": torch.from_numpy(indices)}, self.seed)["ss"]
         if self.latents is None:
-            return encode(np.arange(len(indices)))
-        return self.latents.fetch(indices, encode)
+            return self.encode(ss, np.arange(len(indices))), ss
+        return self.latents.fetch(indices, lambda absent: self.encode(ss, absent)), ss

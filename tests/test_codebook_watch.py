@@ -1,0 +1,387 @@
+"""Codes that nobody chooses are found, replaced and forgotten by all that remembers them; and what does not revive."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from test_train import VQ, assert_equal, checkpoint, free_port, logged, run
+from torch import Tensor, nn
+
+from trellis.modules.quantizers.common import Quantizer
+from trellis.modules.quantizers.ema_vq import EMAVectorQuantizer
+from trellis.modules.quantizers.vq import VectorQuantizer
+from trellis.trainers.codebook_watch import CodebookWatch
+from trellis.trainers.ema import EMA
+from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
+from trellis.utils.metrics import codebook_counts
+from trellis.utils.random_utils import derive_seed, sample_noise
+
+K, CELLS = 16, (2, 2, 4)
+
+
+def make_watch(quantizer: Quantizer, said: list | None = None, **options) -> CodebookWatch:
+    """With Adam's moments and averages that are not zero."""
+    parameters = list(quantizer.parameters()) or [nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, amsgrad=True)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    ema = EMA({"quantizer": quantizer}, [0.9, 0.99])
+    for average in ema.averages.values():
+        for value in average["quantizer"].values():
+            value += 1
+    options = {"every": 2, "last_step": 8, "trained": True, "seed": 3, **options}
+    say = (said if said is not None else []).append
+    return CodebookWatch(quantizer, optimizer, ema, say=say, device=torch.device("cpu"), **options)
+
+
+def see(watch: CodebookWatch, step: int, z: Tensor, ids: Tensor, ss: Tensor | None = None) -> None:
+    with torch.no_grad():
+        quantized = watch.quantizer(z)
+    quantizer = watch.quantizer
+    counts = codebook_counts(quantized.indices, quantizer.n_embed, quantizer.codes_per_token)
+    watch.observe(step, counts.view(quantizer.codes_per_token, -1), z, quantized.codes, ss, ids)
+
+
+def crowded(kind: type[Quantizer] = VectorQuantizer, chosen: int = 3) -> Quantizer:
+    """Codes from `chosen` on are far from every latent."""
+    quantizer = kind(n_embed=K, embed_dim=4, latent_channels=4).train(False)
+    codes = torch.randn(K, 4, generator=torch.Generator().manual_seed(0))
+    codes[chosen:] += 1000
+    quantizer.fill(codes)
+    return quantizer
+
+
+def latents(samples: int, seed: int = 0) -> Tensor:
+    return torch.randn(samples, 4, *CELLS, generator=torch.Generator().manual_seed(seed))
+
+
+# --- what is replaced, and by what ---
+
+
+@pytest.mark.parametrize("kind", [VectorQuantizer, EMAVectorQuantizer])
+def test_dead_rows_are_new_everywhere_and_others_as_they_were(kind):
+    quantizer, said = crowded(kind), []
+    watch = make_watch(quantizer, said)
+    before = {key: value.clone() for key, value in quantizer.state_dict().items()}
+    moments = {key: value.clone() for state in watch.optimizer.state.values() for key, value in state.items()}
+    averages = {rate: {k: v.clone() for k, v in a["quantizer"].items()} for rate, a in watch.ema.averages.items()}
+    z = latents(3)
+    see(watch, 1, z, torch.arange(3))
+    assert watch.after_step(1)["codes_revived"] == 0
+    see(watch, 2, latents(3, seed=1), torch.arange(3, 6))
+    chosen = (watch.counts[0] > 0).nonzero()[:, 0]
+    dead = (watch.counts[0] == 0).nonzero()[:, 0]
+    assert 0 < len(chosen) <= 3
+    status = watch.after_step(2)
+    assert status["codes_revived"] == len(dead) and status["codebook_window_usage"] == len(chosen) / K
+    assert any(f"{len(dead)} of {K} codes" in line for line in said)
+    after = quantizer.state_dict()
+    seen = torch.cat([quantizer.to_vectors(z), quantizer.to_vectors(latents(3, seed=1))]).flatten(0, -2)
+    new = after["embeddings.weight"][dead]
+    assert (torch.cdist(new, seen).amin(1) == 0).all() and len(new.unique(dim=0)) == len(dead)
+    for key in quantizer.code_rows:
+        assert torch.equal(after[key][chosen], before[key][chosen]), key
+        for rate, average in watch.ema.averages.items():
+            assert torch.equal(average["quantizer"][key][dead], after[key][dead]), key
+            assert torch.equal(average["quantizer"][key][chosen], averages[rate][key][chosen]), key
+    if kind is VectorQuantizer:
+        (state,) = watch.optimizer.state.values()
+        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            assert (state[key][dead] == 0).all() and torch.equal(state[key][chosen], moments[key][chosen])
+            assert (state[key][chosen] != 0).all()
+        assert state["step"] == moments["step"]
+    else:
+        assert (after["counts"][dead] == 1).all() and torch.equal(after["sums"][dead], new)
+
+
+def keys_of(quantizer: Quantizer, z: Tensor, ids: Tensor, seed: int) -> Tensor:
+    """By the definition: x / squared error, x = -log u, u = Phi(normal)."""
+    vectors = quantizer.to_vectors(z).flatten(1, 3).double()
+    error = (vectors[:, :, None] - quantizer.table().double()).square().sum(-1).amin(-1)
+    normal = sample_noise(ids, error.shape[1:], derive_seed("revival", seed), torch.device("cpu")).double()
+    return -torch.log(0.5 * torch.special.erfc(-normal / 2**0.5)) / error
+
+
+def test_the_sample_is_that_of_the_smallest_keys_however_batches_are_cut():
+    quantizer, z, ids = crowded(), latents(9), torch.arange(40, 49)
+    order = keys_of(quantizer, z, ids, seed=3).flatten().argsort()[:K]
+    want = quantizer.to_vectors(z).flatten(0, 3)[order]
+    for cuts in ([9], [4, 5], [1, 6, 2]):
+        watch = make_watch(quantizer)
+        for part, part_ids in zip(z.split(cuts), ids.split(cuts), strict=True):
+            see(watch, 1, part, part_ids)
+            state = watch.state_dict()  # a checkpoint in between, which another process continues
+            watch = make_watch(quantizer)
+            watch.load_state_dict(state)
+        assert torch.equal(watch.state_dict()["vectors"], want)
+        assert watch.counts.sum() == 9 * 16
+
+
+def test_vectors_are_drawn_in_proportion_to_their_error():
+    quantizer = VectorQuantizer(n_embed=2, embed_dim=1, latent_channels=1)
+    quantizer.fill(torch.tensor([[0.0], [100.0]]))
+    z = torch.tensor([1.0, 2.0, 3.0, 0.0]).view(1, 1, 1, 1, 4)
+    watch, drawn = make_watch(quantizer, seed=0), torch.zeros(4)
+    for sample in range(3000):
+        watch._empty_sample()
+        watch.observe(1, torch.zeros(1, 2, dtype=torch.int64), z, torch.zeros_like(z), None, torch.tensor([sample]))
+        drawn[int(watch.vectors[0])] += 1
+    share = drawn / 3000
+    assert share[0] == 0
+    for value in (1, 2, 3):
+        p = value**2 / 14
+        assert abs(share[value] - p) < 4 * (p * (1 - p) / 3000) ** 0.5
+
+
+def test_only_tokens_with_occupied_voxels_are_drawn():
+    quantizer = crowded()
+    watch, z = make_watch(quantizer), latents(2)
+    ss = torch.zeros(2, 1, 4, 4, 8, dtype=torch.uint8)
+    ss[0, 0, 0, 3, 7] = ss[1, 0, 2, 0, 0] = 1
+    see(watch, 1, z, torch.arange(2), ss)
+    tokens = quantizer.to_vectors(z)
+    got = {tuple(row) for row in watch.state_dict()["vectors"].tolist()}
+    assert got == {tuple(tokens[0, 0, 1, 3].tolist()), tuple(tokens[1, 1, 0, 0].tolist())}
+    assert watch.after_step(2)["codes_revived"] == 2  # no more than there are vectors
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_an_overflow_leaves_nothing(value):
+    quantizer = crowded()
+    watch, z = make_watch(quantizer), latents(3)
+    z[1, 2] = value
+    see(watch, 1, z, torch.arange(3))
+    keys = keys_of(quantizer, z[[0, 2]], torch.tensor([0, 2]), seed=3)
+    order = keys.flatten().argsort()[:K]
+    assert torch.equal(watch.state_dict()["vectors"], quantizer.to_vectors(z[[0, 2]]).flatten(0, 3)[order])
+
+
+def test_equal_vectors_do_not_become_two_codes():
+    quantizer = crowded()
+    watch = make_watch(quantizer)
+    z = latents(1).expand(5, -1, -1, -1, -1).contiguous()
+    see(watch, 2, z, torch.arange(5))
+    watch.after_step(2)
+    codes = quantizer.embeddings.weight.detach()
+    assert len(codes.unique(dim=0)) == K
+
+
+def test_nothing_is_revived_after_the_last_step_or_when_not_trained():
+    for options in ({"last_step": 1.9}, {"trained": False}, {"every": 0}):
+        quantizer, said = crowded(), []
+        watch = make_watch(quantizer, said, **options)
+        before = quantizer.embeddings.weight.clone()
+        step = watch.window
+        see(watch, step, latents(2), torch.arange(2))
+        assert watch.after_step(step).get("codes_revived", 0) == 0
+        assert torch.equal(quantizer.embeddings.weight, before) and not watch.keys.isfinite().any()
+        (line,) = said
+        assert line.startswith("WARNING: the codebook collapses. Only 19% of 16 codes were chosen")
+        assert ("revive_every" in line) == ("trained" not in options)
+        watch.after_step(2 * step)
+        assert len(said) == 1
+
+
+def test_a_codebook_in_use_is_left_alone():
+    quantizer, said = crowded(chosen=K), []
+    watch = make_watch(quantizer, said)
+    before = quantizer.embeddings.weight.clone()
+    see(watch, 2, quantizer.ungroup_cells(before.detach().view(1, *CELLS, 4)), torch.arange(1))
+    status = watch.after_step(2)
+    assert status["codebook_window_usage"] == 1 and status["codes_revived"] == 0 and not said
+    assert torch.equal(quantizer.embeddings.weight, before)
+
+
+# --- runs ---
+
+
+@pytest.fixture(scope="module")
+def vae_run(data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    config = folder / "config.json"
+    config.write_text(json.dumps(tiny_config(max_steps=4, i_eval=100)))
+    assert run("--config", config, "--data_dir", data_dir, "--output_dir", folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    monkeypatch.setattr(SparseStructureVqVaeTrainer, "run_snapshot", lambda self: {})
+
+
+@pytest.fixture
+def collapsed(tmp_path) -> str:
+    """A quantizer's weights: one code at the origin, all others far away."""
+    codes = torch.full((32, 4), 100.0) + torch.arange(32.0)[:, None]
+    codes[0] = 0
+    torch.save({"embeddings.weight": codes}, tmp_path / "collapsed.pt")
+    torch.save({"embeddings.weight": codes, "sums": codes, "counts": torch.ones(32)}, tmp_path / "collapsed_ema.pt")
+    return str(tmp_path / "collapsed.pt")
+
+
+def stage1(quantizer: str = "VectorQuantizer", **args) -> dict:
+    defaults = {"freeze": ["encoder", "decoder"], "loss_type": "l1", "max_steps": 12, "i_eval": 100, "i_save": 3,
+                "revive_every": 4}  # fmt: skip
+    config = tiny_config(VQ, **{**defaults, **args})
+    config["models"]["quantizer"]["name"] = quantizer
+    return config
+
+
+def test_a_collapsed_codebook_comes_back_to_life(vae_run, collapsed, data_dir, write_config, tmp_path, capsys):
+    config = write_config(stage1(finetune_ckpt={"quantizer": collapsed}))
+    assert run("--config", config, "--data_dir", data_dir, "--load_dir", vae_run, "--output_dir", tmp_path / "run") == 0
+    lines = {line["step"]: line for line in logged(tmp_path / "run") if "loss" in line}
+    assert lines[4]["codes_revived"] == 31 and lines[4]["codebook_window_usage"] == 1 / 32
+    assert [step for step in lines if lines[step]["codes_revived"]] in ([4], [4, 8])  # none after 0.8 * 12 steps
+    assert lines[12]["codebook_window_usage"] > 0.9
+    assert lines[5]["vq"] < 0.1 * lines[4]["vq"]
+    assert capsys.readouterr().out.count("WARNING: the codebook collapses. Only 3% of 32 codes were chosen") == 1
+
+
+@pytest.mark.parametrize("quantizer", ["VectorQuantizer", "EMAVectorQuantizer"])
+def test_a_run_cut_off_within_a_window_continues_exactly(
+    quantizer, vae_run, collapsed, data_dir, write_config, tmp_path, monkeypatch
+):
+    weights = collapsed if quantizer == "VectorQuantizer" else collapsed.replace(".pt", "_ema.pt")
+    config = write_config(stage1(quantizer, finetune_ckpt={"quantizer": weights}))
+    flags = ("--config", config, "--data_dir", data_dir, "--load_dir", vae_run)
+    assert run(*flags, "--output_dir", tmp_path / "whole") == 0
+    run_step = SparseStructureVqVaeTrainer.run_step
+
+    def cut_off(self, batch):
+        if self.step == 7:  # after the checkpoint of step 6, in the second window
+            raise RuntimeError("cut off")
+        return run_step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseStructureVqVaeTrainer, "run_step", cut_off)
+        assert run(*flags, "--output_dir", tmp_path / "parts") == 1
+    assert run(*flags, "--output_dir", tmp_path / "parts") == 0
+    for step in (6, 9, 12):
+        assert_equal(checkpoint(tmp_path / "whole", step), checkpoint(tmp_path / "parts", step))
+    assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
+    assert sum(line.get("codes_revived", 0) for line in logged(tmp_path / "whole")) >= 31
+    assert len(checkpoint(tmp_path / "whole", 6)["misc_step0000006.pt"]["codebook_watch"]["keys"])
+
+
+@pytest.mark.parametrize("quantizer, loss_type", [("VectorQuantizer", "l1"), ("EMAVectorQuantizer", "none")])
+def test_two_ranks_equal_one(quantizer, loss_type, vae_run, collapsed, data_dir, write_config, tmp_path):
+    """The moving averages have no parameters: nothing for an optimizer, nothing to reduce."""
+    weights = collapsed if quantizer == "VectorQuantizer" else collapsed.replace(".pt", "_ema.pt")
+    config = stage1(quantizer, finetune_ckpt={"quantizer": weights}, loss_type=loss_type, i_ddpcheck=1, max_steps=9)
+    flags = ("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run,
+             "--master_port", free_port(), "--set", "trainer.args.revive_until=1.0")  # fmt: skip
+    assert run(*flags, "--output_dir", tmp_path / "one") == 0
+    assert run(*flags, "--output_dir", tmp_path / "two", "--num_gpus", 2) == 0
+    one, two = ([line for line in logged(tmp_path / name) if "loss" in line] for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], abs=2e-5), (a["step"], name)
+    assert one[3]["codes_revived"] == two[3]["codes_revived"] == 31
+    codes = [checkpoint(tmp_path / name, 9)["quantizer_step0000009.pt"]["embeddings.weight"] for name in ("one", "two")]
+    torch.testing.assert_close(*codes, atol=1e-4, rtol=0)
+
+
+def test_a_checkpoint_from_before_there_was_a_watch_continues(vae_run, data_dir, write_config, tmp_path):
+    flags = ("--config", write_config(stage1()), "--data_dir", data_dir, "--output_dir", tmp_path / "run",
+             "--load_dir", vae_run)  # fmt: skip
+    assert run(*flags, "--set", "trainer.args.max_steps=3") == 0
+    path = tmp_path / "run" / "ckpts" / "misc_step0000003.pt"
+    misc = torch.load(path, weights_only=True)
+    del misc["codebook_watch"]
+    torch.save(misc, path)
+    assert run(*flags) == 0
+    assert checkpoint(tmp_path / "run", 12)
+
+
+def test_a_decoder_alone_leaves_ids_as_they_are(vae_run, data_dir, write_config, tmp_path):
+    config = write_config(stage1(max_steps=2))
+    flags = ("--data_dir", data_dir)
+    assert run("--config", config, *flags, "--load_dir", vae_run, "--output_dir", tmp_path / "stage1") == 0
+    config = write_config(stage1(freeze=["encoder", "quantizer"], latent_cache=True, lr_multipliers={"decoder": 0.5}))
+    assert run("--config", config, *flags, "--load_dir", tmp_path / "stage1", "--output_dir", tmp_path / "run") == 0
+    first, last = checkpoint(tmp_path / "run", 0), checkpoint(tmp_path / "run", 12)
+    for name in ("encoder", "quantizer"):
+        assert_equal(first[f"{name}_step0000000.pt"], last[f"{name}_step0000012.pt"])
+    assert_equal(checkpoint(tmp_path / "stage1", 2)["quantizer_ema0.9999_step0000002.pt"],
+                 last["quantizer_step0000012.pt"])  # fmt: skip
+    assert not torch.equal(*(files[f"decoder_step00000{step}.pt"]["input_layer.weight"]
+                             for files, step in ((first, "00"), (last, "12"))))  # fmt: skip
+    lines = [line for line in logged(tmp_path / "run") if "loss" in line]
+    assert len(lines) == 12 and all(line["loss"] == line["l1"] for line in lines)
+    assert lines[0].keys() & {"vq", "commit", "codes_revived", "codebook_window_usage"} == set()
+    assert len({line["codebook_usage"] for line in lines[::6]}) == 1  # the same objects, epoch after epoch
+
+
+def test_an_encoder_is_held_to_a_frozen_codebook_by_the_commitment_alone(vae_run, data_dir, write_config, tmp_path):
+    config = write_config(stage1(max_steps=2))
+    flags = ("--data_dir", data_dir)
+    assert run("--config", config, *flags, "--load_dir", vae_run, "--output_dir", tmp_path / "stage1") == 0
+    config = write_config(stage1(freeze=["quantizer"], max_steps=4))
+    assert run("--config", config, *flags, "--load_dir", tmp_path / "stage1", "--output_dir", tmp_path / "run") == 0
+    lines = [line for line in logged(tmp_path / "run") if "loss" in line]
+    assert "vq" not in lines[0] and "codes_revived" not in lines[0] and "codebook_window_usage" in lines[0]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["l1"] + 0.25 * line["commit"], rel=1e-6)
+
+
+def test_moving_averages_train_without_any_parameter(vae_run, data_dir, write_config, tmp_path):
+    scheduler = {"name": "ExponentialLR", "args": {"gamma": 0.5}}
+    config = stage1("EMAVectorQuantizer", loss_type="none", lr_scheduler=scheduler)
+    config["models"]["quantizer"]["args"].update(init="uniform", decay=0.5)
+    assert run("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run,
+               "--output_dir", tmp_path / "run") == 0  # fmt: skip
+    lines = [line for line in logged(tmp_path / "run") if "loss" in line]
+    assert lines[-1]["commit"] < 0.5 * lines[0]["commit"] and lines[-1]["grad_norm"] == 0
+    assert lines[-1]["loss"] == pytest.approx(0.25 * lines[-1]["commit"])
+
+
+def test_several_codes_a_token_are_counted_by_place(vae_run, data_dir, write_config, tmp_path):
+    config = stage1("ResidualVectorQuantizer", max_steps=4)
+    assert run("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run,
+               "--output_dir", tmp_path / "run") == 0  # fmt: skip
+    line = [line for line in logged(tmp_path / "run") if "loss" in line][-1]
+    assert 0 < line["codebook_usage"] <= line["codebook_window_usage"] <= 1 and "codes_revived" not in line
+    assert 1 <= line["codebook_perplexity"] <= 32
+    misc = checkpoint(tmp_path / "run", 3)["misc_step0000003.pt"]
+    counts = misc["codebook_watch"]["counts"]
+    assert counts.shape == (2, 32) and counts.sum(1).tolist() == [3 * 4 * 64] * 2
+    assert misc["codebook_watch"].keys() == {"counts", "usage"}
+
+
+def test_the_entropy_loss_has_its_weight(vae_run, data_dir, write_config, tmp_path, capsys):
+    flags = ("--data_dir", data_dir, "--load_dir", vae_run)
+    config = write_config(stage1("IndexBackpropagationQuantizer", max_steps=2, lambda_entropy=0.5))
+    assert run("--config", config, *flags, "--output_dir", tmp_path / "run") == 0
+    for line in logged(tmp_path / "run"):
+        if "loss" in line:
+            terms = (line["l1"], line["vq"], 0.25 * line["commit"], 0.5 * line["entropy"])
+            assert line["loss"] == pytest.approx(sum(terms), rel=1e-5) and line["entropy"]
+    config = write_config(stage1(lambda_entropy=0.5))
+    assert run("--config", config, *flags, "--output_dir", tmp_path / "none", "--tryrun") == 1
+    assert "lambda_entropy is 0.5, but a VectorQuantizer has no entropy loss" in capsys.readouterr().err
+
+
+def test_usage_of_several_codes_is_the_mean_over_places(monkeypatch):
+    """Against numpy: codes of different places with the same number are different codes."""
+    trainer = SparseStructureVqVaeTrainer.__new__(SparseStructureVqVaeTrainer)
+    ids = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 1]]).view(1, 2, 2, 1, 2)
+
+    class Stub:
+        n_embed, codes_per_token = 4, 2
+
+        def __call__(self, z):
+            from trellis.modules.quantizers.common import Quantized
+
+            return Quantized(z, ids, {"vq": torch.zeros(()), "commit": torch.zeros(())})
+
+    trainer.models, trainer.trained, trainer.watch, trainer.loss_type = {"quantizer": Stub()}, {}, None, "none"
+    trainer.lambdas = {"vq": 1.0, "commit": 0.25, "entropy": 0.0}
+    _, status = trainer.training_losses(torch.zeros(1), z=torch.zeros(1))
+    assert status.codebook_usage == (2 / 4 + 3 / 4) / 2
+    entropies = [-sum(p * np.log(p) for p in shares) for shares in ((3 / 4, 1 / 4), (1 / 2, 1 / 4, 1 / 4))]
+    assert status.codebook_perplexity.item() == pytest.approx(np.exp(np.mean(entropies)), rel=1e-6)

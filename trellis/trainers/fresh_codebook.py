@@ -1,0 +1,64 @@
+"""Latent vectors that a fresh codebook is made from.
+
+Nine tenths of a grid's cells are empty and much alike. Codes that k-means gives to them are missing where the surface
+is, so the sample is stratified: an equal share of each object, and mostly tokens with occupied voxels. Empty tokens
+stay in it, since a decoder needs those near the surface too.
+
+Axes: B objects, C latent channels, X Y Z latent cells, R voxels along an axis, T tokens of an object, D channels of a
+token, N vectors.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..modules.quantizers.common import Quantizer
+from ..utils.evaluation import occupied_blocks
+from ..utils.random_utils import permutation
+
+# A code should stand for this many vectors, so that k-means fits the data and not its sample.
+VECTORS_PER_CODE = 128
+# And these should come from many objects, since neighbouring cells of one are alike.
+OBJECTS_AT_LEAST = 256
+# Of the sample; the others hold occupied voxels.
+EMPTY_SHARE = 1 / 4
+# Numbers in the sample at most, 1 GiB, whatever the codebook's size.
+LARGEST_SAMPLE = 2**28
+
+
+@torch.no_grad()
+def latent_sample(
+    latents_of: Callable[[np.ndarray], tuple[Tensor, Tensor]],
+    objects: int,
+    quantizer: Quantizer,
+    *,
+    batch_size: int,
+    seed: int,
+) -> Tensor:
+    """A stratified sample of latent vectors of the training data, [N, D] float32, fixed by the seed.
+
+    latents_of: latents [B, C, X, Y, Z] and grids [B, 1, R, R, R] of objects [B] int64. objects: how many there are.
+    batch_size: objects at once. Small data give fewer vectors than VECTORS_PER_CODE for each code: all with occupied
+    voxels, and a share of the others.
+    """
+    wanted = min(VECTORS_PER_CODE * quantizer.n_embed, LARGEST_SAMPLE // quantizer.embed_dim)
+    wanted_occupied = round((1 - EMPTY_SHARE) * wanted)
+    most = -(-wanted_occupied // min(OBJECTS_AT_LEAST, objects))  # occupied tokens of an object
+    order = permutation(objects, "kmeans", seed)
+    vectors, found = [], 0
+    for start in range(0, objects, batch_size):
+        part = order[start : start + batch_size]
+        z, ss = latents_of(part)
+        tokens = quantizer.to_vectors(z.float())
+        filled = occupied_blocks(ss, tokens.shape[1:4])
+        for number, own, occupied in zip(part.tolist(), tokens.flatten(1, 3), filled.flatten(1), strict=True):
+            shuffled = torch.from_numpy(permutation(len(own), "kmeans", seed, number)).to(own.device)
+            inside = shuffled[occupied[shuffled]][:most]
+            outside = shuffled[~occupied[shuffled]][: round(len(inside) * EMPTY_SHARE / (1 - EMPTY_SHARE))]
+            vectors.append(own[torch.cat([inside, outside])])
+            found += len(inside)
+            if found >= wanted_occupied:
+                return torch.cat(vectors)
+    return torch.cat(vectors)

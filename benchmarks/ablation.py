@@ -1,0 +1,194 @@
+"""What each choice is worth: quantizers, losses, learning rates, augmentation, at equal budget on a narrow network.
+
+    python benchmarks/ablation.py --data_dir DATA --output_dir outputs/ablation
+
+Each variant is train.py on a configuration of the recipe (see quality.py), with the demo's network in place of the
+full one and the settings below, for the same number of samples. VAEs of different losses start from random weights;
+those of different KL weights from the demo's VAE; codebooks from one of the latter, by k-means and joint training. The
+score is the validation's, of averaged weights. Finished variants are not run again; --parallel runs several at a time,
+which a GPU has room for.
+"""
+
+import argparse
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common, runs
+
+NETWORK = {
+    "models.encoder.args.channels": [8, 32, 64],
+    "models.decoder.args.channels": [64, 32, 8],
+    **{f"models.{name}.args.{key}": 1
+       for name in ("encoder", "decoder") for key in ("num_res_blocks", "num_res_blocks_middle")},
+}  # fmt: skip
+BATCH = 16
+WARM_UP = 25
+# Narrow layers bear larger steps than the full network's.
+LR = 2e-3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """config: of the recipe. settings: what differs from it. start: the VAE whose weights it continues."""
+
+    config: str
+    settings: dict
+    start: str | None = None
+
+
+def args(**values) -> dict:
+    """Settings of the trainer."""
+    return {f"trainer.args.{key}": value for key, value in values.items()}
+
+
+def quantizer(name: str, **values) -> dict:
+    return {"models.quantizer.name": name, **{f"models.quantizer.args.{key}": value for key, value in values.items()}}
+
+
+DEMO_VAE = args(finetune_ckpt={name: str(common.ROOT / "pretrained" / "demo_vae" / name)
+                               for name in ("encoder", "decoder")})  # fmt: skip
+BASE_VAE = "lambda_kl 4e-3"
+VAES = {
+    **{f"from random weights: {loss}": args(loss_type=loss)
+       for loss in ("bce_dice", "bce", "dice", "focal", "bce_iou", "l1_l2")},
+    "from random weights: all 48 symmetries": {"dataset.args.augmentation": "all"},
+    **{f"lambda_kl {weight}": DEMO_VAE | args(lambda_kl=float(weight))
+       for weight in ("1e-3", "4e-3", "1.6e-2", "6.4e-2")},
+}  # fmt: skip
+CODEBOOKS = {
+    "VectorQuantizer": {},
+    "no revival": args(revive_every=0),
+    "EMAVectorQuantizer": quantizer("EMAVectorQuantizer"),
+    "SimVQ": quantizer("SimVQ"),
+    "RotationVectorQuantizer": quantizer("RotationVectorQuantizer"),
+    "FiniteScalarQuantizer": quantizer("FiniteScalarQuantizer", levels=[8, 8, 8, 4, 4]),
+    "LookupFreeQuantizer": quantizer("LookupFreeQuantizer"),
+    "two codes a token: residual": quantizer("ResidualVectorQuantizer", num_codes=2),
+    "two codes a token: product": quantizer("ProductVectorQuantizer", num_codes=2),
+    "groups of 2x2x1 cells": {"models.quantizer.args.group": [2, 2, 1]},
+    "lambda_commit 0.025": args(lambda_commit=0.025),
+    "lambda_commit 2.5": args(lambda_commit=2.5),
+    "lambda_vq 10, lambda_commit 2.5": args(lambda_vq=10.0, lambda_commit=2.5),
+    "EMAVectorQuantizer, lambda_commit 2.5": quantizer("EMAVectorQuantizer") | args(lambda_commit=2.5),
+    "l1_l2": args(loss_type="l1_l2"),
+    "dice": args(loss_type="dice"),
+    "bce_iou": args(loss_type="bce_iou"),
+    "all 48 symmetries": {"dataset.args.augmentation": "all"},
+    "lr 5e-3": args(**{"optimizer.args.lr": 5e-3}),
+    "lr 5e-3, warm-up over half": args(**{"optimizer.args.lr": 5e-3}),
+    "lr 5e-3 relative to RMS": args(**{"optimizer.args.lr": 5e-3}, lr_scaling="rms"),
+    "lr 2e-2 relative to RMS": args(**{"optimizer.args.lr": 2e-2}, lr_scaling="rms"),
+    "lr 5e-3, U-Net's a fifth": args(**{"optimizer.args.lr": 5e-3}, lr_multipliers={"encoder": 0.2, "decoder": 0.2}),
+}
+
+
+def variants(tokens: int) -> dict[str, Variant]:
+    """All of them by name; those of a codebook begin with the number of tokens."""
+    config = f"scratch_{tokens}_stage2"
+    found = {name: Variant("scratch_vae", settings) for name, settings in VAES.items()}
+    for name, settings in CODEBOOKS.items():
+        found[f"{tokens}: {name}"] = Variant(config, settings, BASE_VAE)
+    for start in VAES:
+        if start.startswith("lambda_kl") and start != BASE_VAE:
+            found[f"{tokens}: after {start}"] = Variant(config, {}, start)
+    return found
+
+
+def schedule(steps: int, warm_up: int) -> dict:
+    return {"name": "CosineAnnealingLR", "args": {"T_max": steps - warm_up}, "warmup_steps": warm_up}
+
+
+def folder_of(root: Path, name: str) -> Path:
+    return root / "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+
+
+def run(options: argparse.Namespace, device: torch.device, name: str, variant: Variant) -> dict:
+    """Train a variant and return the first and the last validation, the steps and seconds, or what is kept of them."""
+    folder = folder_of(options.output_dir, name)
+    result = folder / "result.json"
+    if result.exists():
+        return json.loads(result.read_text())
+    warm_up = options.steps // 2 if "warm-up over half" in name else WARM_UP
+    settings = NETWORK | args(
+        max_steps=options.steps, batch_size=BATCH, ema_rate=0.99, i_log=20, i_print=options.steps,
+        i_eval=options.steps, i_save=options.steps, i_sample=runs.NEVER, i_ddpcheck=runs.NEVER,
+        **{"optimizer.args.lr": LR, "lr_scheduler": schedule(options.steps, warm_up)},
+    )  # fmt: skip
+    flags = ["--num_gpus", "1"]
+    if variant.start is not None:
+        flags += ["--load_dir", str(folder_of(options.output_dir, variant.start))]
+    settings["dataset.args.resolution"] = options.resolution
+    line = runs.arguments(
+        runs.config_path(variant.config), device, options.data_dir, folder, settings | variant.settings, *flags
+    )
+    print(f"{name} ...", flush=True)
+    try:
+        runs.run_train(line)
+    except RuntimeError as error:  # told at the end; the others go on
+        return {"failed": str(error)}
+    log = [json.loads(text) for text in (folder / "log.txt").read_text().splitlines()]
+    scores = [entry for entry in log if "val/iou" in entry]
+    kept = {"first": scores[0], "last": scores[-1]}
+    result.write_text(json.dumps(kept, indent=2) + "\n")
+    print(f"{name}: IoU {scores[0]['val/iou']:.4f} -> {scores[-1]['val/iou']:.4f}", flush=True)
+    return kept
+
+
+def row(name: str, kept: dict) -> list:
+    if "failed" in kept:
+        return [name, None, "failed", None, None, None]
+    first, last = kept["first"], kept["last"]
+    codebook = [last.get(f"val/codebook_{key}") for key in ("usage", "perplexity")]
+    return [name, f"{first['val/iou']:.4f}", f"{last['val/iou']:.4f}", *codebook, last["seconds"]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = common.parser(__doc__, data=False)
+    flags.add_argument("--data_dir", required=True, help="packed grids with a validation split")
+    flags.add_argument("--resolution", type=int, default=64)
+    flags.add_argument("--output_dir", type=Path, required=True)
+    flags.add_argument("--tokens", type=int, choices=(1024, 4096), default=1024)
+    flags.add_argument("--steps", type=int, default=400, help=f"of {BATCH} samples (default: 400)")
+    flags.add_argument("--only", nargs="+", help="names of variants, or beginnings of them; a codebook's VAE is added")
+    flags.add_argument("--parallel", type=int, default=1, help="variants that run at a time")
+    options = flags.parse_args(argv)
+    device = common.pick_device(options.device)
+    chosen = variants(options.tokens)
+    if options.only:
+        picked = {name for name in chosen if name.startswith(tuple(options.only))}
+        if not picked:
+            flags.error(f"--only fits none of: {'; '.join(chosen)}")
+        picked |= {chosen[name].start for name in picked} - {None}
+        chosen = {name: variant for name, variant in chosen.items() if name in picked}
+
+    rows, text, failures = [], "", {}
+    header = [
+        common.describe_machine(device),
+        f"Narrow network (8/32/64 channels) on {Path(options.data_dir).name} at {options.resolution}³, {options.steps} "
+        f"steps of {BATCH}, {options.parallel} runs at a time. IoU of averaged weights on the validation split, before "
+        "and after; usage and perplexity after.",
+    ]
+    with ThreadPoolExecutor(options.parallel) as pool:
+        for first in (True, False):  # VAEs before what starts from them
+            names = [name for name, variant in chosen.items() if (variant.start is None) is first]
+            results = pool.map(lambda name: run(options, device, name, chosen[name]), names)
+            for name, kept in zip(names, results, strict=True):
+                rows.append(row(name, kept))
+                if "failed" in kept:
+                    failures[name] = kept["failed"]
+                columns = ["variant", "IoU before", "IoU after", "usage", "perplexity", "seconds"]
+                text = common.write_report("Ablations", [*header, common.markdown_table(columns, rows)], options.output)
+    print(text)
+    if failures:
+        raise SystemExit("\n".join(f"error: {name}: {message}" for name, message in failures.items()))
+
+
+if __name__ == "__main__":
+    main()

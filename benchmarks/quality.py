@@ -1,0 +1,173 @@
+"""The whole recipe from random weights at full size: VAE, codebooks of 4096 and of 1024 tokens, and their scores.
+
+    python benchmarks/quality.py --data_dir DATA --output_dir outputs/quality
+
+Every phase is train.py on a shipped configuration, starting from the phase before it; phases that are finished are not
+run again, and one that was cut off goes on from its last checkpoint. At the end scripts/evaluate.py scores the last
+phase of each kind in fp32. Writes results.md into --output_dir after every phase; it also names the commands.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common, runs
+
+
+@dataclass(frozen=True)
+class Phase:
+    """start: the phase whose weights it takes. scored: whether evaluate.py scores what it ends with."""
+
+    start: str | None = None
+    scored: bool = False
+
+
+PHASES = {
+    "vae": Phase(scored=True),
+    "4096_stage1": Phase("vae"),
+    "4096_stage2": Phase("4096_stage1"),
+    "4096_stage3": Phase("4096_stage2", scored=True),
+    "1024_stage1": Phase("vae"),
+    "1024_stage2": Phase("1024_stage1"),
+    "1024_stage3": Phase("1024_stage2", scored=True),
+}
+TRAINED = {"vae": "VAE", "stage1": "codebook", "stage2": "everything", "stage3": "decoder"}
+# Too few to tell a poor source from poor luck.
+OBJECTS_OF_A_SOURCE = 10
+
+
+def with_ancestors(names: list[str]) -> list[str]:
+    """These phases and all they start from, in the order of PHASES."""
+    wanted = set()
+    for name in names:
+        while name is not None and name not in wanted:
+            wanted.add(name)
+            name = PHASES[name].start
+    return [name for name in PHASES if name in wanted]
+
+
+def train(options: argparse.Namespace, device: str, name: str) -> dict:
+    """Run a phase, unless it is finished. Returns what its log says of it."""
+    folder = options.output_dir / name
+    result = folder / "phase.json"
+    if not result.exists():
+        command = ["train.py", "--config", f"configs/vae/scratch_{name}.json", "--data_dir", options.data_dir,
+                   "--output_dir", str(folder), "--device", device, "--num_gpus", "1"]  # fmt: skip
+        if PHASES[name].start:
+            command += ["--load_dir", str(options.output_dir / PHASES[name].start)]
+        for setting in options.set:
+            command += ["--set", setting]
+        started = time.monotonic()
+        execute(command)
+        wall = time.monotonic() - started
+        result.write_text(json.dumps({"command": shlex.join(command), **of_log(folder), "wall": wall}, indent=2) + "\n")
+    return json.loads(result.read_text())
+
+
+def execute(command: list[str]) -> None:
+    """Run a script of this repository. Raises SystemExit where it fails."""
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    code = subprocess.run([sys.executable, *command], cwd=common.ROOT).returncode
+    if code:
+        raise SystemExit(f"error: the command above ended with {code}; the same command goes on from there")
+
+
+def of_log(folder: Path) -> dict:
+    """Steps, seconds, rate, memory and the first and last validation of a finished run."""
+    log = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    scores = [{key[4:]: value for key, value in line.items() if key.startswith("val/")} for line in log]
+    scores = [score for score in scores if score]
+    speed = runs.read_speed(folder, warm=0)
+    return {"steps": log[-1]["step"], "seconds": log[-1]["seconds"], "samples_per_second": speed.samples_per_second,
+            "peak_memory_gib": speed.peak_memory_gib, "before": scores[0], "after": scores[-1]}  # fmt: skip
+
+
+def score(options: argparse.Namespace, device: str, name: str) -> dict:
+    """What evaluate.py says of a phase's averaged weights on the validation split."""
+    output = options.output_dir / "eval" / name
+    if not list(output.glob("val_*.json")):
+        execute(["scripts/evaluate.py", "--run", str(options.output_dir / name), "--data_dir", options.data_dir,
+                 "--output_dir", str(output), "--weights", "averaged", "--batch_size", str(options.eval_batch),
+                 "--device", device])  # fmt: skip
+    report = json.loads(next(output.glob("val_*.json")).read_text())
+    return next(iter(report["weights"].values()))
+
+
+def phases_table(phases: dict[str, dict]) -> str:
+    columns = ["phase", "trained", "steps", "seconds", "samples/s", "GiB", "IoU before", "IoU after", "usage",
+               "perplexity"]  # fmt: skip
+    rows = []
+    for name, phase in phases.items():
+        after = phase["after"]
+        codebook = [after.get(f"codebook_{key}") for key in ("usage", "perplexity")]
+        ious = _iou(phase["before"]["iou"]), _iou(after["iou"])
+        rows.append([name, TRAINED[name.split("_")[-1]], phase["steps"], phase["wall"], phase["samples_per_second"],
+                     phase["peak_memory_gib"], *ious, *codebook])  # fmt: skip
+    total = sum(phase["wall"] for phase in phases.values())
+    return (
+        f"{common.markdown_table(columns, rows)}\n\n{total / 60:.1f} minutes in all, start-up and validation included. "
+        "IoU of the validation split, averaged weights, in the precision of training."
+    )
+
+
+def scores_table(scores: dict[str, dict]) -> str:
+    columns = ["model", "IoU", "median", "5 %", "F-score", "chamfer", "usage", "perplexity", "kbit", "kbit used"]
+    rows = []
+    for name, found in scores.items():
+        kbits = [found.get(key) and found[key] / 1e3 for key in ("bits_per_object", "entropy_bits_per_object")]
+        rows.append([name, *(_iou(found[key]) for key in ("iou", "iou_median", "iou_p5", "f_score")), found["chamfer"],
+                     found.get("codebook_usage"), found.get("codebook_perplexity"), *kbits])  # fmt: skip
+    return common.markdown_table(columns, rows)
+
+
+def sources_table(scores: dict[str, dict]) -> str:
+    """IoU by source, for those with enough objects."""
+    sources = {name: part for name, part in next(iter(scores.values()))["sources"].items()
+               if part["objects"] >= OBJECTS_OF_A_SOURCE}  # fmt: skip
+    rows = [[source, part["objects"], *(_iou(found["sources"][source]["iou"]) for found in scores.values())]
+            for source, part in sources.items()]  # fmt: skip
+    return common.markdown_table(["source", "objects", *scores], rows)
+
+
+def _iou(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = common.parser(__doc__, data=False)
+    flags.add_argument("--data_dir", required=True, help="data root with a validation split")
+    flags.add_argument("--output_dir", type=Path, required=True)
+    flags.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES),
+                       help="these and what they start from (default: all)")  # fmt: skip
+    flags.add_argument("--set", action="append", default=[], metavar="PATH.TO.KEY=VALUE", help="as of train.py, for "
+                       "every phase")  # fmt: skip
+    flags.add_argument("--eval_batch", type=int, default=32)
+    options = flags.parse_args(argv)
+    options.output_dir = options.output_dir.resolve()
+    options.data_dir = ",".join(str(Path(root).resolve()) for root in options.data_dir.split(","))
+    device = common.pick_device(options.device)
+
+    names = ", ".join(Path(root).name for root in options.data_dir.split(","))
+    header = [common.describe_machine(device), f"Data: {names}."]
+    phases, scores = {}, {}
+    for name in with_ancestors(options.phases):
+        phases[name] = train(options, device.type, name)
+        if PHASES[name].scored:
+            scores[name] = score(options, device.type, name)
+        parts = [*header, "## Phases", phases_table(phases)]
+        if scores:
+            parts += ["## Scores", scores_table(scores), "## Sources", sources_table(scores)]
+        for path in filter(None, (options.output_dir / "results.md", options.output)):
+            text = common.write_report("Quality", parts, path)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

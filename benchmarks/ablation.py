@@ -16,11 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, runs
+from trellis.datasets.sparse_structure import load_packed
 
 NETWORK = {
     "models.encoder.args.channels": [8, 32, 64],
@@ -30,6 +32,7 @@ NETWORK = {
 }  # fmt: skip
 BATCH = 16
 WARM_UP = 25
+POOLED_VAL = 160  # so that scoring takes no longer than training
 # Narrow layers bear larger steps than the full network's.
 LR = 2e-3
 
@@ -62,31 +65,35 @@ VAES = {
     **{f"lambda_kl {weight}": DEMO_VAE | args(lambda_kl=float(weight))
        for weight in ("1e-3", "4e-3", "1.6e-2", "6.4e-2")},
 }  # fmt: skip
+COMMIT = 2.5  # the recipe's weight of the commitment loss
+VECTOR = quantizer("VectorQuantizer")
 CODEBOOKS = {
-    "VectorQuantizer": {},
-    "no revival": args(revive_every=0),
-    "EMAVectorQuantizer": quantizer("EMAVectorQuantizer"),
-    "SimVQ": quantizer("SimVQ"),
-    "RotationVectorQuantizer": quantizer("RotationVectorQuantizer"),
-    "FiniteScalarQuantizer": quantizer("FiniteScalarQuantizer", levels=[8, 8, 8, 4, 4]),
+    "EMAVectorQuantizer": {},
+    "lambda_commit 0.25": args(lambda_commit=0.25),
+    "lambda_commit 10": args(lambda_commit=10.0),
+    "VectorQuantizer": VECTOR | args(lambda_vq=4 * COMMIT),
+    "VectorQuantizer, lambda_vq 1, lambda_commit 0.25": VECTOR | args(lambda_vq=1.0, lambda_commit=0.25),
+    "SimVQ": quantizer("SimVQ") | args(lambda_vq=4 * COMMIT),
+    "RotationVectorQuantizer": quantizer("RotationVectorQuantizer") | args(lambda_vq=4 * COMMIT),
+    "FiniteScalarQuantizer": quantizer("FiniteScalarQuantizer") | args(lambda_commit=0.0),
     "LookupFreeQuantizer": quantizer("LookupFreeQuantizer"),
-    "two codes a token: residual": quantizer("ResidualVectorQuantizer", num_codes=2),
-    "two codes a token: product": quantizer("ProductVectorQuantizer", num_codes=2),
+    "two codes a token: residual": quantizer("ResidualVectorQuantizer", num_codes=2) | args(lambda_vq=4 * COMMIT),
+    "two codes a token: product": quantizer("ProductVectorQuantizer", num_codes=2) | args(lambda_vq=4 * COMMIT),
     "groups of 2x2x1 cells": {"models.quantizer.args.group": [2, 2, 1]},
-    "lambda_commit 0.025": args(lambda_commit=0.025),
-    "lambda_commit 2.5": args(lambda_commit=2.5),
-    "lambda_vq 10, lambda_commit 2.5": args(lambda_vq=10.0, lambda_commit=2.5),
-    "EMAVectorQuantizer, lambda_commit 2.5": quantizer("EMAVectorQuantizer") | args(lambda_commit=2.5),
+    "no revival": args(revive_every=0),
+    "decay 0.9": {"models.quantizer.args.decay": 0.9},
     "l1_l2": args(loss_type="l1_l2"),
-    "dice": args(loss_type="dice"),
+    "bce_dice": args(loss_type="bce_dice"),
     "bce_iou": args(loss_type="bce_iou"),
     "all 48 symmetries": {"dataset.args.augmentation": "all"},
+    "lr 5e-4": args(**{"optimizer.args.lr": 5e-4}),
     "lr 5e-3": args(**{"optimizer.args.lr": 5e-3}),
     "lr 5e-3, warm-up over half": args(**{"optimizer.args.lr": 5e-3}),
     "lr 5e-3 relative to RMS": args(**{"optimizer.args.lr": 5e-3}, lr_scaling="rms"),
-    "lr 2e-2 relative to RMS": args(**{"optimizer.args.lr": 2e-2}, lr_scaling="rms"),
-    "lr 5e-3, U-Net's a fifth": args(**{"optimizer.args.lr": 5e-3}, lr_multipliers={"encoder": 0.2, "decoder": 0.2}),
+    "lr 5e-3, trust ratio": args(**{"optimizer.args.lr": 5e-3}, lr_scaling="trust_ratio"),
+    "lr 5e-3, decoder's a fifth": args(**{"optimizer.args.lr": 5e-3}, lr_multipliers={"decoder": 0.2}),
 }
+LEVELS = {8192: [8, 8, 8, 4, 4], 1024: [8, 8, 4, 4]}  # of finite scalars, by the number of codes
 
 
 def variants(tokens: int) -> dict[str, Variant]:
@@ -103,6 +110,26 @@ def variants(tokens: int) -> dict[str, Variant]:
 
 def schedule(steps: int, warm_up: int) -> dict:
     return {"name": "CosineAnnealingLR", "args": {"T_max": steps - warm_up}, "warmup_steps": warm_up}
+
+
+def pooled(data_dir: Path, resolution: int, folder: Path) -> Path:
+    """Packed grids of `data_dir` at a lower resolution, a cell on where any of it was, each once, as files of the same
+    names in `folder`; of a validation file the first POOLED_VAL."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(data_dir.glob("*.npz")):
+        bits = load_packed(path)["bits"]
+        if path.stem.endswith("val"):
+            bits = bits[:POOLED_VAL]
+        before = round((bits.shape[1] * 8) ** (1 / 3))
+        rows = []
+        for row in bits:
+            blocks = np.unpackbits(row).reshape(resolution, before // resolution, resolution, before // resolution, -1,
+                                                before // resolution)  # fmt: skip
+            rows.append(np.packbits(blocks.max((1, 3, 5))))
+        rows = np.stack(rows)
+        first = np.unique(rows, axis=0, return_index=True)[1]
+        np.savez(folder / path.name, bits=rows[np.sort(first)])
+    return folder
 
 
 def folder_of(root: Path, name: str) -> Path:
@@ -124,6 +151,9 @@ def run(options: argparse.Namespace, device: torch.device, name: str, variant: V
     flags = ["--num_gpus", "1"]
     if variant.start is not None:
         flags += ["--load_dir", str(folder_of(options.output_dir, variant.start))]
+        settings["models.quantizer.args.n_embed"] = options.codes
+        if "Finite" in name:
+            settings["models.quantizer.args.levels"] = LEVELS[options.codes]
     settings["dataset.args.resolution"] = options.resolution
     line = runs.arguments(
         runs.config_path(variant.config), device, options.data_dir, folder, settings | variant.settings, *flags
@@ -152,7 +182,8 @@ def row(name: str, kept: dict) -> list:
 def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__, data=False)
     flags.add_argument("--data_dir", required=True, help="packed grids with a validation split")
-    flags.add_argument("--resolution", type=int, default=64)
+    flags.add_argument("--resolution", type=int, default=64, help="where lower than 64, grids are pooled to it")
+    flags.add_argument("--codes", type=int, choices=LEVELS, default=8192)
     flags.add_argument("--output_dir", type=Path, required=True)
     flags.add_argument("--tokens", type=int, choices=(1024, 4096), default=1024)
     flags.add_argument("--steps", type=int, default=400, help=f"of {BATCH} samples (default: 400)")
@@ -160,6 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--parallel", type=int, default=1, help="variants that run at a time")
     options = flags.parse_args(argv)
     device = common.pick_device(options.device)
+    if options.resolution < 64:
+        options.data_dir = str(pooled(Path(options.data_dir), options.resolution, options.output_dir / "pooled"))
     chosen = variants(options.tokens)
     if options.only:
         picked = {name for name in chosen if name.startswith(tuple(options.only))}
@@ -171,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     rows, text, failures = [], "", {}
     header = [
         common.describe_machine(device),
-        f"Narrow network (8/32/64 channels) on {Path(options.data_dir).name} at {options.resolution}³, {options.steps} "
+        f"Narrow network (8/32/64 channels), {options.resolution}³, {options.codes} codes, {options.steps} "
         f"steps of {BATCH}, {options.parallel} runs at a time. IoU of averaged weights on the validation split, before "
         "and after; usage and perplexity after.",
     ]

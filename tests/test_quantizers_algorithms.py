@@ -8,6 +8,7 @@ import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 
+from trellis.models import load_weights
 from trellis.modules.quantizers import (
     EMAVectorQuantizer,
     FiniteScalarQuantizer,
@@ -17,10 +18,12 @@ from trellis.modules.quantizers import (
     ResidualVectorQuantizer,
     RotationVectorQuantizer,
     SimVQ,
+    VectorQuantizer,
     ibq,
 )
 from trellis.modules.quantizers.rotation import rotated_onto
 from trellis.utils import dist_utils
+from trellis.utils.errors import CheckpointError
 
 SMALL = {"n_embed": 16, "embed_dim": 4, "latent_channels": 4}
 
@@ -83,6 +86,18 @@ def test_ema_codes_stay_finite_in_a_step_with_an_overflow():
     assert all(value.isfinite().all() for value in quantizer.state_dict().values())
     usual(latents())
     assert quantizer.counts.sum() < usual.counts.sum()
+
+
+def test_ema_takes_a_plain_codebook_with_fresh_statistics(tmp_path):
+    plain = VectorQuantizer(n_embed=8, embed_dim=4, latent_channels=4)
+    torch.save(plain.state_dict(), tmp_path / "quantizer.pt")
+    taken, fresh = (EMAVectorQuantizer(n_embed=8, embed_dim=4, latent_channels=4) for _ in range(2))
+    load_weights(taken, tmp_path / "quantizer.pt")
+    fresh.fill(plain.embeddings.weight.detach())
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in taken.state_dict().items())
+    torch.save(taken.state_dict() | {"sums": torch.zeros(7, 4)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="sums is .7, 4. there"):
+        load_weights(taken, tmp_path / "other.pt")
 
 
 def test_a_replaced_ema_code_keeps_its_place_and_has_fresh_statistics():

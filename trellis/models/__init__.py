@@ -110,8 +110,13 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: torch.nn.Module, path: str | Path) -> None:
-    """Load a state dict strictly. Raises CheckpointError naming the first tensors that do not fit."""
+    """Load a state dict strictly. Raises CheckpointError naming the first tensors that do not fit.
+
+    A quantizer with `completed` takes a plain codebook too.
+    """
     state, own = read_weights(path), model.state_dict()
+    if hasattr(model, "completed"):
+        state = model.completed(state)
     shapes = [
         f"{key} is {list(state[key].shape)} there and {list(own[key].shape)} in the model"
         for key in own

@@ -79,6 +79,14 @@ class EMAVectorQuantizer(Quantizer):
     def table(self) -> Tensor:
         return self.embeddings.weight
 
+    def completed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict for this quantizer out of a codebook's alone, such as `VectorQuantizer` has, with the
+        statistics of a fresh one; any other as it is."""
+        if state.keys() != {"embeddings.weight"}:
+            return state
+        weight = state["embeddings.weight"]
+        return {**state, "sums": weight.float(), "counts": torch.ones(len(weight))}
+
     def fill(self, codes: Tensor) -> None:
         self.replace_codes(torch.arange(self.n_embed, device=self.counts.device), codes)
 

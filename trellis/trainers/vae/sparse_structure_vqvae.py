@@ -232,8 +232,8 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
     def encode(self, ss: Tensor, rows: np.ndarray) -> Tensor:
         """Latents [n, C, X, Y, Z] of the grids at rows [n] of ss [B, 1, R, R, R], without a graph.
 
-        They go through the encoder in parts as large as a training step's, the last filled up with repetitions:
-        rounding may depend on the number in a part, and cuDNN tunes itself anew for each.
+        They go through the encoder in parts as large as a training step's, the last filled up with repetitions,
+        since rounding may depend on the number in a part.
         """
         size = self.batch_per_rank // self.batch_split
         filled = torch.from_numpy(np.resize(rows, -(-len(rows) // size) * size)).to(ss.device)

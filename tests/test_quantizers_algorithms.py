@@ -112,6 +112,7 @@ def test_a_replaced_ema_code_keeps_its_place_and_has_fresh_statistics():
 
 
 def _a_rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     results = _steps_over_ranks(rank, 2)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -120,7 +121,6 @@ def _a_rank(rank: int, port: int, folder: str) -> None:
 
 def _steps_over_ranks(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     """What one of `ranks` ranks has after steps on its share of the same batches."""
-    torch.set_num_threads(1)
     results = {}
     ema = filled(EMAVectorQuantizer, decay=0.8)
     for step in range(3):

@@ -4,7 +4,7 @@
 
 Every phase is train.py on a shipped configuration, starting from the phase before it; phases that are finished are not
 run again, and one that was cut off goes on from its last checkpoint. At the end scripts/evaluate.py scores the last
-phase of each kind in fp32. Writes results.md into --output_dir after every phase; it also names the commands.
+phase of each kind in fp32. Writes results.md into --output_dir after every phase, and the command into its folder.
 """
 
 import argparse
@@ -118,10 +118,12 @@ def phases_table(phases: dict[str, dict]) -> str:
 
 
 def scores_table(scores: dict[str, dict]) -> str:
+    """kbit: of an object's ids. kbit used: by their entropy over all objects; of a VAE, the KL that a sample takes."""
     columns = ["model", "IoU", "median", "5 %", "F-score", "chamfer", "usage", "perplexity", "kbit", "kbit used"]
     rows = []
     for name, found in scores.items():
-        kbits = [found.get(key) and found[key] / 1e3 for key in ("bits_per_object", "entropy_bits_per_object")]
+        used = found.get("entropy_bits_per_object", found.get("kl_bits_per_object"))
+        kbits = [bits if bits is None else bits / 1e3 for bits in (found.get("bits_per_object"), used)]
         rows.append([name, *(_iou(found[key]) for key in ("iou", "iou_median", "iou_p5", "f_score")), found["chamfer"],
                      found.get("codebook_usage"), found.get("codebook_perplexity"), *kbits])  # fmt: skip
     return common.markdown_table(columns, rows)

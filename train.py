@@ -236,7 +236,7 @@ def describe(trainer: BasicTrainer) -> None:
         role = "frozen" if name in trainer.frozen else "trainable"
         origin = plan.origin[name]
         if origin == "initialised" and getattr(model, "init", None) == "kmeans":
-            origin = "initialised by k-means over the data when the run starts"
+            origin = "initialised from the data's latents when the run starts"
         dtype = str(next(iter(model.state_dict().values())).dtype).removeprefix("torch.")
         print(f"{name:<12}{type(model).__name__:<26}{count:>12,}  {role:<10}{dtype:<8}{origin}")
     for note in plan.notes:

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, runs
+from trellis.utils.config import load_config
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,11 @@ def train(options: argparse.Namespace, device: str, name: str) -> dict:
                    "--output_dir", str(folder), "--device", device, "--num_gpus", "1"]  # fmt: skip
         if PHASES[name].start:
             command += ["--load_dir", str(options.output_dir / PHASES[name].start)]
+        models = load_config(runs.config_path(f"scratch_{name}"))["models"]
         for setting in options.set:
-            command += ["--set", setting]
+            section, _, rest = setting.partition(".")
+            if section != "models" or rest.split(".")[0] in models:
+                command += ["--set", setting]
         started = time.monotonic()
         execute(command)
         wall = time.monotonic() - started
@@ -76,7 +80,7 @@ def execute(command: list[str]) -> None:
     print(f"\n$ python {shlex.join(command)}", flush=True)
     code = subprocess.run([sys.executable, *command], cwd=common.ROOT).returncode
     if code:
-        raise SystemExit(f"error: the command above ended with {code}; the same command goes on from there")
+        raise SystemExit(f"error: the command above ended with {code}; with that mended, this one goes on from there")
 
 
 def of_log(folder: Path) -> dict:
@@ -149,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES),
                        help="these and what they start from (default: all)")  # fmt: skip
     flags.add_argument("--set", action="append", default=[], metavar="PATH.TO.KEY=VALUE", help="as of train.py, for "
-                       "every phase")  # fmt: skip
+                       "every phase that has the model")  # fmt: skip
     flags.add_argument("--eval_batch", type=int, default=32)
     options = flags.parse_args(argv)
     options.output_dir = options.output_dir.resolve()

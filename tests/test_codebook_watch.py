@@ -363,7 +363,7 @@ def test_the_entropy_loss_has_its_weight(vae_run, data_dir, write_config, tmp_pa
             assert line["loss"] == pytest.approx(sum(terms), rel=1e-5) and line["entropy"]
     config = write_config(stage1(lambda_entropy=0.5))
     assert run("--config", config, *flags, "--output_dir", tmp_path / "none", "--tryrun") == 1
-    assert "lambda_entropy is 0.5, but a VectorQuantizer has no entropy loss" in capsys.readouterr().err
+    assert "lambda_entropy is 0.5, but VectorQuantizer has no entropy loss" in capsys.readouterr().err
 
 
 def test_usage_of_several_codes_is_the_mean_over_places(monkeypatch):
@@ -385,3 +385,14 @@ def test_usage_of_several_codes_is_the_mean_over_places(monkeypatch):
     assert status.codebook_usage == (2 / 4 + 3 / 4) / 2
     entropies = [-sum(p * np.log(p) for p in shares) for shares in ((3 / 4, 1 / 4), (1 / 2, 1 / 4, 1 / 4))]
     assert status.codebook_perplexity.item() == pytest.approx(np.exp(np.mean(entropies)), rel=1e-6)
+
+
+def test_a_group_that_does_not_fit_the_latent_is_named_before_anything_is_made(
+    vae_run, data_dir, write_config, tmp_path, capsys
+):
+    config = stage1(embed_dim=12)
+    config["models"]["quantizer"]["args"]["group"] = [3, 1, 1]
+    flags = ("--data_dir", data_dir, "--load_dir", vae_run, "--output_dir", tmp_path / "run")
+    assert run("--config", write_config(config), *flags) == 1
+    assert "models.quantizer.args: a code of embed_dim 12 covers 3 cells along x" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ TINY = {
     "models.decoder.args.channels": [8, 8, 4],
     "models.encoder.args.num_res_blocks": 1,
     "models.decoder.args.num_res_blocks": 1,
+    "models.quantizer.args.n_embed": 64,
     "dataset.args.resolution": 16,
     "trainer.args.max_steps": 2,
     "trainer.args.batch_size": 4,

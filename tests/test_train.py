@@ -297,7 +297,7 @@ def test_tryrun_shows_the_run_and_writes_nothing(vae_run, data_dir, write_config
     assert not (tmp_path / "new").exists()
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert "frozen" in lines["encoder"] and "encoder_ema0.9999_step0000004.pt" in lines["encoder"]
-    assert "trainable" in lines["quantizer"] and "k-means" in lines["quantizer"]
+    assert "trainable" in lines["quantizer"] and "from the data's latents" in lines["quantizer"]
     assert "64 tokens of 32 codes per object: 320 bits" in lines["64"]
     assert "lr 0.01 at step 0, lr 0.009 at step 1, lr 0.00729 at step 3, lr 0.00531 at step 6" in lines["schedule"]
 

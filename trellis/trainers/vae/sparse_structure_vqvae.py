@@ -64,6 +64,10 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         self.latent_cache = latent_cache
         self.latents: LatentCache | None = None  # from `open_run` on
         self.watch: CodebookWatch | None = None  # from `build_training_state` on
+        try:
+            self.models["quantizer"].lattice(self.latent_shape()[1:])
+        except ValueError as error:
+            raise ConfigError(f"models.quantizer.args: {error}") from error
 
     @classmethod
     def check_config(cls, config: dict, world_size: int) -> None:
@@ -134,8 +138,8 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         if self.lambdas["entropy"] and "entropy" not in quantized.losses:
             name = type(self.models["quantizer"]).__name__
             raise ConfigError(
-                f"trainer.args.lambda_entropy is {self.lambdas['entropy']}, but a {name}"
-                " has no entropy loss; set it to 0 or take a quantizer that has one"
+                f"trainer.args.lambda_entropy is {self.lambdas['entropy']}, but {name} has no entropy loss; set it "
+                "to 0 or take a quantizer that has one"
             )
         if "quantizer" in self.trained:
             return quantized.losses

@@ -19,8 +19,10 @@ from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import written_aside
 
 MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae")
-RECORD_FIELDS = ("sha256", "num_voxels", "up_axis", "resolution", "split", "file")
-METADATA_FIELDS = ("sha256", "file", "voxelized", "num_voxels", "up_axis", "resolution")
+RECORD_FIELDS = ("sha256", "num_voxels", "up_axis", "resolution", "split", "file", "normalization")
+METADATA_FIELDS = ("sha256", "file", "voxelized", "num_voxels", "up_axis", "resolution", "normalization")
+DEFAULT_NORMALIZATION = "cube"  # the only one there was when records and metadata.csv did not say
+SETTINGS = ("up_axis", "resolution", "normalization")  # which all grids of a folder share
 FAILED_FIELDS = ("file", "sha256", "reason")
 
 Row = dict[str, str]
@@ -166,34 +168,38 @@ def read_records(root: Path) -> dict[str, Row]:
     """Read the records of all ranks by sha256; several of one sha256 are joined into one.
 
     The file is then the first by name and the split the first given: the order in which ranks end is of no
-    effect. Raises DataError where they were made with different up axes or resolutions.
+    effect. Lines of older folders have no normalization; it was "cube".
+    Raises DataError where they were made with different settings.
     """
     records: dict[str, Row] = {}
     for path in sorted((root / "records").glob("voxelized_*.csv")):
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         for line in lines[1:-1]:  # without the header, and what a crash left of the last line
             values = next(csv.reader([line]), [])
+            if len(values) == len(RECORD_FIELDS) - 1:
+                values.append(DEFAULT_NORMALIZATION)
             if len(values) != len(RECORD_FIELDS):
                 raise DataError(f"{path}: {line[:80]!r} is not a record. Delete that line, then run again.")
             new = dict(zip(RECORD_FIELDS, values, strict=True))
             old = records.setdefault(new["sha256"], new)
             old["file"] = min(old["file"], new["file"])
             old["split"] = old["split"] or new["split"]
-            if (old["up_axis"], old["resolution"]) != (new["up_axis"], new["resolution"]):
-                raise _mixed(root, {(row["up_axis"], row["resolution"]) for row in (old, new)})
+            settings = {tuple(row[name] for name in SETTINGS) for row in (old, new)}
+            if len(settings) > 1:
+                raise _mixed(root, settings)
     return records
 
 
-def known_grids(root: Path, up_axis: str, resolution: int) -> dict[str, Row]:
+def known_grids(root: Path, up_axis: str, resolution: int, normalization: str) -> dict[str, Row]:
     """Return the grids that are finished, by sha256: recorded, and the file is there.
 
-    Raises DataError where the folder was made with another up axis or resolution.
+    Raises DataError where the folder was made with other settings.
     """
     _, rows = read_metadata(root)
     for sha256, record in read_records(root).items():
         split = rows.get(sha256, {}).get("split") or record["split"]
         rows[sha256] = {**rows.get(sha256, {}), **record, "split": split, "voxelized": "True"}
-    settings = _settings(rows) | {(up_axis, str(resolution))}
+    settings = _settings(rows) | {(up_axis, str(resolution), normalization)}
     if len(settings) > 1:
         raise _mixed(root, settings)
     present = _present(root)
@@ -211,7 +217,7 @@ def update_metadata(root: Path, base: dict[str, Row] | None = None,
 
     base: rows of another metadata.csv (TRELLIS's), whose values are taken over where this one lacks them.
     splits: sha256 to split. Rows and columns that others made stay, and so does a split set before.
-    Sorted by sha256. Raises DataError where rows were made with different up axes or resolutions.
+    Sorted by sha256. Raises DataError where rows were made with different settings.
     """
     with locked(root):
         fields, rows = read_metadata(root)
@@ -229,6 +235,8 @@ def update_metadata(root: Path, base: dict[str, Row] | None = None,
         for sha256, row in rows.items():
             row["voxelized"] = row.get("voxelized") or "False"
             row["split"] = row.get("split") or splits.get(sha256, "")
+            if is_voxelized(row):
+                row["normalization"] = row.get("normalization") or DEFAULT_NORMALIZATION
 
         settings = _settings(rows)
         if len(settings) > 1:
@@ -271,14 +279,16 @@ def _present(root: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.ply")}
 
 
-def _settings(rows: dict[str, Row]) -> set[tuple[str, str]]:
-    """Return the (up axis, resolution) of the voxelised rows that say so; those that TRELLIS made do not."""
-    pairs = {(row.get("up_axis", ""), row.get("resolution", "").removesuffix(".0"))  # pandas writes 64.0
+def _settings(rows: dict[str, Row]) -> set[tuple[str, str, str]]:
+    """Return the SETTINGS of the voxelised rows that say so; those that TRELLIS made do not."""
+    found = {(row.get("up_axis", ""), row.get("resolution", "").removesuffix(".0"),  # pandas writes 64.0
+              row.get("normalization") or DEFAULT_NORMALIZATION)
              for row in rows.values() if is_voxelized(row)}
-    return pairs - {("", "")}
+    return found - {("", "", DEFAULT_NORMALIZATION)}
 
 
-def _mixed(root: Path, settings: set[tuple[str, str]]) -> DataError:
-    found = " and ".join(f"--up_axis {axis} --resolution {size}" for axis, size in sorted(settings))
+def _mixed(root: Path, settings: set[tuple[str, str, str]]) -> DataError:
+    found = " and ".join(" ".join(f"--{name} {value}" for name, value in zip(SETTINGS, values, strict=True))
+                         for values in sorted(settings))
     return DataError(f"{root}: would hold grids made with {found}. Give the same values as before, or "
                      "another --output_dir.")

@@ -3,8 +3,8 @@
     python dataset_toolkits/pack.py --input data/voxels --output data/voxels.npz
     python dataset_toolkits/pack.py --unpack data/voxels.npz --output_dir data/voxels
 
-A packed file keeps of each object its grid, sha256, name, source and split. Training loads it as a whole,
-which is fast and takes R^3 / 8 bytes of memory per object. Nothing is ever overwritten.
+A packed file keeps of each object its grid, sha256, name, source and split, and how all were normalised and
+turned. Training loads it as a whole, which is fast and takes R^3 / 8 bytes of memory per object. Nothing is ever overwritten.
 """
 
 import argparse
@@ -19,10 +19,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 from dataset_toolkits import common
+from trellis.datasets.components import setting_of_data
 from trellis.datasets.sparse_structure import SparseStructure, load_packed, packed_resolution
 from trellis.datasets.voxels import occupancy_to_points, pack_bits, write_ply
 from trellis.utils.errors import DataError, UserError
 from trellis.utils.files import written_aside
+
+# Columns of metadata.csv that all objects of a file share; ids depend on them.
+SETTINGS = ("up_axis", "normalization")
 
 
 def pack(root: str, output: Path, resolution: int) -> int:
@@ -40,6 +44,10 @@ def pack(root: str, output: Path, resolution: int) -> int:
         bits[index] = pack_bits(dataset[index]["ss"])[0]
     texts = {key: np.array([getattr(entry, key) or "" for entry in dataset.entries])
              for key in ("sha256", "name", "source", "split")}
+    for name in SETTINGS:
+        value = setting_of_data(dataset.roots, name)
+        if value is not None:
+            texts[name] = np.full(len(dataset), value)
     output.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(output) as aside, open(aside, "wb") as file:
         np.savez_compressed(file, bits=bits, **texts)
@@ -61,12 +69,13 @@ def unpack(packed: Path, output_dir: Path) -> int:
     (aside / "voxels").mkdir(parents=True)
     try:
         rows = []
+        settings = {name: value for name in SETTINGS if (value := setting_of_data([packed], name)) is not None}
         for index, entry in enumerate(tqdm(dataset.entries, desc="unpacking", unit="grid", disable=None)):
             points = occupancy_to_points(dataset[index]["ss"][0])
             write_ply(aside / "voxels" / f"{entry.sha256}.ply", points)
             rows.append({"sha256": entry.sha256, "file": "" if entry.name == entry.sha256 else entry.name,
                          "source": entry.source or "", "split": entry.split, "voxelized": "True",
-                         "num_voxels": str(len(points))})
+                         "num_voxels": str(len(points)), **settings})
         common.write_table(aside / "metadata.csv", rows[0].keys(), rows)
         aside.rename(output_dir)
     finally:

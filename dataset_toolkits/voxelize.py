@@ -3,8 +3,9 @@
     python dataset_toolkits/voxelize.py --input meshes/ --output_dir data/voxels --up_axis y
 
 A voxel is on when a triangle meets it: a grid is the surface, not the solid. The box of the vertices that
-triangles use is centred and its longest edge made 1. Run it again after an interruption: finished files are
-skipped. Files that cannot be voxelised are listed with the reason in `failed.csv`.
+triangles use is centred and its longest edge made 1; `--normalization shapellm` scales as ShapeLLM-Omni does,
+whose token ids depend on it. Run it again after an interruption: finished files are skipped. Files that
+cannot be voxelised are listed with the reason in `failed.csv`.
 A folder of TRELLIS's own as --input (`metadata.csv`, `renders/<sha256>/mesh.ply`, already normalised) gets
 its voxels beside the renders, or in --output_dir.
 """
@@ -27,7 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
-from dataset_toolkits import common, meshes
+from dataset_toolkits import common
+from trellis.datasets import meshes
 from trellis.utils.errors import ConfigError, DataError, UserError
 
 REASONS_SHOWN = 5
@@ -91,6 +93,11 @@ def plan_renders(root: Path, rank: int, world_size: int) -> Plan:
         else:
             failures.append({"file": name, "sha256": sha256, "reason": "is not there: not rendered yet?"})
     return Plan(jobs, failures, set(share.values()), set(names.values()), base)
+
+
+def default_up_axis(normalization: str) -> str:
+    """Return what a missing --up_axis stands for; "shapellm" turns meshes from y-up to z-up in any case."""
+    return "y" if normalization == "shapellm" else "keep"
 
 
 def is_trellis_root(path: str) -> bool:
@@ -161,13 +168,17 @@ def voxelize(args: argparse.Namespace) -> int:
         plan = plan_renders(Path(args.input[0]), args.rank, args.world_size)
     else:
         plan = plan_meshes(args.input, root, args.rank, args.world_size, args.max_workers)
-    up_axis = "z" if from_trellis else args.up_axis  # TRELLIS renders z-up
-    known = common.known_grids(root, up_axis, args.resolution)
+    if from_trellis:
+        up_axis, normalization = "z", None  # TRELLIS's meshes are z-up and lie in the cube already
+    else:
+        up_axis, normalization = args.up_axis or default_up_axis(args.normalization), args.normalization
+    known = common.known_grids(root, up_axis, args.resolution, args.normalization)
     todo = {job.sha256: job for job in plan.jobs if job.sha256 not in known}
     failures = list(plan.failures)
     made = set()
 
     if todo:
+        meshes.require_trimesh()
         meshes.require_open3d()
     (root / "voxels").mkdir(parents=True, exist_ok=True)
     exit_code = 0
@@ -179,11 +190,12 @@ def voxelize(args: argparse.Namespace) -> int:
                 failures.extend({"file": name, "sha256": job.sha256, "reason": str(result)}
                                 for name in job.names)
             else:
-                records.write((job.sha256, result, up_axis, args.resolution, args.split or "", job.names[0]))
+                records.write((job.sha256, result, up_axis, args.resolution, args.split or "", job.names[0],
+                               args.normalization))
                 made.add(job.sha256)
             bar.update()
 
-        tasks = ((job.path, root / "voxels" / f"{job.sha256}.ply", args.resolution, up_axis, from_trellis)
+        tasks = ((job.path, root / "voxels" / f"{job.sha256}.ply", args.resolution, up_axis, normalization)
                  for job in todo.values())
         try:
             if todo:
@@ -231,9 +243,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help=f"files ({' '.join(common.MESH_SUFFIXES)}), folders that are searched with all "
                              "below, or one TRELLIS folder")
     parser.add_argument("--output_dir", help="gets voxels/ and metadata.csv; default: the TRELLIS folder")
-    parser.add_argument("--up_axis", choices=("keep", "y", "z"), default="keep",
+    parser.add_argument("--up_axis", choices=meshes.UP_AXES,
                         help="the files' up axis: y is rotated to z-up (glTF), z is z-up already, keep "
                              "(default) leaves the axes alone without saying what they are")
+    parser.add_argument("--normalization", choices=meshes.NORMALIZATIONS, default="cube",
+                        help="cube (default): the box is centred and its longest edge made 1; shapellm: one "
+                             "minimum and maximum for all axes, and y-up turned to z-up, as ShapeLLM-Omni does")
     parser.add_argument("--resolution", type=int, default=64, help="cells along an edge (default 64)")
     parser.add_argument("--split", choices=("train", "val"), help="recorded for the new grids; default: none")
     parser.add_argument("--rank", type=int, default=0, help="this process's share, from 0")
@@ -256,6 +271,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise ConfigError(f"--input {trellis_roots[0]}: a TRELLIS folder must be the only input.")
     if trellis_roots and args.up_axis == "y":
         raise ConfigError(f"--up_axis y: the meshes in {trellis_roots[0]} are z-up. Leave the flag out.")
+    if trellis_roots and args.normalization != "cube":
+        raise ConfigError(f"--normalization {args.normalization}: the meshes in {trellis_roots[0]} are normalised "
+                          "already. Leave the flag out.")
+    meshes.check_settings(args.up_axis or default_up_axis(args.normalization), args.normalization)
     if not trellis_roots and not args.output_dir:
         raise ConfigError("--output_dir is missing. Only a TRELLIS folder has a default: itself.")
 

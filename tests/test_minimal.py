@@ -10,7 +10,7 @@ from conftest import ROOT, tiny_config
 
 # Needed for training, data or the Hub, but neither to look at the package nor to run a published model.
 OPTIONAL = ("pandas", "plyfile", "PIL", "tensorboard", "easydict", "tqdm", "huggingface_hub", "trimesh", "open3d",
-            "pebble", "scipy", "matplotlib")  # fmt: skip
+            "pebble", "scipy", "skimage", "pyarrow", "dash", "matplotlib")  # fmt: skip
 
 BLOCK = f"""
 import sys
@@ -107,13 +107,14 @@ def test_a_configuration_is_checked_without_data_packages(tmp_path):
     assert python(code, str(path)).strip() == "['SparseStructureDecoder', 'SparseStructureEncoder']"
 
 
-def test_no_module_needs_the_mesh_packages():
-    """trimesh, open3d and pebble belong to dataset_toolkits; everything in the package imports without them."""
+def test_no_module_needs_an_extra():
+    """What extras bring is optional; everything in the package but the viewer imports without it."""
     python("""
 import sys
-for name in ("trimesh", "open3d", "pebble"):
+for name in ("trimesh", "open3d", "pebble", "skimage", "scipy", "pyarrow", "dash", "plotly", "matplotlib"):
     sys.modules[name] = None
 import importlib, pkgutil, trellis
 for module in pkgutil.walk_packages(trellis.__path__, "trellis."):
-    importlib.import_module(module.name)
+    if not module.name.startswith("trellis.viewer."):
+        importlib.import_module(module.name)
 """)

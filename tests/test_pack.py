@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset_toolkits.pack import pack, unpack  # noqa: E402
+from trellis.datasets.components import setting_of_data  # noqa: E402
 from trellis.datasets.sparse_structure import SparseStructure  # noqa: E402
 from trellis.datasets.voxels import pack_bits  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
@@ -49,6 +50,23 @@ def test_packed_to_folder_and_back_is_the_identity(packed, tmp_path):
     first, second = ({path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
                      for root in (tmp_path / "root", tmp_path / "again"))
     assert first == second and len(first) == 8
+
+
+def test_how_objects_were_turned_and_normalised_stays_known(packed, tmp_path):
+    roots = [tmp_path / "a", tmp_path / "b"]
+    for root, axis in zip(roots, "yz", strict=True):
+        unpack(packed, root)
+        table = pd.read_csv(root / "metadata.csv", dtype=str, keep_default_na=False)
+        table.assign(up_axis=axis, normalization="cube").to_csv(root / "metadata.csv", index=False)
+    pack(str(roots[0]), tmp_path / "a2.npz", R)
+    unpack(tmp_path / "a2.npz", tmp_path / "again")
+    for root in (roots[0], tmp_path / "a2.npz", tmp_path / "again"):
+        assert setting_of_data([root], "up_axis") == "y" and setting_of_data([root], "normalization") == "cube"
+    assert setting_of_data(roots, "up_axis") is None  # they differ
+    assert setting_of_data(roots, "normalization") == "cube"
+    for unknown in (packed, tmp_path / "gone", tmp_path / "gone.npz"):
+        assert setting_of_data([unknown], "up_axis") is None
+    assert setting_of_data([roots[0], packed], "up_axis") is None
 
 
 def test_names_that_look_like_numbers_stay_text(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 trimesh = pytest.importorskip("trimesh")
 
 from dataset_toolkits.datasets import primitives, shapes  # noqa: E402
+from trellis.datasets import meshes  # noqa: E402
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -79,7 +80,6 @@ def test_formats_and_families_are_mixed(tmp_path):
 
 @pytest.mark.parametrize("suffix", shapes.FORMATS)
 def test_files_hold_the_shape(suffix, tmp_path):
-    meshes = pytest.importorskip("dataset_toolkits.meshes")
     parts = shapes.make_shape(0, "train", 0)
     path = tmp_path / f"shape.{suffix}"
     shapes.write_shape(parts, path)

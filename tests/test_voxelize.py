@@ -1,6 +1,5 @@
-"""Meshes to voxel grids: the grids, what is left out and why, ranks, resuming, TRELLIS's folders."""
+"""voxelize.py: what it records, what is left out and why, ranks, resuming, older folders and TRELLIS's."""
 
-import csv
 import hashlib
 import os
 import shutil
@@ -12,50 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import ROOT
 
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("open3d")
 
-from dataset_toolkits import build_metadata, common, meshes, voxelize  # noqa: E402
+from test_meshes import BROKEN, cells_met, table, tetrahedron  # noqa: E402
+
+from dataset_toolkits import build_metadata, common, voxelize  # noqa: E402
+from trellis.datasets import meshes  # noqa: E402
 from trellis.datasets.voxels import points_to_occupancy, read_ply  # noqa: E402
-from trellis.utils.errors import ConfigError, DataError  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
-SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "meshes_sample"
-TETRAHEDRON = (np.array([(0, 0, 0), (4, 0, 0), (0, 2, 0), (1, 0.5, 3)]),
-               np.array([(0, 2, 1), (0, 1, 3), (1, 2, 3), (2, 0, 3)]))
-
-
-def tetrahedron(scale: float = 1.0) -> trimesh.Trimesh:
-    """Coordinates are short in binary, so that every format stores them exactly."""
-    return trimesh.Trimesh(TETRAHEDRON[0] * (1, 1, scale), TETRAHEDRON[1], process=False)
-
-
-def grid_of(path: Path, resolution: int = 16, up_axis: str = "keep", normalized: bool = False) -> np.ndarray:
-    target = path.parent / "grid.tmp.ply"
-    count = meshes.voxelize_file(path, target, resolution, up_axis, normalized)
-    grid = points_to_occupancy(read_ply(target), resolution)[0].numpy()
-    target.unlink()
-    assert grid.sum() == count
-    return grid
-
-
-def cells_met(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.ndarray:
-    """Reference: [R, R, R] bool by separating axes of every triangle and every cell, all in float64."""
-    centres = (np.stack(np.meshgrid(*[np.arange(resolution)] * 3, indexing="ij"), -1).reshape(-1, 3) + 0.5
-               ) / resolution - 0.5
-    half = 0.5 / resolution
-    met = np.zeros(len(centres), dtype=bool)
-    for triangle in np.clip(vertices, -0.5 + 1e-6, 0.5 - 1e-6)[faces]:
-        edges = np.roll(triangle, -1, axis=0) - triangle
-        axes = [*np.eye(3), np.cross(edges[0], edges[1]), *np.cross(np.eye(3)[:, None], edges).reshape(-1, 3)]
-        apart = np.zeros(len(centres), dtype=bool)
-        for axis in axes:
-            corners = triangle @ axis - (centres @ axis)[:, None]
-            reach = half * np.abs(axis).sum()
-            apart |= (corners.min(axis=1) > reach) | (corners.max(axis=1) < -reach)
-        met |= ~apart
-    return met.reshape((resolution,) * 3)
+from trellis.utils.errors import DataError  # noqa: E402
 
 
 @pytest.fixture
@@ -80,83 +47,12 @@ def run(*args: object) -> int:
     return voxelize.main([str(arg) for arg in (*args, "--resolution", 16, "--max_workers", 1)])
 
 
-def table(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.open(newline="")))
-
-
 def export(folder: Path, count: int) -> dict[str, Path]:
     """Write different tetrahedra; returns {sha256: path}."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         tetrahedron(1 + i / 4).export(folder / f"{i}.off")
     return {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(folder.glob("*.off"))}
-
-
-@pytest.mark.parametrize("shape", ["sphere", "box"])
-def test_grid_equals_an_independent_reference(shape):
-    if shape == "sphere":
-        mesh = trimesh.creation.icosphere(subdivisions=2)
-    else:
-        mesh = trimesh.creation.box(extents=(1, 0.61, 0.37))
-    # Turned, so that no face lies in the border of two cells, where rounding decides.
-    mesh.apply_transform(trimesh.transformations.euler_matrix(0.3, 0.7, 1.1))
-    vertices = meshes.normalize(mesh.vertices)
-    assert np.allclose(np.ptp(vertices, axis=0).max(), 1) and np.allclose(vertices.max(0), -vertices.min(0))
-    cells = meshes.voxelize_mesh(vertices, mesh.faces, 16)
-    assert np.array_equal(cells, np.argwhere(cells_met(vertices, mesh.faces, 16)))  # the order too
-
-
-@pytest.mark.parametrize("name", ["myo_sim__l_femur.stl", "bullet3__000.obj", "trimesh__ballA.off",
-                                  "trimesh__fixed_top.ply", "quaternius-showcase__CruiseShip.glb",
-                                  "KayKit-City-Builder-Bits-1.0__car_taxi.obj"])
-def test_real_meshes_equal_published_grids(name, tmp_path):
-    if not SAMPLE.exists():
-        pytest.skip("no sample meshes here")
-    row = next(row for row in table(SAMPLE / "SOURCES.csv") if row["file"] == name)
-    shutil.copy(SAMPLE / name, tmp_path)
-    grid = grid_of(tmp_path / name, 64)
-    assert grid.sum() == int(row["occupied_voxels"])
-    packed = np.load(SAMPLE.parent / f"voxels64_{row['split']}.npz")
-    index = list(packed["name"]).index(f"{row['repo']}/{row['path']}")
-    assert np.array_equal(np.packbits(grid), packed["bits"][index])
-
-
-def test_all_formats_give_the_same_grid(tmp_path):
-    for suffix in ("glb", "obj", "ply", "stl", "off", "dae"):
-        tetrahedron().export(tmp_path / f"mesh.{suffix}")
-    (tmp_path / "mesh.stl").rename(tmp_path / "mesh.STL")
-    for name, content in trimesh.Scene(tetrahedron()).export(file_type="gltf").items():
-        (tmp_path / name.replace("model", "mesh")).write_bytes(content)
-    found = common.find_meshes([tmp_path], exclude=tmp_path / "voxels")
-    assert {path.suffix.lower() for path in found.values()} == set(common.MESH_SUFFIXES)
-    expected = grid_of(tmp_path / "mesh.off")
-    for path in found.values():
-        assert np.array_equal(grid_of(path), expected), path
-
-
-def test_nodes_are_placed_and_unused_vertices_ignored(tmp_path):
-    far = trimesh.Trimesh([*TETRAHEDRON[0], (np.nan, 0, 0), (100, 0, 0)], TETRAHEDRON[1], process=False)
-    scene = trimesh.Scene()
-    for x, turn in ((0, 0), (8, np.pi / 2)):
-        transform = trimesh.transformations.rotation_matrix(turn, (0, 0, 1)).round(9)
-        transform[0, 3] = x
-        scene.add_geometry(far, transform=transform)
-    scene.export(tmp_path / "scene.glb")
-    turned = TETRAHEDRON[0] @ np.array([(0, 1, 0), (-1, 0, 0), (0, 0, 1)]) + (8, 0, 0)
-    both = trimesh.Trimesh([*TETRAHEDRON[0], *turned], [*TETRAHEDRON[1], *TETRAHEDRON[1] + 4], process=False)
-    both.export(tmp_path / "both.off")
-    assert np.array_equal(grid_of(tmp_path / "scene.glb"), grid_of(tmp_path / "both.off"))
-
-
-def test_up_axis_y_becomes_z(tmp_path, serial):
-    mesh = tetrahedron().apply_transform(trimesh.transformations.euler_matrix(0.3, 0.7, 1.1))
-    mesh.export(tmp_path / "mesh.off")
-    kept = grid_of(tmp_path / "mesh.off")
-    # x y z -> x -z y: the new y is the old z backwards, the new z the old y.
-    assert np.array_equal(grid_of(tmp_path / "mesh.off", up_axis="y"), kept[:, :, ::-1].transpose(0, 2, 1))
-    assert np.array_equal(grid_of(tmp_path / "mesh.off", up_axis="z"), kept)
-    assert run("--input", tmp_path, "--output_dir", tmp_path / "out", "--up_axis", "y") == 0
-    assert table(tmp_path / "out" / "metadata.csv")[0]["up_axis"] == "y"
 
 
 def test_grids_below_the_input_are_not_taken_for_meshes(tmp_path, serial, capsys):
@@ -168,12 +64,69 @@ def test_grids_below_the_input_are_not_taken_for_meshes(tmp_path, serial, capsys
     assert not (tmp_path / "out" / "failed.csv").exists() and len(serial) == 2
 
 
-def test_unloadable_open3d_names_the_packages(tmp_path, monkeypatch):
-    (tmp_path / "open3d.py").write_text("raise OSError('libusb-1.0.so.0: cannot open shared object file')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "open3d")
-    with pytest.raises(ConfigError, match="apt-get install libusb-1.0-0 libgl1 libgomp1"):
-        meshes.require_open3d()
+@pytest.mark.parametrize("flags, up_axis, normalization", [
+    ((), "keep", "cube"),
+    (("--up_axis", "y"), "y", "cube"),
+    (("--normalization", "shapellm"), "y", "shapellm"),
+    (("--normalization", "shapellm", "--up_axis", "y"), "y", "shapellm"),
+])
+def test_settings_are_recorded(flags, up_axis, normalization, tmp_path, serial):
+    [(sha256, path)] = export(tmp_path / "in", 1).items()
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", *flags) == 0
+    [row] = table(tmp_path / "out" / "metadata.csv")
+    assert (row["up_axis"], row["normalization"]) == (up_axis, normalization)
+    [record] = table(tmp_path / "out" / "records" / "voxelized_0.csv")
+    assert (record["up_axis"], record["normalization"]) == (up_axis, normalization)
+    grid = points_to_occupancy(read_ply(tmp_path / "out" / "voxels" / f"{sha256}.ply"), 16)
+    assert torch.equal(grid, meshes.mesh_to_grid(path, 16, up_axis, normalization))
+
+
+@pytest.mark.parametrize("kept", ["records", "metadata.csv", "both"])
+def test_folders_without_normalization_are_cubes(kept, tmp_path, serial, capsys):
+    """A folder of before there was a choice: the column is missing in metadata.csv, the last field in records."""
+    export(tmp_path / "in", 2)
+    out, record = tmp_path / "out", tmp_path / "out" / "records" / "voxelized_0.csv"
+    args = "--input", tmp_path / "in", "--output_dir", out
+    assert run(*args) == 0
+    today = (out / "metadata.csv").read_bytes()
+    for path in (out / "metadata.csv", record):
+        rows = table(path)
+        assert [row.pop("normalization") for row in rows] == ["cube", "cube"]
+        common.write_table(path, rows[0], rows)
+    if kept == "records":
+        (out / "metadata.csv").unlink()
+    elif kept == "metadata.csv":
+        record.unlink()
+
+    serial.clear()
+    assert run(*args, "--normalization", "shapellm") == 1
+    error = capsys.readouterr().err
+    assert "--up_axis keep --resolution 16 --normalization cube" in error
+    assert "--up_axis y --resolution 16 --normalization shapellm" in error and not serial
+    assert run(*args) == 0 and not serial
+    assert (out / "metadata.csv").read_bytes() == today
+
+    tetrahedron(7).export(tmp_path / "in" / "new, with a comma.off")  # its record follows the shorter ones
+    assert run(*args) == 0 and len(serial) == 1
+    after = table(out / "metadata.csv")
+    assert [row["normalization"] for row in after] == ["cube"] * 3
+    assert run(*args) == 0 and len(serial) == 1
+    assert table(out / "metadata.csv") == after
+
+
+def test_a_shapellm_folder_takes_nothing_else(tmp_path, serial, capsys):
+    export(tmp_path / "in", 1)
+    args = "--input", tmp_path / "in", "--output_dir", tmp_path / "out"
+    for up_axis in ("keep", "z"):
+        assert run(*args, "--normalization", "shapellm", "--up_axis", up_axis) == 1
+        assert f"error: up_axis '{up_axis}': normalization \"shapellm\"" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(*args, "--normalization", "shapellm") == 0
+    before = (tmp_path / "out" / "metadata.csv").read_bytes()
+    assert run(*args, "--up_axis", "y") == 1  # differs in the normalization alone
+    assert "--normalization cube and --up_axis y --resolution 16 --normalization shapellm" in capsys.readouterr().err
+    assert run(*args, "--normalization", "shapellm", "--up_axis", "y") == 0
+    assert (tmp_path / "out" / "metadata.csv").read_bytes() == before and len(serial) == 1
 
 
 def test_other_settings_are_refused(tmp_path, serial, capsys):
@@ -182,42 +135,8 @@ def test_other_settings_are_refused(tmp_path, serial, capsys):
     before = (tmp_path / "out" / "metadata.csv").read_bytes()
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--up_axis", "z") == 1
     error = capsys.readouterr().err
-    assert "--up_axis keep --resolution 16 and --up_axis z --resolution 16" in error
+    assert "--up_axis keep --resolution 16 --normalization cube and --up_axis z --resolution 16 --norm" in error
     assert (tmp_path / "out" / "metadata.csv").read_bytes() == before and len(serial) == 1
-
-
-BROKEN = {
-    "nan.obj": (b"v 0 0 0\nv 1 0 0\nv 0 nan 1\nf 1 2 3\n", "not finite"),
-    "points.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\n", "no triangles"),
-    "nothing.stl": (b"", "0 bytes"),
-    "speck.obj": (b"v 1 1 1\nv 1 1 1\nv 1 1 1\nf 1 2 3\n", "longest edge is 0"),
-    "astray.off": (b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", "face index outside"),
-    "astray.ply": (b"ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\n"
-                   b"property float z\nelement face 1\nproperty list uchar int vertex_indices\nend_header\n"
-                   b"0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", "0 to 7 of 3"),
-    "text.glb": (b"this is no mesh", "cannot be read"),
-    "draco.gltf": (b'{"asset": {"version": "2.0"}, "extensionsRequired": ["EXT_meshopt_compression"]}',
-                   "without compression"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_mesh_is_refused_with_a_reason(name, tmp_path):
-    content, reason = BROKEN[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=reason):
-        meshes.voxelize_file(tmp_path / name, tmp_path / "grid.ply", 16, "keep", False)
-    assert not (tmp_path / "grid.ply").exists()
-
-
-@pytest.mark.parametrize("suffix, reason", [("glb", "cannot be read"), ("ply", "cannot be read"),
-                                            ("stl", "no triangles")])
-def test_truncated_mesh_is_refused(suffix, reason, tmp_path):
-    path = tmp_path / f"mesh.{suffix}"
-    trimesh.creation.icosphere().export(path)
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(DataError, match=reason):
-        grid_of(path)
 
 
 def test_left_out_files_and_duplicates_are_reported(tmp_path, serial, capsys):
@@ -326,7 +245,10 @@ def test_trellis_folder_is_taken_as_it_is(tmp_path, serial, capsys):
     assert grid.sum() == int(rows[0]["num_voxels"])
     reasons = [row["reason"] for row in table(root / "failed.csv")]
     assert "not normalised" in reasons[0] and "not there" in reasons[1]
+    assert {row["normalization"] for row in rows if row["voxelized"] == "True"} == {"cube"}
     assert run("--input", root, "--up_axis", "y") == 1 and "z-up" in capsys.readouterr().err
+    assert run("--input", root, "--normalization", "shapellm") == 1
+    assert "normalised already" in capsys.readouterr().err
 
     other = tmp_path / "other"
     assert run("--input", root, "--output_dir", other) == 0

@@ -4,10 +4,12 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("datasets", "models", "trainers")
+_SUBPACKAGES = ("datasets", "models", "tokens", "trainers")
 
 
 def __getattr__(name: str):
     if name in _SUBPACKAGES:
         return importlib.import_module(f".{name}", __name__)
+    if name == "SparseStructureTokenizer":
+        return importlib.import_module(".tokenizer", __name__).SparseStructureTokenizer
     raise AttributeError(f"module {__name__} has no attribute {name}")

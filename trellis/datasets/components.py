@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -217,6 +218,21 @@ def read_metadata(root: str) -> "DataFrame":
                         "Rerun voxelize.py.")
     metadata.attrs["path"] = str(path)
     return metadata
+
+
+def setting_of_data(roots: Iterable[str | os.PathLike], name: str) -> str | None:
+    """What the objects of all these roots have in a column of metadata.csv or a text array of a packed file, such as
+    up_axis or normalization; None where a root does not say, or where they differ. Roots that are gone do not say."""
+    found: set[str | None] = set()
+    for root in map(Path, roots):
+        packed = [root] if root.suffix == ".npz" else sorted(root.glob("*.npz"))
+        for path in packed if all(map(Path.is_file, packed)) else ():
+            with np.load(path, allow_pickle=False) as file:
+                found |= set(file[name].tolist()) if name in file.files else {None}
+        if not packed and (root / "metadata.csv").is_file():
+            metadata = read_metadata(str(root))
+            found |= set(metadata[name].dropna().astype(str)) if name in metadata else {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def read_flags(metadata: "DataFrame", column: str) -> "Series":

@@ -2,7 +2,8 @@
 
 PLY root, as TRELLIS makes it: `metadata.csv` and `voxels/<sha256>.ply`.
 Packed root: an .npz file, or a folder of them, each with `bits` uint8 [N, R^3 / 8] (see voxels.unpack_bits)
-and optional [N] text arrays `name`, `source`, `sha256` (default: of the row's bytes) and `split`.
+and optional [N] text arrays `name`, `source`, `sha256` (default: of the row's bytes), `split`, `up_axis` and
+`normalization`.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from .voxels import points_to_occupancy, read_ply, unpack_bits, unpack_bits_on_d
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-TEXT_ARRAYS = ("name", "source", "sha256", "split")
+TEXT_ARRAYS = ("name", "source", "sha256", "split", "up_axis", "normalization")
 SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|val)$", re.IGNORECASE)  # not in interval.npz
 
 
@@ -165,7 +166,7 @@ def _ply_path(root: str, instance: str) -> Path:
 
 
 def load_packed(path: Path) -> dict[str, np.ndarray]:
-    """Load `bits` uint8 [N, R^3 / 8], `sha256` [N], and those of `name`, `source`, `split` that a file has.
+    """Load `bits` uint8 [N, R^3 / 8], `sha256` [N], and those of the other TEXT_ARRAYS that a file has.
 
     Nothing is unpickled. Raises DataError where the file is missing, damaged or without `bits`, where an
     array has another type or length, and where a grid is empty.

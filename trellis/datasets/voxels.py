@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # torch only where a tensor is made: voxelize.py's workers do
 CENTRE_TOLERANCE = 1e-3  # cells; float32 rounding is 1e-5 of a cell at 256^3
 HEADER_LIMIT = 1 << 16   # bytes; a voxel file's header has about 120
 ELEMENT = re.compile(rb"[\r\n]\s*element\s+\S+\s+(\S+)")
+FACES = re.compile(rb"[\r\n]\s*element\s+(?:face|tristrips)\s+(\d+)")
 VERTEX = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4")])
 
 
@@ -49,6 +50,19 @@ def read_ply(path: str | os.PathLike) -> np.ndarray:
     if not len(ply["vertex"]):
         raise DataError(f"{path}: has no points (element vertex 0). Delete it and rerun voxelize.py.")
     return np.stack([ply["vertex"][axis] for axis in "xyz"], axis=1).astype(np.float64)
+
+
+def has_faces(path: str | os.PathLike) -> bool:
+    """Whether the header of a PLY file says that it has faces: then it is a mesh, and else points.
+
+    Raises DataError where the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = file.read(HEADER_LIMIT).partition(b"end_header")[0]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    return any(int(count) > 0 for count in FACES.findall(header))
 
 
 def _check_counts(head: bytes, size: int) -> None:

@@ -1,0 +1,244 @@
+"""Mesh files to grids: what is read, which cells are met, both normalizations, and what is refused."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHARED
+
+trimesh = pytest.importorskip("trimesh")
+open3d = pytest.importorskip("open3d")
+
+from dataset_toolkits import common  # noqa: E402
+from trellis.datasets import meshes  # noqa: E402
+from trellis.datasets.voxels import points_to_occupancy, read_ply  # noqa: E402
+from trellis.utils.errors import ConfigError, DataError  # noqa: E402
+
+SAMPLE = SHARED / "data" / "meshes_sample"
+TETRAHEDRON = (np.array([(0, 0, 0), (4, 0, 0), (0, 2, 0), (1, 0.5, 3)]),
+               np.array([(0, 2, 1), (0, 1, 3), (1, 2, 3), (2, 0, 3)]))
+
+
+def tetrahedron(scale: float = 1.0) -> trimesh.Trimesh:
+    """Coordinates are short in binary, so that every format stores them exactly."""
+    return trimesh.Trimesh(TETRAHEDRON[0] * (1, 1, scale), TETRAHEDRON[1], process=False)
+
+
+def grid_of(path: Path, resolution: int = 16, up_axis: str = "keep") -> np.ndarray:
+    target = path.parent / "grid.tmp.ply"
+    count = meshes.voxelize_file(path, target, resolution, up_axis, "cube")
+    grid = points_to_occupancy(read_ply(target), resolution)[0].numpy()
+    target.unlink()
+    assert grid.sum() == count
+    return grid
+
+
+def cells_met(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.ndarray:
+    """Reference: [R, R, R] bool by separating axes of every triangle and every cell, all in float64."""
+    centres = (np.stack(np.meshgrid(*[np.arange(resolution)] * 3, indexing="ij"), -1).reshape(-1, 3) + 0.5
+               ) / resolution - 0.5
+    half = 0.5 / resolution
+    met = np.zeros(len(centres), dtype=bool)
+    for triangle in np.clip(vertices, -0.5 + 1e-6, 0.5 - 1e-6)[faces]:
+        edges = np.roll(triangle, -1, axis=0) - triangle
+        axes = [*np.eye(3), np.cross(edges[0], edges[1]), *np.cross(np.eye(3)[:, None], edges).reshape(-1, 3)]
+        apart = np.zeros(len(centres), dtype=bool)
+        for axis in axes:
+            corners = triangle @ axis - (centres @ axis)[:, None]
+            reach = half * np.abs(axis).sum()
+            apart |= (corners.min(axis=1) > reach) | (corners.max(axis=1) < -reach)
+        met |= ~apart
+    return met.reshape((resolution,) * 3)
+
+
+def table(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.open(newline="")))
+
+
+@pytest.mark.parametrize("shape", ["sphere", "box"])
+def test_grid_equals_an_independent_reference(shape):
+    if shape == "sphere":
+        mesh = trimesh.creation.icosphere(subdivisions=2)
+    else:
+        mesh = trimesh.creation.box(extents=(1, 0.61, 0.37))
+    # Turned, so that no face lies in the border of two cells, where rounding decides.
+    mesh.apply_transform(trimesh.transformations.euler_matrix(0.3, 0.7, 1.1))
+    vertices = meshes.normalize(mesh.vertices)
+    assert np.allclose(np.ptp(vertices, axis=0).max(), 1) and np.allclose(vertices.max(0), -vertices.min(0))
+    cells = meshes.voxelize_mesh(vertices, mesh.faces, 16)
+    assert np.array_equal(cells, np.argwhere(cells_met(vertices, mesh.faces, 16)))  # the order too
+
+
+@pytest.mark.parametrize("name", ["myo_sim__l_femur.stl", "bullet3__000.obj", "trimesh__ballA.off",
+                                  "trimesh__fixed_top.ply", "quaternius-showcase__CruiseShip.glb",
+                                  "KayKit-City-Builder-Bits-1.0__car_taxi.obj"])
+def test_real_meshes_equal_published_grids(name, tmp_path):
+    if not SAMPLE.exists():
+        pytest.skip("no sample meshes here")
+    row = next(row for row in table(SAMPLE / "SOURCES.csv") if row["file"] == name)
+    shutil.copy(SAMPLE / name, tmp_path)
+    grid = grid_of(tmp_path / name, 64)
+    assert grid.sum() == int(row["occupied_voxels"])
+    packed = np.load(SAMPLE.parent / f"voxels64_{row['split']}.npz")
+    index = list(packed["name"]).index(f"{row['repo']}/{row['path']}")
+    assert np.array_equal(np.packbits(grid), packed["bits"][index])
+
+
+def test_all_formats_give_the_same_grid(tmp_path):
+    for suffix in ("glb", "obj", "ply", "stl", "off", "dae"):
+        tetrahedron().export(tmp_path / f"mesh.{suffix}")
+    (tmp_path / "mesh.stl").rename(tmp_path / "mesh.STL")
+    for name, content in trimesh.Scene(tetrahedron()).export(file_type="gltf").items():
+        (tmp_path / name.replace("model", "mesh")).write_bytes(content)
+    found = common.find_meshes([tmp_path], exclude=tmp_path / "voxels")
+    assert {path.suffix.lower() for path in found.values()} == set(common.MESH_SUFFIXES)
+    expected = grid_of(tmp_path / "mesh.off")
+    for path in found.values():
+        assert np.array_equal(grid_of(path), expected), path
+
+
+def test_nodes_are_placed_and_unused_vertices_ignored(tmp_path):
+    far = trimesh.Trimesh([*TETRAHEDRON[0], (np.nan, 0, 0), (100, 0, 0)], TETRAHEDRON[1], process=False)
+    scene = trimesh.Scene()
+    for x, turn in ((0, 0), (8, np.pi / 2)):
+        transform = trimesh.transformations.rotation_matrix(turn, (0, 0, 1)).round(9)
+        transform[0, 3] = x
+        scene.add_geometry(far, transform=transform)
+    scene.export(tmp_path / "scene.glb")
+    turned = TETRAHEDRON[0] @ np.array([(0, 1, 0), (-1, 0, 0), (0, 0, 1)]) + (8, 0, 0)
+    both = trimesh.Trimesh([*TETRAHEDRON[0], *turned], [*TETRAHEDRON[1], *TETRAHEDRON[1] + 4], process=False)
+    both.export(tmp_path / "both.off")
+    assert np.array_equal(grid_of(tmp_path / "scene.glb"), grid_of(tmp_path / "both.off"))
+
+
+def test_up_axis_y_becomes_z(tmp_path):
+    mesh = tetrahedron().apply_transform(trimesh.transformations.euler_matrix(0.3, 0.7, 1.1))
+    mesh.export(tmp_path / "mesh.off")
+    kept = grid_of(tmp_path / "mesh.off")
+    # x y z -> x -z y: the new y is the old z backwards, the new z the old y.
+    assert np.array_equal(grid_of(tmp_path / "mesh.off", up_axis="y"), kept[:, :, ::-1].transpose(0, 2, 1))
+    assert np.array_equal(grid_of(tmp_path / "mesh.off", up_axis="z"), kept)
+    quarter = trimesh.transformations.rotation_matrix(np.pi / 2, (1, 0, 0))
+    assert np.allclose(meshes.turn_to_z_up(mesh.vertices), trimesh.transform_points(mesh.vertices, quarter))
+
+
+BROKEN = {
+    "nan.obj": (b"v 0 0 0\nv 1 0 0\nv 0 nan 1\nf 1 2 3\n", "not finite"),
+    "points.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\n", "no triangles"),
+    "nothing.stl": (b"", "0 bytes"),
+    "speck.obj": (b"v 1 1 1\nv 1 1 1\nv 1 1 1\nf 1 2 3\n", "longest edge is 0"),
+    "astray.off": (b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", "face index outside"),
+    "astray.ply": (b"ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\n"
+                   b"property float z\nelement face 1\nproperty list uchar int vertex_indices\nend_header\n"
+                   b"0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", "0 to 7 of 3"),
+    "text.glb": (b"this is no mesh", "cannot be read"),
+    "draco.gltf": (b'{"asset": {"version": "2.0"}, "extensionsRequired": ["EXT_meshopt_compression"]}',
+                   "without compression"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_mesh_is_refused_with_a_reason(name, tmp_path):
+    content, reason = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        meshes.voxelize_file(tmp_path / name, tmp_path / "grid.ply", 16, "keep", "cube")
+    assert not (tmp_path / "grid.ply").exists()
+
+
+@pytest.mark.parametrize("suffix, reason", [("glb", "cannot be read"), ("ply", "cannot be read"),
+                                            ("stl", "no triangles")])
+def test_truncated_mesh_is_refused(suffix, reason, tmp_path):
+    path = tmp_path / f"mesh.{suffix}"
+    trimesh.creation.icosphere().export(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DataError, match=reason):
+        grid_of(path)
+
+
+def shapellm_reference(mesh: trimesh.Trimesh, resolution: int) -> np.ndarray:
+    """ShapeLLM-Omni's grid, [R, R, R] bool: its points are turned by a rotation matrix, in coordinates."""
+    points = (mesh.vertices - mesh.vertices.min()) / (mesh.vertices.max() - mesh.vertices.min()) - 0.5
+    mesh = open3d.geometry.TriangleMesh(open3d.utility.Vector3dVector(points.clip(-0.5 + 1e-6, 0.5 - 1e-6)),
+                                        open3d.utility.Vector3iVector(mesh.faces))
+    voxels = open3d.geometry.VoxelGrid.create_from_triangle_mesh_within_bounds(
+        mesh, 1 / resolution, (-0.5, -0.5, -0.5), (0.5, 0.5, 0.5)).get_voxels()
+    centres = (np.array([voxel.grid_index for voxel in voxels]) + 0.5) / resolution - 0.5
+    turned = centres @ np.array([(1, 0, 0), (0, np.cos(np.pi / 2), -np.sin(np.pi / 2)),
+                                 (0, np.sin(np.pi / 2), np.cos(np.pi / 2))]).T
+    grid = np.zeros((resolution,) * 3, dtype=bool)
+    grid[tuple(np.floor((turned + 0.5) * resolution).astype(int).T)] = True
+    return grid
+
+
+@pytest.mark.parametrize("name", ["myo_sim__l_femur.stl", "common-3d-test-models__spot.obj",
+                                  "libigl-tutorial-data__camelhead.off", "trimesh__bunny.ply"])
+def test_shapellm_normalization_equals_a_reference_on_real_meshes(name):
+    if not SAMPLE.exists():
+        pytest.skip("no sample meshes here")
+    grid = meshes.mesh_to_grid(SAMPLE / name, 64, "y", "shapellm")[0].numpy()
+    expected = shapellm_reference(trimesh.load(SAMPLE / name, force="mesh", process=False), 64)
+    assert np.array_equal(grid, expected)
+    assert not np.array_equal(grid, meshes.mesh_to_grid(SAMPLE / name, 64, "y", "cube")[0])
+
+
+def test_shapellm_normalization_by_separating_axes(tmp_path):
+    """Off the origin, so that one axis alone reaches each end of the cube; turned cell by cell."""
+    mesh = tetrahedron().apply_transform(trimesh.transformations.euler_matrix(0.3, 0.7, 1.1))
+    mesh.apply_translation((5, 1.5, -2)).export(tmp_path / "mesh.off")
+    vertices, faces = meshes.load_mesh(tmp_path / "mesh.off")
+    met = cells_met((vertices - vertices.min()) / np.ptp(vertices) - 0.5, faces, 16)
+    expected = np.zeros_like(met)
+    for i, j, k in np.argwhere(met):
+        expected[i, 15 - k, j] = True
+    grid = meshes.mesh_to_grid(tmp_path / "mesh.off", 16, "y", "shapellm")
+    assert np.array_equal(grid[0].numpy(), expected)
+    cells = meshes.mesh_cells(tmp_path / "mesh.off", 16, "y", "shapellm")
+    assert np.array_equal(cells, np.argwhere(expected))  # the order too
+    assert expected.any((1, 2))[15] and not expected.any((1, 2))[0]  # x is greatest, and in no way centred
+
+
+@pytest.mark.parametrize("up_axis, normalization", [("keep", "cube"), ("y", "cube"), ("z", "cube"), ("y", "shapellm")])
+def test_mesh_to_grid_is_what_the_voxel_file_says(up_axis, normalization, tmp_path):
+    tetrahedron().export(tmp_path / "mesh.off")
+    count = meshes.voxelize_file(tmp_path / "mesh.off", tmp_path / "grid.ply", 16, up_axis, normalization)
+    grid = meshes.mesh_to_grid(tmp_path / "mesh.off", 16, up_axis, normalization)
+    assert torch.equal(grid, points_to_occupancy(read_ply(tmp_path / "grid.ply"), 16))
+    assert grid.dtype == torch.uint8 and grid.shape == (1, 16, 16, 16) and grid.sum() == count
+
+
+def test_mesh_to_grid_names_the_file_or_the_setting(tmp_path):
+    (tmp_path / "empty.obj").touch()
+    (tmp_path / "point.obj").write_bytes(BROKEN["speck.obj"][0])
+    for name, reason in (("gone.obj", "No such file"), ("empty.obj", "0 bytes"), ("point.obj", "span 0")):
+        with pytest.raises(DataError, match=f"{name}: .*{reason}"):
+            meshes.mesh_to_grid(tmp_path / name, 16, "y", "shapellm")
+    for up_axis, normalization, message in (
+            ("keep", "shapellm", "up_axis 'keep': .*\"y\""), ("z", "shapellm", "up_axis 'z'"),
+            ("x", "cube", "up_axis 'x'"), ("y", "box", "normalization 'box'")):
+        with pytest.raises(ConfigError, match=message):
+            meshes.mesh_to_grid(tmp_path / "empty.obj", 16, up_axis, normalization)
+
+
+def test_unloadable_open3d_names_the_packages(tmp_path, monkeypatch):
+    (tmp_path / "open3d.py").write_text("raise OSError('libusb-1.0.so.0: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "open3d")
+    with pytest.raises(ConfigError, match="apt-get install libusb-1.0-0 libgl1 libgomp1"):
+        meshes.require_open3d()
+
+
+@pytest.mark.parametrize("package", ["trimesh", "open3d"])
+def test_a_missing_package_is_named(package, tmp_path):
+    tetrahedron().export(tmp_path / "mesh.off")
+    code = (f"import sys; sys.modules[{package!r}] = None\n"
+            "from trellis.datasets.meshes import mesh_to_grid\nmesh_to_grid('mesh.off', 16)")
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, text=True,
+                         capture_output=True)
+    assert run.returncode == 1 and "ConfigError: a Python package is missing" in run.stderr
+    assert f"pip install {package}" in run.stderr

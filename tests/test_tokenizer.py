@@ -1,0 +1,337 @@
+"""The tokenizer object: its ids are the models' own, whatever file, folder, batch or process they come from."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHARED, solid_grids, tiny_config
+from safetensors.torch import load_file
+
+from trellis import SparseStructureTokenizer
+from trellis.datasets.voxels import occupancy_to_points, write_ply
+from trellis.models import build
+from trellis.tokens.text import SHAPELLM
+from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
+from trellis.utils.errors import CheckpointError, ConfigError, DataError
+
+PARITY = SHARED / "parity" / "shapellm_vqvae"
+RESOLUTION = 16
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def make(seed: int = 0, **quantizer) -> SparseStructureTokenizer:
+    """A tokenizer of 16³ grids with random weights; quantizer: {"name", "args"} in place of a VectorQuantizer's."""
+    torch.manual_seed(seed)
+    models = tiny_config("SparseStructureVqVaeTrainer")["models"]
+    if quantizer:
+        models["quantizer"] = quantizer
+    tokenizer = SparseStructureTokenizer(models, RESOLUTION, up_axis="y", info={"scores": {"iou": 0.5}})
+    for name, value in tokenizer.quantizer.named_parameters():
+        if name.startswith("embeddings"):
+            value.data.normal_()  # far enough apart for different ids
+    return tokenizer
+
+
+def grids(number: int = 5) -> torch.Tensor:
+    return torch.from_numpy(solid_grids(number, RESOLUTION, seed=3))[:, None]
+
+
+QUANTIZERS = {
+    "one": {"name": "VectorQuantizer", "args": {"n_embed": 32, "embed_dim": 4, "latent_channels": 4}},
+    "along z": {"name": "EMAVectorQuantizer", "args": {"n_embed": 32, "embed_dim": 16, "latent_channels": 4}},
+    "blocks": {"name": "VectorQuantizer", "args": {"n_embed": 32, "embed_dim": 32, "latent_channels": 4,
+                                                   "group": [2, 2, 2]}},
+    "two codes": {"name": "ResidualVectorQuantizer", "args": {"n_embed": 32, "embed_dim": 8, "latent_channels": 4}},
+    "a grid": {"name": "FiniteScalarQuantizer", "args": {"n_embed": 36, "levels": [6, 6], "embed_dim": 4,
+                                                         "latent_channels": 4}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_encode_and_decode_are_what_the_trainer_reconstructs(kind):
+    tokenizer, ss = make(**QUANTIZERS[kind]), grids()
+    models = {name: getattr(tokenizer, name) for name in ("encoder", "quantizer", "decoder")}
+    with torch.no_grad():
+        want = [SparseStructureVqVaeTrainer.reconstruct(models, grid[None]) for grid in ss]
+    ids = tokenizer.encode(ss)
+    assert ids.shape == (5, tokenizer.num_tokens) and ids.dtype == torch.int64
+    assert torch.equal(ids, torch.cat([one.indices.flatten(1) for one in want]))
+    logits = torch.cat([one.logits for one in want])
+    assert torch.equal(tokenizer.decode(ids), tokenizer.decode(ids.to(torch.int32)))
+    torch.testing.assert_close(tokenizer.decode(ids), logits, rtol=0, atol=1e-5)
+    assert torch.equal(tokenizer.reconstruct(ss), tokenizer.decode(ids) > 0)
+    assert torch.equal(tokenizer.to_coords(ids), torch.nonzero(tokenizer.decode(ids)[:, 0] > 0).int())
+
+
+def test_shape_of_the_tokens():
+    tokenizer = make(**QUANTIZERS["two codes"])
+    assert (tokenizer.lattice, tokenizer.codes_per_token, tokenizer.num_tokens) == ((4, 4, 2), 2, 64)
+    assert make(**QUANTIZERS["blocks"]).lattice == (2, 2, 2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ids_do_not_depend_on_what_is_encoded_together(device):
+    """Nor on what ran before: a GPU's layers are otherwise timed, and the quickest way rounds in its own manner."""
+    tokenizer, ss = make().to(device), grids(19)
+    together = tokenizer.encode(ss)
+    assert torch.equal(together, torch.cat([tokenizer.encode(grid[0]) for grid in ss]))
+    assert torch.equal(together.flip(0), tokenizer.encode(ss.flip(0)))
+    logits = tokenizer.decode(together)
+    assert torch.equal(logits, torch.cat([tokenizer.decode(row) for row in together]))
+
+
+def test_grids_may_come_as_arrays_files_and_lists(tmp_path):
+    tokenizer, ss = make(), grids(2)
+    want = tokenizer.encode(ss)
+    for i, grid in enumerate(ss):
+        write_ply(tmp_path / f"{i}.ply", occupancy_to_points(grid[0]))
+    files = [tmp_path / "0.ply", str(tmp_path / "1.ply")]
+    for given in (ss.numpy(), ss.float() * 3 - 1, ss.to(torch.uint8), files, iter(files)):
+        assert torch.equal(tokenizer.encode(given), want)
+    assert torch.equal(tokenizer.encode(ss[1, 0].numpy()), want[1:])
+    assert torch.equal(tokenizer.encode(files[0]), want[:1])
+
+
+def test_a_mesh_is_what_voxelize_makes_of_it(tmp_path):
+    trimesh = pytest.importorskip("trimesh")
+    pytest.importorskip("open3d")
+    from dataset_toolkits import voxelize
+
+    tokenizer = make()
+    mesh = trimesh.creation.cylinder(radius=0.7, height=3.0)
+    (tmp_path / "meshes").mkdir()
+    for suffix in ("glb", "ply"):
+        mesh.export(tmp_path / "meshes" / f"mesh.{suffix}")
+        path = tmp_path / "meshes" / f"mesh.{suffix}"
+        out = tmp_path / suffix
+        line = ["--input", str(path), "--output_dir", str(out), "--up_axis", "y", "--resolution", str(RESOLUTION)]
+        assert voxelize.main(line) == 0
+        assert torch.equal(tokenizer.encode(path), tokenizer.encode(next((out / "voxels").glob("*.ply"))))
+
+
+def test_a_saved_tokenizer_gives_the_same_ids_in_a_fresh_process(tmp_path):
+    tokenizer = make(**QUANTIZERS["along z"])
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "README.md", "config.json", "model.safetensors",
+    ]  # fmt: skip
+    np.save(tmp_path / "grids.npy", grids().numpy())
+    code = (
+        "import sys, json, numpy as np\nfrom trellis import SparseStructureTokenizer\n"
+        "tokenizer = SparseStructureTokenizer.from_pretrained(sys.argv[1])\n"
+        "ids = tokenizer.encode(np.load(sys.argv[2]))\n"
+        "print(json.dumps([tokenizer.hash, tokenizer.settings, tokenizer.info, ids.tolist()]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "grids.npy")],
+        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [
+        tokenizer.hash, tokenizer.settings, tokenizer.info, tokenizer.encode(grids()).tolist(),
+    ]  # fmt: skip
+
+
+def test_the_hash_is_that_of_settings_and_weights():
+    assert make(seed=0).hash == make(seed=0).hash
+    others = [make(seed=1), make(**QUANTIZERS["one"])]
+    others.append(SparseStructureTokenizer(make().specs, RESOLUTION, up_axis="z"))
+    others[-1].load_state_dict(make().state_dict())
+    changed = make()
+    changed.decoder.out_layer[2].bias.data += 1e-3
+    assert make().hash not in {others[0].hash, others[2].hash, changed.hash}
+    assert make().hash == others[1].hash  # the same settings, written out
+
+
+def test_push_to_hub_sends_the_folder(tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    sent = {}
+
+    class Repo:
+        repo_id = "someone/tokens"
+
+    def upload_folder(self, *, repo_id, folder_path, **_):
+        sent.update(repo=repo_id, files={path.name: path.read_bytes() for path in folder_path.iterdir()})
+        return "commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: Repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    tokenizer = make()
+    tokenizer.push_to_hub("someone/tokens")
+    tokenizer.save_pretrained(tmp_path / "here")
+    assert sent["repo"] == "someone/tokens"
+    assert sent["files"] == {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()}
+    card = sent["files"]["README.md"].decode()
+    for fact in (tokenizer.hash, "4 × 4 × 4", "| up axis | y |", "| normalisation | cube |", "| iou | 0.5000 |"):
+        assert fact in card
+
+
+def test_a_tokenizer_from_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import hub_mixin
+
+    tokenizer = make()
+    tokenizer.save_pretrained(tmp_path / "hub")
+
+    def download(repo_id=None, filename=None, *_, **options):
+        assert repo_id == "someone/tokens" and options["revision"] == "v2"
+        return str(tmp_path / "hub" / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub_mixin, "hf_hub_download", download)
+    assert SparseStructureTokenizer.from_pretrained("someone/tokens", revision="v2").hash == tokenizer.hash
+
+
+def test_a_run_gives_its_averaged_weights_and_what_its_data_were(tmp_path, data_dir, write_config, capsys):
+    import train
+    from scripts import export_pretrained
+
+    run = tmp_path / "run"
+    config = write_config(tiny_config("SparseStructureVqVaeTrainer", ema_rate=0.5))
+    assert train.main(["--config", config, "--data_dir", data_dir, "--output_dir", str(run), "--device", "cpu"]) == 0
+    tokenizer = SparseStructureTokenizer.load(run)
+    export_pretrained.main(["--run", str(run), "--output_dir", str(tmp_path / "exported")])
+    for name in ("encoder", "quantizer", "decoder"):
+        exported = load_file(tmp_path / "exported" / f"{name}.safetensors")
+        state = getattr(tokenizer, name).state_dict()
+        assert state.keys() == exported.keys() and all(torch.equal(state[key], exported[key]) for key in state)
+    assert (tokenizer.resolution, tokenizer.normalization, tokenizer.up_axis) == (16, "cube", "keep")
+    assert tokenizer.info["training"]["step"] == 6 and 0 <= tokenizer.info["scores"]["iou"] <= 1
+    assert SparseStructureTokenizer.from_run(run, ckpt="4", up_axis="z").settings["up_axis"] == "z"
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        SparseStructureTokenizer.load(tmp_path)
+    with pytest.raises(CheckpointError, match="from_run"):
+        SparseStructureTokenizer.from_pretrained(run)
+
+
+# --- ShapeLLM-Omni's layout ---
+
+
+@pytest.mark.skipif(not PARITY.exists(), reason="no reference outputs here")
+def test_shapellm_parity(tmp_path):
+    tokenizer = SparseStructureTokenizer.load(PARITY / "3DVQVAE_small.bin")
+    expected = load_file(PARITY / "expected.safetensors")
+    ids = tokenizer.encode(expected["x"])
+    assert torch.equal(ids, expected["tokens"].long())
+    torch.testing.assert_close(tokenizer.decode(ids), expected["logits"], rtol=0, atol=1e-3)
+
+    tokenizer.export_shapellm(tmp_path / "again.bin")
+    again, original = (torch.load(path, weights_only=True)
+                       for path in (tmp_path / "again.bin", PARITY / "3DVQVAE_small.bin"))  # fmt: skip
+    assert again.keys() == original.keys() and all(torch.equal(again[key], original[key]) for key in again)
+
+
+@pytest.mark.parametrize("depth, middle, channels", [(1, 0, [4, 8, 8]), (3, 1, [4, 8]), (2, 2, [2, 4, 8, 8])])
+def test_sizes_are_read_from_the_tensors(tmp_path, depth, middle, channels):
+    torch.manual_seed(0)
+    shape = {"latent_channels": 2, "num_res_blocks": depth, "num_res_blocks_middle": middle}
+    models = {
+        "encoder": {"name": "SparseStructureEncoder", "args": {"in_channels": 1, "channels": channels, **shape}},
+        "decoder": {"name": "SparseStructureDecoder", "args": {"out_channels": 1, "channels": channels[::-1], **shape}},
+        "quantizer": {"name": "VectorQuantizer", "args": {"n_embed": 16, "embed_dim": 8, "latent_channels": 2}},
+    }  # fmt: skip
+    encoder, decoder = build(models["encoder"]), build(models["decoder"])
+    state = {f"Encoder.{key}": value for key, value in encoder.state_dict().items()}
+    state |= {f"Decoder.{key}": value for key, value in decoder.state_dict().items()}
+    torch.save({**state, "vq.embeddings.weight": torch.randn(16, 8)}, tmp_path / "vae.bin")
+    tokenizer = SparseStructureTokenizer.from_shapellm(tmp_path / "vae.bin")
+    for name, own in (("encoder", encoder), ("decoder", decoder)):
+        given = models[name]["args"]
+        assert {key: value for key, value in tokenizer.specs[name]["args"].items() if key in given} == given
+        assert all(torch.equal(getattr(tokenizer, name).state_dict()[key], value)
+                   for key, value in own.state_dict().items())  # fmt: skip
+    assert (tokenizer.normalization, tokenizer.up_axis) == ("shapellm", "y")
+
+
+def test_what_that_layout_cannot_hold_is_refused(tmp_path):
+    for kind in ("two codes", "blocks", "a grid"):
+        with pytest.raises(ConfigError, match="one table"):
+            make(**QUANTIZERS[kind]).export_shapellm(tmp_path / "x.bin")
+    make(**QUANTIZERS["along z"]).export_shapellm(tmp_path / "x.bin")
+    with pytest.raises(CheckpointError, match="exists already"):
+        make().export_shapellm(tmp_path / "x.bin")
+    state = torch.load(tmp_path / "x.bin", weights_only=True)
+    torch.save({**state, "quant_conv.weight": torch.zeros(1)}, tmp_path / "more.bin")
+    torch.save({key: value for key, value in state.items() if "conv2.bias" not in key}, tmp_path / "less.bin")
+    for name, message in (("more", "quant_conv"), ("less", "conv2.bias")):
+        with pytest.raises(CheckpointError, match=message):
+            SparseStructureTokenizer.from_shapellm(tmp_path / f"{name}.bin")
+
+
+def test_id_text_id_file_id(tmp_path):
+    tokenizer = make()
+    ids = tokenizer.encode(grids())
+    (tmp_path / "objects.txt").write_text("\n".join(tokenizer.to_text(ids)))
+    assert torch.equal(tokenizer.from_text((tmp_path / "objects.txt").read_text().splitlines()), ids)
+    assert torch.equal(tokenizer.from_text(tokenizer.to_text(ids[2])), ids[2])
+    assert SHAPELLM == SparseStructureTokenizer.token_format(type("", (), {"n_embed": 8192}), first_id=151665)
+    with pytest.raises(DataError):
+        tokenizer.from_text("<mesh-start><mesh0><mesh-end>")
+    repaired = tokenizer.from_text("<mesh-start><mesh7><mesh-end>", strict=False)
+    assert repaired[0] == 7 and torch.equal(repaired[1:], tokenizer.empty_ids[1:])
+
+
+def test_bf16_ids_agree_mostly_and_it_says_how_many():
+    tokenizer, ss = make(), grids()
+    equal = (tokenizer.encode(ss, precision="bf16") == tokenizer.encode(ss)).float().mean().item()
+    assert 0.5 < tokenizer.agreement(ss) == equal
+    assert tokenizer.agreement(ss, "fp32") == 1
+    with pytest.raises(ValueError, match="fp32 or bf16"):
+        tokenizer.encode(ss, precision="fp16")
+
+
+# --- what it refuses ---
+
+
+def test_grids_and_ids_of_another_shape_are_errors(tmp_path):
+    tokenizer = make()
+    ids = tokenizer.encode(grids(1))
+    for wrong in (torch.zeros(2, 16, 16, 16), torch.zeros(1, 1, 8, 8, 8), torch.zeros(0, 1, 16, 16, 16)):
+        with pytest.raises(ValueError, match="grids must be"):
+            tokenizer.encode(wrong)
+    for wrong in (ids[:, 1:], ids.float(), ids[None]):
+        with pytest.raises(ValueError, match="ids must be"):
+            tokenizer.decode(wrong)
+    for value in (-1, 32):
+        with pytest.raises(ValueError, match=f"an id is {value}"):
+            tokenizer.decode(torch.where(torch.arange(64) == 3, value, ids))
+    with pytest.raises(DataError, match="no such file"):
+        tokenizer.encode(tmp_path / "gone.glb")
+
+
+def test_models_that_do_not_fit_are_errors():
+    models = make().specs
+    cases = [
+        ({"models": {"encoder": models["encoder"]}}, "models.quantizer is missing"),
+        ({"models": models, "resolution": 18}, "resolution is 18"),
+        ({"models": models, "resolution": 0}, "resolution is 0"),
+        ({"models": models, "up_axis": "x"}, "up_axis"),
+        ({"models": models, "normalization": "sphere"}, "normalization"),
+        ({"models": {**models, "quantizer": {"name": "VectorQuantizer", "args": {
+            "embed_dim": 12, "latent_channels": 4, "group": [1, 1, 3]}}}, "resolution": 16}, "quantizer"),
+    ]  # fmt: skip
+    for settings, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            SparseStructureTokenizer(**settings)
+
+
+def test_nothing_is_overwritten_and_damage_is_named(tmp_path):
+    tokenizer = make()
+    tokenizer.save_pretrained(tmp_path / "a")
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="exists already"):
+        make(seed=1).save_pretrained(tmp_path / "a")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
+    (tmp_path / "a" / "model.safetensors").write_bytes(before[:1000])
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        SparseStructureTokenizer.load(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model.safetensors is missing"):
+        SparseStructureTokenizer.from_pretrained(tmp_path / "a")
+    for source in ("./gone", "a/b/c", "gone"):
+        with pytest.raises(CheckpointError, match="gone|a/b/c"):
+            SparseStructureTokenizer.load(source)

@@ -1,0 +1,101 @@
+"""The surface of a grid as a triangle mesh, and mesh files to look at it with.
+
+Marching cubes are scikit-image's, in the form of Lorensen and Cline (SIGGRAPH 1987, doi:10.1145/37402.37422): its
+other form, Lewiner's, leaves holes in the surfaces of many binary grids. Smoothing is trimesh's, after Taubin
+(SIGGRAPH 1995, doi:10.1145/218380.218473). Both packages are loaded when they are needed: the package works without.
+"""
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import ConfigError, DataError
+from .files import written_aside
+
+if TYPE_CHECKING:
+    import trimesh
+
+SUFFIXES = (".glb", ".obj", ".ply", ".stl")
+# Taubin's two factors, of the step that shrinks and the one that inflates: his pass band 1/0.5 - 1/0.52 is 0.08.
+SHRINK, INFLATE = 0.5, 0.52
+SMOOTHING_STEPS = 10  # of the two in turn
+
+
+def surface_mesh(grid: np.ndarray, smooth: bool = True) -> "trimesh.Trimesh":
+    """Return the surface around the occupied cells, closed, with normals that point outwards.
+
+    grid: [R, R, R] bool, or numbers that are occupied where > 0.
+    smooth: whether the steps between cells are evened out. That keeps the volume of what is several cells thick;
+    rods of one cell get thinner, and a single cell shrinks to a speck.
+    The mesh lies in [-0.5, 0.5]^3 on the grid's axes; cell (i, j, k) covers x in [i/R - 0.5, (i+1)/R - 0.5), likewise
+    y and z. Without smoothing, exactly the centres of the occupied cells lie inside: each vertex is half way between
+    the centres of an occupied and an empty cell.
+    Raises DataError for a grid without an occupied cell, ValueError for another shape, ConfigError where a package
+    is missing.
+    """
+    if grid.ndim != 3 or len(set(grid.shape)) != 1:
+        raise ValueError(f"the grid must be [R, R, R], not {list(grid.shape)}")
+    occupied = grid > 0
+    if not occupied.any():
+        raise DataError("the grid has no occupied cell, so it has no surface. Are its tokens those of an empty grid?")
+    trimesh, measure = _require_packages()
+    resolution = len(grid)
+    vertices, faces, _, _ = measure.marching_cubes(  # padded, so that it closes at the border of the cube too
+        np.pad(occupied, 1).astype(np.float32), 0.5, method="lorensen", gradient_direction="ascent")
+    # Cell i is padded cell i + 1, whose centre is vertex i + 1: its place is (i + 0.5) / R - 0.5.
+    mesh = trimesh.Trimesh((vertices.astype(np.float64) - 0.5) / resolution - 0.5, faces, process=False)
+    if smooth:
+        trimesh.smoothing.filter_taubin(mesh, lamb=SHRINK, nu=INFLATE, iterations=SMOOTHING_STEPS)
+        mesh.vertices = mesh.vertices.clip(-0.5, 0.5)  # inflating passes the border of the cube by a tenth of a cell
+    return mesh
+
+
+def save_mesh(mesh: "trimesh.Trimesh", path: str | os.PathLike, z_up: bool) -> None:
+    """Write a mesh as GLB, OBJ, PLY or STL by the suffix of `path`, aside and renamed; a file there is replaced.
+
+    z_up: whether z points up in the mesh. A GLB is then turned to y-up, as the format wants it (glTF 2.0, Sec. 3.4),
+    so that voxelize.py reads it with `--up_axis y`; the other formats say nothing of axes and keep them.
+    Raises ConfigError for another suffix.
+    """
+    path = Path(path)
+    kind = check_mesh_suffix(path)
+    if kind == "glb":
+        import trimesh
+
+        vertices = mesh.vertices
+        if z_up:  # the inverse of trellis.datasets.meshes.turn_to_z_up
+            vertices = np.stack([vertices[:, 0], vertices[:, 2], -vertices[:, 1]], axis=1)
+        # glTF's default material is a metal, black where a viewer has nothing for it to mirror.
+        matte = trimesh.visual.material.PBRMaterial(baseColorFactor=(200, 200, 200, 255), metallicFactor=0.0,
+                                                    roughnessFactor=1.0)
+        mesh = trimesh.Trimesh(vertices, mesh.faces, process=False,
+                               visual=trimesh.visual.TextureVisuals(material=matte))
+        content = mesh.export(file_type=kind, include_normals=True)  # else viewers show every triangle flat
+    else:
+        content = mesh.export(file_type=kind)
+    with written_aside(path) as aside:
+        aside.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def check_mesh_suffix(path: str | os.PathLike) -> str:
+    """Return the format of a mesh file to write, such as "glb". Raises ConfigError for a suffix not in SUFFIXES."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: a mesh is written as {', '.join(SUFFIXES)}, not as {suffix!r}. Name the file so.")
+    return suffix[1:]
+
+
+def _require_packages() -> tuple[ModuleType, ModuleType]:
+    """Return trimesh and skimage.measure. Raises ConfigError with the command that mends it where one is missing.
+
+    scikit-image brings scipy along, which trimesh's smoothing needs.
+    """
+    try:
+        import skimage.measure
+        import trimesh
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"a Python package is missing ({error}): pip install scikit-image trimesh") from error
+    return trimesh, skimage.measure

@@ -67,15 +67,21 @@ def steady_settings(weights: dict[str, str] | None, max_steps: int, interval: in
     return {f"trainer.args.{key}": value for key, value in settings.items()}
 
 
-def run_train(command_line: list[str]) -> str:
-    """Run train.py to its end. Returns what it printed; raises RuntimeError with the end of it if it failed."""
+def run_script(script: str, command_line: list[str]) -> str:
+    """Run a script of this repository to its end. Returns what it printed; raises RuntimeError with the end of it if it
+    failed."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *command_line],
+        [sys.executable, str(ROOT / script), *command_line],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"train.py {' '.join(command_line)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
+        raise RuntimeError(f"{script} {' '.join(command_line)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
     return done.stdout
+
+
+def run_train(command_line: list[str]) -> str:
+    """`run_script` of train.py."""
+    return run_script("train.py", command_line)
 
 
 def read_speed(run_dir: Path, warm: int) -> Speed:

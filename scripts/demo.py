@@ -6,20 +6,22 @@ Each step is a command of this repository, printed before it runs. A rerun picks
 that was cut off resumes.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would pass for Python's
+
 import argparse
 import json
 import shlex
 import subprocess
-import sys
 import time
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from dataset_toolkits import common
 from trellis.utils.errors import ConfigError, DataError, UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 PRETRAINED = ROOT / "pretrained" / "demo_vae"
 CONFIGS = ROOT / "configs" / "vae"
 # One of this many meshes of the user's is held out to be scored.

@@ -9,16 +9,18 @@ those of trellis/utils/metrics.py:distance_metrics.
 Writes {run}/eval/{split}_step0000100.json and a contact sheet of the worst, median and best objects beside it.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would pass for Python's
+
 import argparse
 import json
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trellis.datasets import DATASETS
 from trellis.models import build, load_weights

@@ -5,13 +5,15 @@
 `trellis.models.from_pretrained("pretrained/my_vqvae/encoder")` and `finetune_ckpt` read them.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-import torch
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would pass for Python's
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import argparse
+
+import torch
 
 from trellis.models import build, load_weights, model_spec
 from trellis.trainers.checkpoint import Checkpoints, model_file

@@ -14,7 +14,8 @@ from benchmarks import common, data_wait, nearest_code, plain, runs
 from trellis.models import build, load_weights, read_weights
 from trellis.utils.config import load_config
 
-SCRIPTS = ("train_speed", "nearest_code", "data_wait", "startup", "encode", "layers", "scaling", "plain_train")
+SCRIPTS = ("train_speed", "nearest_code", "data_wait", "startup", "encode", "layers", "scaling", "plain_train",
+           "tokenizer")
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--resolution", "16", "--objects", "8"]
 
@@ -214,3 +215,9 @@ def test_startup(capsys):
 def test_train_speed(capsys):
     (row,) = cells(run("train_speed", capsys, *TINY, "--rows", "codebook", "--batch_sizes", "2", "--intervals", "1"))
     assert row[:2] == ["codebook", "2"] and float(row[3]) > 0 and float(row[7]) > 0
+
+
+def test_tokenizer(capsys):
+    rows = cells(run("tokenizer", capsys, *TINY, "--batch_size", "2"))
+    assert [row[:2] for row in rows] == [["fp32", "encode"], ["fp32", "encode, IoU"]]
+    assert all(float(row[3]) > 0 and row[-1] == "1.0000" for row in rows)

@@ -4,22 +4,19 @@ import hashlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, solid_grids, tiny_config
+from conftest import solid_grids, tiny_config
 from PIL import Image
 
 import train
+from scripts import evaluate as script
 from trellis.models import build
 from trellis.trainers.checkpoint import Checkpoints, model_file
 from trellis.utils.random_utils import derive_seed
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import evaluate as script  # noqa: E402
 
 VQ = "SparseStructureVqVaeTrainer"
 SOURCES = ["chairs", "tables", "chairs", "", "tables", "chairs", "lamps"]  # "": unknown
@@ -331,7 +328,7 @@ def test_step_split_and_data_can_be_chosen(vq_run, sourced_data, tmp_path):
 
 
 def test_exported_weights_are_scored_without_their_run(vq_run, tmp_path, capsys):
-    import export_pretrained
+    from scripts import export_pretrained
 
     pretrained, data = tmp_path / "pretrained", tmp_path / "data"
     assert export_pretrained.main(["--run", str(vq_run), "--output_dir", str(pretrained)]) == 0

@@ -229,9 +229,7 @@ def test_a_load_dir_of_the_same_stage_resumes_everything(data_dir, write_config,
 
 
 def test_exported_weights_come_back_exactly(stage1_run, data_dir, write_config, tmp_path):
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import export_pretrained
-
+    from scripts import export_pretrained
     from trellis.models import from_pretrained
 
     assert export_pretrained.main(["--run", str(stage1_run), "--output_dir", str(tmp_path / "out")]) == 0

@@ -1,0 +1,181 @@
+"""Turn ids back into meshes or voxels: those of scripts/tokenize.py, or those that a language model wrote.
+
+    python scripts/detokenize.py --tokenizer outputs/stage2 --tokens outputs/tokens --output_dir outputs/meshes
+    python scripts/detokenize.py --tokenizer TOKENIZER --text answers.jsonl --output_dir outputs/meshes --repair
+
+--tokens: a folder or a Parquet file; each object becomes {sha256}.glb. --text: an answer for each line, which becomes
+line000001.glb; of a .jsonl, a line is a text, or an object with the answer as `predict` (LLaMA-Factory's predictions),
+`output`, `response` or `text`, or with `conversations`, whose last mesh it is. An answer has to hold exactly one whole
+object; with --repair another is repaired, and what was done is printed.
+Nothing is overwritten. Objects that cannot be written are listed, and make the exit code 1.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would pass for Python's
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trellis.datasets.voxels import occupancy_to_points, write_ply
+from trellis.tokenizer import SparseStructureTokenizer
+from trellis.tokens import parquet
+from trellis.utils.errors import ConfigError, DataError, UserError
+
+FORMATS = {"glb": ".glb", "obj": ".obj", "ply": ".ply", "stl": ".stl", "voxels": ".ply"}
+ANSWERS = ("predict", "output", "response", "text")
+
+# What an object's ids come from, when they are wanted: reading one may fail while others are fine.
+Reader = Callable[[], Tensor]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, metavar="SOURCE",
+                        help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--tokens", metavar="PATH", help="folder of scripts/tokenize.py, or a Parquet file")
+    source.add_argument("--text", metavar="FILE", help="answers of a language model, one a line; or .jsonl")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--format", choices=FORMATS, default="glb",
+                        help="of a mesh (default: glb), or voxels: a PLY file of their centres, as voxelize.py writes")
+    parser.add_argument("--repair", action="store_true", help="repair damaged answers of --text")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args(argv)
+    if args.repair and not args.text:
+        parser.error("--repair goes with --text")
+    return args
+
+
+def from_parquet(path: str, tokenizer: SparseStructureTokenizer) -> Iterator[tuple[str, Reader]]:
+    """The name and the ids of each object. Raises DataError where another tokenizer made them."""
+    info = parquet.read_info(path)
+    if info.tokenizer_hash != tokenizer.hash:
+        raise DataError(f"{path}: its ids are of the tokenizer with hash {info.tokenizer_hash[:12]}…, but this one has "
+                        f"{tokenizer.hash[:12]}…. Give the one that made them.")  # fmt: skip
+    for row in parquet.read_shards(path):
+        if not re.fullmatch(r"[\w-]+", row["sha256"] or ""):
+            raise DataError(f"{path}: sha256 {row['sha256']!r} is no hash, and cannot name a file.")
+        yield row["sha256"], lambda ids=row["tokens"]: torch.from_numpy(ids)
+
+
+def from_text(path: str, tokenizer: SparseStructureTokenizer, repair: bool) -> Iterator[tuple[str, Reader]]:
+    """The name and the ids of each answer. Lines that are blank are no answers. Raises DataError where the file cannot
+    be read; a reader, where its answer is damaged."""
+    words, fill = tokenizer.token_format(), tokenizer.empty_ids if repair else None
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Give a text file or a .jsonl.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is no text in UTF-8 ({error}). Give a text file or a .jsonl.") from error
+
+    def read(line: str, name: str) -> Tensor:
+        answer = answer_of(line, words.start) if path.lower().endswith(".jsonl") else line
+        parsed = words.from_text(answer, tokenizer.num_tokens, strict=not repair, fill=fill)
+        for problem in parsed.problems:
+            tqdm.write(f"repaired: {name}: {problem}")
+        return parsed.ids
+
+    found = False
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            found = True
+            name = f"line{number:06d}"
+            yield name, lambda line=line, name=name: read(line, name)
+    if not found:
+        raise DataError(f"{path}: is empty. Give a text file with an answer in each line, or a .jsonl.")
+
+
+def answer_of(line: str, start: str) -> str:
+    """The answer in a line of a .jsonl. start: the word that a mesh begins with. Raises DataError where there is none.
+    """
+    try:
+        value: Any = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"is no JSON ({error})") from error
+    if isinstance(value, dict):
+        turns = value.get("conversations")
+        # The mesh is gpt's, or within the question where gpt describes it.
+        texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+        texts = [text for text in texts if isinstance(text, str) and start in text]
+        answers = [value[key] for key in ANSWERS if key in value]
+        value = answers[0] if answers else texts[-1] if texts else None
+    if not isinstance(value, str):
+        raise DataError(f"has no text as {', '.join(ANSWERS)} or in conversations")
+    return value
+
+
+def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Write a file for each object. Returns their paths, and the names of those left out with the reasons.
+
+    Raises DataError where a file is there already, before any is written.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
+    tokenizer = SparseStructureTokenizer.load(args.tokenizer)
+    tokenizer.to("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    def objects() -> Iterator[tuple[str, Reader]]:
+        if args.tokens:
+            return from_parquet(args.tokens, tokenizer)
+        return from_text(args.text, tokenizer, args.repair)
+
+    folder, suffix = Path(args.output_dir), FORMATS[args.format]
+    names = Counter(name for name, _ in objects())
+    for name, number in names.items():
+        if number > 1:
+            raise DataError(f"{args.tokens}: has {name} {number} times. Give the files one by one.")
+        if (folder / f"{name}{suffix}").exists():
+            raise DataError(f"{folder / f'{name}{suffix}'}: exists already. Give another --output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    written, left_out = [], []
+    for name, read in tqdm(objects(), total=len(names), unit="object", disable=not sys.stderr.isatty()):
+        path = folder / f"{name}{suffix}"
+        try:
+            write(tokenizer, read(), path, args.format)
+        except DataError as error:
+            left_out.append((name, str(error)))
+        else:
+            written.append(path)
+    return written, left_out
+
+
+def write(tokenizer: SparseStructureTokenizer, ids: Tensor, path: Path, kind: str) -> None:
+    """ids: [T]. Raises DataError where they have no voxel."""
+    if kind != "voxels":
+        tokenizer.save_mesh(ids, path)
+        return
+    points = occupancy_to_points((tokenizer.decode(ids)[0, 0] > 0).cpu())
+    if not len(points):
+        raise DataError("decodes to no voxel")
+    write_ply(path, points)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        written, left_out = write_objects(args)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.output_dir}: {len(written)} files")
+    for name, reason in left_out:
+        print(f"left out: {name}: {reason}")
+    if left_out:
+        print(f"error: {len(left_out)} of {len(written) + len(left_out)} objects could not be written", file=sys.stderr)
+    return 1 if left_out else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

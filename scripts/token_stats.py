@@ -1,0 +1,195 @@
+"""What a language model will see: how much the ids of objects carry, and how long they are.
+
+    python scripts/token_stats.py --tokens outputs/tokens --output_dir outputs/token_stats
+    python scripts/token_stats.py --tokens outputs/tokens --tokenizer outputs/stage2 --data_dir data/voxels \\
+        --output_dir outputs/token_stats
+    python scripts/token_stats.py --tokenizer TOKENIZER --data_dir data/voxels --output_dir outputs/token_stats
+
+--tokens is a folder of scripts/tokenize.py; without it, the grids are encoded here, in fp32. The tokenizer gives the
+ids of an empty grid, which empty tokens and the sparse form need; the grids say where voxels are, and what they take
+themselves. Writes stats.json (keys: trellis/tokens/stats.py), stats.md, a reading of them, and pictures.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would pass for Python's
+
+import argparse
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from trellis.datasets.sparse_structure import SparseStructure
+from trellis.tokenizer import SparseStructureTokenizer
+from trellis.tokens import parquet, stats
+from trellis.tokens.stats import COMPRESSORS, ORDERS, TokenSet
+from trellis.tokens.stats_report import draw, reading, require_matplotlib
+from trellis.utils.environment import versions
+from trellis.utils.errors import ConfigError, DataError, UserError
+from trellis.utils.evaluation import occupied_blocks
+from trellis.utils.files import written_aside
+
+GRIDS_AT_ONCE = 64
+
+
+class Subject(NamedTuple):
+    """What is measured. total: objects there are, of which `tokens` holds some. about: for stats.json."""
+
+    tokens: TokenSet
+    resolution: int
+    total: int
+    about: dict
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", metavar="FOLDER", help="Parquet files of scripts/tokenize.py")
+    parser.add_argument("--tokenizer", metavar="SOURCE",
+                        help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub")
+    parser.add_argument("--data_dir", help="data roots as of train.py, separated by commas")
+    parser.add_argument("--split", choices=("train", "val", "all"), default="all", help="of --data_dir (default: all)")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--max_objects", type=int, default=5000, metavar="N",
+                        help="of more objects, N at equal distances (default: 5000)")  # fmt: skip
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to encode on")
+    args = parser.parse_args(argv)
+    if not args.tokens and not (args.tokenizer and args.data_dir):
+        parser.error("give --tokens, or --tokenizer with --data_dir")
+    if args.max_objects < 1:
+        parser.error(f"--max_objects is {args.max_objects}; it must be at least 1")
+    return args
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def spread(total: int, wanted: int) -> np.ndarray:
+    """Numbers of at most `wanted` of `total` objects, at equal distances, [n] in order."""
+    return np.arange(total) if total <= wanted else np.arange(wanted) * total // wanted
+
+
+def read_tokens(args: argparse.Namespace, tokenizer: SparseStructureTokenizer | None) -> Subject:
+    info = parquet.read_info(args.tokens)
+    if tokenizer is not None and tokenizer.hash != info.tokenizer_hash:
+        raise ConfigError(f"{args.tokenizer}: did not make {args.tokens}, whose tokenizer has the hash "
+                          f"{info.tokenizer_hash[:12]}…, not {tokenizer.hash[:12]}…. Give that one, or none.")
+    total = sum(parquet.count_rows(path) for path in parquet.shard_files(args.tokens))
+    if not total:
+        raise DataError(f"{args.tokens}: has no object. Its failed.csv says why.")
+    wanted = set(spread(total, args.max_objects).tolist())
+    rows = [(row["sha256"], row["tokens"].astype(np.int32))
+            for i, row in enumerate(parquet.read_shards(args.tokens)) if i in wanted]
+    tokens = TokenSet(
+        np.stack([ids for _, ids in rows]), np.array([sha256 for sha256, _ in rows]), info.lattice,
+        info.codes_per_token, info.n_embed, None if tokenizer is None else tokenizer.empty_ids.numpy(),
+    )  # fmt: skip
+    about = {"tokens": args.tokens, "tokenizer_hash": info.tokenizer_hash, "precision": info.precision}
+    return Subject(tokens, info.resolution, total, about)
+
+
+def encode_grids(args: argparse.Namespace, tokenizer: SparseStructureTokenizer) -> Subject:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
+    empty_ids = tokenizer.empty_ids.numpy()
+    tokenizer.to("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    dataset = SparseStructure(args.data_dir, resolution=tokenizer.resolution, split=args.split)
+    chosen = spread(len(dataset), args.max_objects)
+    parts = []
+    for indices in batches(chosen, "encoding"):
+        batch = {name: value.to(tokenizer.device) for name, value in dataset.get_batch(indices).items()}
+        parts.append(tokenizer.encode(dataset.unpack_batch(batch)["ss"]).int().cpu().numpy())
+    tokens = TokenSet(
+        np.concatenate(parts), np.array([dataset.sha256(i) for i in chosen]), tuple(tokenizer.lattice),
+        tokenizer.codes_per_token, tokenizer.n_embed, empty_ids,
+    )  # fmt: skip
+    about = {"tokenizer": args.tokenizer, "tokenizer_hash": tokenizer.hash, "precision": "fp32"}
+    return Subject(tokens, tokenizer.resolution, len(dataset), about)
+
+
+def read_grids(args: argparse.Namespace, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    """Whether places have voxels, [N, P] bool, and bytes of compressed grids, [N, 2] as of `stats.grid_sizes`."""
+    dataset = SparseStructure(args.data_dir, resolution=subject.resolution, split=args.split)
+    numbers = {sha256: i for i, (_, sha256) in enumerate(dataset.instances)}
+    missing = [sha256 for sha256 in subject.tokens.objects.tolist() if sha256 not in numbers]
+    if missing:
+        raise DataError(f"{args.data_dir}: has no grid of {missing[0]} ({len(missing)} such objects in {args.tokens}). "
+                        "Give the roots and the split that its ids come from.")  # fmt: skip
+    occupied, sizes = [], []
+    for indices in batches(np.array([numbers[sha256] for sha256 in subject.tokens.objects.tolist()]), "grids"):
+        batch = dataset.get_batch(indices)
+        sizes.append(stats.grid_sizes(batch["bits"].numpy()))
+        occupied.append(occupied_blocks(dataset.unpack_batch(batch)["ss"], subject.tokens.lattice).flatten(1).numpy())
+    return np.concatenate(occupied), np.concatenate(sizes)
+
+
+def batches(indices: np.ndarray, what: str):
+    """indices [n] in parts, with a bar on a terminal."""
+    with tqdm(total=len(indices), desc=what, unit="object", disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, len(indices), GRIDS_AT_ONCE):
+            part = indices[start : start + GRIDS_AT_ONCE]
+            yield part
+            bar.update(len(part))
+
+
+# --- the whole --------------------------------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Everything that stats.json holds."""
+    tokenizer = SparseStructureTokenizer.load(args.tokenizer) if args.tokenizer else None
+    subject = read_tokens(args, tokenizer) if args.tokens else encode_grids(args, tokenizer)
+    tokens = subject.tokens
+    occupied, grid_sizes = read_grids(args, subject) if args.data_dir else (None, None)
+    result = {
+        **subject.about, "data_dir": args.data_dir, "objects": len(tokens.ids), "objects_in_all": subject.total,
+        "resolution": subject.resolution, "lattice": list(tokens.lattice), "codes_per_token": tokens.codes_per_token,
+        "n_embed": tokens.n_embed, "ids_per_object": tokens.ids.shape[1], "log2_n_embed": math.log2(tokens.n_embed),
+        "codebook": stats.codebook_stats(tokens),
+        "entropy": stats.conditional_entropies(tokens),
+        "runs": stats.run_stats(tokens),
+        "empty": None, "sparse": None,
+        "bytes": {"ids": stats.id_sizes(tokens), "grid": None},
+    }  # fmt: skip
+    if tokens.empty_ids is not None:
+        result["empty"] = stats.empty_stats(tokens, occupied)
+        lengths = {order: stats.sparse_lengths(tokens, order) for order in ORDERS}
+        result["sparse"] = {order: stats.summary(values) for order, values in lengths.items()}
+        result["sparse"]["shorter_in_morton"] = float((lengths["morton"] < lengths["raster"]).mean())
+        result["sparse"]["shorter_in_raster"] = float((lengths["raster"] < lengths["morton"]).mean())
+    if grid_sizes is not None:
+        result["bytes"]["grid"] = {"raw": -(-(subject.resolution**3) // 8)} | {
+            name: stats.summary(sizes) for name, sizes in zip(COMPRESSORS, grid_sizes.T, strict=True)
+        }
+    return {**result, "versions": versions()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    folder = Path(args.output_dir)
+    try:
+        require_matplotlib()
+        if (folder / "stats.json").exists():
+            raise ConfigError(f"{folder / 'stats.json'} exists already; choose another --output_dir")
+        result = measure(args)
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = draw(result, folder)
+        text = reading(result, pictures)
+        for name, content in (("stats.md", text), ("stats.json", json.dumps(result, indent=2) + "\n")):
+            with written_aside(folder / name) as aside:
+                aside.write_text(content, encoding="utf-8")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(text)
+    print(f"written: {folder}/stats.json, stats.md, {', '.join(pictures)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

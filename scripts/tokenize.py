@@ -1,0 +1,395 @@
+"""Turn objects into ids: Parquet files of a whole data set, and conversations to fine-tune a language model on.
+
+    python scripts/tokenize.py --tokenizer outputs/stage2 --data_dir data/voxels --output_dir outputs/tokens
+    python scripts/tokenize.py --tokenizer TOKENIZER --meshes meshes/ --output_dir outputs/tokens --sharegpt
+
+Grids come from the data roots of train.py, or from meshes, which are voxelised as the tokenizer's own were. Objects are
+divided into shards, shard-00000-of-00012.parquet … (layout: trellis/tokens/parquet.py), each written whole or not at
+all: the same command goes on with those that are missing. A folder takes one tokenizer, data set, precision and shard
+size. Meshes that cannot be voxelised are listed in failed.csv; to try them again, delete their shard.
+--sharegpt adds dataset_info.json and sharegpt/*.jsonl as LLaMA-Factory reads them (trellis/tokens/sharegpt.py has its
+rules): of an object with captions two records for each, caption to mesh and mesh to caption. Captions are those of
+--captions, else of a column caption or captions of the roots' metadata.csv.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would pass for Python's
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.multiprocessing
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset_toolkits import common
+from dataset_toolkits.sources import BATCH, DataSource, MeshSource, Shard
+from trellis.datasets.voxels import unpack_bits_on_device
+from trellis.tokenizer import SparseStructureTokenizer
+from trellis.tokens import parquet, sharegpt
+from trellis.utils.errors import ConfigError, DataError, UserError
+from trellis.utils.metrics import voxel_metrics
+
+REASONS_SHOWN = 5
+# Two processes may choose other kernels in bf16, and rounding decides between codes that are equally near.
+EQUAL_IN_BF16 = 0.9
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, metavar="SOURCE",
+                        help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data_dir", help="data roots as of train.py, separated by commas")
+    source.add_argument("--meshes", nargs="+", metavar="PATH", help="mesh files, and folders searched with all below")
+    parser.add_argument("--split", choices=("train", "val", "all"), default="all", help="of --data_dir (default: all)")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                        help="fp32 (default) is what ids mean; bf16 is faster, and some ids differ")
+    parser.add_argument("--iou", action="store_true", help="decode too, and record each object's IoU")
+    parser.add_argument("--shard_size", type=int, default=4096, help="objects of a file (default: 4096)")
+    parser.add_argument("--verify", type=int, default=0, metavar="N",
+                        help="at the end read N random objects back, decode them, and encode their grids again: ids "
+                             f"must be equal (in bf16, {EQUAL_IN_BF16:.0%}% of an object's)")  # fmt: skip
+    parser.add_argument("--sharegpt", action="store_true", help="write conversations too")
+    parser.add_argument("--prompt", metavar="TEXT",
+                        help="what asks for a mesh, with {caption} and {name} (default: "
+                             f"{sharegpt.PROMPT_OF_CAPTION!r}; without any caption {{name}} instead)")  # fmt: skip
+    parser.add_argument("--describe_prompt", metavar="TEXT", default=sharegpt.DESCRIBE_PROMPT,
+                        help="what asks for a caption, with {mesh} and {name} (default: %(default)r)")
+    parser.add_argument("--captions", metavar="FILE", help="CSV or JSON with sha256 and caption")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--num_gpus", type=int, default=-1,
+                        help="processes on this machine; -1: one per GPU, or one on a CPU")
+    parser.add_argument("--rank", type=int, default=0, help="this machine's share, from 0")
+    parser.add_argument("--world_size", type=int, default=1, help="how many machines share the work and the folder")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
+    parser.add_argument("--max_workers", type=int, default=cores,
+                        help="with --meshes, voxelising processes of this machine (default: one for each core)")
+    parser.add_argument("--timeout", type=float, default=120, help="with --meshes, seconds for a file (default: 120)")
+    args = parser.parse_args(argv)
+    for name, low in (("shard_size", 1), ("verify", 0), ("world_size", 1), ("rank", 0), ("max_workers", 1)):
+        if getattr(args, name) < low:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least {low}")
+    if args.rank >= args.world_size:
+        parser.error(f"--rank is {args.rank}; with --world_size {args.world_size} it must be below that")
+    if args.num_gpus == 0 or args.num_gpus < -1:
+        parser.error(f"--num_gpus is {args.num_gpus}; it must be -1 or at least 1")
+    if args.timeout <= 0:
+        parser.error(f"--timeout is {args.timeout}; it must be above 0")
+    if args.captions and not args.sharegpt:
+        parser.error("--captions goes with --sharegpt")
+    return args
+
+
+# --- ids ----------------------------------------------------------------------------------------------------
+
+
+def encode_batches(
+    tokenizer: SparseStructureTokenizer, batches: Iterable[Tensor], precision: str, iou: bool
+) -> list[np.ndarray]:
+    """Ids [n, T] and numbers of voxels [n], and with `iou` each object's IoU [n] after decoding.
+
+    batches: [B, R³ / 8] uint8. Results are fetched a batch later, so that a GPU does not wait for the host.
+    """
+    device, done, running = tokenizer.device, [], None
+
+    def collect(running: tuple[list[Tensor], torch.cuda.Event | None]) -> None:
+        results, ready = running
+        if ready is not None:
+            ready.synchronize()
+        done.append([result.numpy().copy() for result in results])  # pinned memory is for the next batches
+
+    # Threads other than the first do not inherit the process's device.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for bits in batches:
+            grids = unpack_bits_on_device(bits.to(device, non_blocking=True), tokenizer.resolution)
+            ids = tokenizer.encode(grids, precision)
+            results = [ids.int(), grids.flatten(1).sum(1, dtype=torch.int32)]
+            if iou:
+                results.append(voxel_metrics(tokenizer.decode(ids, precision), grids)["iou"])
+            results = [result.to("cpu", non_blocking=True) for result in results]
+            ready = torch.cuda.Event() if device.type == "cuda" else None
+            if ready is not None:
+                ready.record()
+            if running is not None:
+                collect(running)
+            running = results, ready
+        if running is not None:
+            collect(running)
+    if not done:
+        done.append([np.zeros((0, tokenizer.num_tokens), np.int32), *([np.zeros(0)] * (1 + iou))])
+    return [np.concatenate(column) for column in zip(*done, strict=True)]
+
+
+class Work(NamedTuple):
+    """What the processes of this machine share. shards: {number: its objects}, of all machines."""
+
+    args: argparse.Namespace
+    info: parquet.TokenInfo
+    source: DataSource | MeshSource
+    shards: dict[int, slice]
+    prompts: sharegpt.Prompts | None
+    captions: dict[str, list[str]]
+    cuda: bool
+
+    def path(self, number: int) -> Path:
+        return Path(self.args.output_dir, parquet.shard_name(number, len(self.shards)))
+
+    def jsonl(self, number: int) -> Path:
+        return Path(self.args.output_dir, sharegpt.FOLDER, self.path(number).with_suffix(".jsonl").name)
+
+    def unfinished(self, number: int) -> bool:
+        return not self.path(number).exists() or (self.prompts is not None and not self.jsonl(number).exists())
+
+
+class Report(NamedTuple):
+    """What a process has done: objects with new ids, the seconds that took without the start, records written."""
+
+    objects: int
+    seconds: float
+    records: int
+
+
+def run_process(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int], process: int,
+                processes: int) -> Report:  # fmt: skip
+    """Write these shards and their conversations, where they are missing, with the tokenizer on its device."""
+    args, info = work.args, work.info
+    missing = {number: work.shards[number] for number in numbers if not work.path(number).exists()}
+    count = 0
+    if missing and work.cuda:  # the first call loads kernels, and in bf16 tries which are fastest
+        torch.backends.cudnn.benchmark = args.precision == "bf16"
+        nothing = torch.zeros(1, (info.resolution**3 + 7) // 8, dtype=torch.uint8)
+        encode_batches(tokenizer, [nothing], args.precision, args.iou)
+    total = sum(len(work.source.objects[objects]) for objects in missing.values())
+    bar = tqdm(total=total, desc="tokenize", unit="object", disable=process > 0 or not total,
+               mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
+    started = time.perf_counter()
+    with ThreadPoolExecutor(1) as writer, bar:
+        writing: Future | None = None
+
+        def tokenize(shard: Shard) -> None:
+            nonlocal writing, count
+            columns = encode_batches(tokenizer, shard.batches, args.precision, args.iou)
+            if writing is not None:
+                writing.result()
+            sha256, names, sources = map(list, zip(*shard.objects, strict=True)) if shard.objects else ([], [], [])
+            rows = {"tokens": columns[0], "num_voxels": columns[1], "iou": columns[2] if args.iou else None}
+            writing = writer.submit(parquet.write_shard, work.path(shard.number), info, sha256, names, sources,
+                                    left_out=shard.left_out, **rows)  # fmt: skip
+            count += len(sha256)
+
+        if missing:
+            work.source.feed(missing, tokenizer.device, processes, tokenize, bar.update)
+        if writing is not None:
+            writing.result()
+    seconds = time.perf_counter() - started
+    records = sum(write_conversations(work, tokenizer, number) for number in numbers) if work.prompts else 0
+    return Report(count, seconds, records)
+
+
+def write_conversations(work: Work, tokenizer: SparseStructureTokenizer, number: int) -> int:
+    """Write a shard's records where they are missing. Returns how many are written."""
+    if work.jsonl(number).exists():
+        return 0
+    words = tokenizer.token_format()
+    return sharegpt.write_jsonl(work.jsonl(number), (
+        record
+        for row in parquet.read_shards(work.path(number))
+        for record in sharegpt.records(row["sha256"], row["name"], words.to_text(row["tokens"]),
+                                       work.captions.get(row["sha256"], ()), work.prompts)
+    ))  # fmt: skip
+
+
+def _spawned(process: int, work: Work, numbers: list[list[int]], answers) -> None:
+    if not work.cuda:
+        torch.set_num_threads(max(1, torch.get_num_threads() // len(numbers)))
+    try:
+        tokenizer = SparseStructureTokenizer.load(work.args.tokenizer)
+        if work.cuda:
+            torch.cuda.set_device(process)
+            tokenizer.to(torch.device("cuda", process))
+        answers.put(run_process(work, tokenizer, numbers[process], process, len(numbers)))
+    except (UserError, OSError) as error:
+        answers.put(error)
+        sys.exit(1)
+
+
+def run_processes(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int], processes: int) -> Report:
+    """Divide the shards among processes, one for each GPU, and add up what they have done."""
+    if processes == 1:
+        return run_process(work, tokenizer, numbers, 0, 1)
+    answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    shares = [numbers[i::processes] for i in range(processes)]
+    try:
+        torch.multiprocessing.spawn(_spawned, (work, shares, answers), nprocs=processes)
+    except torch.multiprocessing.ProcessExitedException:
+        while not answers.empty():
+            if isinstance(answer := answers.get(), Exception):
+                raise answer from None
+        raise
+    reports = [answers.get() for _ in range(processes)]
+    return Report(sum(report.objects for report in reports), max(report.seconds for report in reports),
+                  sum(report.records for report in reports))  # fmt: skip
+
+
+# --- the whole ------------------------------------------------------------------------------------------------
+
+
+def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cuda: bool) -> Work:
+    """Look at the data, and take the output folder. Raises UserError where the folder was made in another way, or
+    there is nothing to do."""
+    parquet.require_pyarrow()
+    folder = Path(args.output_dir)
+    settings = tokenizer.resolution, tokenizer.up_axis, tokenizer.normalization
+    if args.meshes:
+        source = MeshSource(args.meshes, *settings, args.max_workers, args.timeout, folder)
+    else:
+        source = DataSource(args.data_dir, args.split, tokenizer.resolution, tokenizer.normalization)
+    info = parquet.TokenInfo.of(tokenizer, args.precision)
+    starts = range(0, len(source.objects), args.shard_size)
+    shards = {number: slice(start, start + args.shard_size) for number, start in enumerate(starts)}
+    prompts, captions = plan_conversations(args, source) if args.sharegpt else (None, {})
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / parquet.MANIFEST).exists() and any(folder.glob("shard-*.parquet")):
+        raise ConfigError(f"{folder}: has shards, but no {parquet.MANIFEST} that says how they were made. Give another "
+                          "--output_dir.")  # fmt: skip
+    parquet.claim(folder / parquet.MANIFEST, {**asdict(info), "data": source.key(), "iou": args.iou,
+                                              "shard_size": args.shard_size, "shards": len(shards)})  # fmt: skip
+    if prompts is not None:
+        digest = sharegpt.captions_digest(captions)
+        parquet.claim(folder / "sharegpt.json", {**asdict(prompts), "captions": digest})
+        parquet.claim(folder / "dataset_info.json", sharegpt.dataset_info())
+        (folder / sharegpt.FOLDER).mkdir(exist_ok=True)
+    return Work(args, info, source, shards, prompts, captions, cuda)
+
+
+def plan_conversations(
+    args: argparse.Namespace, source: DataSource | MeshSource
+) -> tuple[sharegpt.Prompts, dict[str, list[str]]]:
+    """What is asked, and captions by sha256. Raises DataError where no object would have a record."""
+    captions = sharegpt.read_captions(Path(args.captions), required=True) if args.captions else source.captions()
+    captions = {sha256: captions[sha256] for sha256, _, _ in source.objects if sha256 in captions}
+    if args.captions and not captions:
+        raise DataError(f"{args.captions}: has no caption of any object. Its sha256 must be those of the data.")
+    default = sharegpt.PROMPT_OF_CAPTION if captions else sharegpt.PROMPT_OF_NAME
+    prompts = sharegpt.Prompts(args.prompt or default, args.describe_prompt)
+    if not any(sharegpt.records(sha256, name, "-", captions.get(sha256, ()), prompts)
+               for sha256, name, _ in source.objects):  # fmt: skip
+        raise DataError(f"--prompt {prompts.make!r}: the objects have no such thing. Give --captions, or a prompt "
+                        "without it.")  # fmt: skip
+    return prompts, captions
+
+
+def verify(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int]) -> str:
+    """Read random objects of these shards back, decode them, and encode their grids again. Returns what was found;
+    raises DataError naming the first object that is not as the grid says."""
+    lengths = np.array([parquet.count_rows(work.path(number)) for number in numbers])
+    chosen = np.sort(np.random.default_rng().permutation(lengths.sum())[: work.args.verify])
+    ends, rows = lengths.cumsum(), []
+    for number, first, end in zip(numbers, ends - lengths, ends, strict=True):
+        wanted = set((chosen[(chosen >= first) & (chosen < end)] - first).tolist())
+        if wanted:
+            rows += [row for i, row in enumerate(parquet.read_shards(work.path(number))) if i in wanted]
+    grids, stored = work.source.grids([row["sha256"] for row in rows]), np.stack([row["tokens"] for row in rows])
+    precision, size = work.args.precision, BATCH[tokenizer.device.type]
+    ids, num_voxels = encode_batches(tokenizer, grids.split(size), precision, False)
+    equal = (ids == stored).mean(1)
+    ious = np.concatenate([
+        voxel_metrics(tokenizer.decode(torch.from_numpy(stored[start : start + size]), precision),
+                      unpack_bits_on_device(grids[start : start + size].to(tokenizer.device), tokenizer.resolution),
+                      )["iou"].cpu().numpy()
+        for start in range(0, len(rows), size)
+    ])  # fmt: skip
+    for row, voxels, share, iou in zip(rows, num_voxels, equal, ious, strict=True):
+        if share < (1 if precision == "fp32" else EQUAL_IN_BF16):
+            raise DataError(f"--verify: {row['sha256']} has {share:.2%} of the ids that its grid has now (IoU of those "
+                            f"stored {iou:.4f}). Another device or version may round differently; else delete the "
+                            "shards and run again.")  # fmt: skip
+        if row["num_voxels"] != voxels or abs(row.get("iou", iou) - iou) > 0.01:
+            raise DataError(f"--verify: {row['sha256']} has {voxels} voxels and IoU {iou:.4f}, but its row says "
+                            f"{row['num_voxels']} and {row.get('iou', iou):.4f}. Delete the shards and run again.")
+    return (f"verified {len(rows)} objects read back: {equal.mean():.2%} of the ids equal, IoU mean {ious.mean():.4f}, "
+            f"least {ious.min():.4f}")  # fmt: skip
+
+
+def list_failures(work: Work) -> list[dict[str, str]]:
+    """Write failed.csv from the shards that are there, of all machines. Returns its rows."""
+    present = [work.path(number) for number in work.shards if work.path(number).exists()]
+    rows = work.source.failures + [row for path in present for row in parquet.read_left_out(path)]
+    if rows:
+        path = Path(work.args.output_dir, "failed.csv")
+        common.write_table(path, common.FAILED_FIELDS, sorted(rows, key=lambda row: row["file"]))
+    return rows
+
+
+def run(args: argparse.Namespace) -> None:
+    """Tokenize this machine's share and say what came of it."""
+    started = time.perf_counter()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    there = torch.cuda.device_count() if cuda else 1
+    if cuda and args.num_gpus > there:
+        raise ConfigError(f"--num_gpus is {args.num_gpus}, but this machine has {there}")
+    tokenizer = SparseStructureTokenizer.load(args.tokenizer)
+    work = plan_work(args, tokenizer, cuda)
+    numbers = list(work.shards)[args.rank :: args.world_size]
+    todo = [number for number in numbers if work.unfinished(number)]
+    processes = max(1, min(there if args.num_gpus == -1 else args.num_gpus, len(todo)))
+    if cuda and processes == 1:
+        tokenizer.to("cuda")
+    report = run_processes(work, tokenizer, todo, processes)
+    total = time.perf_counter() - started
+
+    failures = list_failures(work)
+    rows = sum(parquet.count_rows(work.path(number)) for number in numbers)
+    share = f" (rank {args.rank} of {args.world_size})" if args.world_size > 1 else ""
+    print(f"{args.output_dir}: {rows} objects, {report.objects} of them new; shards: {len(numbers)}{share}")
+    if report.objects:
+        print(f"  {report.objects / report.seconds:.1f} objects/s in {args.precision}, {report.seconds:.1f} s without "
+              f"the start, {total:.1f} s with it; processes: {processes} on {'GPUs' if cuda else 'the CPU'}")
+    if args.iou and rows:
+        ious = np.concatenate([parquet.read_column(work.path(number), "iou") for number in numbers])
+        print(f"  IoU mean {ious.mean():.4f}, median {np.median(ious):.4f}")
+    if args.sharegpt:
+        print(f"  {report.records} new conversations in {Path(args.output_dir, sharegpt.FOLDER)}; data set "
+              f"{sharegpt.DATASET} of dataset_info.json")  # fmt: skip
+    for row in failures[:REASONS_SHOWN]:
+        print(f"  left out: {row['file']}: {row['reason']}")
+    if failures:
+        print(f"  all reasons ({len(failures)}): {Path(args.output_dir, 'failed.csv')}")
+    if numbers and not rows:
+        raise DataError(f"{args.output_dir}: no object has ids; failed.csv has the reasons")
+    if args.verify and rows:
+        tokenizer.to("cuda" if cuda else "cpu")
+        print("  " + verify(work, tokenizer, numbers))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""scripts/detokenize.py: what comes back is what the tokenizer makes of the ids."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import solid_grids, tiny_config
+from test_tokenize import load_script
+
+pytest.importorskip("pyarrow")
+
+from trellis import SparseStructureTokenizer
+from trellis.datasets.voxels import points_to_occupancy, read_ply
+from trellis.tokens import parquet
+
+script = load_script("detokenize")
+
+OBJECTS = 3
+
+
+def save_tokenizer(folder: Path, seed: int) -> SparseStructureTokenizer:
+    torch.manual_seed(seed)
+    tokenizer = SparseStructureTokenizer(tiny_config("SparseStructureVqVaeTrainer")["models"], 16)
+    tokenizer.quantizer.embeddings.weight.data.normal_()
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """tokenizer/, other/ and tokens/, a folder of three objects in two shards."""
+    folder = tmp_path_factory.mktemp("detokenize")
+    tokenizer = save_tokenizer(folder / "tokenizer", 0)
+    save_tokenizer(folder / "other", 1)
+    ids = tokenizer.encode(torch.from_numpy(solid_grids(OBJECTS, 16, 0))[:, None]).numpy()
+    assert len(np.unique(ids, axis=0)) == OBJECTS and (tokenizer.decode(torch.from_numpy(ids)) > 0).any()
+    info = parquet.TokenInfo.of(tokenizer, "fp32")
+    (folder / "tokens").mkdir()
+    for number, rows in enumerate((slice(0, 2), slice(2, 3))):
+        names = [f"{i:064x}" for i in range(OBJECTS)[rows]]
+        path = folder / "tokens" / parquet.shard_name(number, 2)
+        parquet.write_shard(path, info, names, names, [None] * len(names), ids[rows], np.ones(len(names)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base) -> SparseStructureTokenizer:
+    return SparseStructureTokenizer.load(base / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def ids(base) -> torch.Tensor:
+    return torch.from_numpy(np.stack([row["tokens"] for row in parquet.read_shards(base / "tokens")]))
+
+
+def run(base: Path, out: Path, *more) -> int:
+    command = ["--tokenizer", base / "tokenizer", "--output_dir", out, "--device", "cpu", *more]
+    return script.main(list(map(str, command)))
+
+
+def read_voxels(path: Path) -> torch.Tensor:
+    return points_to_occupancy(read_ply(path), 16)[0].bool()
+
+
+def test_voxels_are_those_that_ids_decode_to(base, tokenizer, ids, tmp_path):
+    assert run(base, tmp_path, "--tokens", base / "tokens", "--format", "voxels") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i:064x}.ply" for i in range(OBJECTS)]
+    for i, want in enumerate(tokenizer.decode(ids) > 0):
+        assert torch.equal(read_voxels(tmp_path / f"{i:064x}.ply"), want[0])
+
+
+def test_one_file_and_nothing_is_overwritten(base, tmp_path, capsys):
+    file = base / "tokens" / parquet.shard_name(1, 2)
+    assert run(base, tmp_path, "--tokens", file, "--format", "voxels") == 0
+    (path,) = tmp_path.iterdir()
+    before = path.stat().st_mtime_ns
+    assert run(base, tmp_path, "--tokens", base / "tokens", "--format", "voxels") == 1
+    assert f"{path}: exists already" in capsys.readouterr().err
+    assert [path] == list(tmp_path.iterdir()) and path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("kind", ["glb", "obj", "ply", "stl"])
+def test_meshes_are_the_tokenizers(base, tokenizer, ids, tmp_path, kind):
+    trimesh = pytest.importorskip("trimesh")
+    pytest.importorskip("skimage")
+    assert run(base, tmp_path, "--tokens", base / "tokens" / parquet.shard_name(1, 2), "--format", kind) == 0
+    (path,) = tmp_path.iterdir()
+    assert path.name == f"{OBJECTS - 1:064x}.{kind}"
+    got, want = trimesh.load_mesh(path), tokenizer.to_mesh(ids[-1])
+    assert len(got.faces) == len(want.faces)
+    assert np.allclose(got.bounds, want.bounds, atol=1e-6)
+    assert np.isclose(got.volume, want.volume, rtol=1e-4)
+
+
+def test_ids_of_another_tokenizer_are_refused(base, tmp_path, capsys):
+    more = ("--tokens", base / "tokens", "--tokenizer", base / "other")
+    assert run(base, tmp_path / "out", *more) == 1
+    assert "Give the one that made them" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_no_hashes_are_refused(base, tokenizer, ids, tmp_path, capsys):
+    parquet.write_shard(tmp_path / "a.parquet", parquet.TokenInfo.of(tokenizer, "fp32"), ["../../x"], ["x"], [None],
+                        ids[:1].numpy(), np.ones(1))  # fmt: skip
+    assert run(base, tmp_path / "out", "--tokens", tmp_path / "a.parquet", "--format", "voxels") == 1
+    assert "'../../x' is no hash" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def lines_of(form: str, texts: list[str]) -> str:
+    """Answers as a text file or in one of the layouts of .jsonl."""
+    if form == "txt":
+        return "\n".join(f"Here it is: {text} Have fun." for text in texts) + "\n\n"
+    make = {
+        "string.jsonl": lambda text: text,
+        "predict.jsonl": lambda text: {"prompt": "p", "predict": f"Sure. {text}", "label": "l"},
+        "conversations.jsonl": lambda text: {"conversations": [{"from": "human", "value": f"What is {text}?"},
+                                                               {"from": "gpt", "value": "A chair."}]},
+    }[form]  # fmt: skip
+    return "".join(json.dumps(make(text)) + "\n" for text in texts)
+
+
+@pytest.mark.parametrize("form", ["txt", "string.jsonl", "predict.jsonl", "conversations.jsonl"])
+def test_answers_of_a_language_model(base, tokenizer, ids, tmp_path, form):
+    file = tmp_path / f"answers.{form}"
+    file.write_text(lines_of(form, tokenizer.to_text(ids)))
+    assert run(base, tmp_path / "out", "--text", file, "--format", "voxels") == 0
+    files = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in files] == [f"line{i + 1:06d}.ply" for i in range(OBJECTS)]
+    for path, want in zip(files, tokenizer.decode(ids) > 0, strict=True):
+        assert torch.equal(read_voxels(path), want[0])
+
+
+def test_damaged_answers_are_listed_or_repaired(base, tokenizer, ids, tmp_path, capsys):
+    good, cut, foreign = tokenizer.to_text(ids)
+    cut = cut[: cut.rindex("<mesh-end>")]
+    cut = cut[: cut.rindex("<mesh")]  # without the end and the last id
+    foreign = re.sub("><", "> and <", foreign, count=1)
+    file = tmp_path / "answers.txt"
+    file.write_text("\n".join([good, cut, foreign]))
+    assert run(base, tmp_path / "strict", "--text", file, "--format", "voxels") == 1
+    out, error = capsys.readouterr()
+    assert "left out: line000002: the object has" in out
+    assert "left out: line000003: " in out and "left out: line000001" not in out
+    assert "2 of 3 objects could not be written" in error
+    assert [path.name for path in (tmp_path / "strict").iterdir()] == ["line000001.ply"]
+
+    assert run(base, tmp_path / "repaired", "--text", file, "--format", "voxels", "--repair") == 0
+    report = capsys.readouterr().out
+    assert "repaired: line000002: " in report and "repaired: line000003: " in report
+    assert "repaired: line000001" not in report
+    ids = ids.clone()
+    ids[1, -1] = tokenizer.empty_ids[-1]
+    for path, want in zip(sorted((tmp_path / "repaired").iterdir()), tokenizer.decode(ids) > 0, strict=True):
+        assert torch.equal(read_voxels(path), want[0])
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("{", "is no JSON"), ("[1]", "has no text as"), ('{"question": "a"}', "has no text as"),
+    ('{"conversations": [{"from": "gpt", "value": "no"}]}', "has no text as"), ('"no mesh"', "no object in it"),
+])  # fmt: skip
+def test_lines_without_an_answer_are_listed(base, tmp_path, content, message, capsys):
+    (tmp_path / "answers.jsonl").write_text(content + "\n")
+    assert run(base, tmp_path / "out", "--text", tmp_path / "answers.jsonl", "--format", "voxels") == 1
+    out, error = capsys.readouterr()
+    assert f"left out: line000001: {message}" in out.replace("there is ", "") and "1 of 1 objects" in error
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_files_that_are_not_there_or_empty(base, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for more, message in (
+        (("--text", tmp_path / "none.txt"), "cannot be read"),
+        (("--text", tmp_path / "empty.txt"), "is empty"),
+        (("--tokens", tmp_path / "none"), "no such"),
+    ):
+        assert run(base, tmp_path / "out", *more) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_an_object_without_voxels_is_listed(base, tokenizer, ids, tmp_path, capsys):
+    """Of a tokenizer whose decoder says no everywhere."""
+    empty = SparseStructureTokenizer.load(base / "tokenizer")
+    bias = [value for name, value in empty.decoder.named_parameters() if name.endswith("bias")][-1]
+    bias.data.fill_(-100.0)
+    empty.save_pretrained(tmp_path / "empty")
+    assert not (empty.decode(ids) > 0).any()
+    file = tmp_path / "answers.txt"
+    file.write_text("\n".join(empty.to_text(ids[:2])))
+    assert run(base, tmp_path / "out", "--tokenizer", tmp_path / "empty", "--text", file, "--format", "voxels") == 1
+    assert "left out: line000002: decodes to no voxel" in capsys.readouterr().out

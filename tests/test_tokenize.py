@@ -1,0 +1,459 @@
+"""scripts/tokenize.py: rows and conversations against the tokenizer's own ids, object by object."""
+
+import csv
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, solid_grids, tiny_config
+
+pytest.importorskip("pyarrow")
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trellis import SparseStructureTokenizer
+from trellis.datasets.voxels import cell_centres, write_ply
+from trellis.tokens import parquet, sharegpt
+from trellis.utils.errors import ConfigError, DataError
+from trellis.utils.metrics import voxel_metrics
+
+OBJECTS, SHARD_SIZE = 30, 8
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+
+
+def load_script(name: str):
+    """A script as a module; its name may be that of one of Python's own."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, "the script's folder, which it replaces")
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.path[0]
+    return module
+
+
+script = load_script("tokenize")
+
+
+def save_tokenizer(folder: Path, seed: int, **settings) -> Path:
+    torch.manual_seed(seed)
+    tokenizer = SparseStructureTokenizer(tiny_config("SparseStructureVqVaeTrainer")["models"], 16, **settings)
+    tokenizer.quantizer.embeddings.weight.data.normal_()  # far enough apart for different ids
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """tokenizer/, other/ with other weights, and objects.npz with 30 grids of 16³."""
+    folder = tmp_path_factory.mktemp("tokenize")
+    save_tokenizer(folder / "tokenizer", 0)
+    save_tokenizer(folder / "other", 1)
+    grids = solid_grids(OBJECTS, 16, 0)
+    np.savez(folder / "objects.npz", bits=np.packbits(grids.reshape(OBJECTS, -1), axis=1),
+             name=np.array([f"folder/object {i}.glb" for i in range(OBJECTS)]),
+             source=np.array(["" if i % 5 == 0 else "shop" for i in range(OBJECTS)]))  # fmt: skip
+    return folder
+
+
+def flags(base: Path, out: Path, *more) -> list[str]:
+    return ["--tokenizer", str(base / "tokenizer"), "--data_dir", str(base / "objects.npz"), "--output_dir", str(out),
+            "--shard_size", str(SHARD_SIZE), "--device", "cpu", *map(str, more)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokens(base) -> Path:
+    """The folder of a run with --iou."""
+    assert script.main(flags(base, base / "tokens", "--iou")) == 0
+    return base / "tokens"
+
+
+def same_rows(first: Path, second: Path) -> bool:
+    rows = [list(parquet.read_shards(folder)) for folder in (first, second)]
+    return len(rows[0]) == len(rows[1]) and all(
+        row.keys() == other.keys() and all(np.array_equal(row[key], other[key]) for key in row)
+        for row, other in zip(*rows, strict=True)
+    )
+
+
+# --- Parquet ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_are_what_the_tokenizer_makes_of_each_grid(base, tmp_path, precision, device, capsys):
+    out = tmp_path / "out"
+    more = ("--iou", "--precision", precision, "--device", device, "--verify", OBJECTS)
+    assert script.main(flags(base, out, *more)) == 0
+    report = capsys.readouterr().out
+    assert "30 objects, 30 of them new" in report
+    assert "verified 30 objects read back: 100.00% of the ids equal" in report
+    tokenizer = SparseStructureTokenizer.load(base / "tokenizer").to(device)
+    with np.load(base / "objects.npz") as file:
+        data = dict(file)
+    grids = np.unpackbits(data["bits"], axis=1).reshape(-1, 16, 16, 16)
+    rows = list(parquet.read_shards(out))
+    assert len(rows) == OBJECTS and len({tuple(row["tokens"]) for row in rows}) > OBJECTS / 2
+    for i, row in enumerate(rows):
+        grid = torch.from_numpy(grids[i])[None, None].to(device)
+        ids = tokenizer.encode(grid, precision)
+        iou = voxel_metrics(tokenizer.decode(ids, precision), grid)["iou"].item()
+        assert np.array_equal(row.pop("tokens"), ids[0].cpu().numpy())
+        assert row == {
+            "sha256": hashlib.sha256(data["bits"][i]).hexdigest(), "name": f"folder/object {i}.glb",
+            "source": None if i % 5 == 0 else "shop", "num_voxels": grids[i].sum(), "iou": pytest.approx(iou, abs=1e-6),
+        }  # fmt: skip
+
+
+def test_files_say_how_their_ids_were_made(base, tokens):
+    tokenizer = SparseStructureTokenizer.load(base / "tokenizer")
+    files = sorted(path.name for path in tokens.glob("*.parquet"))
+    assert files == [f"shard-{i:05d}-of-00004.parquet" for i in range(4)]
+    assert [pq.read_metadata(tokens / name).num_rows for name in files] == [8, 8, 8, 6]
+    for name in files:
+        file = pq.ParquetFile(tokens / name)
+        assert file.metadata.row_group(0).column(3).compression == "ZSTD"
+        types = {field.name: field.type for field in file.schema_arrow}
+        assert types == {"sha256": pa.string(), "name": pa.string(), "source": pa.string(),
+                         "tokens": pa.list_(pa.uint16()), "num_voxels": pa.int32(), "iou": pa.float32()}  # fmt: skip
+        metadata = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}
+        assert metadata == {
+            "tokenizer_hash": tokenizer.hash, "normalization": "cube", "up_axis": "keep", "lattice": "[4, 4, 4]",
+            "codes_per_token": "1", "n_embed": "32", "resolution": "16", "precision": "fp32", "left_out": "[]",
+        }  # fmt: skip
+    assert parquet.read_info(tokens) == parquet.TokenInfo.of(tokenizer, "fp32")
+
+
+def test_a_rerun_makes_what_is_missing_and_nothing_else(base, tokens, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert script.main(flags(base, out, "--iou")) == 0
+    (out / "shard-00002-of-00004.parquet").unlink()
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    capsys.readouterr()
+    assert script.main(flags(base, out, "--iou")) == 0
+    assert "30 objects, 8 of them new" in capsys.readouterr().out
+    assert same_rows(out, tokens)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert script.main(flags(base, out, "--iou")) == 0
+    assert "30 objects, 0 of them new" in capsys.readouterr().out
+
+
+def test_a_shard_that_fails_leaves_no_file_behind(base, tokens, tmp_path, monkeypatch, capsys):
+    write_table = pq.write_table
+
+    def fail(table, path, **options):
+        write_table(table, path, **options)
+        if "00002" in path.name:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", fail)
+    assert script.main(flags(base, tmp_path / "out", "--iou")) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "shard-00000-of-00004.parquet", "shard-00001-of-00004.parquet", "tokens.json"]  # fmt: skip
+    monkeypatch.undo()
+    assert script.main(flags(base, tmp_path / "out", "--iou")) == 0
+    assert same_rows(tmp_path / "out", tokens)
+
+
+@pytest.mark.parametrize(("changed", "key"), [
+    (["--tokenizer", "{base}/other"], "tokenizer_hash"), (["--split", "train"], "data.data"),
+    (["--precision", "bf16"], "precision"), (["--shard_size", "9"], "shard_size"), ([], "iou"),
+])  # fmt: skip
+def test_a_folder_takes_one_kind_of_ids(base, tokens, changed, key, capsys):
+    before = {path: path.stat().st_mtime_ns for path in tokens.iterdir()}
+    more = [word.format(base=base) for word in changed] + ["--iou"] * (key != "iou")
+    assert script.main(flags(base, tokens, *more)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and key in error and str(tokens) in error
+    assert {path: path.stat().st_mtime_ns for path in tokens.iterdir()} == before
+
+
+def test_shards_without_a_manifest_are_refused(base, tokens, tmp_path, capsys):
+    (tmp_path / "shard-00000-of-00004.parquet").write_bytes((tokens / "shard-00000-of-00004.parquet").read_bytes())
+    assert script.main(flags(base, tmp_path, "--iou")) == 1
+    assert "no tokens.json" in capsys.readouterr().err
+
+
+def test_machines_share_a_folder(base, tokens, tmp_path):
+    for rank in (1, 0):
+        assert script.main(flags(base, tmp_path, "--iou", "--rank", rank, "--world_size", 2, "--verify", 3)) == 0
+        if rank:
+            with pytest.raises(DataError, match="shard-00000-of-00004.parquet is missing \\(2 such"):
+                list(parquet.read_shards(tmp_path))
+    assert same_rows(tmp_path, tokens)
+
+
+def test_two_processes_write_what_one_writes_wherever_they_are_started(base, tokens, tmp_path):
+    """From the scripts' own folder, where `tokenize` would be this script to every process."""
+    command = [sys.executable, "tokenize.py", *flags(base, tmp_path / "out", "--iou", "--num_gpus", 2)]
+    done = subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "30 of them new" in done.stdout and "processes: 2" in done.stdout
+    assert same_rows(tmp_path / "out", tokens)
+
+
+def test_verify_notices_rows_that_are_not_those_of_their_grids(base, tokens, tmp_path, capsys):
+    for path in tokens.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "shard-00001-of-00004.parquet"
+    table = pq.read_table(path)
+    order = [1, 0, *range(2, 8)]
+    swapped = table.set_column(3, "tokens", table["tokens"].take(pa.array(order))).replace_schema_metadata(
+        table.schema.metadata)  # fmt: skip
+    pq.write_table(swapped, path)
+    assert script.main(flags(base, tmp_path, "--iou", "--verify", OBJECTS)) == 1
+    assert "of the ids that its grid has now" in capsys.readouterr().err
+
+
+def test_grids_of_another_normalization_are_refused(base, tmp_path, capsys):
+    with np.load(base / "objects.npz") as file:
+        np.savez(tmp_path / "shapes.npz", **file, normalization=np.full(OBJECTS, "shapellm"))
+    more = ("--data_dir", tmp_path / "shapes.npz")
+    assert script.main(flags(base, tmp_path / "out", *more)) == 1
+    assert "have normalization shapellm, but the tokenizer's is cube" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def info(n_embed: int = 32) -> parquet.TokenInfo:
+    return parquet.TokenInfo("ab", "cube", "keep", (1, 1, 2), 2, n_embed, 16, "fp32")
+
+
+def write(path: Path, info: parquet.TokenInfo, tokens: np.ndarray) -> None:
+    names = [f"{i:064x}" for i in range(len(tokens))]
+    parquet.write_shard(path, info, names, names, [None] * len(tokens), tokens, np.arange(len(tokens)))
+
+
+def test_large_codebooks_take_four_bytes(tmp_path):
+    for n_embed, kind in ((2**16, pa.uint16()), (2**16 + 1, pa.int32())):
+        path = tmp_path / f"{n_embed}.parquet"
+        tokens = np.array([[0, 1, n_embed - 2, n_embed - 1]])
+        write(path, info(n_embed), tokens)
+        assert pq.read_schema(path).field("tokens").type.value_type == kind
+        (row,) = parquet.read_shards(path)
+        assert row["tokens"].dtype == np.int64 and row["tokens"].tolist() == tokens[0].tolist()
+
+
+def test_an_empty_shard_is_a_shard(tmp_path):
+    write(tmp_path / "shard-00000-of-00001.parquet", info(), np.zeros((0, 4), int))
+    assert list(parquet.read_shards(tmp_path)) == []
+
+
+@pytest.mark.parametrize("damage", ["id", "count", "cut", "metadata", "mixed", "none", "absent"])
+def test_damaged_files_are_refused(tmp_path, damage):
+    path = tmp_path / "shard-00000-of-00002.parquet"
+    tokens = np.array([[0, 1, 2, 3], [0, 1, 2, 31 + (damage == "id")]])
+    for file in (path, tmp_path / "shard-00001-of-00002.parquet"):
+        write(file, info(), tokens)
+    source, table = tmp_path, pq.read_table(path)
+    if damage == "count":
+        short = pa.array([[0, 1, 2, 3], [0, 1, 2]], table.schema.field("tokens").type)
+        pq.write_table(table.set_column(3, "tokens", short).replace_schema_metadata(table.schema.metadata), path)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "metadata":
+        pq.write_table(table.replace_schema_metadata({"lattice": "[1, 1, 2]"}), path)
+    elif damage == "mixed":
+        path.unlink()
+        write(path, info(64), tokens)
+    elif damage == "none":
+        source = tmp_path / "empty"
+        source.mkdir()
+    elif damage == "absent":
+        source = tmp_path / "nowhere"
+    want = {"id": "id outside", "count": "has 3 ids", "cut": "no readable Parquet", "metadata": "tokenizer_hash",
+            "mixed": "another n_embed", "none": "has no shard", "absent": "no such file"}[damage]  # fmt: skip
+    with pytest.raises(DataError, match=want):
+        list(parquet.read_shards(source))
+
+
+# --- meshes ---------------------------------------------------------------------------------------------------
+
+
+def test_meshes_are_voxelised_as_the_tokenizer_has_it(base, tmp_path, capsys):
+    trimesh = pytest.importorskip("trimesh")
+    pytest.importorskip("open3d")
+    pytest.importorskip("pebble")
+    folder, out = tmp_path / "meshes", tmp_path / "out"
+    folder.mkdir()
+    meshes = {"box.obj": trimesh.creation.box((1, 2, 3)), "cone.stl": trimesh.creation.cone(1, 2),
+              "ball.ply": trimesh.creation.icosphere(1)}  # fmt: skip
+    for name, mesh in meshes.items():
+        mesh.export(folder / name)
+    (folder / "copy.stl").write_bytes((folder / "cone.stl").read_bytes())
+    (folder / "broken.stl").write_bytes(b"solid nothing\nendsolid nothing\n")
+    tokenizer = SparseStructureTokenizer.load(save_tokenizer(tmp_path / "y", 2, up_axis="y"))
+    command = ["--tokenizer", str(tmp_path / "y"), "--output_dir", str(out), "--device", "cpu", "--max_workers", "1",
+               "--shard_size", "2"]  # fmt: skip
+    assert script.main([*command, "--meshes", str(folder), "--verify", "3"]) == 0
+    assert "verified 3 objects" in capsys.readouterr().out
+    rows = {Path(row["name"]).name: row for row in parquet.read_shards(out)}
+    assert rows.keys() == meshes.keys()
+    for name, row in rows.items():
+        assert row["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        assert np.array_equal(row["tokens"], tokenizer.encode(folder / name)[0].numpy())
+        assert row["num_voxels"] == tokenizer.grid_of_file(folder / name).sum()
+    (left_out,) = csv.DictReader((out / "failed.csv").read_text().splitlines())
+    assert left_out["file"] == str(folder / "broken.stl") and left_out["reason"] == "has no triangles"
+    # The same files under other names are the same data.
+    (folder / "box.obj").rename(folder / "cube.obj")
+    assert script.main([*command, "--meshes", *map(str, folder.iterdir())]) == 0
+    assert "0 of them new" in capsys.readouterr().out
+
+    assert script.main([*command, "--meshes", str(folder / "broken.stl"), "--output_dir", str(tmp_path / "none")]) == 1
+    assert "no object has ids" in capsys.readouterr().err
+
+
+# --- conversations -----------------------------------------------------------------------------------------------
+
+
+def read_jsonl(folder: Path) -> list[dict]:
+    files = sorted((folder / "sharegpt").iterdir())
+    return [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def assert_published_rules(folder: Path) -> None:
+    """data/README.md of LLaMA-Factory: the entry of dataset_info.json, files of one kind in its folder, and turns of
+    human at odd and of gpt at even places, none empty."""
+    (entry,) = json.loads((folder / "dataset_info.json").read_text()).values()
+    assert entry["formatting"] == "sharegpt"
+    assert {path.suffix for path in (folder / entry["file_name"]).iterdir()} == {".jsonl"}
+    tags, column = entry["tags"], entry["columns"]["messages"]
+    for record in read_jsonl(folder):
+        turns = record[column]
+        assert len(turns) % 2 == 0
+        for place, turn in enumerate(turns, 1):
+            assert turn[tags["role_tag"]] == tags["user_tag" if place % 2 else "assistant_tag"]
+            assert isinstance(turn[tags["content_tag"]], str) and turn[tags["content_tag"]].strip()
+
+
+@pytest.fixture(scope="module")
+def captioned(base) -> tuple[Path, dict[str, list[str]]]:
+    """A PLY root of four objects with two, one, one and no captions."""
+    root = base / "captioned"
+    captions = {f"{i:064x}": texts for i, texts in enumerate(
+        (["a {round} thing", 'ein "Ding"\nmit Ecken'], ["[a bracket"], ["Größe, 2 × 3"], []))}  # fmt: skip
+    (root / "voxels").mkdir(parents=True)
+    for sha256, grid in zip(captions, solid_grids(4, 16, 5), strict=True):
+        write_ply(root / "voxels" / f"{sha256}.ply", cell_centres(np.argwhere(grid), 16))
+    with open(root / "metadata.csv", "w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["sha256", "captions"])
+        rows.writerows((sha256, json.dumps(texts) if len(texts) > 1 else "".join(texts))
+                       for sha256, texts in captions.items())  # fmt: skip
+    return root, captions
+
+
+def test_captions_give_a_record_in_either_direction(base, captioned, tmp_path, capsys):
+    root, captions = captioned
+    more = ("--data_dir", root, "--shard_size", 1, "--sharegpt", "--prompt", "Build {caption}.",
+            "--describe_prompt", "What is {mesh}?")  # fmt: skip
+    assert script.main(flags(base, tmp_path, *more)) == 0
+    assert "8 new conversations" in capsys.readouterr().out
+    assert_published_rules(tmp_path)
+    words = SparseStructureTokenizer.load(base / "tokenizer").token_format()
+    want = []
+    for row in parquet.read_shards(tmp_path):
+        mesh, texts = words.to_text(row["tokens"]), captions[row["sha256"]]
+        want += [(row["sha256"], f"Build {text}.", mesh) for text in texts]
+        want += [(row["sha256"], f"What is {mesh}?", text) for text in texts]
+        assert np.array_equal(words.from_text(mesh, len(row["tokens"])).ids, row["tokens"])
+    got = [(record["sha256"], *(turn["value"] for turn in record["conversations"])) for record in read_jsonl(tmp_path)]
+    assert got == want
+
+    (tmp_path / "sharegpt" / "shard-00001-of-00004.jsonl").unlink()
+    assert script.main(flags(base, tmp_path, *more)) == 0
+    assert "2 new conversations" in capsys.readouterr().out
+    assert script.main(flags(base, tmp_path, *more, "--prompt", "Make {caption}.")) == 1
+    assert "another make" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["csv", "dict.json", "list.json"])
+def test_captions_of_a_file(base, captioned, tmp_path, form):
+    sha256, other = list(captioned[1])[:2]
+    content = {
+        "csv": f"caption,sha256\na chair,{sha256}\n,{other}\n",
+        "dict.json": json.dumps({sha256: "a chair", other: []}),
+        "list.json": json.dumps([{"sha256": sha256, "captions": ["a chair"]}]),
+    }[form]
+    (tmp_path / form).write_text(content)
+    more = ("--data_dir", captioned[0], "--sharegpt", "--captions", tmp_path / form)
+    assert script.main(flags(base, tmp_path / "out", *more)) == 0
+    first, second = read_jsonl(tmp_path / "out")
+    assert first["sha256"] == second["sha256"] == sha256
+    assert first["conversations"][0]["value"] == "Make a 3D model of this: a chair"
+    assert second["conversations"][1]["value"] == "a chair"
+
+
+def test_objects_without_captions_are_asked_for_by_name(base, tmp_path):
+    assert script.main(flags(base, tmp_path, "--sharegpt")) == 0
+    assert_published_rules(tmp_path)
+    questions = [record["conversations"][0]["value"] for record in read_jsonl(tmp_path)]
+    assert questions == [f"Make a 3D model of this: object {i}" for i in range(OBJECTS)]
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--prompt", "Make {colour}"], "{colour} is not known"), (["--prompt", "Make {"], "Single '{'"),
+    (["--prompt", " "], "--prompt is empty"), (["--describe_prompt", "What?"], "must say {mesh}"),
+    (["--prompt", "Make {caption}"], "Give --captions"), (["--captions", "{here}/none.csv"], "cannot be read"),
+    (["--captions", "{here}/foreign.json"], "no caption of any object"),
+    (["--captions", "{here}/columns.csv"], "columns are sha256, text"),
+])  # fmt: skip
+def test_conversations_that_cannot_be_are_refused_first(base, tmp_path, more, message, capsys):
+    (tmp_path / "foreign.json").write_text('{"ab": "a chair"}')
+    (tmp_path / "columns.csv").write_text("sha256,text\nab,a chair\n")
+    more = [word.replace("{here}", str(tmp_path)) for word in more]
+    assert script.main(flags(base, tmp_path / "out", "--sharegpt", *more)) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("turns", "message"), [
+    ([], "as many of gpt"), ([("human", "a")], "as many of gpt"),
+    ([("gpt", "a"), ("human", "b")], "turn 1 is of 'gpt'"),
+    ([("human", "a"), ("human", "b")], "turn 2 is of 'human'"), ([("human", "a"), ("gpt", " ")], "has no text"),
+    ([("human", "an <image>"), ("gpt", "b")], "<image>"),
+])  # fmt: skip
+def test_records_against_the_rules_are_refused(turns, message):
+    with pytest.raises(DataError, match=message):
+        sharegpt.check_record({"conversations": [{"from": role, "value": text} for role, text in turns]}, "here")
+
+
+# --- scripts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_start_anywhere_with_pythons_own_tokenize(name, tmp_path):
+    """Started as by `python scripts/NAME --help`: the script's folder comes first on the path."""
+    path = ROOT / "scripts" / name
+    code = f"""
+import runpy, sys
+assert "tokenize" not in sys.modules
+sys.path[0], sys.argv = {str(path.parent)!r}, [{str(path)!r}, "--help"]
+try:
+    runpy.run_path({str(path)!r}, run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code
+import tokenize
+print(tokenize.__file__)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    assert ROOT not in Path(done.stdout.splitlines()[-1]).parents
+
+
+def test_absent_pyarrow_is_an_error_that_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ConfigError, match="pip install pyarrow"):
+        parquet.require_pyarrow()

@@ -1,0 +1,260 @@
+"""Ids of many objects in Parquet files, as scripts/tokenize.py writes them and others read them.
+
+A folder holds `tokens.json` (what its ids follow from) and shards of so many objects each,
+shard-00003-of-00012.parquet. A row is an object:
+
+    sha256 string, name string, source string or null, tokens list<uint16> (int32 where ids need it), num_voxels int32,
+    and iou float32 where it was asked for
+
+and every file's metadata say how its ids were made (`TokenInfo`; text as it is, other values as JSON), and in
+`left_out` which objects of its share have no row, and why.
+Axes: n rows, T ids of an object, K codes.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..utils.config import differing_keys
+from ..utils.errors import ConfigError, DataError
+from ..utils.files import written_aside
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from ..tokenizer import SparseStructureTokenizer
+
+MANIFEST = "tokens.json"
+SHARD = re.compile(r"shard-(\d{5})-of-(\d{5})\.parquet")
+LEFT_OUT = "left_out"
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """What ids mean. lattice: (X', Y', Z'), tokens along each axis; codes_per_token: Q ids of a token, one after the
+    other; n_embed: K; resolution: R, voxels along an axis; precision: that they were computed in."""
+
+    tokenizer_hash: str
+    normalization: str
+    up_axis: str
+    lattice: tuple[int, int, int]
+    codes_per_token: int
+    n_embed: int
+    resolution: int
+    precision: str
+
+    @classmethod
+    def of(cls, tokenizer: "SparseStructureTokenizer", precision: str) -> "TokenInfo":
+        return cls(
+            tokenizer.hash, tokenizer.normalization, tokenizer.up_axis, tuple(tokenizer.lattice),
+            tokenizer.codes_per_token, tokenizer.n_embed, tokenizer.resolution, precision,
+        )  # fmt: skip
+
+    @property
+    def num_tokens(self) -> int:
+        """T, ids of an object."""
+        return int(np.prod(self.lattice)) * self.codes_per_token
+
+    def to_metadata(self) -> dict[str, str]:
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[bytes, bytes] | None, path: Path) -> "TokenInfo":
+        """Raises DataError naming what a file's metadata lack."""
+        values = {}
+        for field in fields(cls):
+            try:
+                text = (metadata or {})[field.name.encode()].decode()
+                values[field.name] = text if field.type in (str, "str") else json.loads(text)
+            except (KeyError, ValueError) as error:
+                raise DataError(f"{path}: its metadata have no valid {field.name}. scripts/tokenize.py writes such "
+                                "files.") from error  # fmt: skip
+        return cls(**{**values, "lattice": tuple(values["lattice"])})
+
+
+def require_pyarrow() -> None:
+    """Raise ConfigError with the command that mends it where pyarrow cannot be loaded."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"Parquet files need pyarrow ({error}): pip install pyarrow") from error
+
+
+def claim(path: Path, settings: dict[str, Any]) -> None:
+    """Write settings as JSON, or compare them with those of an earlier run. Raises ConfigError where they differ."""
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(settings, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))  # another machine may have been first
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); delete it together with the files beside it") from error
+    if found != settings:
+        raise ConfigError(f"{path.parent} was made with another {', '.join(differing_keys(found, settings))}: see "
+                          f"{path}. Give the same as before, or another --output_dir.")  # fmt: skip
+
+
+def shard_name(number: int, shards: int) -> str:
+    return f"shard-{number:05d}-of-{shards:05d}.parquet"
+
+
+def schema(info: TokenInfo, iou: bool) -> "pyarrow.Schema":
+    """Of a shard, with or without the column iou; its metadata are those of `info` alone."""
+    import pyarrow as pa
+
+    ids = pa.uint16() if info.n_embed <= 2**16 else pa.int32()
+    columns = {"sha256": pa.string(), "name": pa.string(), "source": pa.string(), "tokens": pa.list_(ids),
+               "num_voxels": pa.int32()}  # fmt: skip
+    return pa.schema({**columns, "iou": pa.float32()} if iou else columns, metadata=info.to_metadata())
+
+
+def write_shard(
+    path: Path,
+    info: TokenInfo,
+    sha256: list[str],
+    names: list[str],
+    sources: list[str | None],
+    tokens: np.ndarray,
+    num_voxels: np.ndarray,
+    iou: np.ndarray | None = None,
+    left_out: list[dict[str, str]] | None = None,
+) -> None:
+    """Write a shard whole, aside and renamed.
+
+    tokens: [n, T] integers in [0, K); num_voxels: [n]; iou: [n] or None. n may be 0. left_out: rows {"file", "sha256",
+    "reason"} of objects without ids. Raises ConfigError without pyarrow.
+    """
+    require_pyarrow()
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    if tokens.shape != (len(sha256), info.num_tokens):
+        raise ValueError(f"tokens must be [{len(sha256)}, {info.num_tokens}], not {list(tokens.shape)}")
+    layout = schema(info, iou is not None)
+    ids = layout.field("tokens").type.value_type
+    offsets = np.arange(len(sha256) + 1, dtype=np.int32) * info.num_tokens
+    values = pa.array(tokens.reshape(-1).astype(ids.to_pandas_dtype()), ids)
+    columns = {
+        "sha256": sha256, "name": names, "source": sources,
+        "tokens": pa.ListArray.from_arrays(offsets, values, type=layout.field("tokens").type),
+        "num_voxels": num_voxels.astype(np.int32),
+    }  # fmt: skip
+    if iou is not None:
+        columns["iou"] = iou.astype(np.float32)
+    layout = layout.with_metadata({**info.to_metadata(), LEFT_OUT: json.dumps(left_out or [])})
+    with written_aside(path) as aside:
+        pa.parquet.write_table(pa.table(columns, schema=layout), aside, compression="zstd")
+
+
+def shard_files(source: str | Path) -> list[Path]:
+    """The shards of a folder in their order, or the one Parquet file given.
+
+    Raises DataError where there is none, where some are missing, and where shards of two divisions lie together.
+    """
+    source = Path(source)
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise DataError(f"{source}: no such file or folder. scripts/tokenize.py writes Parquet files.")
+    found = {path: SHARD.fullmatch(path.name) for path in sorted(source.iterdir())}
+    numbers = {int(match[1]): path for path, match in found.items() if match}
+    totals = sorted({int(match[2]) for match in found.values() if match})
+    if not totals:
+        raise DataError(f"{source}: has no shard-*.parquet. scripts/tokenize.py writes them.")
+    if len(totals) > 1:
+        raise DataError(f"{source}: holds shards of {' and of '.join(map(str, totals))}. Delete those that do not "
+                        "belong there.")  # fmt: skip
+    missing = [number for number in range(totals[0]) if number not in numbers]
+    if missing:
+        raise DataError(f"{source}: {shard_name(missing[0], totals[0])} is missing ({len(missing)} such shards in "
+                        "all). Run scripts/tokenize.py again: it makes what is missing.")  # fmt: skip
+    return [numbers[number] for number in range(totals[0])]
+
+
+def read_info(source: str | Path) -> TokenInfo:
+    """How the ids of a folder, or of one file, were made. Raises DataError as `shard_files`, and where the shards of
+    a folder were made in different ways."""
+    infos = {path: TokenInfo.from_metadata(_open(path).schema_arrow.metadata, path) for path in shard_files(source)}
+    first, info = next(iter(infos.items()))
+    for path, other in infos.items():
+        if other != info:
+            keys = ", ".join(differing_keys(asdict(info), asdict(other)))
+            raise DataError(f"{path}: has another {keys} than {first.name}. Delete the one that does not belong there.")
+    return info
+
+
+def count_rows(path: Path) -> int:
+    return _open(path).metadata.num_rows
+
+
+def read_column(path: Path, name: str) -> np.ndarray:
+    """A column of numbers of a file, [n]."""
+    return _open(path).read([name]).column(name).to_numpy()
+
+
+def read_left_out(path: Path) -> list[dict[str, str]]:
+    """The objects of a shard's share that have no row: {"file", "sha256", "reason"}."""
+    return json.loads((_open(path).schema_arrow.metadata or {}).get(LEFT_OUT.encode(), b"[]"))
+
+
+def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a folder's shards, or of one file, in their order.
+
+    A row is {"sha256": str, "name": str, "source": str or None, "tokens": int64 array [T], "num_voxels": int}, with
+    "iou": float where the file has it. Raises DataError where shards are missing or damaged, where an object has
+    another number of ids than its file's lattice, and for an id outside [0, K).
+    """
+    import pyarrow as pa
+
+    info = read_info(source)
+    for path in shard_files(source):
+        file = _open(path)
+        lacking = set(schema(info, False).names) - set(file.schema_arrow.names)
+        if lacking:
+            raise DataError(f"{path}: has no column {', '.join(sorted(lacking))}. scripts/tokenize.py writes such "
+                            "files.")  # fmt: skip
+        try:
+            for batch in file.iter_batches(ROWS_AT_ONCE):
+                yield from _rows(batch, info, path)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, error) from error
+
+
+def _rows(batch: "pyarrow.RecordBatch", info: TokenInfo, path: Path) -> Iterator[dict[str, Any]]:
+    lists = batch.column("tokens")
+    columns = {name: batch.column(name).to_pylist() for name in batch.schema.names if name != "tokens"}
+    lengths = lists.value_lengths().fill_null(0).to_numpy()
+    if (lengths != info.num_tokens).any():
+        row = int(np.argmax(lengths != info.num_tokens))
+        raise DataError(f"{path}: {columns['sha256'][row]} has {lengths[row]} ids, but its metadata say "
+                        f"{info.num_tokens}. Delete the file and run scripts/tokenize.py again.")  # fmt: skip
+    tokens = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64).reshape(-1, info.num_tokens)
+    outside = ((tokens < 0) | (tokens >= info.n_embed)).any(1)
+    if outside.any():
+        row = int(np.argmax(outside))
+        raise DataError(f"{path}: {columns['sha256'][row]} has an id outside [0, {info.n_embed}). Delete the file and "
+                        "run scripts/tokenize.py again.")  # fmt: skip
+    for i, ids in enumerate(tokens):
+        yield {"tokens": ids, **{name: values[i] for name, values in columns.items()}}
+
+
+def _open(path: Path) -> "pyarrow.parquet.ParquetFile":
+    require_pyarrow()
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        return pa.parquet.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: is no readable Parquet file ({error}). Delete it and run scripts/tokenize.py again.")

@@ -89,10 +89,12 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
     @property
     def n_embed(self) -> int:
+        """K, the codes of the codebook."""
         return self.quantizer.n_embed
 
     @property
     def codes_per_token(self) -> int:
+        """Q, ids of a token."""
         return self.quantizer.codes_per_token
 
     @property
@@ -102,6 +104,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
     @property
     def device(self) -> torch.device:
+        """Where the networks are."""
         return next(self.encoder.parameters()).device
 
     @property
@@ -175,8 +178,8 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
     def to_mesh(self, ids: Tensor, smooth: bool = True):
         """The surface of one object's voxels, a trimesh.Trimesh in the cube [-0.5, 0.5]³ with the grid's axes.
 
-        ids: [T]. smooth: take off the voxels' steps. Raises DataError where no voxel is occupied, ConfigError without the
-        packages of the extra `meshes`.
+        ids: [T]. smooth: take off the voxels' steps. Raises DataError where no voxel is occupied, ConfigError without
+        the packages of the extra `meshes`.
         """
         from .utils.surface import surface_mesh
 

@@ -51,6 +51,7 @@ class TokenInfo:
 
     @classmethod
     def of(cls, tokenizer: "SparseStructureTokenizer", precision: str) -> "TokenInfo":
+        """What this tokenizer's ids mean."""
         return cls(
             tokenizer.hash, tokenizer.normalization, tokenizer.up_axis, tuple(tokenizer.lattice),
             tokenizer.codes_per_token, tokenizer.n_embed, tokenizer.resolution, precision,
@@ -62,6 +63,7 @@ class TokenInfo:
         return int(np.prod(self.lattice)) * self.codes_per_token
 
     def to_metadata(self) -> dict[str, str]:
+        """As texts, for a file's metadata."""
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(self).items()}
 
     @classmethod
@@ -102,6 +104,7 @@ def claim(path: Path, settings: dict[str, Any]) -> None:
 
 
 def shard_name(number: int, shards: int) -> str:
+    """The file name of shard `number` of so many."""
     return f"shard-{number:05d}-of-{shards:05d}.parquet"
 
 
@@ -191,6 +194,7 @@ def read_info(source: str | Path) -> TokenInfo:
 
 
 def count_rows(path: Path) -> int:
+    """How many objects a file has; reads its footer alone."""
     return _open(path).metadata.num_rows
 
 

@@ -58,6 +58,7 @@ class Prompts:
 
     @property
     def need_captions(self) -> bool:
+        """Whether `make` names {caption}."""
         return "caption" in _fields(self.make, "prompt")
 
 

@@ -25,6 +25,8 @@ WORDS = ("code", "unknown", "damaged")  # kinds of items that have one of the ob
 
 
 class Parsed(NamedTuple):
+    """An object as it was read."""
+
     ids: Tensor  # [T] int64 in [0, n_embed)
     problems: list[str]  # what was repaired, one sentence for each kind; empty where nothing was
 
@@ -39,6 +41,8 @@ class Item(NamedTuple):
 
 
 class Problem(NamedTuple):
+    """What is wrong, and where in the text it shows."""
+
     position: int
     message: str
 

@@ -74,6 +74,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, channels: int) -> "Sizes":
+        """The sizes for vectors of so many channels."""
         used = 3 * channels + 4
         # Many codes at a time are quicker, but two programs must fit one multiprocessor's shared memory.
         if used > 128:

@@ -1,0 +1,66 @@
+"""Write the API reference: HTML pages made of the docstrings of the package `trellis`.
+
+    python scripts/docs.py --output_dir outputs/api
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would pass for Python's
+
+import argparse
+import importlib
+import pkgutil
+import re
+
+import trellis
+from trellis.utils.errors import ConfigError, UserError
+
+
+def write_reference(folder: Path) -> int:
+    """Write index.html and a page for each module; those that need a package that is not there are named and left out.
+    Returns how many there are. Raises ConfigError without pdoc."""
+    try:
+        import markdown2
+        import pdoc
+        from pdoc.render_helpers import markdown_extensions, markdown_link_patterns
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"a Python package is missing ({error}): pip install pdoc") from error
+    names = ["trellis", *(found.name for found in pkgutil.walk_packages(trellis.__path__, "trellis."))]
+    names = [name for name in names if not name.endswith(".__main__")]
+    left_out = []
+    for name in names:
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            print(f"left out: {name} ({error})", file=sys.stderr)
+            left_out.append(name)
+            continue
+        # A package's list of names holds classes that are loaded when asked for, and no modules. pdoc takes it for all
+        # there is; without it, every class stands on the page of the module that defines it.
+        vars(module).pop("__all__", None)
+    # Our docstrings hold words such as <mesh0>, and no HTML.
+    pdoc.render.env.filters["to_html"] = lambda text: markdown2.markdown(
+        text, safe_mode="escape", extras=markdown_extensions, link_patterns=markdown_link_patterns
+    )
+    pdoc.render.configure(docformat="markdown", footer_text=f"trellis-vqvae {trellis.__version__}")
+    pdoc.pdoc("trellis", *(f"!{re.escape(name)}" for name in left_out), output_directory=folder)
+    return len(names) - len(left_out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/api"), help="default: outputs/api")
+    args = parser.parse_args(argv)
+    try:
+        count = write_reference(args.output_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{count} modules: {args.output_dir / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trellis.datasets.meshes import MESH_SUFFIXES
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import written_aside
 
-MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae")
 RECORD_FIELDS = ("sha256", "num_voxels", "up_axis", "resolution", "split", "file", "normalization")
 METADATA_FIELDS = ("sha256", "file", "voxelized", "num_voxels", "up_axis", "resolution", "normalization")
 DEFAULT_NORMALIZATION = "cube"  # the only one there was when records and metadata.csv did not say

@@ -4,7 +4,8 @@
     python dataset_toolkits/pack.py --unpack data/voxels.npz --output_dir data/voxels
 
 A packed file keeps of each object its grid, sha256, name, source and split, and how all were normalised and
-turned. Training loads it as a whole, which is fast and takes R^3 / 8 bytes of memory per object. Nothing is ever overwritten.
+turned. Training loads it as a whole, which is fast and takes R^3 / 8 bytes of memory per object. Nothing is ever
+overwritten.
 """
 
 import argparse

@@ -19,7 +19,7 @@ set_up() {
     fi
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "Installing what constraints.txt pins (some minutes the first time)"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$ROOT/constraints.txt" -e "$ROOT[meshes,tokens,test]" || return 1
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$ROOT/constraints.txt" -e "$ROOT[meshes,tokens,viewer,test]" || return 1
         echo "$wanted" > "$stamp"
     fi
     check_open3d

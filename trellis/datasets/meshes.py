@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch only where a tensor is made: voxelize.py's workers do
     import trimesh
     from torch import Tensor
 
+MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae")
 NORMALIZATIONS = ("cube", "shapellm")
 UP_AXES = ("keep", "y", "z")
 HALF = 0.5 - 1e-6  # TRELLIS's clip: just inside the cube

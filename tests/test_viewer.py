@@ -1,0 +1,262 @@
+"""What the viewer computes and draws: faces, figures, codes, curves, and what travels between page and server."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import solid_grids, tiny_config
+
+from trellis import SparseStructureTokenizer
+from trellis.datasets.sparse_structure import SparseStructure
+from trellis.renderers.voxel_preview import CORRECT, EXTRA, MISSING
+from trellis.utils.errors import DataError
+from trellis.viewer import card, curves, faces, figures, visit
+from trellis.viewer.callbacks import similar_code
+from trellis.viewer.usage import Usage
+from trellis.viewer.workbench import Workbench, pack_grid, pack_ids, unpack_grid, unpack_ids
+
+RESOLUTION = 16
+
+
+def make_tokenizer(**quantizer) -> SparseStructureTokenizer:
+    """A tokenizer of 16³ grids with random weights, whose reconstructions are half full: every edit shows."""
+    torch.manual_seed(0)
+    models = tiny_config("SparseStructureVqVaeTrainer")["models"]
+    models["quantizer"] = quantizer or models["quantizer"]
+    tokenizer = SparseStructureTokenizer(models, RESOLUTION, up_axis="z")
+    for name, value in tokenizer.quantizer.named_parameters():
+        if name.startswith("embeddings"):
+            value.data.normal_()
+    ids = torch.randint(tokenizer.n_embed, (tokenizer.num_tokens,), generator=torch.Generator().manual_seed(1))
+    *_, bias = (value for name, value in tokenizer.decoder.named_parameters() if name.endswith("bias"))
+    bias.data -= tokenizer.decode(ids).median()
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def workbench(data_dir) -> Workbench:
+    return Workbench(make_tokenizer(), SparseStructure(data_dir, resolution=RESOLUTION, split="all"), name="tiny")
+
+
+# --- faces ---
+
+
+def exposed(labels: np.ndarray) -> set[tuple]:
+    """(side, plane, u, v, label) of every outer unit square, found cell by cell."""
+    found = set()
+    for cell in np.argwhere(labels):
+        for axis in range(3):
+            for upper in (0, 1):
+                beside = cell.copy()
+                beside[axis] += 2 * upper - 1
+                outside = beside.min() < 0 or beside.max() >= len(labels)
+                if outside or not labels[tuple(beside)]:
+                    u, v = (cell[other] for other in range(3) if other != axis)
+                    found.add((axis, cell[axis] + upper, u, v, labels[tuple(cell)]))
+    return found
+
+
+def squares(drawn: faces.Faces) -> list[tuple]:
+    """The unit squares that the drawn rectangles cover, each as often as it is covered."""
+    found = []
+    for number in range(0, len(drawn.triangles), 2):
+        points = drawn.corners[np.unique(drawn.triangles[number : number + 2])]
+        assert len(points) == 4
+        low, high = points.min(0), points.max(0)
+        (axis,) = np.flatnonzero(low == high)
+        u, v = (other for other in range(3) if other != axis)
+        found += [(axis, low[axis], i, j, drawn.labels[number]) for i in range(low[u], high[u])
+                  for j in range(low[v], high[v])]
+    return found
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", ["noise", "shapes", "one", "full", "empty"])
+def test_faces_cover_each_outer_square_once_with_its_label(kind, merged, monkeypatch):
+    if merged:
+        monkeypatch.setattr(faces, "SHADED_FACES", -1)
+    rng = np.random.default_rng(0)
+    labels = {"noise": rng.integers(0, 4, (6, 6, 6)), "full": np.ones((5, 5, 5), int), "empty": np.zeros((3,) * 3, int),
+              "one": np.eye(3, dtype=int)[:, :, None] * np.eye(3, dtype=int)[0],
+              "shapes": solid_grids(2, 12, 0)[1] * 2}[kind]  # fmt: skip
+    drawn = faces.outer_faces(labels)
+    found, wanted = squares(drawn), exposed(labels)
+    # Both sides of a plane may be drawn, for two cells that meet at an edge.
+    assert len(found) == len(set(found)) or kind in ("noise", "one")
+    assert set(found) == wanted and drawn.coarser == 1
+    if merged and kind == "full":
+        assert len(drawn.triangles) == 12
+    if not merged:
+        assert len(found) * 2 == len(drawn.triangles) == len(drawn.shade)
+
+
+def test_too_many_faces_are_drawn_coarser(monkeypatch):
+    labels = np.random.default_rng(0).integers(0, 3, (8, 8, 8))
+    half = labels.reshape(4, 2, 4, 2, 4, 2).max((1, 3, 5))
+    whole = faces.outer_faces(half)
+    monkeypatch.setattr(faces, "SHADED_FACES", len(whole.triangles) // 2)
+    monkeypatch.setattr(faces, "MOST_FACES", len(whole.triangles) // 2)
+    drawn = faces.outer_faces(labels)
+    assert drawn.coarser == 2
+    assert np.array_equal(drawn.corners, 2 * whole.corners) and np.array_equal(drawn.triangles, whole.triangles)
+
+
+def test_any_grid_of_64_is_drawn_with_at_most_a_hundred_thousand_triangles():
+    noise = np.random.default_rng(0).random((64, 64, 64)) < 0.5
+    assert len(faces.outer_faces(noise).triangles) <= 100_000
+
+
+# --- figures ---
+
+
+def array(spec: dict) -> np.ndarray:
+    """What figures.typed wrote."""
+    values = np.frombuffer(base64.b64decode(spec["bdata"]), dtype=spec["dtype"])
+    return values.reshape([int(size) for size in spec["shape"].split(",")]) if "shape" in spec else values
+
+
+def test_difference_shows_missing_extra_and_correct_cells_in_the_colours_of_the_contact_sheet():
+    target, reconstruction = solid_grids(2, RESOLUTION, 0)
+    traces = [trace for trace in figures.difference_figure(target, reconstruction)["data"] if trace["type"] == "mesh3d"]
+    wanted = {MISSING: target & ~reconstruction, EXTRA: reconstruction & ~target, CORRECT: target & reconstruction}
+    found = {trace["colorscale"][1][1]: trace for trace in traces}
+    assert set(found) == {figures.css(colour) for colour in wanted}
+    wrong = np.where(wanted[MISSING], 1, np.where(wanted[EXTRA], 2, 0))
+    for colour, label in ((MISSING, 1), (EXTRA, 2)):
+        number = sum(square[-1] == label for square in exposed(wrong))
+        assert len(array(found[figures.css(colour)]["i"])) == 2 * number
+    assert len(array(found[figures.css(CORRECT)]["i"])) == 2 * len(exposed(wanted[CORRECT].astype(int)))
+
+
+def test_a_layer_and_the_lattice_say_which_token_is_where(workbench):
+    lattice, colours = (3, 4, 2), np.arange(72).reshape(24, 3)
+    ids = np.arange(100, 124)[:, None]
+    occupied = np.arange(24) % 5 == 0
+    tokens = figures.Tokens(lattice, ids, occupied, ~occupied, np.arange(24) == 7, np.arange(24) * 10, colours)
+    heat, edited = figures.layer_figure(tokens, 1, chosen=7)["data"]
+    want = np.arange(24).reshape(lattice)[:, :, 1].T
+    assert np.array_equal(array(heat["customdata"]), np.stack([want, want + 100, want * 10], -1))
+    assert (edited["x"], edited["y"]) == ([0], [3])  # token 7 is x 0, y 3, z 1
+    boxes = figures.lattice_figure(tokens, 24)["data"][0]
+    facts = array(boxes["customdata"]).reshape(-1, 8, 3)
+    assert np.array_equal(facts[:, :, 0], np.flatnonzero(occupied)[:, None].repeat(8, 1))
+    x = array(boxes["x"]).reshape(-1, 8)
+    assert np.array_equal(np.floor(x.mean(1) / 8), np.flatnonzero(occupied) // 8)  # 8 cells a token along x
+
+
+# --- what travels ---
+
+
+def test_grids_and_ids_come_back_as_they_were(workbench):
+    grid = workbench.object(3)
+    ids = workbench.encode(grid)
+    assert np.array_equal(unpack_grid(pack_grid(grid), RESOLUTION), grid)
+    assert np.array_equal(unpack_ids(pack_ids(ids), workbench.num_tokens, workbench.n_embed), ids)
+    bomb = pack_ids(np.zeros(10**7, dtype=np.int64))
+    for damaged in ("", "?", pack_grid(grid), pack_ids(ids[:-1]), pack_ids(ids + workbench.n_embed), bomb, None):
+        with pytest.raises(DataError):
+            unpack_ids(damaged, workbench.num_tokens, workbench.n_embed)
+
+
+def test_edits_change_their_ids_and_no_other_object(workbench):
+    grid = workbench.object(0)
+    state = visit.new_object(workbench, grid, "a", "object-0")
+    ids = workbench.tokenizer.encode(torch.from_numpy(grid))[0].numpy()
+    code = (int(ids[5]) + 1) % workbench.n_embed
+    edits = {"of": "object-0", "list": [[3, 1], [5, code], [3, int(ids[3])]]}
+    opened = visit.open_visit(workbench, state, edits)
+    want = ids.copy()
+    want[5] = code
+    assert np.array_equal(opened.ids, want) and np.array_equal(opened.before, ids) and opened.edits == {5: code}
+    assert visit.open_visit(workbench, state, {**edits, "of": "object-1"}).edits == {}
+    for place, value in ((workbench.num_tokens, 0), (0, workbench.n_embed), (0, -1), (0, None), (0, 1.5)):
+        with pytest.raises(DataError):
+            visit.open_visit(workbench, state, {"of": "object-0", "list": [[place, value]]})
+
+
+# --- codes ---
+
+
+@pytest.mark.parametrize("quantizer", [{}, {"name": "ResidualVectorQuantizer", "args": {
+    "n_embed": 16, "embed_dim": 8, "latent_channels": 4, "num_codes": 2}}], ids=["one code", "two codes"])  # fmt: skip
+def test_usage_is_counted_over_the_sample(quantizer, data_dir):
+    workbench = Workbench(make_tokenizer(**quantizer), SparseStructure(data_dir, resolution=RESOLUTION, split="all"))
+    usage = Usage(workbench, 5).start()
+    usage.wait()
+    assert usage.done == usage.sampled == 5 and usage.problem is None
+    grids = torch.from_numpy(np.stack([workbench.object(int(i)) for i in usage.indices]))[:, None]
+    ids = workbench.tokenizer.encode(grids).view(5, *workbench.lattice, workbench.codes_per_token)
+    voxels = (workbench.tokenizer.decode(ids.flatten(1)) > 0)[:, 0]
+    bx, by, bz = workbench.block
+    for part in range(workbench.codes_per_token):
+        own = ids[..., part]
+        assert usage.counts(part).tolist() == torch.bincount(own.flatten(), minlength=workbench.n_embed).tolist()
+        code = int(own.flatten().mode().values)
+        places = (own == code).nonzero().tolist()
+        blocks = [voxels[n, x * bx : (x + 1) * bx, y * by : (y + 1) * by, z * bz : (z + 1) * bz]
+                  for n, x, y, z in places]  # fmt: skip
+        found = usage.of(code, part)
+        assert (found.tokens, found.rank) == (len(places), 1)
+        assert found.objects == len({n for n, *_ in places})
+        assert np.allclose(found.voxels, torch.stack(blocks).float().mean(0), atol=1e-6)
+    absent = np.flatnonzero(usage.counts(0) == 0)
+    assert all(usage.of(int(code)).voxels is None for code in absent)
+
+
+def test_similar_codes_are_gone_through_by_distance(workbench):
+    state = visit.new_object(workbench, workbench.object(0), "a", "k")
+    table = workbench.tokenizer.quantizer.table().detach()
+    first = visit.open_visit(workbench, state, None)
+    order = torch.cdist(table[first.before[2]][None].double(), table.double())[0].argsort().tolist()
+    edits = []
+    for wanted in order[1:5]:
+        code = similar_code(workbench, visit.open_visit(workbench, state, {"of": "k", "list": edits}), 2)
+        assert code == wanted
+        edits.append([2, code])
+
+
+def test_code_repeated_is_the_decoder_s(workbench):
+    ids = workbench.tokenizer.empty_ids.view(4, 4, 4).clone()
+    ids[1:4, 1:4, 1:4] = 7
+    want = (workbench.tokenizer.decode(ids.flatten())[0, 0] > 0).numpy()[8:12, 8:12, 8:12]
+    assert want.any() and np.array_equal(workbench.code_repeated(7), want)
+
+
+def test_colours_of_codes_are_distinct_and_fit_any_quantizer(workbench):
+    assert len(np.unique(workbench.colours(), axis=0)) == workbench.n_embed
+    several = Workbench(make_tokenizer(name="ResidualVectorQuantizer", args={
+        "n_embed": 16, "embed_dim": 4, "latent_channels": 4}))  # fmt: skip
+    assert several.colours().shape == (16, 3)
+
+
+# --- curves ---
+
+
+def test_curves_are_those_of_the_log(tmp_path):
+    other = {"l1_l2": 0.5, "lr": 1e-3, "codebook_usage": 0.1}
+    lines = [{"step": step, "loss": 1 / (step + 1), **other} for step in range(40)]
+    lines.append({"step": 39, "seconds": 3.0, "val/iou": 0.7})
+    (tmp_path / "log.txt").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 40, "lo')
+    figure = curves.curves_figure(curves.read_log(tmp_path / "log.txt"))
+    found = {trace["name"]: (trace["x"], trace["y"]) for trace in figure["data"]}
+    assert set(found) == {"loss", "l1_l2", "lr", "codebook_usage", "val/iou"}
+    assert found["loss"] == (list(range(40)), [1 / (step + 1) for step in range(40)])
+    assert found["val/iou"] == ([39], [0.7])
+    many = [(step, float(step)) for step in range(10**5)]
+    assert len(curves.thinned(many)) < 2 * curves.POINTS and curves.thinned(many)[-1] == many[-1]
+    with pytest.raises(DataError, match="cannot be read"):
+        curves.read_log(tmp_path / "none.txt")
+
+
+def test_score_tiles_hold_the_metrics(workbench):
+    pytest.importorskip("dash")
+    state = visit.new_object(workbench, workbench.object(0), "a", "k")
+    tiles = card.score_tiles(workbench, visit.open_visit(workbench, state, None))
+    shown = {tile.children[0].children: tile.children[1].children for tile in tiles}
+    grid, back = workbench.object(0), workbench.decode(workbench.encode(workbench.object(0)))
+    assert shown["IoU"] == f"{(grid & back).sum() / (grid | back).sum():.4f}"
+    assert shown["ids"] == "64" and shown["edited"] == "0"
+
+

@@ -1,0 +1,300 @@
+"""The viewer's server without a browser: files that visitors bring and take, their visits, its errors, its command."""
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, solid_grids
+from test_viewer import RESOLUTION, make_tokenizer
+
+from trellis.datasets.meshes import mesh_to_grid
+from trellis.datasets.sparse_structure import SparseStructure
+from trellis.datasets.voxels import occupancy_to_points, points_to_occupancy, read_ply, write_ply
+from trellis.utils.errors import DataError
+from trellis.viewer import uploads, visit
+from trellis.viewer.callbacks import saved
+from trellis.viewer.serve import open_data
+from trellis.viewer.usage import Usage
+from trellis.viewer.workbench import Workbench
+
+
+def needs(*names: str):
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
+needs_dash, needs_meshes = needs("dash"), needs("open3d", "trimesh", "pebble")
+needs_surface = needs("skimage", "trimesh")
+
+
+@pytest.fixture(scope="module")
+def workbench(data_dir) -> Workbench:
+    return Workbench(make_tokenizer(), SparseStructure(data_dir, resolution=RESOLUTION, split="all"), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def opener():
+    opener = uploads.Opener(workers=1)
+    yield opener
+    opener.close()
+
+
+@pytest.fixture(scope="module")
+def app(workbench, opener):
+    from trellis.viewer.app import create_app
+
+    return create_app(workbench, Usage(workbench, 4), opener)
+
+
+def box(path: Path, size=(1.0, 0.5, 0.25)) -> Path:
+    import trimesh
+
+    trimesh.creation.box(size).export(path)
+    return path
+
+
+# --- files in and out ---
+
+
+def test_kinds_of_files_are_the_voxelizer_s():
+    assert uploads.check_name("a/B.GLB") == ".glb"
+    for name in ("a.exe", "glb", "", "a.glb.zip"):
+        with pytest.raises(DataError, match="is not one of"):
+            uploads.check_name(name)
+
+
+def test_files_that_point_to_other_files_are_turned_away(tmp_path):
+    outside = {"asset": {"version": "2.0"}, "buffers": [{"uri": "../../secret.bin", "byteLength": 4}]}
+    entity = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]><COLLADA>&e;</COLLADA>'
+    cases = {"a.gltf": json.dumps(outside).encode(), "b.gltf": b"{", "c.dae": entity.encode(),
+             "d.dae": entity.encode("utf-16"), "e.dae": b"PK\x03\x04 an archive", "f.glb": b"glTF" + bytes(8)}
+    for name, content in cases.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(DataError):
+            uploads.check_content(path)
+
+
+def test_simplified_meshes_are_small_and_near(monkeypatch):
+    trimesh = pytest.importorskip("trimesh")
+    ball = trimesh.creation.icosphere(5, radius=0.5)
+    monkeypatch.setattr(uploads, "SHOWN_TRIANGLES", 3000)
+    vertices, triangles = uploads.simplified(np.asarray(ball.vertices), np.asarray(ball.faces))
+    assert 1000 < len(triangles) <= 3000 and triangles.max() < len(vertices)
+    assert np.abs(np.linalg.norm(vertices, axis=1) - 0.5).max() < 0.03
+
+
+@needs_meshes
+def test_a_worker_gives_the_tokenizer_s_own_grid(opener, workbench, tmp_path):
+    path = box(tmp_path / "a.glb")
+    for up_axis in ("z", "y"):
+        shape = opener.open(path, RESOLUTION, up_axis, "cube", voxelize=True)
+        want = mesh_to_grid(path, RESOLUTION, up_axis)[0].numpy()
+        assert np.array_equal(shape.cells, np.argwhere(want))
+        # The mesh that is shown lies in its voxels: it is turned and scaled as they are.
+        assert np.abs(shape.vertices.min(0) - shape.cells.min(0)).max() <= 1
+        assert np.abs(shape.vertices.max(0) - shape.cells.max(0) - 1).max() <= 1
+    grid = workbench.object(0)
+    write_ply(tmp_path / "b.ply", occupancy_to_points(grid))
+    shape = opener.open(tmp_path / "b.ply", RESOLUTION, "z", "cube", voxelize=True)
+    assert np.array_equal(shape.cells, np.argwhere(grid)) and shape.vertices is None
+
+
+@needs_meshes
+def test_limits_of_time_and_memory_end_a_file_and_not_the_server(tmp_path):
+    import trimesh
+
+    path = tmp_path / "ball.stl"
+    trimesh.creation.icosphere(6).export(path)
+    for limits, reason in (({"seconds": 0.02}, "longer than 0.02 s"), ({"memory": 2**20}, "memory")):
+        limited = uploads.Opener(workers=1, **limits)
+        try:
+            with pytest.raises(DataError, match=reason):
+                limited.open(path, RESOLUTION, "z", "cube", voxelize=True)
+            limited.seconds, limited.memory = 60, uploads.MEMORY
+            assert limited.open(path, RESOLUTION, "z", "cube", voxelize=True).triangles == 81920
+        finally:
+            limited.close()
+
+
+@needs_surface
+def test_downloads_hold_the_edited_object(workbench, tmp_path):
+    import trimesh
+
+    state = visit.new_object(workbench, workbench.object(1), "shapes/ball.stl", "k")
+    opened = visit.open_visit(workbench, state, {"of": "k", "list": [[0, 3], [9, 30]]})
+    ids = torch.from_numpy(opened.ids)
+    grid = (workbench.tokenizer.decode(ids)[0, 0] > 0).numpy()
+    name, content = saved(workbench, opened, "voxels")
+    (tmp_path / name).write_bytes(content)
+    assert name == "ball_voxels.ply"
+    assert np.array_equal(points_to_occupancy(read_ply(tmp_path / name), RESOLUTION)[0].numpy() > 0, grid)
+    name, content = saved(workbench, opened, "tokens")
+    facts = json.loads(content)
+    assert facts["tokens"] == opened.ids.tolist() and facts["tokenizer_hash"] == workbench.tokenizer.hash
+    assert torch.equal(workbench.tokenizer.from_text(facts["text"]), ids)
+    mesh = workbench.tokenizer.to_mesh(ids)
+    for kind in ("glb", "ply"):
+        name, content = saved(workbench, opened, kind)
+        loaded = trimesh.load(io.BytesIO(content), file_type=kind, force="mesh")
+        assert name == f"ball_decoded.{kind}" and loaded.faces.shape == mesh.faces.shape
+
+
+def test_meshes_of_a_data_set_are_found_as_voxelize_left_them(tmp_path):
+    grid = solid_grids(1, RESOLUTION, 0)[0]
+    rows = ["sha256,file,voxelized,num_voxels,up_axis,resolution,split"]
+    (tmp_path / "voxels").mkdir()
+    for number, file in enumerate(("there.stl", "gone.stl")):
+        write_ply(tmp_path / "voxels" / f"{number:064x}.ply", occupancy_to_points(grid))
+        rows.append(f"{number:064x},{tmp_path / file},True,{grid.sum()},y,{RESOLUTION},val")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "there.stl").touch()
+    found = Workbench(make_tokenizer(), SparseStructure(str(tmp_path), resolution=RESOLUTION, split="all"))
+    assert found.mesh_file(0) == (tmp_path / "there.stl", "y", "cube") and found.mesh_file(1) is None
+
+
+# --- the server ---
+
+
+def ask(client, app, output: str, values: dict[str, object]) -> dict:
+    """What a callback that writes `output` answers; values: {"id.property": value} of its inputs and states."""
+    (key,) = (key for key in app.callback_map if output in key)
+    spec = next(item for item in app._callback_list if item["output"] == key)
+    fill = [[{**item, "value": values.get(f"{item['id']}.{item['property']}")} for item in spec[part]]
+            for part in ("inputs", "state")]
+    outputs = [dict(zip(("id", "property"), name.rsplit(".", 1), strict=True))
+               for name in key.strip(".").split("...")]  # fmt: skip
+    body = {"output": key, "outputs": outputs if key.startswith("..") else outputs[0], "inputs": fill[0],
+            "state": fill[1], "changedPropIds": [next(iter(values))]}  # fmt: skip
+    answer = client.post("/_dash-update-component", json=body)
+    assert answer.status_code == 200, answer.data
+    return answer.get_json()
+
+
+@needs_dash
+def test_visitors_get_their_own_object_and_edits(app, workbench):
+    first, second = app.server.test_client(), app.server.test_client()
+    states = [visit.new_object(workbench, workbench.object(i), str(i), f"object-{i}") for i in (0, 1)]
+    edits = {"of": "object-0", "list": [[11, int((workbench.encode(workbench.object(0))[11] + 1) % 32)]]}
+    wanted = [workbench.decode(visit.open_visit(workbench, states[0], edits).ids),
+              workbench.decode(workbench.encode(workbench.object(1)))]  # fmt: skip
+    for _ in range(2):
+        for client, state, own, grid in ((first, states[0], edits, wanted[0]), (second, states[1], edits, wanted[1])):
+            answer = ask(client, app, "caption-reconstruction", {"object.data": state, "edits.data": own})
+            assert answer["response"]["caption-reconstruction"]["children"] == f"{grid.sum():,} voxels"
+            assert bool(answer["response"]["legend-reconstruction"]["children"]) == (client is first)
+
+
+@needs_dash
+def test_errors_of_callbacks_are_sentences_on_the_page(app, workbench):
+    state = visit.new_object(workbench, workbench.object(0), "a", "object-0")
+    values = {"edit-set.n_clicks": 1, "object.data": state, "chosen.data": 0, "part.value": "0", "code.value": 999}
+    said = ask(app.server.test_client(), app, "edits.data", values)["sideUpdate"]["message"]["children"]
+    assert said == "the code is 999; it must be a whole number from 0 to 31"
+    broken = {"object.data": {**state, "grid": 7}, "edits.data": None}
+    said = ask(app.server.test_client(), app, "caption-reconstruction", broken)["sideUpdate"]["message"]["children"]
+    assert "reload" in said and "Traceback" not in said
+
+
+@needs_dash
+def test_uploads_are_checked_before_they_are_opened(app):
+    client = app.server.test_client()
+    ours = {"X-Viewer": "1"}
+    cases = [("name=a.stl&up_axis=z", b"solid", {}, "viewer's own page"), ("name=a.exe&up_axis=z", b"MZ", ours, ".glb"),
+             ("name=a.stl&up_axis=w", b"solid", ours, "up_axis"), ("name=a.stl&up_axis=z", b"", ours, "0 bytes")]
+    for query, content, headers, words in cases:
+        answer = client.post(f"/upload?{query}", data=content, headers=headers)
+        assert answer.status_code == 400 and words in answer.get_json()["error"]
+    too_large = {"CONTENT_LENGTH": str(uploads.MAX_BYTES + 1)}
+    answer = client.post("/upload?name=a.stl&up_axis=z", headers=ours, environ_overrides=too_large)
+    assert answer.status_code == 400 and "at most 64 MiB" in answer.get_json()["error"]
+    assert client.get("/", headers={"Host": "another.example"}).status_code == 400
+
+
+@needs_dash
+@needs_meshes
+def test_an_upload_becomes_an_object_and_a_damaged_one_a_sentence(app, workbench, tmp_path):
+    client, ours = app.server.test_client(), {"X-Viewer": "1"}
+    path = box(tmp_path / "a.glb")
+    answer = client.post("/upload?name=my%20box.glb&up_axis=z", data=path.read_bytes(), headers=ours).get_json()
+    grid = mesh_to_grid(path, RESOLUTION, "z")[0].numpy() > 0
+    opened = visit.open_visit(workbench, answer["object"], None)
+    assert opened.name == "my box.glb" and np.array_equal(opened.grid, grid)
+    assert np.array_equal(opened.ids, workbench.tokenizer.encode(path)[0].numpy())
+    assert answer["mesh"]["of"] == answer["object"]["key"] and answer["mesh"]["caption"] == "12 triangles"
+    for name, content in (("a.glb", path.read_bytes()[:300]), ("b.ply", b"ply\n"), ("c.stl", os.urandom(500)),
+                          ("d.obj", b"nothing"), ("e.dae", b"<COLLADA/>"), ("f.off", b"OFF\n9 9 9\n")):
+        answer = client.post(f"/upload?name={name}&up_axis=z", data=content, headers=ours)
+        said = answer.get_json()["error"]
+        assert answer.status_code == 400 and said.startswith(f"{name}: "), said
+        assert "Traceback" not in said and str(tmp_path) not in said and "/tmp" not in said
+    assert client.get("/").status_code == 200
+
+
+@needs_dash
+def test_the_page_asks_for_nothing_from_outside(app):
+    page = app.server.test_client().get("/").get_data(as_text=True)
+    assert "http://" not in page and "https://" not in page and "assets/viewer.js" in page
+
+
+# --- the command ---
+
+
+def test_data_of_a_run_may_be_gone_but_data_that_are_asked_for_may_not(data_dir):
+    found = open_data(argparse.Namespace(data_dir=data_dir, run=None), RESOLUTION)
+    assert len(found) == 30
+    assert open_data(argparse.Namespace(data_dir=None, run=None), RESOLUTION) is None
+    with pytest.raises(DataError):
+        open_data(argparse.Namespace(data_dir="/nowhere", run=None), RESOLUTION)
+
+
+@needs_dash
+def test_the_command_serves_at_this_machine_alone(tmp_path, data_dir):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "trellis.viewer", "--tokenizer", str(tmp_path / "tokenizer"), "--port", "0"]
+    server = subprocess.Popen([*command, "--data_dir", data_dir], stdout=subprocess.PIPE, env=environment, text=True)
+    try:
+        line = server.stdout.readline()
+        assert line.startswith("http://127.0.0.1:")
+        url = line.split()[0]
+        assert urllib.request.urlopen(url, timeout=30).status == 200
+        port = url.rstrip("/").rpartition(":")[2]
+        taken = subprocess.run([*command[:-1], port], capture_output=True, text=True, env=environment)
+        assert taken.returncode == 1 and taken.stderr.splitlines()[-1].startswith("error: --host 127.0.0.1")
+    finally:
+        server.send_signal(2)
+        assert server.wait(20) == 0
+    wrong = subprocess.run([*command[:4], str(tmp_path / "none")], capture_output=True, text=True, env=environment)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: ")
+
+
+def test_modules_of_the_viewer_load_without_optional_packages():
+    names = sorted(path.stem for path in (ROOT / "trellis/viewer").glob("*.py") if path.stem != "__main__")
+    code = """
+import importlib, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("dash", "plotly", "flask", "werkzeug", "open3d", "trimesh", "pebble", "skimage"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Blocked())
+for name in sys.argv[1:]:
+    importlib.import_module("trellis.viewer." + name)
+from trellis.utils.errors import ConfigError
+from trellis.viewer.lazy_dash import html
+try:
+    html.Div()
+except ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "pip install dash" in done.stdout, done.stderr

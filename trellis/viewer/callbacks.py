@@ -1,0 +1,264 @@
+"""What the page asks the server, and what it does itself (assets/viewer.js)."""
+
+import base64
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..datasets.voxels import occupancy_to_points, write_ply
+from ..utils.errors import DataError
+from ..utils.evaluation import occupied_blocks
+from . import card, figures
+from .curves import curves_figure, read_log
+from .layout import PANELS, chip
+from .lazy_dash import ClientsideFunction, Input, Output, State, ctx, load
+from .uploads import Opener
+from .usage import Usage
+from .visit import Visit, check_code, dataset_key, dataset_mesh, edits_of, new_object, open_visit
+from .workbench import Workbench
+
+Dash = Any  # loaded only as the page is made
+LISTED = 60  # objects in the list at once; typing finds the others
+NEARBY = 32  # codes that "a similar code" goes through
+
+
+def add_callbacks(app: Dash, workbench: Workbench, usage: Usage, opener: Opener) -> None:
+    add_browser_side(app)
+    add_counting(app, usage)
+    add_drawing(app, workbench, usage)
+    add_editing(app, workbench)
+    add_downloads(app, workbench)
+    if workbench.dataset is not None:
+        add_picking(app, workbench, opener)
+    if workbench.run_dir is not None:
+
+        @app.callback(Output("curves", "figure"), Input("tabs", "value"), Input("read-curves", "n_clicks"))
+        def curves(tab: str, _):
+            return curves_figure(read_log(workbench.run_dir / "log.txt")) if tab == "curves" else load().no_update
+
+
+def add_browser_side(app: Dash) -> None:
+    """The parts that need no server: cameras, what is chosen, and the file that is dropped."""
+
+    def own(name: str, *args) -> None:
+        app.clientside_callback(ClientsideFunction("viewer", name), *args)
+
+    for name in (*PANELS, "lattice"):
+        if name != "mesh":
+            panel = f"panel-{name}"
+            own("show", Output(panel, "figure"), Input(f"figure-{name}", "data"), State(panel, "id"))
+    own("showMesh", Output("panel-mesh", "figure"), Output("caption-mesh", "children"), Input("figure-mesh", "data"),
+        Input("object", "data"))
+    own("mark", Output("marked", "data"), Input("chosen", "data"), State("facts", "data"))
+    own("resetView", Output("reset-view", "title"), Input("reset-view", "n_clicks"))
+    own("setAxes", Output("axes", "data"), Input("up-axis", "value"), State("facts", "data"))
+
+
+def add_picking(app: Dash, workbench: Workbench, opener: Opener) -> None:
+    dataset = workbench.dataset
+    no_update = load().no_update
+    names = [workbench.object_name(index) for index in range(len(dataset))]
+    order = sorted(range(len(dataset)), key=lambda index: dataset.entries[index].split != "val")  # held out ones first
+
+    def option(index: int) -> dict[str, Any]:
+        note = " (held out)" if dataset.entries[index].split == "val" else ""
+        return {"label": names[index] + note, "value": index}
+
+    @app.callback(Output("pick", "options"), Output("pick", "value"), Input("pick", "search_value"),
+                  Input("previous-object", "n_clicks"), Input("next-object", "n_clicks"),
+                  Input("random-object", "n_clicks"), State("pick", "value"))  # fmt: skip
+    def pick(search: str | None, _previous, _next, _random, value: int | None):
+        cause = ctx.triggered_id
+        if cause == "pick":
+            pass
+        elif value is None:
+            value = order[0]
+        elif cause in ("previous-object", "next-object"):
+            step = 1 if cause == "next-object" else -1
+            value = order[(order.index(value) + step) % len(order)]
+        else:
+            value = random.choice(order)
+        wanted = (search or "").lower()
+        found = [index for index in order if wanted in names[index].lower()][:LISTED]
+        if value is not None and value not in found:
+            found.insert(0, value)
+        return [option(index) for index in found], no_update if cause == "pick" else value
+
+    @app.callback(Output("object", "data"), Output("message", "children"), Input("pick", "value"),
+                  prevent_initial_call=True)
+    def take(index: int | None):
+        if index is None:
+            return no_update, no_update
+        return new_object(workbench, workbench.object(index), names[index], dataset_key(index)), ""
+
+    @app.callback(Output("figure-mesh", "data"), Input("pick", "value"), prevent_initial_call=True)
+    def take_mesh(index: int | None):
+        return no_update if index is None else dataset_mesh(workbench, opener, index)
+
+
+def add_counting(app: Dash, usage: Usage) -> None:
+    no_update = load().no_update
+
+    @app.callback(Output("progress", "children"), Output("counted", "data"), Output("poll", "disabled"),
+                  Input("poll", "n_intervals"))  # fmt: skip
+    def progress(_):
+        text, ended = card.progress_text(usage)
+        return text, ended or no_update, ended
+
+
+def add_drawing(app: Dash, workbench: Workbench, usage: Usage) -> None:
+    colours = workbench.colours()
+    no_update = load().no_update
+
+    def tokens_of(visit: Visit) -> figures.Tokens:
+        shape = (-1, workbench.codes_per_token)
+        ids = visit.ids.reshape(shape)
+        occupied = occupied_blocks(torch.from_numpy(workbench.decode(visit.ids))[None, None], workbench.lattice)
+        return figures.Tokens(
+            workbench.lattice, ids, occupied.flatten().numpy(),
+            (visit.ids == workbench.empty_ids).reshape(shape).all(1), (visit.ids != visit.before).reshape(shape).any(1),
+            usage.counts(0)[ids[:, 0]] if usage.done == usage.sampled > 0 else None, colours[ids[:, 0]])  # fmt: skip
+
+    @app.callback(Output("figure-voxels", "data"), Output("caption-voxels", "children"), Input("object", "data"),
+                  prevent_initial_call=True)
+    def voxels(state: dict):
+        grid = open_visit(workbench, state, None).grid
+        return figures.voxel_figure(grid), f"{grid.sum():,} of {workbench.resolution}³ are occupied"
+
+    @app.callback(Output("figure-reconstruction", "data"), Output("caption-reconstruction", "children"),
+                  Output("legend-reconstruction", "children"), Output("figure-difference", "data"),
+                  Output("caption-difference", "children"), Output("scores", "children"), Input("object", "data"),
+                  Input("edits", "data"), prevent_initial_call=True)  # fmt: skip
+    def reconstruction(state: dict | None, edits: dict | None):
+        if state is None:
+            return (no_update,) * 6
+        visit = open_visit(workbench, state, edits)
+        before, after = workbench.decode(visit.before), workbench.decode(visit.ids)
+        legend = [chip(figures.ADDED, f"{(after & ~before).sum():,} added by edits"),
+                  chip(figures.REMOVED, f"{(before & ~after).sum():,} removed")]
+        wrong = f"{(visit.grid & ~after).sum():,} missing, {(after & ~visit.grid).sum():,} extra"
+        return (figures.reconstruction_figure(before, after), f"{after.sum():,} voxels", legend if visit.edits else [],
+                figures.difference_figure(visit.grid, after), wrong, card.score_tiles(workbench, visit))
+
+    @app.callback(Output("figure-lattice", "data"), Output("caption-lattice", "children"),
+                  Output("chosen", "data", allow_duplicate=True),
+                  Output("layer-number", "value", allow_duplicate=True), Input("object", "data"),
+                  Input("edits", "data"), Input("counted", "data"), State("chosen", "data"),
+                  prevent_initial_call=True)  # fmt: skip
+    def lattice(state: dict | None, edits: dict | None, _, chosen: int | None):
+        if state is None:
+            return (no_update,) * 4
+        tokens = tokens_of(open_visit(workbench, state, edits))
+        caption = f"{tokens.occupied.sum():,} of {len(tokens.ids):,} have voxels"
+        figure = figures.lattice_figure(tokens, workbench.resolution)
+        fresh = any(cause["prop_id"] == "object.data" for cause in ctx.triggered) or chosen is None
+        if not fresh or not tokens.occupied.any():
+            return figure, caption, no_update, no_update
+        # Something to look at, since the token of the object before may have nothing.
+        chosen = int(np.flatnonzero(tokens.occupied)[tokens.occupied.sum() // 2])
+        return figure, caption, chosen, chosen % workbench.lattice[2]
+
+    @app.callback(Output("layer", "figure"), Output("caption-layer", "children"), Input("object", "data"),
+                  Input("edits", "data"), Input("chosen", "data"), Input("layer-number", "value"),
+                  Input("counted", "data"), prevent_initial_call=True)  # fmt: skip
+    def layer(state: dict | None, edits: dict | None, chosen: int | None, number: int, _):
+        if state is None:
+            return no_update, no_update
+        figure = figures.layer_figure(tokens_of(open_visit(workbench, state, edits)), number, chosen)
+        return figure, f"z = {number} of 0 to {workbench.lattice[2] - 1}"
+
+    @app.callback(Output("token", "children"), Output("caption-token", "children"), Output("code", "value"),
+                  Output("editor", "className"), Input("object", "data"), Input("edits", "data"),
+                  Input("chosen", "data"), Input("part", "value"), Input("counted", "data"), prevent_initial_call=True)
+    def token(state: dict | None, edits: dict | None, chosen: int | None, part: str, _):
+        if state is None or chosen is None:
+            return (no_update,) * 4
+        visit = open_visit(workbench, state, edits)
+        x, y, z = np.unravel_index(chosen, workbench.lattice)
+        code = int(visit.ids[chosen * workbench.codes_per_token + int(part)])
+        content = card.token_card(workbench, usage, visit, chosen, int(part))
+        return content, f"number {chosen}: x {x}, y {y}, z {z}", code, "editor"
+
+
+def add_editing(app: Dash, workbench: Workbench) -> None:
+    no_update = load().no_update
+    names = ("set", "similar", "empty", "undo", "reset")
+
+    @app.callback(Output("edits", "data"), Output("message", "children", allow_duplicate=True),
+                  *(Input(f"edit-{name}", "n_clicks") for name in names), Input("code", "n_submit"),
+                  State("object", "data"), State("edits", "data"), State("chosen", "data"), State("part", "value"),
+                  State("code", "value"), prevent_initial_call=True)  # fmt: skip
+    def edit(*args):
+        state, edits, chosen, part, code = args[-5:]
+        if state is None or chosen is None:
+            return no_update, no_update
+        visit = open_visit(workbench, state, edits)
+        done = list(edits_of(state, edits))
+        place = chosen * workbench.codes_per_token + int(part)
+        kind = ctx.triggered_id.removeprefix("edit-")
+        if kind == "reset":
+            done = []
+        elif kind == "undo":
+            done = done[:-1]
+        else:
+            if kind == "similar":
+                code = similar_code(workbench, visit, place)
+            elif kind == "empty":
+                code = int(workbench.empty_ids[place])
+            done.append([place, check_code(workbench, code)])
+        return {"of": state["key"], "list": done}, ""
+
+
+def similar_code(workbench: Workbench, visit: Visit, place: int) -> int:
+    """The code after the present one in the order of distance from the encoder's, so that each call goes farther."""
+    near = [int(visit.before[place]), *workbench.neighbours(int(visit.before[place]), NEARBY)]
+    if len(near) == 1:
+        raise DataError("this quantizer has no one codebook that would say which codes are similar")
+    present = int(visit.ids[place])
+    return near[(near.index(present) + 1) % len(near)] if present in near else near[1]
+
+
+def add_downloads(app: Dash, workbench: Workbench) -> None:
+    kinds = ("glb", "ply", "voxels", "tokens")
+
+    @app.callback(Output("download", "data"), *(Input(f"save-{kind}", "n_clicks") for kind in kinds),
+                  State("object", "data"), State("edits", "data"), prevent_initial_call=True)
+    def download(*args):
+        state, edits = args[-2:]
+        if state is None:
+            raise DataError("there is no object yet: drop a mesh or pick an object first")
+        visit = open_visit(workbench, state, edits)
+        name, content = saved(workbench, visit, ctx.triggered_id.removeprefix("save-"))
+        return {"filename": name, "content": base64.b64encode(content).decode(), "base64": True}
+
+
+def saved(workbench: Workbench, visit: Visit, kind: str) -> tuple[str, bytes]:
+    """Name and content of a file for the visitor: "glb" or "ply", a smoothed mesh; "voxels", points as voxelize.py
+    writes them; "tokens", JSON."""
+    stem = Path(visit.name).stem
+    if kind == "tokens":
+        tokenizer = workbench.tokenizer
+        facts = {
+            "tokenizer_hash": workbench.hash, "source": visit.name, "resolution": workbench.resolution,
+            "normalization": tokenizer.normalization, "up_axis": tokenizer.up_axis, "lattice": workbench.lattice,
+            "codes_per_token": workbench.codes_per_token, "n_embed": workbench.n_embed, "tokens": visit.ids.tolist(),
+            "text": tokenizer.to_text(torch.from_numpy(visit.ids)),
+        }  # fmt: skip
+        return f"{stem}_tokens.json", (json.dumps(facts) + "\n").encode()
+    name = f"{stem}_voxels.ply" if kind == "voxels" else f"{stem}_decoded.{kind}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"file.{'ply' if kind == 'voxels' else kind}")
+        if kind == "voxels":
+            grid = workbench.decode(visit.ids)
+            if not grid.any():
+                raise DataError("the reconstruction has no voxel to write")
+            write_ply(path, occupancy_to_points(grid))
+        else:
+            with workbench.compute:
+                workbench.tokenizer.save_mesh(torch.from_numpy(visit.ids), path)
+        return name, path.read_bytes()

@@ -1,0 +1,74 @@
+"""Load what the page shows and serve it until Ctrl-C."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from ..utils.errors import ConfigError, DataError
+
+
+def serve(args: argparse.Namespace) -> None:
+    """args: as of __main__.py. Raises UserError where something cannot be loaded or served."""
+    app, usage, opener = build(args)
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
+    try:
+        server = make_server(args.host, args.port, app.server, threaded=True)
+    except (OSError, SystemExit) as error:  # werkzeug ends the program where the port is taken
+        raise ConfigError(f"--host {args.host} --port {args.port}: cannot be served there ({error}). Give another "
+                          "--port, or 0 for a free one.") from error
+    usage.start()
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"http://{host}:{server.server_port}/  (Ctrl-C ends it)", flush=True)
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+        opener.close()
+
+
+def build(args: argparse.Namespace):
+    """The application, its count of codes, not started, and its opener of meshes."""
+    import torch
+
+    from ..tokenizer import SparseStructureTokenizer
+    from .app import create_app
+    from .uploads import Opener
+    from .usage import Usage
+    from .workbench import Workbench
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if args.run:
+        tokenizer = SparseStructureTokenizer.from_run(args.run)
+    else:
+        tokenizer = SparseStructureTokenizer.load(args.tokenizer)
+    tokenizer = tokenizer.to(device)
+    dataset = open_data(args, tokenizer.resolution)
+    name = Path(args.run or args.tokenizer)
+    workbench = Workbench(tokenizer, dataset, Path(args.run) if args.run else None, "/".join(name.parts[-2:]))
+    usage, opener = Usage(workbench), Opener()
+    return create_app(workbench, usage, opener, args.host), usage, opener
+
+
+def open_data(args: argparse.Namespace, resolution: int):
+    """The data of --data_dir or, without it, of the run where they are still there; None without either."""
+    from ..datasets.sparse_structure import SparseStructure
+    from ..trainers.checkpoint import Checkpoints
+
+    if args.data_dir:
+        return SparseStructure(args.data_dir, resolution=resolution, split="all")
+    if not args.run:
+        return None
+    checkpoints = Checkpoints(args.run)
+    misc = checkpoints.read_misc(checkpoints.resolve("latest")) or {}
+    if not misc.get("data_dir"):
+        return None
+    try:
+        return SparseStructure(misc["data_dir"], resolution=resolution, split="all")
+    except DataError as error:
+        print(f"without data: {error}\nGive --data_dir to pick objects and to count codes.", file=sys.stderr)
+        return None

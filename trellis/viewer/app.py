@@ -4,11 +4,14 @@ import logging
 import tempfile
 from pathlib import Path
 
+from dash import Dash, set_props
+from flask import Response, request
+from plotly.io.json import to_json_plotly
+
 from ..datasets.meshes import UP_AXES
 from ..utils.errors import DataError, UserError
-from .callbacks import Dash, add_callbacks
+from .callbacks import add_callbacks
 from .layout import page
-from .lazy_dash import load
 from .uploads import MAX_BYTES, Opener, check_name
 from .usage import Usage
 from .visit import opened_upload
@@ -22,7 +25,7 @@ log = logging.getLogger(__name__)
 def create_app(workbench: Workbench, usage: Usage, opener: Opener, host: str = "127.0.0.1") -> Dash:
     """host: where it is served; at a loopback address, only requests to such a name are answered, so that no other
     site's page can reach it through a name of its own."""
-    app = load().Dash("trellis.viewer", title="Tokens of sparse structures", update_title=None, serve_locally=True,
+    app = Dash("trellis.viewer", title="Tokens of sparse structures", update_title=None, serve_locally=True,
                assets_folder=str(Path(__file__).parent / "assets"), on_error=tell_page, enable_mcp=False)  # fmt: skip
     # Beyond an upload, a page sends a few tens of kB.
     app.server.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
@@ -36,7 +39,7 @@ def create_app(workbench: Workbench, usage: Usage, opener: Opener, host: str = "
 
 def tell_page(error: Exception) -> None:
     """Show an error of a callback on the page, and leave the rest of the page as it is."""
-    load().set_props("message", {"children": message(error)})
+    set_props("message", {"children": message(error)})
 
 
 def message(error: Exception) -> str:
@@ -51,9 +54,6 @@ def add_uploads(app: Dash, workbench: Workbench, opener: Opener) -> None:
 
     A header of our own is required, which a page of another site may not send.
     """
-
-    from flask import Response, request
-    from plotly.io.json import to_json_plotly
 
     @app.server.post("/upload")
     def upload() -> Response:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dash import ClientsideFunction, Dash, Input, Output, State, ctx, no_update
 
 from ..datasets.voxels import occupancy_to_points, write_ply
 from ..utils.errors import DataError
@@ -16,13 +17,11 @@ from ..utils.evaluation import occupied_blocks
 from . import card, figures
 from .curves import curves_figure, read_log
 from .layout import PANELS, chip
-from .lazy_dash import ClientsideFunction, Input, Output, State, ctx, load
 from .uploads import Opener
 from .usage import Usage
 from .visit import Visit, check_code, dataset_key, dataset_mesh, edits_of, new_object, open_visit
 from .workbench import Workbench
 
-Dash = Any  # loaded only as the page is made
 LISTED = 60  # objects in the list at once; typing finds the others
 NEARBY = 32  # codes that "a similar code" goes through
 
@@ -39,7 +38,7 @@ def add_callbacks(app: Dash, workbench: Workbench, usage: Usage, opener: Opener)
 
         @app.callback(Output("curves", "figure"), Input("tabs", "value"), Input("read-curves", "n_clicks"))
         def curves(tab: str, _):
-            return curves_figure(read_log(workbench.run_dir / "log.txt")) if tab == "curves" else load().no_update
+            return curves_figure(read_log(workbench.run_dir / "log.txt")) if tab == "curves" else no_update
 
 
 def add_browser_side(app: Dash) -> None:
@@ -61,7 +60,6 @@ def add_browser_side(app: Dash) -> None:
 
 def add_picking(app: Dash, workbench: Workbench, opener: Opener) -> None:
     dataset = workbench.dataset
-    no_update = load().no_update
     names = [workbench.object_name(index) for index in range(len(dataset))]
     order = sorted(range(len(dataset)), key=lambda index: dataset.entries[index].split != "val")  # held out ones first
 
@@ -102,7 +100,6 @@ def add_picking(app: Dash, workbench: Workbench, opener: Opener) -> None:
 
 
 def add_counting(app: Dash, usage: Usage) -> None:
-    no_update = load().no_update
 
     @app.callback(Output("progress", "children"), Output("counted", "data"), Output("poll", "disabled"),
                   Input("poll", "n_intervals"))  # fmt: skip
@@ -113,7 +110,6 @@ def add_counting(app: Dash, usage: Usage) -> None:
 
 def add_drawing(app: Dash, workbench: Workbench, usage: Usage) -> None:
     colours = workbench.colours()
-    no_update = load().no_update
 
     def tokens_of(visit: Visit) -> figures.Tokens:
         shape = (-1, workbench.codes_per_token)
@@ -186,7 +182,6 @@ def add_drawing(app: Dash, workbench: Workbench, usage: Usage) -> None:
 
 
 def add_editing(app: Dash, workbench: Workbench) -> None:
-    no_update = load().no_update
     names = ("set", "similar", "empty", "undo", "reset")
 
     @app.callback(Output("edits", "data"), Output("message", "children", allow_duplicate=True),

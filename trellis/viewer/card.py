@@ -5,9 +5,9 @@ import io
 from typing import Any
 
 import numpy as np
+from dash import html
 
 from ..renderers.voxel_preview import BACKGROUND, MATERIAL, render_voxels
-from .lazy_dash import html
 from .usage import CodeUsage, Usage
 from .visit import Visit
 from .workbench import Workbench

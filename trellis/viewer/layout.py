@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from dash import dcc, html
+
 from ..datasets.meshes import MESH_SUFFIXES
 from ..renderers.voxel_preview import CORRECT, EXTRA, MISSING
 from .figures import css
-from .lazy_dash import dcc, html
 from .uploads import MAX_BYTES
 from .workbench import Workbench
 

@@ -10,6 +10,10 @@ from ..utils.errors import ConfigError, DataError
 
 def serve(args: argparse.Namespace) -> None:
     """args: as of __main__.py. Raises UserError where something cannot be loaded or served."""
+    try:
+        import dash  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"a Python package is missing ({error}): pip install dash") from error
     app, usage, opener = build(args)
     from werkzeug.serving import make_server
 

@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,7 @@ from trellis.utils.errors import ConfigError, DataError, UserError
 from trellis.utils.metrics import voxel_metrics
 
 REASONS_SHOWN = 5
+COMPARED = 16  # objects encoded in fp32 too, where ids are those of bf16
 # Two processes may choose other kernels in bf16, and rounding decides between codes that are equally near.
 EQUAL_IN_BF16 = 0.9
 
@@ -325,6 +327,14 @@ def verify(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int]) 
             f"least {ious.min():.4f}")  # fmt: skip
 
 
+def agreement(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int]) -> str:
+    """How many of the first objects' ids fp32 would have given too, in words."""
+    rows = list(islice((row for number in numbers for row in parquet.read_shards(work.path(number))), COMPARED))
+    stored = np.stack([row["tokens"] for row in rows])
+    ids, _ = encode_batches(tokenizer, [work.source.grids([row["sha256"] for row in rows])], "fp32", False)
+    return f"of the ids of {len(rows)} objects {(ids == stored).mean():.2%} are those of fp32"
+
+
 def list_failures(work: Work) -> list[dict[str, str]]:
     """Write failed.csv from the shards that are there, of all machines. Returns its rows."""
     present = [work.path(number) for number in work.shards if work.path(number).exists()]
@@ -373,6 +383,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"  all reasons ({len(failures)}): {Path(args.output_dir, 'failed.csv')}")
     if numbers and not rows:
         raise DataError(f"{args.output_dir}: no object has ids; failed.csv has the reasons")
+    if rows and args.precision == "bf16":
+        print("  " + agreement(work, tokenizer.to("cuda" if cuda else "cpu"), numbers))
     if args.verify and rows:
         tokenizer.to("cuda" if cuda else "cpu")
         print("  " + verify(work, tokenizer, numbers))

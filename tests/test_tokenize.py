@@ -102,6 +102,12 @@ def test_rows_are_what_the_tokenizer_makes_of_each_grid(base, tmp_path, precisio
         data = dict(file)
     grids = np.unpackbits(data["bits"], axis=1).reshape(-1, 16, 16, 16)
     rows = list(parquet.read_shards(out))
+    first = script.COMPARED
+    equal = tokenizer.encode(torch.from_numpy(grids[:first])[:, None]).cpu().numpy() == [
+        row["tokens"] for row in rows[:first]
+    ]
+    said = f"of the ids of {first} objects {equal.mean():.2%} are those of fp32" in report
+    assert said == (precision == "bf16")
     assert len(rows) == OBJECTS and len({tuple(row["tokens"]) for row in rows}) > OBJECTS / 2
     for i, row in enumerate(rows):
         grid = torch.from_numpy(grids[i])[None, None].to(device)

@@ -41,14 +41,14 @@ def find_meshes(inputs: Iterable[str | os.PathLike], exclude: Path) -> dict[str,
         if item.is_dir():
             found.update({os.path.abspath(path): path for path in _walk(item, exclude.resolve())})
         elif not item.exists():
-            raise DataError(f"{item}: no such file or folder. Give a mesh or a folder of meshes to --input.")
+            raise DataError(f"{item}: no such file or folder. Give a mesh or a folder of meshes.")
         elif item.suffix.lower() not in MESH_SUFFIXES:
             raise DataError(f"{item}: is not one of {' '.join(MESH_SUFFIXES)}. Convert it to one of them.")
         else:
             found[os.path.abspath(item)] = item
     if not found:
         raise DataError(f"{', '.join(map(str, inputs))}: no {' '.join(MESH_SUFFIXES)} there or below. "
-                        "Give a folder of meshes to --input.")
+                        "Give a folder of meshes.")
     return dict(sorted((printable(path), path) for path in found.values()))
 
 

@@ -51,6 +51,8 @@ class DataSource:
         self.failures: list[dict[str, str]] = []
         for root in self.dataset.roots:
             found = setting_of_data([root], "normalization")
+            if found is None and Path(root, "metadata.csv").is_file():
+                found = "cube"  # what folders that do not say hold; packed files may hold anything
             if found not in (None, normalization):
                 raise DataError(f"{root}: its grids have normalization {found}, but the tokenizer's is {normalization}."
                                 f" Make them anew with voxelize.py --normalization {normalization}.")  # fmt: skip

@@ -89,17 +89,17 @@ def corners(mesh: trimesh.Trimesh) -> list:
     return sorted(mesh.triangles.astype(np.float32).reshape(-1, 9).tolist())
 
 
-@pytest.mark.parametrize("z_up", [False, True])
+@pytest.mark.parametrize("to_y_up", [False, True])
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".STL"])
-def test_files_hold_the_mesh(suffix, z_up, tmp_path):
+def test_files_hold_the_mesh(suffix, to_y_up, tmp_path):
     mesh = surface_mesh(solid_grids(1, 16, seed=5)[0])
     path = tmp_path / f"mesh{suffix}"
     path.write_bytes(b"of an earlier run")
     before = mesh.copy()
-    save_mesh(mesh, str(path), z_up)
+    save_mesh(mesh, str(path), to_y_up)
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
     vertices, faces = meshes.load_mesh(path)
-    read = trimesh.Trimesh(meshes.turn_to_z_up(vertices) if z_up and suffix == ".glb" else vertices, faces,
+    read = trimesh.Trimesh(meshes.turn_to_z_up(vertices) if to_y_up else vertices, faces,
                            process=False)
     assert np.array_equal(mesh.vertices, before.vertices)  # the caller's mesh is not turned
     if suffix == ".obj":  # as text, with eight digits
@@ -113,15 +113,15 @@ def test_voxelising_a_saved_mesh_with_its_up_axis_finds_the_same_cells(tmp_path)
     pytest.importorskip("open3d")
     grid = np.linalg.norm(centres(24) * (1.1, 1.7, 2.9) - 0.1, axis=-1) < 0.42
     mesh = surface_mesh(grid)
-    for name in ("mesh.glb", "mesh.ply"):
-        save_mesh(mesh, tmp_path / name, z_up=True)
+    save_mesh(mesh, tmp_path / "mesh.glb", to_y_up=True)
+    save_mesh(mesh, tmp_path / "mesh.ply", to_y_up=False)
     found = meshes.mesh_to_grid(tmp_path / "mesh.glb", 32, up_axis="y").numpy()
     assert np.array_equal(found, meshes.mesh_to_grid(tmp_path / "mesh.ply", 32, up_axis="z").numpy())
     assert not np.array_equal(found, meshes.mesh_to_grid(tmp_path / "mesh.glb", 32, up_axis="keep").numpy())
 
 
 def test_a_glb_has_outward_normals_and_is_no_metal(tmp_path):
-    save_mesh(surface_mesh(np.linalg.norm(centres(16), axis=-1) < 0.4), tmp_path / "ball.glb", z_up=True)
+    save_mesh(surface_mesh(np.linalg.norm(centres(16), axis=-1) < 0.4), tmp_path / "ball.glb", to_y_up=True)
     [read] = trimesh.load_scene(tmp_path / "ball.glb", process=False).geometry.values()
     assert "vertex_normals" in read._cache  # as the file has them, not computed
     assert (read.vertex_normals * read.vertices).sum(1).min() > 0.3
@@ -132,7 +132,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     mesh = surface_mesh(np.ones((2, 2, 2)))
     for name in ("mesh.fbx", "mesh"):
         with pytest.raises(ConfigError, match=f"{name}: a mesh is written as .glb, .obj, .ply, .stl"):
-            save_mesh(mesh, tmp_path / name, z_up=False)
+            save_mesh(mesh, tmp_path / name, to_y_up=False)
     assert not list(tmp_path.iterdir())
     with pytest.raises(DataError, match="no occupied cell"):
         surface_mesh(np.zeros((4, 4, 4), dtype=bool))

@@ -202,8 +202,10 @@ def test_a_run_gives_its_averaged_weights_and_what_its_data_were(tmp_path, data_
     assert (tokenizer.resolution, tokenizer.normalization, tokenizer.up_axis) == (16, "cube", "keep")
     assert tokenizer.info["training"]["step"] == 6 and 0 <= tokenizer.info["scores"]["iou"] <= 1
     assert SparseStructureTokenizer.from_run(run, ckpt="4", up_axis="z").settings["up_axis"] == "z"
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="outputs/stage2"):
         SparseStructureTokenizer.load(tmp_path)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        SparseStructureTokenizer.from_run(tmp_path)
     with pytest.raises(CheckpointError, match="from_run"):
         SparseStructureTokenizer.from_pretrained(run)
 
@@ -251,7 +253,8 @@ def test_what_that_layout_cannot_hold_is_refused(tmp_path):
     for kind in ("two codes", "blocks", "a grid"):
         with pytest.raises(ConfigError, match="one table"):
             make(**QUANTIZERS[kind]).export_shapellm(tmp_path / "x.bin")
-    make(**QUANTIZERS["along z"]).export_shapellm(tmp_path / "x.bin")
+    with pytest.warns(UserWarning, match="normalise meshes"):
+        make(**QUANTIZERS["along z"]).export_shapellm(tmp_path / "x.bin")
     with pytest.raises(CheckpointError, match="exists already"):
         make().export_shapellm(tmp_path / "x.bin")
     state = torch.load(tmp_path / "x.bin", weights_only=True)
@@ -260,6 +263,29 @@ def test_what_that_layout_cannot_hold_is_refused(tmp_path):
     for name, message in (("more", "quant_conv"), ("less", "conv2.bias")):
         with pytest.raises(CheckpointError, match=message):
             SparseStructureTokenizer.from_shapellm(tmp_path / f"{name}.bin")
+
+
+def test_export_says_that_the_file_does_not_know_the_normalisation(tmp_path):
+    tokenizer = make(**QUANTIZERS["along z"])
+    with pytest.warns(UserWarning, match='normalization="cube", up_axis="y"'):
+        tokenizer.export_shapellm(tmp_path / "x.bin")
+    again = SparseStructureTokenizer.from_shapellm(tmp_path / "x.bin", normalization="cube", up_axis="z")
+    assert (again.normalization, again.up_axis) == ("cube", "z")
+
+
+@pytest.mark.parametrize("up_axis", ["keep", "y", "z"])
+@pytest.mark.parametrize("suffix", ["glb", "obj", "ply", "stl"])
+def test_a_mesh_comes_back_with_the_axes_it_went_in_with(tmp_path, up_axis, suffix):
+    trimesh = pytest.importorskip("trimesh")
+    pytest.importorskip("skimage")
+    tokenizer = SparseStructureTokenizer(make().specs, RESOLUTION, up_axis=up_axis)
+    mesh = trimesh.creation.box((1.0, 0.25, 0.5))
+    mesh.export(tmp_path / f"in.{suffix}")
+    grid = tokenizer.grid_of_file(tmp_path / f"in.{suffix}")
+    tokenizer.decode = lambda ids, precision="fp32": grid[None].float() - 0.5  # a perfect reconstruction
+    tokenizer.save_mesh(torch.zeros(1, tokenizer.num_tokens), tmp_path / f"out.{suffix}")
+    extents = trimesh.load(tmp_path / f"out.{suffix}", force="mesh").extents
+    assert np.allclose(extents / extents.max(), (1.0, 0.25, 0.5), atol=2 / RESOLUTION)  # whole cells
 
 
 def test_id_text_id_file_id(tmp_path):
@@ -271,7 +297,8 @@ def test_id_text_id_file_id(tmp_path):
     assert SHAPELLM == SparseStructureTokenizer.token_format(type("", (), {"n_embed": 8192}), first_id=151665)
     with pytest.raises(DataError):
         tokenizer.from_text("<mesh-start><mesh0><mesh-end>")
-    repaired = tokenizer.from_text("<mesh-start><mesh7><mesh-end>", strict=False)
+    with pytest.warns(UserWarning, match="text 0 is repaired"):
+        repaired = tokenizer.from_text("<mesh-start><mesh7><mesh-end>", strict=False)
     assert repaired[0] == 7 and torch.equal(repaired[1:], tokenizer.empty_ids[1:])
 
 
@@ -299,8 +326,16 @@ def test_grids_and_ids_of_another_shape_are_errors(tmp_path):
     for value in (-1, 32):
         with pytest.raises(ValueError, match=f"an id is {value}"):
             tokenizer.decode(torch.where(torch.arange(64) == 3, value, ids))
-    with pytest.raises(DataError, match="no such file"):
-        tokenizer.encode(tmp_path / "gone.glb")
+    for path, message in ((tmp_path / "gone.glb", "no such file"), (tmp_path, "is a folder")):
+        with pytest.raises(DataError, match=message):
+            tokenizer.encode(path)
+    with pytest.raises(ConfigError, match="no folder"):
+        tokenizer.save_mesh(ids, tmp_path / "gone" / "mesh.glb")
+    with pytest.raises(ValueError, match="one object"):
+        tokenizer.save_mesh(ids.repeat(2, 1), tmp_path / "mesh.glb")
+    (tmp_path / "mesh.glb").write_bytes(b"glTF")
+    with pytest.raises(CheckpointError, match="is no tokenizer"):
+        SparseStructureTokenizer.load(tmp_path / "mesh.glb")
 
 
 def test_models_that_do_not_fit_are_errors():

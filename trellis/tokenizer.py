@@ -7,6 +7,7 @@ object, K codes.
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +32,7 @@ from .utils.files import written_aside
 Precision = Literal["fp32", "bf16"]
 MODELS = ("encoder", "quantizer", "decoder")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 # Objects that pass through the networks together. Always as many, filled up with empty ones: a convolution of another
 # batch may sum in another order, and a rounding decides between two codes that are equally near.
 OBJECTS_AT_ONCE = {"cpu": 1, "cuda": 16}
@@ -186,14 +188,17 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         return surface_mesh(self._one_grid(ids), smooth=smooth)
 
     def save_mesh(self, ids: Tensor, path: Source, smooth: bool = True) -> None:
-        """Write `to_mesh` as GLB, OBJ, PLY or STL, by the suffix of path. GLB is y-up, as the format has it, unless
-        `up_axis` is "keep": then nobody knows, and axes stay."""
+        """Write `to_mesh` as GLB, OBJ, PLY or STL, by the suffix of path, with the axes that `encode` takes a mesh to
+        have: y-up where `up_axis` is "y". ids: [T] or [1, T]. Raises ConfigError where there is no such folder."""
         from .utils.surface import save_mesh
 
-        save_mesh(self.to_mesh(ids, smooth), path, z_up=self.up_axis != "keep")
+        save_mesh(self.to_mesh(ids, smooth), path, to_y_up=self.up_axis == "y")
 
     def _one_grid(self, ids: Tensor) -> np.ndarray:
-        return (self.decode(ids)[0, 0] > 0).cpu().numpy()
+        logits = self.decode(ids)
+        if len(logits) != 1:
+            raise ValueError(f"a mesh is made of one object; ids are {list(ids.shape)}")
+        return (logits[0, 0] > 0).cpu().numpy()
 
     def token_format(self, first_id: int = 0) -> TokenFormat:
         """Where this codebook's ids lie in a vocabulary that gives it ids from `first_id` on."""
@@ -208,11 +213,15 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         """The ids of a text [T], or of several [B, T]; the inverse of `to_text`.
 
         strict: a text that is not exactly one object is a DataError. Otherwise it is repaired: missing ids become those
-        of empty space, surplus ones are dropped; `TokenFormat.from_text` also says what was done.
+        of empty space, surplus ones are dropped, and a warning says so; `TokenFormat.from_text` returns what it says.
         """
         fill = None if strict else self.empty_ids
         texts = [text] if isinstance(text, str) else text
-        ids = [self.token_format().from_text(each, self.num_tokens, strict=strict, fill=fill).ids for each in texts]
+        parsed = [self.token_format().from_text(each, self.num_tokens, strict=strict, fill=fill) for each in texts]
+        for number, (_, problems) in enumerate(parsed):
+            if problems:
+                warnings.warn(f"text {number} is repaired: {'; '.join(problems)}", stacklevel=2)
+        ids = [each.ids for each in parsed]
         return ids[0] if isinstance(text, str) else torch.stack(ids)
 
     # --- where it comes from ---
@@ -223,11 +232,17 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         layout, or an id on the Hub. Raises CheckpointError where it is none of these."""
         path = Path(source)
         if path.is_file():
+            if path.suffix not in WEIGHT_SUFFIXES:
+                raise CheckpointError(f"{path}: is no tokenizer. Give a folder, or a file of ShapeLLM-Omni's layout, "
+                                      f"whose name ends in {', '.join(WEIGHT_SUFFIXES)}")  # fmt: skip
             return cls.from_shapellm(path)
         if (path / WEIGHTS).is_file():
             return cls.from_pretrained(path)
-        if path.is_dir():
+        if (path / "ckpts").is_dir():
             return cls.from_run(path)
+        if path.is_dir():
+            raise CheckpointError(f"{path}: has neither {WEIGHTS} of save_pretrained nor ckpts/ of a run. Give a "
+                                  "folder that has one of them, such as outputs/stage2")  # fmt: skip
         if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
             raise CheckpointError(f"{source}: there is no such file or folder, and it is no id on the Hub (org/name)")
         return cls.from_pretrained(str(source))
@@ -290,20 +305,26 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         return tokenizer
 
     @classmethod
-    def from_shapellm(cls, path: Source) -> "SparseStructureTokenizer":
-        """The tokenizer of a file in ShapeLLM-Omni's layout, `3DVQVAE.bin`; sizes are those of its tensors. Raises
-        CheckpointError where it is none."""
+    def from_shapellm(
+        cls, path: Source, *, normalization: str = "shapellm", up_axis: str = "y"
+    ) -> "SparseStructureTokenizer":
+        """The tokenizer of a file in ShapeLLM-Omni's layout, `3DVQVAE.bin`; sizes are those of its tensors.
+
+        normalization, up_axis: how its meshes became grids, which the file does not say; by default as ShapeLLM-Omni
+        does it. Raises CheckpointError where the file is none of this layout.
+        """
         models, state = read_shapellm(path)
         # 16 cells a side are what that model has; another number makes other lattices, not other weights.
-        tokenizer = cls(models, 64, "shapellm", "y", {"source": f"ShapeLLM-Omni's layout, {Path(path).name}"})
+        tokenizer = cls(models, 64, normalization, up_axis, {"source": f"ShapeLLM-Omni's layout, {Path(path).name}"})
         _load_state(tokenizer, state, path)
         return tokenizer
 
     def export_shapellm(self, path: Source) -> None:
         """Write the tokenizer in that layout; `from_shapellm` and ShapeLLM-Omni's own class read it.
 
-        Raises ConfigError where ids are not the nearest rows of one table over cells along z, CheckpointError where
-        the file exists.
+        The file does not say how meshes were normalised, and its readers do it as ShapeLLM-Omni; a warning says so
+        where this tokenizer does not. Raises ConfigError where ids are not the nearest rows of one table over cells
+        along z, CheckpointError where the file exists.
         """
         table, along_z = self.quantizer.table(), self.quantizer.group[:2] == (1, 1)
         if table is None or not self.quantizer.nearest_of_table or not along_z:
@@ -312,6 +333,10 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
                               "EMAVectorQuantizer without group")  # fmt: skip
         if Path(path).exists():
             raise CheckpointError(f"{path} exists already; choose another file")
+        if self.normalization != "shapellm":
+            warnings.warn(f"{path}: readers of this layout normalise meshes as ShapeLLM-Omni does, but this one's are "
+                          f'normalised as "{self.normalization}". Give grids, or load it by from_shapellm(..., '
+                          f'normalization="{self.normalization}", up_axis="{self.up_axis}")', stacklevel=2)  # fmt: skip
         with written_aside(path) as aside:
             torch.save(shapellm_state(self.encoder.state_dict(), self.decoder.state_dict(), table), aside)
 
@@ -401,13 +426,15 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         Raises DataError where it cannot be read."""
         path = Path(path)
         if not path.is_file():
-            raise DataError(f"{path}: there is no such file. Give a mesh or a voxel file")
+            what = "is a folder" if path.is_dir() else "there is no such file"
+            raise DataError(f"{path}: {what}. Give a mesh or a voxel file, or a list of them")
         if path.suffix.lower() == ".ply" and not has_faces(path):
             return points_to_occupancy(read_ply(path), self.resolution, name=str(path))
         return mesh_to_grid(path, self.resolution, self.up_axis, self.normalization)
 
     def _check_ids(self, ids: Tensor) -> Tensor:
         """ids as [B, T]."""
+        ids = torch.as_tensor(ids)
         if ids.ndim not in (1, 2) or ids.shape[-1] != self.num_tokens or ids.is_floating_point() or not ids.numel():
             raise ValueError(f"ids must be [B, {self.num_tokens}] or [{self.num_tokens}] integers; they are "
                              f"{list(ids.shape)} {ids.dtype}")  # fmt: skip

@@ -53,25 +53,27 @@ def surface_mesh(grid: np.ndarray, smooth: bool = True) -> "trimesh.Trimesh":
     return mesh
 
 
-def save_mesh(mesh: "trimesh.Trimesh", path: str | os.PathLike, z_up: bool) -> None:
+def save_mesh(mesh: "trimesh.Trimesh", path: str | os.PathLike, to_y_up: bool) -> None:
     """Write a mesh as GLB, OBJ, PLY or STL by the suffix of `path`, aside and renamed; a file there is replaced.
 
-    z_up: whether z points up in the mesh. A GLB is then turned to y-up, as the format wants it (glTF 2.0, Sec. 3.4),
-    so that voxelize.py reads it with `--up_axis y`; the other formats say nothing of axes and keep them.
-    Raises ConfigError for another suffix.
+    to_y_up: turn it from z-up to y-up, the inverse of what reading with up_axis "y" does.
+    Raises ConfigError for another suffix, and where the folder is not there.
     """
     path = Path(path)
     kind = check_mesh_suffix(path)
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}. Make it first.")
+    if to_y_up:  # the inverse of trellis.datasets.meshes.turn_to_z_up
+        x, y, z = mesh.vertices.T
+        mesh = mesh.copy()
+        mesh.vertices = np.stack([x, z, -y], axis=1)
     if kind == "glb":
         import trimesh
 
-        vertices = mesh.vertices
-        if z_up:  # the inverse of trellis.datasets.meshes.turn_to_z_up
-            vertices = np.stack([vertices[:, 0], vertices[:, 2], -vertices[:, 1]], axis=1)
         # glTF's default material is a metal, black where a viewer has nothing for it to mirror.
         matte = trimesh.visual.material.PBRMaterial(baseColorFactor=(200, 200, 200, 255), metallicFactor=0.0,
                                                     roughnessFactor=1.0)
-        mesh = trimesh.Trimesh(vertices, mesh.faces, process=False,
+        mesh = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False,
                                visual=trimesh.visual.TextureVisuals(material=matte))
         content = mesh.export(file_type=kind, include_normals=True)  # else viewers show every triangle flat
     else:

@@ -6,7 +6,8 @@
 Grids come from the data roots of train.py, or from meshes, which are voxelised as the tokenizer's own were. Objects are
 divided into shards, shard-00000-of-00012.parquet … (layout: trellis/tokens/parquet.py), each written whole or not at
 all: the same command goes on with those that are missing. A folder takes one tokenizer, data set, precision and shard
-size, and has IoUs or none. Meshes that cannot be voxelised are listed in failed.csv; to try them again, delete their shard.
+size, and has IoUs or none. Meshes that cannot be voxelised are listed in failed.csv; to try them again, delete their
+shard.
 --sharegpt adds dataset_info.json and sharegpt/*.jsonl as LLaMA-Factory reads them (trellis/tokens/sharegpt.py has its
 rules): of an object with captions two records for each, caption to mesh and mesh to caption. Captions are those of
 --captions, else of a column caption or captions of the roots' metadata.csv.

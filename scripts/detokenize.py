@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.output_dir}: {len(written)} files")
+    print(f"{args.output_dir}: {len(written)} {'file' if len(written) == 1 else 'files'} written")
     for name, reason in left_out:
         print(f"left out: {name}: {reason}")
     if left_out:

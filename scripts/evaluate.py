@@ -41,7 +41,7 @@ ID_BITS = 13.0
 TABLES = {
     "reconstruction": {
         "objects": "objects", "IoU": "iou", "median": "iou_median", "5 %": "iou_p5", "precision": "precision",
-        "recall": "recall", "exact": "exact", "F-score": "f_score", "chamfer": "chamfer",
+        "recall": "recall", "exact": "exact", "F-score": "f_score", "chamfer, voxels": "chamfer",
     },
     "codebook, over all objects and within one": {
         "tokens": "tokens", "usage": "codebook_usage", "perplexity": "codebook_perplexity",
@@ -164,7 +164,7 @@ def format_report(results: dict[str, dict]) -> str:
             rows[f"{label}, {kind}"] = part
     tables = [format_table(title, columns, rows) for title, columns in TABLES.items()]
     label, first = next(iter(results.items()))
-    columns = {name: TABLES["reconstruction"][name] for name in ("objects", "IoU", "5 %", "F-score", "chamfer")}
+    columns = {name: TABLES["reconstruction"][name] for name in ("objects", "IoU", "5 %", "F-score", "chamfer, voxels")}
     if "sampled_iou" in first:
         columns |= {"sampled IoU": "sampled_iou"}
     tables.append(format_table(f"sources, {label}", columns, first["sources"]))

@@ -288,7 +288,7 @@ def test_the_report_says_what_was_scored_and_the_sheet_is_a_picture(vae_run, sou
     source = scores["sources"]["chairs"]
     assert table(lines, "sources, ema0.9")["chairs"] == {
         "objects": "3", "IoU": f"{source['iou']:.4f}", "5 %": f"{source['iou_p5']:.4f}",
-        "F-score": f"{source['f_score']:.4f}", "chamfer": f"{source['chamfer']:.4f}",
+        "F-score": f"{source['f_score']:.4f}", "chamfer, voxels": f"{source['chamfer']:.4f}",
         "sampled IoU": f"{source['sampled_iou']:.4f}",
     }  # fmt: skip
     kl = table(lines, "KL in bits, a group beside 13 of an id")

@@ -370,3 +370,17 @@ def test_nothing_is_overwritten_and_damage_is_named(tmp_path):
     for source in ("./gone", "a/b/c", "gone"):
         with pytest.raises(CheckpointError, match="gone|a/b/c"):
             SparseStructureTokenizer.load(source)
+
+
+def test_a_slip_in_a_path_does_not_ask_the_hub(tmp_path, monkeypatch):
+    def asked(*args, **kwargs):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(SparseStructureTokenizer, "from_pretrained", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    message = r"outputs/stage: outputs/ has no file or folder stage\. .*from_pretrained"
+    with pytest.raises(CheckpointError, match=message):
+        SparseStructureTokenizer.load("outputs/stage")
+    with pytest.raises(AssertionError, match="asked"):
+        SparseStructureTokenizer.load("someone/stage")

@@ -245,6 +245,9 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
                                   "folder that has one of them, such as outputs/stage2")  # fmt: skip
         if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
             raise CheckpointError(f"{source}: there is no such file or folder, and it is no id on the Hub (org/name)")
+        if path.parent.is_dir():  # a slip in a path, which the Hub would take long to not know
+            raise CheckpointError(f"{source}: {path.parent}/ has no file or folder {path.name}. For an id on the Hub "
+                                  "use from_pretrained")  # fmt: skip
         return cls.from_pretrained(str(source))
 
     @classmethod

@@ -99,8 +99,9 @@ def claim(path: Path, settings: dict[str, Any]) -> None:
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); delete it together with the files beside it") from error
     if found != settings:
-        raise ConfigError(f"{path.parent} was made with another {', '.join(differing_keys(found, settings))}: see "
-                          f"{path}. Give the same as before, or another --output_dir.")  # fmt: skip
+        raise ConfigError(f"{path.parent}: what is there was made otherwise. {path.name} has other values of "
+                          f"{', '.join(differing_keys(found, settings))}. Give the same as before, or another "
+                          "--output_dir.")  # fmt: skip
 
 
 def shard_name(number: int, shards: int) -> str:

@@ -165,8 +165,9 @@ def _held_out(entry: dict) -> tuple[str, str]:
 def _lengths(result: dict) -> str:
     empty, sparse, T = result["empty"], result["sparse"], result["ids_per_object"]
     equal = [result["runs"][order]["equal"] for order in ORDERS]
-    text = [_compare("As runs of equal tokens an object has", *(runs["per_object"] for runs in equal), "runs")
-            + f" The longest has {max(runs['longest'] for runs in equal)} tokens."]
+    numbers = (runs["per_object"] for runs in equal)
+    text = [_compare("As runs of equal tokens an object has", *numbers, "runs", whole=True)
+            + f" The longest has {max(runs['longest'] for runs in equal)} tokens."]  # fmt: skip
     if empty is None:
         text.append("Empty tokens and the sparse form were not measured: --tokenizer tells what is empty.\n")
         return "\n".join(text)

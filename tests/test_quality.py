@@ -59,7 +59,7 @@ def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd)
     text = (tmp_path / "results.md").read_text()
     phases = ["vae", "1024_stage1", "1024_stage2", "1024_stage3"]
     assert [name for name in quality.PHASES if f"| {name} |" in text.split("## Scores")[0]] == phases
-    for name in ("vae", "1024_stage3"):
+    for name in ("vae", "1024_stage2", "1024_stage3"):
         report = json.loads(next((tmp_path / "eval" / name).glob("val_*.json")).read_text())
         (scores,) = report["weights"].values()
         assert f"| {name} | {scores['iou']:.4f} | {scores['iou_median']:.4f} | {scores['iou_p5']:.4f} |" in text

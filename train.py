@@ -239,6 +239,9 @@ def describe(trainer: BasicTrainer) -> None:
             origin = "initialised from the data's latents when the run starts"
         dtype = str(next(iter(model.state_dict().values())).dtype).removeprefix("torch.")
         print(f"{name:<12}{type(model).__name__:<26}{count:>12,}  {role:<10}{dtype:<8}{origin}")
+    for name, model in trainer.models.items():
+        if name not in trainer.frozen and not list(model.parameters()):
+            print(f"note: {name} has no parameters: its codes follow averages of the latents, not the optimizer")
     for note in plan.notes:
         print(f"note: {note}")
     random = [name for name, origin in plan.origin.items() if origin == "initialised" and name != "quantizer"]

@@ -300,6 +300,14 @@ def test_tryrun_shows_the_run_and_writes_nothing(vae_run, data_dir, write_config
     assert "lr 0.01 at step 0, lr 0.009 at step 1, lr 0.00729 at step 3, lr 0.00531 at step 6" in lines["schedule"]
 
 
+@pytest.mark.parametrize("name", ["VectorQuantizer", "EMAVectorQuantizer"])
+def test_tryrun_tells_of_a_codebook_that_no_optimizer_moves(name, data_dir, write_config, tmp_path, capsys):
+    config = tiny_config(VQ)
+    config["models"]["quantizer"]["name"] = name
+    run("--config", write_config(config), "--data_dir", data_dir, "--output_dir", tmp_path / "new", "--tryrun")
+    assert ("note: quantizer has no parameters" in capsys.readouterr().out) == (name == "EMAVectorQuantizer")
+
+
 def test_tryrun_fails_where_a_frozen_model_has_no_weights(data_dir, write_config, tmp_path, capsys):
     config = tiny_config(VQ, freeze=["encoder", "decoder"])
     flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "new", "--tryrun")

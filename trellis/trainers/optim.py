@@ -14,6 +14,7 @@ from ..utils import dist_utils
 from ..utils.config import Count, Range, check_args, check_component, matches
 from ..utils.errors import ConfigError
 from ..utils.registry import did_you_mean
+from .muon import ConvMuon
 
 LrScaling = Literal["none", "rms", "trust_ratio"]
 
@@ -78,7 +79,7 @@ def build_optimizer(
     where: str = "optimizer",
     lr_multipliers: dict[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """Any class of torch.optim by name.
+    """Any class of torch.optim by name, or `ConvMuon`.
 
     parameters: {model.name: parameter} to train. lr_multipliers: {model: factor of its lr}, 1 where it has none.
     lr_scaling: "none" takes the given lr; "rms" gives each tensor its own group, whose lr is the given one times
@@ -88,14 +89,15 @@ def build_optimizer(
     """
     name, args = spec["name"], spec.get("args", {})
     multipliers = lr_multipliers or {}
-    known = [
-        key
+    known = {
+        key: value
         for key, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
-    ]
+    }
+    known["ConvMuon"] = ConvMuon
     if name not in known:
         raise ConfigError(f"{where}.name is {name!r}, which torch.optim does not have{did_you_mean(name, known)}")
-    cls = getattr(torch.optim, name)
+    cls = known[name]
     if name == "LBFGS":
         raise ConfigError(f"{where}.name is 'LBFGS', which needs a closure per step; use AdamW or another")
     _check_keywords(cls, args, f"{where}.args")

@@ -16,9 +16,11 @@ from conftest import ROOT, tiny_config
 
 import train
 from trellis.trainers.checkpoint import Checkpoints
+from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
 
 VQ = "SparseStructureVqVaeTrainer"
 ADAPTIVE = {"name": "AdaptiveGradClipper", "args": {"max_norm": 1.0, "clip_percentile": 90, "buffer_size": 4}}
+MUON = {"name": "ConvMuon", "args": {"lr": 1e-2}}
 STAGE2 = {
     "optimizer": {"name": "AdamW", "args": {"lr": 5e-3}},
     "lr_scaling": "rms",
@@ -98,8 +100,8 @@ def stage1_run(vae_run, data_dir, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "config",
-    [tiny_config(batch_split=2, ema_rate=[0.9, 0.99]), tiny_config(VQ, **STAGE2)],
-    ids=["kl", "vq stage 2"],
+    [tiny_config(batch_split=2, ema_rate=[0.9, 0.99]), tiny_config(VQ, **STAGE2), tiny_config(VQ, optimizer=MUON)],
+    ids=["kl", "vq stage 2", "muon"],
 )
 def test_two_halves_equal_the_whole(config, data_dir, write_config, tmp_path):
     path = write_config(config)
@@ -251,6 +253,16 @@ def test_keep_last_keeps_the_last_and_the_best(data_dir, write_config, tmp_path)
     assert set(checkpoints.steps()) == {10, 12, checkpoints.best()}
     scores = {line["step"]: line["val/iou"] for line in logged(tmp_path / "run") if "val/iou" in line}
     assert scores[checkpoints.best()] == max(scores.values())
+
+
+@pytest.mark.parametrize("scores, told", [([0.5, 0.2, 0.4], True), ([0.5, 0.6, 0.4], False), ([0.5, 0.5, 0.5], False)])
+def test_a_run_that_ends_below_its_start_says_so(scores, told, data_dir, write_config, tmp_path, monkeypatch, capsys):
+    found = iter(scores)
+    monkeypatch.setattr(SparseStructureVaeTrainer, "validate", lambda self: {"iou": next(found)})
+    path = write_config(tiny_config(max_steps=6, i_eval=3))
+    assert run("--config", path, "--data_dir", data_dir, "--output_dir", tmp_path / "run") == 0
+    assert ("WARNING: this run made the models worse: iou 0.5000" in capsys.readouterr().out) is told
+    assert Checkpoints(tmp_path / "run").best() == scores.index(max(scores)) * 3
 
 
 # --- ranks ---

@@ -431,6 +431,12 @@ class BasicTrainer:
         self.say(f"step {self.step}  validation  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         if self.best is None or scores[self.best_by] > self.best["score"]:
             self.best = {"step": self.step, "by": self.best_by, "score": scores[self.best_by]}
+        elif self.step == self.max_steps and self.best["step"] == 0 and scores[self.best_by] < self.best["score"]:
+            self.say(
+                f"WARNING: this run made the models worse: {self.best_by} {self.best['score']:.4f} before step 1, "
+                f"{scores[self.best_by]:.4f} now. What it started from is kept as step 0 (--ckpt best, or 0). To do: "
+                'lower trainer.args.optimizer.args.lr or set trainer.args.lr_scaling to "rms", or train for longer.'
+            )
         return {f"val/{name}": value for name, value in scores.items()}
 
     def log(self, scores: dict[str, float]) -> None:

@@ -33,7 +33,8 @@ NETWORK = {
 BATCH = 16
 WARM_UP = 25
 POOLED_VAL = 160  # so that scoring takes no longer than training
-# Narrow layers bear larger steps than the full network's.
+# Of AdamW, which every variant has unless its name says otherwise. Narrow layers bear larger steps than the full
+# network's.
 LR = 2e-3
 
 
@@ -53,6 +54,10 @@ def args(**values) -> dict:
 
 def quantizer(name: str, **values) -> dict:
     return {"models.quantizer.name": name, **{f"models.quantizer.args.{key}": value for key, value in values.items()}}
+
+
+def adamw(lr: float) -> dict:
+    return {"name": "AdamW", "args": {"lr": lr, "weight_decay": 0.0}}
 
 
 DEMO_VAE = args(finetune_ckpt={name: str(common.ROOT / "pretrained" / "demo_vae" / name)
@@ -77,6 +82,7 @@ CODEBOOKS = {
     "RotationVectorQuantizer": quantizer("RotationVectorQuantizer") | args(lambda_vq=4 * COMMIT),
     "FiniteScalarQuantizer": quantizer("FiniteScalarQuantizer") | args(lambda_commit=0.0),
     "LookupFreeQuantizer": quantizer("LookupFreeQuantizer"),
+    "IndexBackpropagationQuantizer": quantizer("IndexBackpropagationQuantizer") | args(lambda_vq=4 * COMMIT),
     "two codes a token: residual": quantizer("ResidualVectorQuantizer", num_codes=2) | args(lambda_vq=4 * COMMIT),
     "two codes a token: product": quantizer("ProductVectorQuantizer", num_codes=2) | args(lambda_vq=4 * COMMIT),
     "groups of 2x2x1 cells": {"models.quantizer.args.group": [2, 2, 1]},
@@ -85,13 +91,16 @@ CODEBOOKS = {
     "l1_l2": args(loss_type="l1_l2"),
     "dice": args(loss_type="dice"),
     "bce_dice": args(loss_type="bce_dice"),
+    "the 8 symmetries about z": {"dataset.args.augmentation": "z"},
     "all 48 symmetries": {"dataset.args.augmentation": "all"},
-    "lr 5e-4": args(**{"optimizer.args.lr": 5e-4}),
-    "lr 5e-3": args(**{"optimizer.args.lr": 5e-3}),
-    "lr 5e-3, warm-up over half": args(**{"optimizer.args.lr": 5e-3}),
-    "lr 5e-3 relative to RMS": args(**{"optimizer.args.lr": 5e-3}, lr_scaling="rms"),
-    "lr 5e-3, trust ratio": args(**{"optimizer.args.lr": 5e-3}, lr_scaling="trust_ratio"),
-    "lr 5e-3, decoder's a fifth": args(**{"optimizer.args.lr": 5e-3}, lr_multipliers={"decoder": 0.2}),
+    **{f"ConvMuon, lr {lr}": args(optimizer=adamw(float(lr)) | {"name": "ConvMuon"})
+       for lr in ("1e-3", "2e-3", "4e-3")},
+    "lr 5e-4": args(optimizer=adamw(5e-4)),
+    "lr 5e-3": args(optimizer=adamw(5e-3)),
+    "lr 5e-3, warm-up over half": args(optimizer=adamw(5e-3)),
+    "lr 5e-3 relative to RMS": args(optimizer=adamw(5e-3), lr_scaling="rms"),
+    "lr 5e-3, trust ratio": args(optimizer=adamw(5e-3), lr_scaling="trust_ratio"),
+    "lr 5e-3, decoder's a fifth": args(optimizer=adamw(5e-3), lr_multipliers={"decoder": 0.2}),
 }
 LEVELS = {8192: [8, 8, 8, 4, 4], 1024: [8, 8, 4, 4]}  # of finite scalars, by the number of codes
 
@@ -114,9 +123,10 @@ def schedule(steps: int, warm_up: int) -> dict:
 
 def pooled(data_dir: Path, resolution: int, folder: Path) -> Path:
     """Packed grids of `data_dir` at a lower resolution, a cell on where any of it was, each once, as files of the same
-    names in `folder`; of a validation file the first POOLED_VAL."""
+    names in `folder`; of a validation file the first POOLED_VAL. What is in two files stays in the validation's."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(data_dir.glob("*.npz")):
+    seen = set()
+    for path in sorted(data_dir.glob("*.npz"), key=lambda path: not path.stem.endswith("val")):
         bits = load_packed(path)["bits"]
         if path.stem.endswith("val"):
             bits = bits[:POOLED_VAL]
@@ -125,10 +135,11 @@ def pooled(data_dir: Path, resolution: int, folder: Path) -> Path:
         for row in bits:
             blocks = np.unpackbits(row).reshape(resolution, before // resolution, resolution, before // resolution, -1,
                                                 before // resolution)  # fmt: skip
-            rows.append(np.packbits(blocks.max((1, 3, 5))))
-        rows = np.stack(rows)
-        first = np.unique(rows, axis=0, return_index=True)[1]
-        np.savez(folder / path.name, bits=rows[np.sort(first)])
+            row = np.packbits(blocks.max((1, 3, 5)))
+            if row.tobytes() not in seen:
+                seen.add(row.tobytes())
+                rows.append(row)
+        np.savez(folder / path.name, bits=np.stack(rows))
     return folder
 
 
@@ -146,7 +157,7 @@ def run(options: argparse.Namespace, device: torch.device, name: str, variant: V
     settings = NETWORK | args(
         max_steps=options.steps, batch_size=BATCH, ema_rate=0.99, i_log=20, i_print=options.steps,
         i_eval=options.steps, i_save=options.steps, i_sample=runs.NEVER, i_ddpcheck=runs.NEVER,
-        **{"optimizer.args.lr": LR, "lr_scheduler": schedule(options.steps, warm_up)},
+        optimizer=adamw(LR), lr_scheduler=schedule(options.steps, warm_up),
     )  # fmt: skip
     flags = ["--num_gpus", "1"]
     if variant.start is not None:
@@ -154,7 +165,7 @@ def run(options: argparse.Namespace, device: torch.device, name: str, variant: V
         settings["models.quantizer.args.n_embed"] = options.codes
         if "Finite" in name:
             settings["models.quantizer.args.levels"] = LEVELS[options.codes]
-    settings["dataset.args.resolution"] = options.resolution
+    settings |= {"dataset.args.resolution": options.resolution, "dataset.args.augmentation": "none"}
     line = runs.arguments(
         runs.config_path(variant.config), device, options.data_dir, folder, settings | variant.settings, *flags
     )
@@ -173,10 +184,12 @@ def run(options: argparse.Namespace, device: torch.device, name: str, variant: V
 
 def row(name: str, kept: dict) -> list:
     if "failed" in kept:
-        return [name, None, "failed", None, None, None]
+        return [name, None, "failed", None, None, None, None]
     first, last = kept["first"], kept["last"]
     codebook = [last.get(f"val/codebook_{key}") for key in ("usage", "perplexity")]
-    return [name, f"{first['val/iou']:.4f}", f"{last['val/iou']:.4f}", *codebook, last["seconds"]]
+    bits = last.get("val/entropy_bits_per_object")
+    kbit = None if bits is None else bits / 1e3
+    return [name, f"{first['val/iou']:.4f}", f"{last['val/iou']:.4f}", *codebook, kbit, last["seconds"]]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -206,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         common.describe_machine(device),
         f"Narrow network (8/32/64 channels), {options.resolution}³, {options.codes} codes, {options.steps} "
         f"steps of {BATCH}, {options.parallel} runs at a time. IoU of averaged weights on the validation split, before "
-        "and after; usage and perplexity after.",
+        "and after; usage, perplexity and kbit an object, by the entropy of single ids, after.",
     ]
     with ThreadPoolExecutor(options.parallel) as pool:
         for first in (True, False):  # VAEs before what starts from them
@@ -216,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(row(name, kept))
                 if "failed" in kept:
                     failures[name] = kept["failed"]
-                columns = ["variant", "IoU before", "IoU after", "usage", "perplexity", "seconds"]
+                columns = ["variant", "IoU before", "IoU after", "usage", "perplexity", "kbit used", "seconds"]
                 text = common.write_report("Ablations", [*header, common.markdown_table(columns, rows)], options.output)
     print(text)
     if failures:

@@ -1,11 +1,14 @@
 """The recipe and the ablations run from start to end, go on where they stopped, and report what was measured."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
+from PIL import Image
 
-from benchmarks import ablation, quality
+from benchmarks import ablation, common, quality, rate_distortion
 from trellis.trainers import TRAINERS
 from trellis.utils.config import load_config
 
@@ -51,22 +54,41 @@ def test_a_variant_changes_what_its_name_says_and_starts_from_a_variant():
                 section = section[part]
 
 
+def scores_of(folder: Path, phase: str) -> dict:
+    report = json.loads(next((folder / "eval" / phase).glob("val_*.json")).read_text())
+    (scores,) = report["weights"].values()
+    return scores
+
+
 def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd):
     flags = ["--data_dir", data_dir, "--output_dir", str(tmp_path), "--device", "cpu", "--phases", "1024_stage3"]
     for key, value in TINY.items():
         flags += ["--set", f"{key}={json.dumps(value)}"]
     quality.main(flags)
     text = (tmp_path / "results.md").read_text()
-    phases = ["vae", "1024_stage1", "1024_stage2", "1024_stage3"]
+    phases = ["vae", "4096_stage1", "4096_stage2", "1024_stage1", "1024_stage2", "1024_stage3"]
     assert [name for name in quality.PHASES if f"| {name} |" in text.split("## Scores")[0]] == phases
-    for name in ("vae", "1024_stage2", "1024_stage3"):
-        report = json.loads(next((tmp_path / "eval" / name).glob("val_*.json")).read_text())
-        (scores,) = report["weights"].values()
+    for name in ("vae", "4096_stage2", "1024_stage2", "1024_stage3"):
+        scores = scores_of(tmp_path, name)
         assert f"| {name} | {scores['iou']:.4f} | {scores['iou_median']:.4f} | {scores['iou_p5']:.4f} |" in text
     last = json.loads((tmp_path / "1024_stage3" / "phase.json").read_text())
     assert last["steps"] == 2 and f"{last['before']['iou']:.4f} | {last['after']['iou']:.4f}" in text
 
-    capfd.readouterr()
+    averages = tmp_path / "4096_stage2" / "ckpts" / "encoder_ema0.99_step0000002.pt"
+    taken = torch.load(tmp_path / "1024_stage1" / "ckpts" / "encoder_step0000000.pt", weights_only=True)
+    for key, value in torch.load(averages, weights_only=True).items():
+        assert torch.equal(taken[key], value)
+
+    rate_distortion.main(["--quality", str(tmp_path), "--output", str(tmp_path / "picture" / "rate.png")])
+    printed = capfd.readouterr().out
+    for name, rate, iou in (("vae, sampled", "kl_bits_per_object", "sampled_iou"),
+                            ("1024_stage2", "entropy_bits_per_object", "iou")):  # fmt: skip
+        found = scores_of(tmp_path, name.split(",")[0])
+        row = common.markdown_table(["", "", ""], [[name, found[rate] / 1e3, f"{found[iou]:.4f}"]]).splitlines()[-1]
+        assert row in printed
+    with Image.open(tmp_path / "picture" / "rate.png") as picture:
+        assert picture.size == (800, 600)
+
     quality.main(flags)
     assert "$ python" not in capfd.readouterr().out
     assert (tmp_path / "results.md").read_text() == text

@@ -1,0 +1,94 @@
+"""Rate against distortion: the bits that an object's ids really use, and the IoU that they bring back.
+
+    python benchmarks/rate_distortion.py --ablation outputs/ablation --quality outputs/quality --output docs/rate.png
+
+Draws what ablation.py and quality.py left in their output folders; either may be left out. Bits are the entropy of
+single ids over all validation objects, times the ids of an object: an upper bound of what they carry. Of a VAE without
+a codebook they are its KL, with the IoU of a sample of the posterior, which is what that many bits can bring across.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import ablation, common, quality
+from trellis.tokens.stats_report import require_matplotlib
+from trellis.utils.errors import ConfigError
+
+
+class Point(NamedTuple):
+    name: str
+    kbit: float  # of an object
+    iou: float
+
+
+def of_ablation(folder: Path) -> list[Point]:
+    """The finished codebooks of an output folder of ablation.py."""
+    points = []
+    for tokens in (1024, 4096):
+        for name, variant in ablation.variants(tokens).items():
+            path = ablation.folder_of(folder, name) / "result.json"
+            if variant.start is not None and path.is_file():
+                last = json.loads(path.read_text())["last"]
+                points.append(Point(name, last["val/entropy_bits_per_object"] / 1e3, last["val/iou"]))
+    return points
+
+
+def of_quality(folder: Path) -> list[Point]:
+    """The scored phases of an output folder of quality.py."""
+    points = []
+    for name in quality.PHASES:
+        for path in (folder / "eval" / name).glob("val_*.json"):
+            found = next(iter(json.loads(path.read_text())["weights"].values()))
+            if "kl_bits_per_object" in found:
+                points.append(Point(f"{name}, sampled", found["kl_bits_per_object"] / 1e3, found["sampled_iou"]))
+            else:
+                points.append(Point(name, found["entropy_bits_per_object"] / 1e3, found["iou"]))
+    return points
+
+
+def draw(panels: dict[str, list[Point]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8 * len(panels), 6), layout="constrained")
+    for axes, (title, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, kbit, iou in points:
+            axes.plot(kbit, iou, "o", color="#3a5a8c", markersize=4)
+            axes.annotate(name, (kbit, iou), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axes.set(title=title, xlabel="kbit an object, by the entropy of single ids", ylabel="mean IoU, validation")
+        axes.margins(x=0.15)
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=100)
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--ablation", type=Path, help="output folder of ablation.py")
+    flags.add_argument("--quality", type=Path, help="output folder of quality.py")
+    flags.add_argument("--output", type=Path, required=True, help="picture to write, .png")
+    options = flags.parse_args(argv)
+    try:
+        require_matplotlib()
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from error
+    panels = {}
+    for title, folder, read in (("Narrow network, equal budget", options.ablation, of_ablation),
+                                ("Full size", options.quality, of_quality)):  # fmt: skip
+        if folder is not None:
+            panels[title] = read(folder)
+            if not panels[title]:
+                flags.error(f"{folder} has no finished run of a codebook; give the --output_dir of the benchmark")
+    if not panels:
+        flags.error("give --ablation, --quality or both")
+    draw(panels, options.output)
+    points = [point for found in panels.values() for point in found]
+    print(common.markdown_table(["variant", "kbit used", "IoU"], [(n, kbit, f"{iou:.4f}") for n, kbit, iou in points]))
+
+
+if __name__ == "__main__":
+    main()

@@ -52,16 +52,20 @@ def of_quality(folder: Path) -> list[Point]:
 
 
 def draw(panels: dict[str, list[Point]], path: Path) -> None:
+    """A panel for each list of points, with their names beside it from the best down, a line from each to its point."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8 * len(panels), 6), layout="constrained")
+    figure = Figure(figsize=(9 * len(panels), 6), layout="constrained")
     for axes, (title, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name, kbit, iou in points:
-            axes.plot(kbit, iou, "o", color="#3a5a8c", markersize=4)
-            axes.annotate(name, (kbit, iou), xytext=(4, 3), textcoords="offset points", fontsize=7)
         axes.set(title=title, xlabel="kbit an object, by the entropy of single ids", ylabel="mean IoU, validation")
-        axes.margins(x=0.15)
+        axes.margins(x=0.08)
         axes.grid(alpha=0.3)
+        points = sorted(points, key=lambda point: -point.iou)
+        for number, (name, kbit, iou) in enumerate(points):
+            axes.plot(kbit, iou, "o", color="#3a5a8c", markersize=4)
+            line = {"arrowstyle": "-", "color": "#9eb2ce", "lw": 0.5, "relpos": (0, 0.5)}
+            axes.annotate(name, (kbit, iou), xytext=(1.03, 1 - (number + 0.5) / len(points)), va="center", fontsize=7,
+                          textcoords="axes fraction", arrowprops=line)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=100)
 

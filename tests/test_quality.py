@@ -75,7 +75,7 @@ def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd)
     assert last["steps"] == 2 and f"{last['before']['iou']:.4f} | {last['after']['iou']:.4f}" in text
 
     averages = tmp_path / "4096_stage2" / "ckpts" / "encoder_ema0.99_step0000002.pt"
-    taken = torch.load(tmp_path / "1024_stage1" / "ckpts" / "encoder_step0000000.pt", weights_only=True)
+    taken = torch.load(tmp_path / "1024_stage1" / "ckpts" / "encoder_step0000002.pt", weights_only=True)
     for key, value in torch.load(averages, weights_only=True).items():
         assert torch.equal(taken[key], value)
 
@@ -87,7 +87,7 @@ def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd)
         row = common.markdown_table(["", "", ""], [[name, found[rate] / 1e3, f"{found[iou]:.4f}"]]).splitlines()[-1]
         assert row in printed
     with Image.open(tmp_path / "picture" / "rate.png") as picture:
-        assert picture.size == (800, 600)
+        assert picture.size == (900, 600)
 
     quality.main(flags)
     assert "$ python" not in capfd.readouterr().out

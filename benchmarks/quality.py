@@ -19,17 +19,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, runs
-from trellis.trainers.checkpoint import Checkpoints, model_file
 from trellis.utils.config import load_config
 
 
 @dataclass(frozen=True)
 class Phase:
-    """start: the phase whose weights it takes. new_codebook: all but that one's codebook, which has another shape.
-    scored: whether evaluate.py scores what it ends with."""
+    """start: the phase whose weights it takes. scored: whether evaluate.py scores what it ends with."""
 
     start: str | None = None
-    new_codebook: bool = False
     scored: bool = False
 
 
@@ -38,8 +35,7 @@ PHASES = {
     "4096_stage1": Phase("vae"),
     "4096_stage2": Phase("4096_stage1", scored=True),
     "4096_stage3": Phase("4096_stage2", scored=True),
-    # Networks that have learned to do with 4096 ids are further than the VAE's, at no cost of this recipe.
-    "1024_stage1": Phase("4096_stage2", new_codebook=True),
+    "1024_stage1": Phase("vae"),
     "1024_stage2": Phase("1024_stage1", scored=True),
     "1024_stage3": Phase("1024_stage2", scored=True),
 }
@@ -67,10 +63,7 @@ def train(options: argparse.Namespace, device: str, name: str) -> dict:
     if not result.exists():
         command = ["train.py", "--config", f"configs/vae/scratch_{name}.json", "--data_dir", options.data_dir,
                    "--output_dir", str(folder), "--device", device, "--num_gpus", "1"]  # fmt: skip
-        if PHASES[name].new_codebook:
-            networks = averaged_networks(options.output_dir / PHASES[name].start)
-            command += ["--set", f"trainer.args.finetune_ckpt={json.dumps(networks)}"]
-        elif PHASES[name].start:
+        if PHASES[name].start:
             command += ["--load_dir", str(options.output_dir / PHASES[name].start)]
         models = load_config(runs.config_path(f"scratch_{name}"))["models"]
         for setting in options.set:
@@ -82,14 +75,6 @@ def train(options: argparse.Namespace, device: str, name: str) -> dict:
         wall = time.monotonic() - started
         result.write_text(json.dumps({"command": shlex.join(command), **of_log(folder), "wall": wall}, indent=2) + "\n")
     return json.loads(result.read_text())
-
-
-def averaged_networks(run_dir: Path) -> dict[str, str]:
-    """The averaged weights that a run ended with, {"encoder": file, "decoder": file}."""
-    checkpoints = Checkpoints(run_dir)
-    step = checkpoints.latest()
-    return {name: str(checkpoints.folder / model_file(name, step, checkpoints.ema_rates(name, step)[0]))
-            for name in ("encoder", "decoder")}  # fmt: skip
 
 
 def execute(command: list[str]) -> None:

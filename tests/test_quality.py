@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -66,18 +65,13 @@ def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd)
         flags += ["--set", f"{key}={json.dumps(value)}"]
     quality.main(flags)
     text = (tmp_path / "results.md").read_text()
-    phases = ["vae", "4096_stage1", "4096_stage2", "1024_stage1", "1024_stage2", "1024_stage3"]
+    phases = ["vae", "1024_stage1", "1024_stage2", "1024_stage3"]
     assert [name for name in quality.PHASES if f"| {name} |" in text.split("## Scores")[0]] == phases
-    for name in ("vae", "4096_stage2", "1024_stage2", "1024_stage3"):
+    for name in ("vae", "1024_stage2", "1024_stage3"):
         scores = scores_of(tmp_path, name)
         assert f"| {name} | {scores['iou']:.4f} | {scores['iou_median']:.4f} | {scores['iou_p5']:.4f} |" in text
     last = json.loads((tmp_path / "1024_stage3" / "phase.json").read_text())
     assert last["steps"] == 2 and f"{last['before']['iou']:.4f} | {last['after']['iou']:.4f}" in text
-
-    averages = tmp_path / "4096_stage2" / "ckpts" / "encoder_ema0.99_step0000002.pt"
-    taken = torch.load(tmp_path / "1024_stage1" / "ckpts" / "encoder_step0000002.pt", weights_only=True)
-    for key, value in torch.load(averages, weights_only=True).items():
-        assert torch.equal(taken[key], value)
 
     rate_distortion.main(["--quality", str(tmp_path), "--output", str(tmp_path / "picture" / "rate.png")])
     printed = capfd.readouterr().out

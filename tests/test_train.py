@@ -268,9 +268,12 @@ def test_a_run_that_ends_below_its_start_says_so(scores, told, data_dir, write_c
 # --- ranks ---
 
 
-@pytest.mark.parametrize("loss_type, freeze", [("bce", []), ("l1_l2", []), ("l1_l2", ["encoder", "decoder"])])
-def test_two_ranks_equal_one(loss_type, freeze, vae_run, data_dir, write_config, tmp_path):
-    path = write_config(tiny_config(VQ, **{**STAGE2, "loss_type": loss_type, "freeze": freeze}, i_ddpcheck=2))
+@pytest.mark.parametrize(
+    "loss_type, args",
+    [("bce", {}), ("l1_l2", {}), ("l1_l2", {"freeze": ["encoder", "decoder"]}), ("bce_iou", {"optimizer": MUON})],
+)
+def test_two_ranks_equal_one(loss_type, args, vae_run, data_dir, write_config, tmp_path):
+    path = write_config(tiny_config(VQ, **{**STAGE2, "loss_type": loss_type, **args}, i_ddpcheck=2))
     flags = ("--config", path, "--data_dir", data_dir, "--load_dir", vae_run, "--master_port", free_port())
     assert run(*flags, "--output_dir", tmp_path / "one") == 0
     assert run(*flags, "--output_dir", tmp_path / "two", "--num_gpus", 2) == 0

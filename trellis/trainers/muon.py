@@ -36,6 +36,7 @@ class ConvMuon(torch.optim.AdamW):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; it must lie in [0, 1)")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.defaults["momentum"] = momentum
         for group in self.param_groups:
             group.setdefault("momentum", momentum)
 

@@ -112,8 +112,8 @@ def score(args: argparse.Namespace, folder: Path, voxels: Path, stage: str) -> d
     report = json.loads(path.read_text())
     seconds = report["training_seconds"]
     if seconds is None:
-        last = (PRETRAINED / "log.txt").read_text().splitlines()[-1]
-        seconds = json.loads(last)["seconds"]
+        logs = [path.read_text().splitlines() for path in PRETRAINED.glob("log_*.txt")]
+        seconds = sum(json.loads(lines[-1])["seconds"] for lines in logs)
     return {**next(iter(report["weights"].values())), "seconds": seconds, "sheet": path.with_suffix(".png")}
 
 
@@ -145,7 +145,7 @@ def demo(args: argparse.Namespace) -> None:
     print(f"\nHeld-out objects: {rows['vae']['objects']}\n")
     print(table({names[stage]: row for stage, row in rows.items()}))
     if not args.from_scratch:
-        print("(the VAE was trained beforehand on one H200; see pretrained/demo_vae)")
+        print("(the VAE was trained beforehand, on a GPU and then a CPU; see pretrained/demo_vae)")
     print("\nPictures, input | reconstruction | difference:")
     for row in rows.values():
         print(f"  {row['sheet']}")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# How pretrained/demo_vae was made: 4200 built-in shapes of another seed than the demo's, one GPU, 8 minutes.
+# How pretrained/demo_vae was made, from 4200 built-in shapes of another seed than the demo's: 8 minutes on one GPU, then
+# 39 on two CPU cores.
 #   bash scripts/pretrain_demo.sh OUTPUT_DIR
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -11,5 +12,8 @@ for split in train val; do
     "$PYTHON" dataset_toolkits/voxelize.py --input "$out/shapes/$split" --output_dir "$out/voxels" --up_axis z --split "$split"
 done
 [ -f "$out/packed/shapes.npz" ] || { mkdir -p "$out/packed"; "$PYTHON" dataset_toolkits/pack.py --input "$out/voxels" --output "$out/packed/shapes.npz"; }
-"$PYTHON" train.py --config configs/vae/demo_vae_pretrain.json --data_dir "$out/packed" --output_dir "$out/run"
-"$PYTHON" scripts/export_pretrained.py --run "$out/run" --output_dir "$out/demo_vae" --dtype float16
+"$PYTHON" train.py --config configs/vae/demo_vae_pretrain.json --data_dir "$out/packed" --output_dir "$out/pretrain"
+"$PYTHON" scripts/export_pretrained.py --run "$out/pretrain" --output_dir "$out/pretrained" --dtype float16
+"$PYTHON" train.py --config configs/vae/demo_vae_finetune.json --data_dir "$out/packed" --output_dir "$out/finetune" \
+    --set "trainer.args.finetune_ckpt={\"encoder\": \"$out/pretrained/encoder\", \"decoder\": \"$out/pretrained/decoder\"}"
+"$PYTHON" scripts/export_pretrained.py --run "$out/finetune" --output_dir "$out/demo_vae" --dtype float16

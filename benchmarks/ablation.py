@@ -167,7 +167,7 @@ def run(options: argparse.Namespace, device: torch.device, name: str, variant: V
             settings["models.quantizer.args.levels"] = LEVELS[options.codes]
     settings |= {"dataset.args.resolution": options.resolution, "dataset.args.augmentation": "none"}
     line = runs.arguments(
-        runs.config_path(variant.config), device, options.data_dir, folder, settings | variant.settings, *flags
+        runs.config_path(variant.config), device, str(options.data_dir), folder, settings | variant.settings, *flags
     )
     print(f"{name} ...", flush=True)
     try:
@@ -194,21 +194,30 @@ def row(name: str, kept: dict) -> list:
 
 def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__, data=False)
-    flags.add_argument("--data_dir", required=True, help="packed grids with a validation split")
-    flags.add_argument("--resolution", type=int, default=64, help="where lower than 64, grids are pooled to it")
-    flags.add_argument("--codes", type=int, choices=LEVELS, default=8192)
-    flags.add_argument("--output_dir", type=Path, required=True)
-    flags.add_argument("--tokens", type=int, choices=(1024, 4096), default=1024)
+    flags.add_argument("--data_dir", type=Path, required=True, help="data root with a validation split; to be pooled, "
+                       "a folder of packed .npz files, that split's with names ending in val")  # fmt: skip
+    flags.add_argument("--resolution", type=int, default=64, help="where lower than 64, grids are pooled to it "
+                       "(default: 64)")  # fmt: skip
+    flags.add_argument("--codes", type=int, choices=LEVELS, default=8192, help="of a codebook (default: 8192)")
+    flags.add_argument("--output_dir", type=Path, required=True, help="for a run folder of each variant")
+    flags.add_argument("--tokens", type=int, choices=(1024, 4096), default=1024, help="of an object at 64³ "
+                       "(default: 1024)")  # fmt: skip
     flags.add_argument("--steps", type=int, default=400, help=f"of {BATCH} samples (default: 400)")
     flags.add_argument("--only", nargs="+", help="names of variants, or beginnings of them; a codebook's VAE is added")
-    flags.add_argument("--parallel", type=int, default=1, help="variants that run at a time")
+    flags.add_argument("--parallel", type=int, default=1, help="variants that run at a time (default: 1)")
     options = flags.parse_args(argv)
     device = common.pick_device(options.device)
+    options.data_dir, options.output_dir = options.data_dir.resolve(), options.output_dir.resolve()
+    if options.steps <= WARM_UP:
+        flags.error(f"--steps is {options.steps}; it must be more than the {WARM_UP} of the warm-up")
     if options.resolution < 64:
-        options.data_dir = str(pooled(Path(options.data_dir), options.resolution, options.output_dir / "pooled"))
+        if not list(options.data_dir.glob("*val.npz")):
+            flags.error(f"--data_dir {options.data_dir} has no *val.npz, which pooling needs; see pack.py")
+        options.data_dir = pooled(options.data_dir, options.resolution, options.output_dir / "pooled")
     chosen = variants(options.tokens)
     if options.only:
-        picked = {name for name in chosen if name.startswith(tuple(options.only))}
+        wanted = tuple(options.only)
+        picked = {name for name in chosen if name.startswith(wanted) or name.split(": ", 1)[-1].startswith(wanted)}
         if not picked:
             flags.error(f"--only fits none of: {'; '.join(chosen)}")
         picked |= {chosen[name].start for name in picked} - {None}

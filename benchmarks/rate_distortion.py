@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         if folder is not None:
             panels[title] = read(folder)
             if not panels[title]:
-                flags.error(f"{folder} has no finished run of a codebook; give the --output_dir of the benchmark")
+                flags.error(f"{folder} holds nothing that {read.__name__[3:]}.py has finished; give its --output_dir")
     if not panels:
         flags.error("give --ablation, --quality or both")
     draw(panels, options.output)

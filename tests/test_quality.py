@@ -86,3 +86,33 @@ def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd)
     quality.main(flags)
     assert "$ python" not in capfd.readouterr().out
     assert (tmp_path / "results.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--resolution", "32"], "has no *val.npz, which pooling needs"),
+        (["--steps", "25"], "--steps is 25; it must be more than the 25 of the warm-up"),
+        (["--only", "EMA", "nothing"], None),
+        (["--only", "nothing"], "--only fits none of: from random weights"),
+    ],
+)
+def test_ablations_find_mistakes_before_they_train(flags, message, tmp_path, capsys, monkeypatch):
+    started = []
+
+    def run_train(line: list[str]) -> None:
+        started.append(line)
+        raise RuntimeError("not in this test")
+
+    monkeypatch.setattr(ablation.runs, "run_train", run_train)
+    monkeypatch.chdir(tmp_path)
+    command = ["--data_dir", "data", "--output_dir", "out", "--device", "cpu", *flags]
+    with pytest.raises(SystemExit):
+        ablation.main(command)
+    if message:
+        assert message in capsys.readouterr().err and not started
+    else:  # by the name that the tables have, with the VAE it needs, and with paths that hold in any folder
+        assert [line[line.index("--output_dir") + 1] for line in started] == [
+            str(ablation.folder_of(tmp_path / "out", name)) for name in (ablation.BASE_VAE, "1024: EMAVectorQuantizer")
+        ]
+        assert all(line[line.index("--data_dir") + 1] == str(tmp_path / "data") for line in started)

@@ -42,7 +42,7 @@ def check_optimizer(spec: dict, where: str) -> None:
     try:
         optimizer.step()
     except Exception as error:  # what torch raises for a wrong value can be of any type
-        raise ConfigError(f"{where} cannot take a step with torch.optim.{spec['name']}: {error}") from error
+        raise ConfigError(f"{where} cannot take a step with {spec['name']}: {error}") from error
 
 
 def check_lr_factors(
@@ -96,7 +96,9 @@ def build_optimizer(
     }
     known["ConvMuon"] = ConvMuon
     if name not in known:
-        raise ConfigError(f"{where}.name is {name!r}, which torch.optim does not have{did_you_mean(name, known)}")
+        raise ConfigError(
+            f"{where}.name is {name!r}, which is neither in torch.optim nor ConvMuon{did_you_mean(name, known)}"
+        )
     cls = known[name]
     if name == "LBFGS":
         raise ConfigError(f"{where}.name is 'LBFGS', which needs a closure per step; use AdamW or another")
@@ -128,7 +130,7 @@ def build_optimizer(
     try:
         optimizer = cls(groups, **args)
     except Exception as error:  # what torch raises for a wrong value can be of any type
-        raise ConfigError(f"{where}.args does not build torch.optim.{name}: {error}") from error
+        raise ConfigError(f"{where}.args does not build {name}: {error}") from error
     for group in optimizer.param_groups:
         group["relative_lr"] = args["lr"] if "lr" in args else group["lr"]
     return optimizer

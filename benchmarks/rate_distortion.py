@@ -81,12 +81,14 @@ def main(argv: list[str] | None = None) -> None:
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from error
     panels = {}
-    for title, folder, read in (("Narrow network, equal budget", options.ablation, of_ablation),
-                                ("Full size", options.quality, of_quality)):  # fmt: skip
+    for title, script, folder, read in (
+        ("Narrow network, equal budget", "ablation.py", options.ablation, of_ablation),
+        ("Full size", "quality.py", options.quality, of_quality),
+    ):
         if folder is not None:
             panels[title] = read(folder)
             if not panels[title]:
-                flags.error(f"{folder} holds nothing that {read.__name__[3:]}.py has finished; give its --output_dir")
+                flags.error(f"{folder} holds nothing that {script} has finished; give its --output_dir")
     if not panels:
         flags.error("give --ablation, --quality or both")
     draw(panels, options.output)

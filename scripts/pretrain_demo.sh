@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How pretrained/demo_vae was made, from 4200 built-in shapes of another seed than the demo's: 8 minutes on one GPU, then
-# 38 on two CPU cores.
+# How pretrained/demo_vae was made, from 4200 built-in shapes of another seed than the demo's. The first run took 8 minutes
+# on a GPU, the second 38 on two CPU cores.
 #   bash scripts/pretrain_demo.sh OUTPUT_DIR
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

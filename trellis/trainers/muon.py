@@ -18,7 +18,7 @@ UPDATE_RMS = 0.2
 
 
 class ConvMuon(torch.optim.AdamW):
-    """Muon for the weights of convolutions, AdamW for all else: norms, biases, codes.
+    """Muon for the weights of convolutions, AdamW for all else: norms, biases, codes, projections.
 
     lr, weight_decay: of both. momentum: the part of a convolution's average gradient that stays at each step.
     betas, eps: of AdamW.

@@ -5,7 +5,7 @@
     python benchmarks/tokenizer.py --device cpu                      # the demo's networks
 
 "encode" is SparseStructureTokenizer.encode on grids that are on the device, "encode, IoU" that and decode and the IoU.
-"script" is scripts/tokenize.py on a packed file, from reading to Parquet, by its own clock, which leaves out the start.
+"script" is scripts/to_tokens.py on a packed file, from reading to Parquet, by its own clock, without its start.
 Limit: operations of the convolutions over the product rate in that precision, measured in this run. Equal ids: share
 that are those of fp32; and of fp32 on the CPU, of a few objects. Of random weights the ids' shares say little.
 """
@@ -49,7 +49,7 @@ def with_iou(tokenizer: SparseStructureTokenizer, grids: Tensor, precision: str)
 
 def of_script(tokenizer: SparseStructureTokenizer, rows: np.ndarray, folder: Path, device: torch.device, precision: str,
               iou: bool) -> float:  # fmt: skip
-    """Objects per second of scripts/tokenize.py, on distinct copies of the rows."""
+    """Objects per second of scripts/to_tokens.py, on distinct copies of the rows."""
     number = OF_SCRIPT[device.type, precision]
     data = folder / f"objects{number}.npz"
     if not data.exists():
@@ -60,7 +60,7 @@ def of_script(tokenizer: SparseStructureTokenizer, rows: np.ndarray, folder: Pat
     output = folder / f"{precision}_{iou}"
     line = ["--tokenizer", str(folder / "tokenizer"), "--data_dir", str(data), "--output_dir", str(output),
             "--precision", precision, "--device", device.type, "--num_gpus", "1"]  # fmt: skip
-    printed = runs.run_script("scripts/tokenize.py", line + (["--iou"] if iou else []))
+    printed = runs.run_script("scripts/to_tokens.py", line + (["--iou"] if iou else []))
     return float(re.search(r"([\d.]+) objects/s", printed)[1])
 
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
-from dataset_toolkits import common
+from dataset_toolkits import records
 from trellis.utils.errors import DataError, UserError
 
 
 def build_metadata(root: Path) -> str:
     """Bring metadata.csv up to date and return a summary. Raises DataError where there is nothing."""
-    if not (root / "metadata.csv").exists() and not common.read_records(root):
+    if not (root / "metadata.csv").exists() and not records.read_records(root):
         raise DataError(f"{root}: has neither metadata.csv nor records. Run voxelize.py first.")
-    rows = common.update_metadata(root)
-    done = [row for row in rows.values() if common.is_voxelized(row)]
+    rows = records.update_metadata(root)
+    done = [row for row in rows.values() if records.is_voxelized(row)]
     splits = Counter(row["split"] for row in done if row.get("split"))
     detail = "".join(f", {split} {count}" for split, count in sorted(splits.items()))
     return f"{root / 'metadata.csv'}: {len(rows)} objects, {len(done)} voxelized{detail}"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
-from dataset_toolkits import common
+from dataset_toolkits import records
 from trellis.datasets.components import setting_of_data
 from trellis.datasets.sparse_structure import SparseStructure, load_packed, packed_resolution
 from trellis.datasets.voxels import occupancy_to_points, pack_bits, write_ply
@@ -77,7 +77,7 @@ def unpack(packed: Path, output_dir: Path) -> int:
             rows.append({"sha256": entry.sha256, "file": "" if entry.name == entry.sha256 else entry.name,
                          "source": entry.source or "", "split": entry.split, "voxelized": "True",
                          "num_voxels": str(len(points)), **settings})
-        common.write_table(aside / "metadata.csv", rows[0].keys(), rows)
+        records.write_table(aside / "metadata.csv", rows[0].keys(), rows)
         aside.rename(output_dir)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
-from dataset_toolkits import common
+from dataset_toolkits import records
 from trellis.datasets import meshes
 from trellis.utils.errors import ConfigError, DataError, UserError
 
@@ -48,20 +48,20 @@ class Plan(NamedTuple):
     """What this rank is to do, before looking at what is done already."""
 
     jobs: list[Job]
-    failures: list[common.Row]    # files that cannot even be started on, as rows of failed.csv
+    failures: list[records.Row]    # files that cannot even be started on, as rows of failed.csv
     share: set[str]               # names of this rank's files
     listing: set[str]             # names of the files of all ranks
-    base: dict[str, common.Row]   # rows of TRELLIS's metadata.csv
+    base: dict[str, records.Row]   # rows of TRELLIS's metadata.csv
 
 
 def plan_meshes(inputs: list[str], output_dir: Path, rank: int, world_size: int, threads: int) -> Plan:
     """List the mesh files and hash this rank's share; files with the same bytes make one job."""
-    listing = common.find_meshes(inputs, exclude=output_dir / "voxels")
+    listing = records.find_meshes(inputs, exclude=output_dir / "voxels")
     share = dict(list(listing.items())[rank::world_size])
 
     def attempt(path: Path) -> str | OSError:
         try:
-            return common.sha256_of(path)
+            return records.sha256_of(path)
         except OSError as error:
             return error
 
@@ -81,7 +81,7 @@ def plan_meshes(inputs: list[str], output_dir: Path, rank: int, world_size: int,
 
 def plan_renders(root: Path, rank: int, world_size: int) -> Plan:
     """List this rank's share of `renders/<sha256>/mesh.ply` in a folder of TRELLIS's."""
-    _, base = common.read_metadata(root)
+    _, base = records.read_metadata(root)
     if not base:
         raise DataError(f"{root / 'metadata.csv'}: lists no object. Make it with TRELLIS's toolkit.")
     names = {sha256: f"renders/{sha256}/mesh.ply" for sha256 in sorted(base)}
@@ -172,7 +172,7 @@ def voxelize(args: argparse.Namespace) -> int:
         up_axis, normalization = "z", None  # TRELLIS's meshes are z-up and lie in the cube already
     else:
         up_axis, normalization = args.up_axis or default_up_axis(args.normalization), args.normalization
-    known = common.known_grids(root, up_axis, args.resolution, args.normalization)
+    known = records.known_grids(root, up_axis, args.resolution, args.normalization)
     todo = {job.sha256: job for job in plan.jobs if job.sha256 not in known}
     failures = list(plan.failures)
     made = set()
@@ -182,7 +182,7 @@ def voxelize(args: argparse.Namespace) -> int:
         meshes.require_open3d()
     (root / "voxels").mkdir(parents=True, exist_ok=True)
     exit_code = 0
-    with (common.RecordFile(root, args.rank) as records,
+    with (records.RecordFile(root, args.rank) as record_file,
           tqdm(total=len(todo), desc="voxelize", disable=not todo, **bar_style()) as bar):
         def finish(task: tuple, result: int | DataError) -> None:
             job = todo[task[1].stem]
@@ -190,8 +190,8 @@ def voxelize(args: argparse.Namespace) -> int:
                 failures.extend({"file": name, "sha256": job.sha256, "reason": str(result)}
                                 for name in job.names)
             else:
-                records.write((job.sha256, result, up_axis, args.resolution, args.split or "", job.names[0],
-                               args.normalization))
+                record_file.write((job.sha256, result, up_axis, args.resolution, args.split or "",
+                                   job.names[0], args.normalization))
                 made.add(job.sha256)
             bar.update()
 
@@ -206,9 +206,9 @@ def voxelize(args: argparse.Namespace) -> int:
 
     done = {job.sha256 for job in plan.jobs} - set(todo)
     splits = {sha256: args.split for sha256 in done} if args.split else {}
-    rows = common.update_metadata(root, plan.base, splits)
-    folders = tuple("renders/" if from_trellis else f"{common.printable(Path(item))}/" for item in args.input)
-    common.update_failed(root, failures, outdated=lambda name: name in plan.share or (
+    rows = records.update_metadata(root, plan.base, splits)
+    folders = tuple("renders/" if from_trellis else f"{records.printable(Path(item))}/" for item in args.input)
+    records.update_failed(root, failures, outdated=lambda name: name in plan.share or (
         name not in plan.listing and name.startswith(folders)))
 
     print_summary(args, root, plan, failures, made, done, time.perf_counter() - started)
@@ -219,13 +219,13 @@ def voxelize(args: argparse.Namespace) -> int:
     if exit_code:
         print("interrupted: run the same command again to go on", file=sys.stderr)
     elif failures and not made and not done and (
-            args.world_size == 1 or not any(map(common.is_voxelized, rows.values()))):
+            args.world_size == 1 or not any(map(records.is_voxelized, rows.values()))):
         raise DataError(f"none of the {len(plan.share)} meshes could be voxelised. The reasons are in "
                         f"{root / 'failed.csv'}; the first: {failures[0]['file']}: {failures[0]['reason']}")
     return exit_code
 
 
-def print_summary(args: argparse.Namespace, root: Path, plan: Plan, failures: list[common.Row],
+def print_summary(args: argparse.Namespace, root: Path, plan: Plan, failures: list[records.Row],
                   made: set[str], done: set[str], seconds: float) -> None:
     duplicates = sum(len(job.names) - 1 for job in plan.jobs if job.sha256 in made | done)
     rank = f" (rank {args.rank} of {args.world_size})" if args.world_size > 1 else ""
@@ -240,7 +240,7 @@ def print_summary(args: argparse.Namespace, root: Path, plan: Plan, failures: li
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH",
-                        help=f"files ({' '.join(common.MESH_SUFFIXES)}), folders that are searched with all "
+                        help=f"files ({' '.join(records.MESH_SUFFIXES)}), folders that are searched with all "
                              "below, or one TRELLIS folder")
     parser.add_argument("--output_dir", help="gets voxels/ and metadata.csv; default: the TRELLIS folder")
     parser.add_argument("--up_axis", choices=meshes.UP_AXES,
@@ -262,7 +262,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise ConfigError for flags that cannot run."""
-    common.check_rank(args.rank, args.world_size)
+    records.check_rank(args.rank, args.world_size)
     for name, low, high in (("resolution", 2, 1024), ("max_workers", 1, 1024), ("timeout", 1e-3, 1e6)):
         if not low <= getattr(args, name) <= high:
             raise ConfigError(f"--{name} {getattr(args, name)}: must lie between {low:g} and {high:g}.")

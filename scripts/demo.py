@@ -9,8 +9,7 @@ that was cut off resumes.
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would pass for Python's
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import argparse
 import json
@@ -18,7 +17,7 @@ import shlex
 import subprocess
 import time
 
-from dataset_toolkits import common
+from dataset_toolkits import records
 from trellis.utils.errors import ConfigError, DataError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +72,7 @@ def make_data(args: argparse.Namespace, folder: Path) -> Path:
     """Voxelise the meshes, or the built-in shapes. Returns the data root."""
     voxels = folder / "voxels"
     if args.meshes is None:
-        run("dataset_toolkits/datasets/shapes.py", "--output_dir", folder / "shapes")
+        run("dataset_toolkits/shapes/make_shapes.py", "--output_dir", folder / "shapes")
         for split in ("train", "val"):
             run("dataset_toolkits/voxelize.py", "--input", folder / "shapes" / split, "--output_dir", voxels,
                 "--up_axis", "z", "--split", split)
@@ -85,13 +84,13 @@ def make_data(args: argparse.Namespace, folder: Path) -> Path:
 
 def hold_out(voxels: Path) -> None:
     """Give every mesh that has no split yet one, in the order of their hashes."""
-    fields, rows = common.read_metadata(voxels)
-    done = [row for row in rows.values() if common.is_voxelized(row)]
+    fields, rows = records.read_metadata(voxels)
+    done = [row for row in rows.values() if records.is_voxelized(row)]
     if len(done) < 2:
         raise DataError(f"{voxels} has {len(done)} voxelised mesh; give at least 2, one to train on and one to score")
     for number, row in enumerate(sorted(done, key=lambda row: row["sha256"])):
         row["split"] = row.get("split") or ("train" if number % HELD_OUT else "val")
-    common.write_table(voxels / "metadata.csv", [*fields, *({"split"} - set(fields))], rows.values())
+    records.write_table(voxels / "metadata.csv", [*fields, *({"split"} - set(fields))], rows.values())
 
 
 def train(args: argparse.Namespace, folder: Path, voxels: Path, stage: str, load_dir: Path | None) -> None:
@@ -103,7 +102,7 @@ def score(args: argparse.Namespace, folder: Path, voxels: Path, stage: str) -> d
     """Scores of a stage's averaged weights on the held-out objects, and the seconds it was trained for."""
     output = folder / "eval" / stage
     source = ("--pretrained", PRETRAINED) if stage == "vae" and not args.from_scratch else ("--run", folder / stage)
-    held_out = {row["sha256"] for row in common.read_metadata(voxels)[1].values() if row.get("split") == "val"}
+    held_out = {row["sha256"] for row in records.read_metadata(voxels)[1].values() if row.get("split") == "val"}
     reports = [json.loads(path.read_text()) for path in output.glob("val*.json")]
     scored = [set(next(iter(report["weights"].values()))["per_object"]) for report in reports]
     if held_out not in scored:

@@ -12,8 +12,7 @@ Writes {run}/eval/{split}_step0000100.json and a contact sheet of the worst, med
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would pass for Python's
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import argparse
 import json

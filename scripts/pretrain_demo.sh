@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up
 out="$(mkdir -p "${1:?give an output folder}" && cd "$1" && pwd)"
 cd "$ROOT"
-"$PYTHON" dataset_toolkits/datasets/shapes.py --output_dir "$out/shapes" --num 4200 --num_val 200 --seed 20
+"$PYTHON" dataset_toolkits/shapes/make_shapes.py --output_dir "$out/shapes" --num 4200 --num_val 200 --seed 20
 for split in train val; do
     "$PYTHON" dataset_toolkits/voxelize.py --input "$out/shapes/$split" --output_dir "$out/voxels" --up_axis z --split "$split"
 done

@@ -5,7 +5,7 @@
         --output_dir outputs/token_stats
     python scripts/token_stats.py --tokenizer TOKENIZER --data_dir data/voxels --output_dir outputs/token_stats
 
---tokens is a folder of scripts/tokenize.py; without it, the grids are encoded here, in fp32. The tokenizer gives the
+--tokens is a folder of scripts/to_tokens.py; without it, the grids are encoded here, in fp32. The tokenizer gives the
 ids of an empty grid, which empty tokens and the sparse form need; the grids say where voxels are, and what they take
 themselves. Writes stats.json (keys: trellis/tokens/stats.py), stats.md, a reading of them, and pictures.
 """
@@ -13,8 +13,7 @@ themselves. Writes stats.json (keys: trellis/tokens/stats.py), stats.md, a readi
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would pass for Python's
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import argparse
 import json
@@ -49,7 +48,7 @@ class Subject(NamedTuple):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", metavar="FOLDER", help="Parquet files of scripts/tokenize.py")
+    parser.add_argument("--tokens", metavar="FOLDER", help="Parquet files of scripts/to_tokens.py")
     parser.add_argument("--tokenizer", metavar="SOURCE",
                         help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub")
     parser.add_argument("--data_dir", help="data roots as of train.py, separated by commas")

@@ -88,7 +88,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 def make_meshes() -> torch.Tensor:
     """Write chairs; returns the grids of some, uint8 [2, 1, 64, 64, 64]."""
-    from dataset_toolkits.datasets.shapes import make_shape, write_shape
+    from dataset_toolkits.shapes.make_shapes import make_shape, write_shape
     from trellis.datasets.meshes import mesh_to_grid
 
     for folder, numbers in (("chairs", range(2)), ("chairs_val", range(2, 3))):

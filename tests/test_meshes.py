@@ -14,7 +14,7 @@ from conftest import ROOT, SHARED
 trimesh = pytest.importorskip("trimesh")
 open3d = pytest.importorskip("open3d")
 
-from dataset_toolkits import common  # noqa: E402
+from dataset_toolkits import records  # noqa: E402
 from trellis.datasets import meshes  # noqa: E402
 from trellis.datasets.voxels import points_to_occupancy, read_ply  # noqa: E402
 from trellis.utils.errors import ConfigError, DataError  # noqa: E402
@@ -95,8 +95,8 @@ def test_all_formats_give_the_same_grid(tmp_path):
     (tmp_path / "mesh.stl").rename(tmp_path / "mesh.STL")
     for name, content in trimesh.Scene(tetrahedron()).export(file_type="gltf").items():
         (tmp_path / name.replace("model", "mesh")).write_bytes(content)
-    found = common.find_meshes([tmp_path], exclude=tmp_path / "voxels")
-    assert {path.suffix.lower() for path in found.values()} == set(common.MESH_SUFFIXES)
+    found = records.find_meshes([tmp_path], exclude=tmp_path / "voxels")
+    assert {path.suffix.lower() for path in found.values()} == set(records.MESH_SUFFIXES)
     expected = grid_of(tmp_path / "mesh.off")
     for path in found.values():
         assert np.array_equal(grid_of(path), expected), path

@@ -9,7 +9,7 @@ import pytest
 
 trimesh = pytest.importorskip("trimesh")
 
-from dataset_toolkits.datasets import primitives, shapes  # noqa: E402
+from dataset_toolkits.shapes import make_shapes, primitives  # noqa: E402
 from trellis.datasets import meshes  # noqa: E402
 
 
@@ -18,7 +18,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def write(root: Path, num: int, num_val: int = 0, seed: int = 0) -> int:
-    return shapes.main(["--output_dir", str(root), "--num", str(num), "--num_val", str(num_val),
+    return make_shapes.main(["--output_dir", str(root), "--num", str(num), "--num_val", str(num_val),
                         "--seed", str(seed)])
 
 
@@ -54,16 +54,16 @@ def test_no_two_shapes_are_alike():
     digests = set()
     for seed, split in ((0, "train"), (0, "val"), (1, "train")):
         for index in range(65):
-            parts = shapes.make_shape(seed, split, index)
+            parts = make_shapes.make_shape(seed, split, index)
             digests.add(hashlib.sha256(b"".join(part.vertices.tobytes() for part in parts)).digest())
     assert len(digests) == 3 * 65
 
 
-@pytest.mark.parametrize("family", shapes.FAMILIES)
+@pytest.mark.parametrize("family", make_shapes.FAMILIES)
 def test_every_family_is_upright_finite_and_of_unit_size(family):
-    first = list(shapes.FAMILIES).index(family)
-    for index in range(first, first + 20 * len(shapes.FAMILIES), len(shapes.FAMILIES)):
-        parts = shapes.make_shape(0, "train", index)
+    first = list(make_shapes.FAMILIES).index(family)
+    for index in range(first, first + 20 * len(make_shapes.FAMILIES), len(make_shapes.FAMILIES)):
+        parts = make_shapes.make_shape(0, "train", index)
         assert all(len(part.faces) for part in parts)
         points = np.concatenate([part.vertices[np.unique(part.faces)] for part in parts])
         assert np.isfinite(points).all()
@@ -73,19 +73,19 @@ def test_every_family_is_upright_finite_and_of_unit_size(family):
 
 
 def test_formats_and_families_are_mixed(tmp_path):
-    names = [shapes.shape_name(index) for index in range(65)]
+    names = [make_shapes.shape_name(index) for index in range(65)]
     pairs = {(name.split("_")[1].split(".")[0], name.split(".")[1]) for name in names}
-    assert pairs == {(family, suffix) for family in shapes.FAMILIES for suffix in shapes.FORMATS}
+    assert pairs == {(family, suffix) for family in make_shapes.FAMILIES for suffix in make_shapes.FORMATS}
 
 
-@pytest.mark.parametrize("suffix", shapes.FORMATS)
+@pytest.mark.parametrize("suffix", make_shapes.FORMATS)
 def test_files_hold_the_shape(suffix, tmp_path):
-    parts = shapes.make_shape(0, "train", 0)
+    parts = make_shapes.make_shape(0, "train", 0)
     path = tmp_path / f"shape.{suffix}"
-    shapes.write_shape(parts, path)
+    make_shapes.write_shape(parts, path)
     vertices, faces = meshes.load_mesh(path)
     expected = np.concatenate([part.triangles for part in parts])
-    found = vertices[faces].round(shapes.DECIMALS) + 0.0  # glb keeps float32 and its own order of the parts
+    found = vertices[faces].round(make_shapes.DECIMALS) + 0.0  # glb keeps float32 and its own order of the parts
     assert sorted(found.reshape(-1, 9).tolist()) == sorted((expected + 0.0).reshape(-1, 9).tolist())
 
 

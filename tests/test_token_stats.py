@@ -428,7 +428,7 @@ def test_flags_that_lack_something_are_refused(run_script, args, message, tmp_pa
 
 
 def test_the_script_starts_beside_one_named_as_a_module_of_python():
-    """scripts/tokenize.py must not pass for Python's tokenize, which linecache and others import."""
+    """scripts/to_tokens.py must not pass for Python's tokenize, which linecache and others import."""
     done = subprocess.run([sys.executable, str(ROOT / "scripts" / "token_stats.py"), "--help"], capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 0 and "--max_objects" in done.stdout, done.stderr

@@ -19,7 +19,7 @@ pytest.importorskip("open3d")
 
 from test_meshes import BROKEN, cells_met, table, tetrahedron  # noqa: E402
 
-from dataset_toolkits import build_metadata, common, voxelize  # noqa: E402
+from dataset_toolkits import build_metadata, records, voxelize  # noqa: E402
 from trellis.datasets import meshes  # noqa: E402
 from trellis.datasets.voxels import points_to_occupancy, read_ply  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
@@ -92,7 +92,7 @@ def test_folders_without_normalization_are_cubes(kept, tmp_path, serial, capsys)
     for path in (out / "metadata.csv", record):
         rows = table(path)
         assert [row.pop("normalization") for row in rows] == ["cube", "cube"]
-        common.write_table(path, rows[0], rows)
+        records.write_table(path, rows[0], rows)
     if kept == "records":
         (out / "metadata.csv").unlink()
     elif kept == "metadata.csv":
@@ -174,7 +174,7 @@ def test_rerun_skips_what_is_done_and_keeps_what_users_added(tmp_path, serial, c
         row.update(aesthetic_score="6.50", caption='a "thing", thin', split="")
     rows[0]["split"] = "val"
     rows.append({**dict.fromkeys(rows[0], ""), "sha256": "f" * 64, "caption": "not voxelised yet"})
-    common.write_table(metadata, rows[0], rows)
+    records.write_table(metadata, rows[0], rows)
     (tmp_path / "out" / "voxels" / f"{shas[1]}.ply").unlink()
 
     serial.clear()

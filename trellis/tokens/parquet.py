@@ -1,4 +1,4 @@
-"""Ids of many objects in Parquet files, as scripts/tokenize.py writes them and others read them.
+"""Ids of many objects in Parquet files, as scripts/to_tokens.py writes them and others read them.
 
 A folder holds `tokens.json` (what its ids follow from) and shards of so many objects each,
 shard-00003-of-00012.parquet. A row is an object:
@@ -75,7 +75,7 @@ class TokenInfo:
                 text = (metadata or {})[field.name.encode()].decode()
                 values[field.name] = text if field.type in (str, "str") else json.loads(text)
             except (KeyError, ValueError) as error:
-                raise DataError(f"{path}: its metadata have no valid {field.name}. scripts/tokenize.py writes such "
+                raise DataError(f"{path}: its metadata have no valid {field.name}. scripts/to_tokens.py writes such "
                                 "files.") from error  # fmt: skip
         return cls(**{**values, "lattice": tuple(values["lattice"])})
 
@@ -166,19 +166,19 @@ def shard_files(source: str | Path) -> list[Path]:
     if source.is_file():
         return [source]
     if not source.is_dir():
-        raise DataError(f"{source}: no such file or folder. scripts/tokenize.py writes Parquet files.")
+        raise DataError(f"{source}: no such file or folder. scripts/to_tokens.py writes Parquet files.")
     found = {path: SHARD.fullmatch(path.name) for path in sorted(source.iterdir())}
     numbers = {int(match[1]): path for path, match in found.items() if match}
     totals = sorted({int(match[2]) for match in found.values() if match})
     if not totals:
-        raise DataError(f"{source}: has no shard-*.parquet. scripts/tokenize.py writes them.")
+        raise DataError(f"{source}: has no shard-*.parquet. scripts/to_tokens.py writes them.")
     if len(totals) > 1:
         raise DataError(f"{source}: holds shards of {' and of '.join(map(str, totals))}. Delete those that do not "
                         "belong there.")  # fmt: skip
     missing = [number for number in range(totals[0]) if number not in numbers]
     if missing:
         raise DataError(f"{source}: {shard_name(missing[0], totals[0])} is missing ({len(missing)} such shards in "
-                        "all). Run scripts/tokenize.py again: it makes what is missing.")  # fmt: skip
+                        "all). Run scripts/to_tokens.py again: it makes what is missing.")  # fmt: skip
     return [numbers[number] for number in range(totals[0])]
 
 
@@ -223,7 +223,7 @@ def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
         file = _open(path)
         lacking = set(schema(info, False).names) - set(file.schema_arrow.names)
         if lacking:
-            raise DataError(f"{path}: has no column {', '.join(sorted(lacking))}. scripts/tokenize.py writes such "
+            raise DataError(f"{path}: has no column {', '.join(sorted(lacking))}. scripts/to_tokens.py writes such "
                             "files.")  # fmt: skip
         try:
             for batch in file.iter_batches(ROWS_AT_ONCE):
@@ -239,13 +239,13 @@ def _rows(batch: "pyarrow.RecordBatch", info: TokenInfo, path: Path) -> Iterator
     if (lengths != info.num_tokens).any():
         row = int(np.argmax(lengths != info.num_tokens))
         raise DataError(f"{path}: {columns['sha256'][row]} has {lengths[row]} ids, but its metadata say "
-                        f"{info.num_tokens}. Delete the file and run scripts/tokenize.py again.")  # fmt: skip
+                        f"{info.num_tokens}. Delete the file and run scripts/to_tokens.py again.")  # fmt: skip
     tokens = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64).reshape(-1, info.num_tokens)
     outside = ((tokens < 0) | (tokens >= info.n_embed)).any(1)
     if outside.any():
         row = int(np.argmax(outside))
         raise DataError(f"{path}: {columns['sha256'][row]} has an id outside [0, {info.n_embed}). Delete the file and "
-                        "run scripts/tokenize.py again.")  # fmt: skip
+                        "run scripts/to_tokens.py again.")  # fmt: skip
     for i, ids in enumerate(tokens):
         yield {"tokens": ids, **{name: values[i] for name, values in columns.items()}}
 
@@ -262,4 +262,4 @@ def _open(path: Path) -> "pyarrow.parquet.ParquetFile":
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: is no readable Parquet file ({error}). Delete it and run scripts/tokenize.py again.")
+    return DataError(f"{path}: is no readable Parquet file ({error}). Delete it and run scripts/to_tokens.py again.")

@@ -200,7 +200,7 @@ class TokenFormat:
         codes, further = self._repaired(chosen, num_tokens, fill, length)
         problems = sorted(problems + further, key=lambda problem: problem.position)
         if strict and problems:
-            raise DataError(f"{problems[0].message}. Refused: only strict=False, or detokenize.py --repair, repairs.")
+            raise DataError(f"{problems[0].message}. Refused: only strict=False, or from_tokens.py --repair, repairs.")
         return Parsed(torch.tensor(codes, dtype=torch.int64), [problem.message for problem in problems])
 
     def _checked_fill(self, fill: Sequence[int] | Tensor | None, num_tokens: int | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""scripts/detokenize.py: what comes back is what the tokenizer makes of the ids."""
+"""scripts/from_tokens.py: what comes back is what the tokenizer makes of the ids."""
 
 import json
 import re
@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import solid_grids, tiny_config
-from test_tokenize import load_script
 
 pytest.importorskip("pyarrow")
 
+from scripts import from_tokens as script
 from trellis import SparseStructureTokenizer
 from trellis.datasets.voxels import points_to_occupancy, read_ply
 from trellis.tokens import parquet
-
-script = load_script("detokenize")
 
 OBJECTS = 3
 
@@ -32,7 +30,7 @@ def save_tokenizer(folder: Path, seed: int) -> SparseStructureTokenizer:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """tokenizer/, other/ and tokens/, a folder of three objects in two shards."""
-    folder = tmp_path_factory.mktemp("detokenize")
+    folder = tmp_path_factory.mktemp("from_tokens")
     tokenizer = save_tokenizer(folder / "tokenizer", 0)
     save_tokenizer(folder / "other", 1)
     ids = tokenizer.encode(torch.from_numpy(solid_grids(OBJECTS, 16, 0))[:, None]).numpy()

@@ -1,7 +1,7 @@
 """Turn objects into ids: Parquet files of a whole data set, and conversations to fine-tune a language model on.
 
-    python scripts/tokenize.py --tokenizer outputs/stage2 --data_dir data/voxels --output_dir outputs/tokens
-    python scripts/tokenize.py --tokenizer TOKENIZER --meshes meshes/ --output_dir outputs/tokens --sharegpt
+    python scripts/to_tokens.py --tokenizer outputs/stage2 --data_dir data/voxels --output_dir outputs/tokens
+    python scripts/to_tokens.py --tokenizer TOKENIZER --meshes meshes/ --output_dir outputs/tokens --sharegpt
 
 Grids come from the data roots of train.py, or from meshes, which are voxelised as the tokenizer's own were. Objects are
 divided into shards, shard-00000-of-00012.parquet … (layout: trellis/tokens/parquet.py), each written whole or not at
@@ -16,8 +16,7 @@ rules): of an object with captions two records for each, caption to mesh and mes
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would pass for Python's
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import argparse
 import contextlib
@@ -35,8 +34,8 @@ import torch.multiprocessing
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset_toolkits import common
-from dataset_toolkits.sources import BATCH, DataSource, MeshSource, Shard
+from dataset_toolkits.records import FAILED_FIELDS, write_table
+from scripts.token_sources import BATCH, DataSource, MeshSource, Shard
 from trellis.datasets.voxels import unpack_bits_on_device
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet, sharegpt
@@ -342,7 +341,7 @@ def list_failures(work: Work) -> list[dict[str, str]]:
     rows = work.source.failures + [row for path in present for row in parquet.read_left_out(path)]
     if rows:
         path = Path(work.args.output_dir, "failed.csv")
-        common.write_table(path, common.FAILED_FIELDS, sorted(rows, key=lambda row: row["file"]))
+        write_table(path, FAILED_FIELDS, sorted(rows, key=lambda row: row["file"]))
     return rows
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.random import Generator
 from trimesh import Trimesh
 
-from dataset_toolkits.datasets.primitives import (
+from dataset_toolkits.shapes.primitives import (
     bar,
     box,
     circle,

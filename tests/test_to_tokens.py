@@ -1,10 +1,8 @@
-"""scripts/tokenize.py: rows and conversations against the tokenizer's own ids, object by object."""
+"""scripts/to_tokens.py: rows and conversations against the tokenizer's own ids, object by object."""
 
 import csv
 import hashlib
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +16,7 @@ pytest.importorskip("pyarrow")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from scripts import to_tokens as script
 from trellis import SparseStructureTokenizer
 from trellis.datasets.voxels import cell_centres, write_ply
 from trellis.tokens import parquet, sharegpt
@@ -26,22 +25,6 @@ from trellis.utils.metrics import voxel_metrics
 
 OBJECTS, SHARD_SIZE = 30, 8
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
-SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
-
-
-def load_script(name: str):
-    """A script as a module; its name may be that of one of Python's own."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, "the script's folder, which it replaces")
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.path[0]
-    return module
-
-
-script = load_script("tokenize")
 
 
 def save_tokenizer(folder: Path, seed: int, **settings) -> Path:
@@ -200,8 +183,8 @@ def test_machines_share_a_folder(base, tokens, tmp_path):
 
 
 def test_two_processes_write_what_one_writes_wherever_they_are_started(base, tokens, tmp_path):
-    """From the scripts' own folder, where `tokenize` would be this script to every process."""
-    command = [sys.executable, "tokenize.py", *flags(base, tmp_path / "out", "--iou", "--num_gpus", 2)]
+    """From the scripts' own folder, as a user may start it."""
+    command = [sys.executable, "to_tokens.py", *flags(base, tmp_path / "out", "--iou", "--num_gpus", 2)]
     done = subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "30 of them new" in done.stdout and "processes: 2" in done.stdout
@@ -435,28 +418,6 @@ def test_records_against_the_rules_are_refused(turns, message):
 
 
 # --- scripts ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_start_anywhere_with_pythons_own_tokenize(name, tmp_path):
-    """Started as by `python scripts/NAME --help`: the script's folder comes first on the path."""
-    path = ROOT / "scripts" / name
-    code = f"""
-import runpy, sys
-assert "tokenize" not in sys.modules
-sys.path[0], sys.argv = {str(path.parent)!r}, [{str(path)!r}, "--help"]
-try:
-    runpy.run_path({str(path)!r}, run_name="__main__")
-except SystemExit as stop:
-    assert not stop.code
-import tokenize
-print(tokenize.__file__)
-"""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout
-    assert ROOT not in Path(done.stdout.splitlines()[-1]).parents
 
 
 def test_absent_pyarrow_is_an_error_that_says_what_to_do(monkeypatch):

@@ -1,4 +1,4 @@
-"""Where scripts/tokenize.py takes grids from: data roots of train.py, or mesh files that are voxelised on the way.
+"""Where scripts/to_tokens.py takes grids from: data roots of train.py, or mesh files that are voxelised on the way.
 
 Both hand out shards, runs of their objects, with grids as packed bits (trellis.datasets.voxels.unpack_bits).
 Axes: B objects of a batch, R voxels along an axis.

@@ -1,7 +1,7 @@
-"""Turn ids back into meshes or voxels: those of scripts/tokenize.py, or those that a language model wrote.
+"""Turn ids back into meshes or voxels: those of scripts/to_tokens.py, or those that a language model wrote.
 
-    python scripts/detokenize.py --tokenizer outputs/stage2 --tokens outputs/tokens --output_dir outputs/meshes
-    python scripts/detokenize.py --tokenizer TOKENIZER --text answers.jsonl --output_dir outputs/meshes --repair
+    python scripts/from_tokens.py --tokenizer outputs/stage2 --tokens outputs/tokens --output_dir outputs/meshes
+    python scripts/from_tokens.py --tokenizer TOKENIZER --text answers.jsonl --output_dir outputs/meshes --repair
 
 --tokens: a folder or a Parquet file; each object becomes {sha256}.glb. --text: an answer for each line, which becomes
 line000001.glb; of a .jsonl, a line is a text, or an object with the answer as `predict` (LLaMA-Factory's predictions),
@@ -13,8 +13,7 @@ Nothing is overwritten. Objects that cannot be written are listed, and make the 
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its tokenize.py would pass for Python's
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import argparse
 import json
@@ -44,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, metavar="SOURCE",
                         help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tokens", metavar="PATH", help="folder of scripts/tokenize.py, or a Parquet file")
+    source.add_argument("--tokens", metavar="PATH", help="folder of scripts/to_tokens.py, or a Parquet file")
     source.add_argument("--text", metavar="FILE", help="answers of a language model, one a line; or .jsonl")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--format", choices=FORMATS, default="glb",

@@ -1,6 +1,6 @@
 """Write built-in shapes as mesh files, for trying everything without data of one's own.
 
-    python dataset_toolkits/datasets/shapes.py --output_dir data/shapes --num 240 --num_val 24 --seed 0
+    python dataset_toolkits/shapes/make_shapes.py --output_dir data/shapes --num 240 --num_val 24 --seed 0
 
 Thirteen families with random proportions and parts, in `<output_dir>/train` and `<output_dir>/val`, as obj,
 stl, ply, glb and off in turn; z is up in all of them. Shape i depends on the seed, the split and i alone:
@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any folder
 
-from dataset_toolkits.datasets.families.household import chair, house, lamp, table, vessel
-from dataset_toolkits.datasets.families.natural import animal, organ, plant
-from dataset_toolkits.datasets.families.technical import bracket, gear, shell, spring, vehicle
+from dataset_toolkits.shapes.household import chair, house, lamp, table, vessel
+from dataset_toolkits.shapes.natural import animal, organ, plant
+from dataset_toolkits.shapes.technical import bracket, gear, shell, spring, vehicle
 from trellis.utils.errors import ConfigError, UserError
 from trellis.utils.files import written_aside
 

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, runs
-from trellis.datasets.sparse_structure import load_packed
+from trellis.datasets.packed import load_packed
 
 NETWORK = {
     "models.encoder.args.channels": [8, 32, 64],

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from trellis import models as model_registry
-from trellis.datasets.sparse_structure import load_packed
-from trellis.datasets.voxels import pack_bits, unpack_bits
+from trellis.datasets.packed import load_packed
+from trellis.grids.voxels import pack_bits, unpack_bits
 from trellis.utils.errors import DataError
 
 # More than the L2 cache of any GPU so far: written between timed runs, so that none finds its inputs there.

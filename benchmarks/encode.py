@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, plain, runs
 from trellis import models as model_registry
-from trellis.datasets.voxels import unpack_bits_on_device
+from trellis.grids.voxels import unpack_bits_on_device
 from trellis.models import load_weights, read_weights
 from trellis.utils.config import load_config
 

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, plain, runs
 from trellis import SparseStructureTokenizer
+from trellis.evaluation.metrics import voxel_metrics
 from trellis.models import load_weights
 from trellis.utils.config import load_config
-from trellis.utils.metrics import voxel_metrics
 
 ON_CPU = 8  # objects that are encoded on the CPU too
 OF_SCRIPT = {("cuda", "bf16"): 8192, ("cuda", "fp32"): 256, ("cpu", "fp32"): 16}  # objects

@@ -20,9 +20,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 from dataset_toolkits import records
-from trellis.datasets.components import setting_of_data
-from trellis.datasets.sparse_structure import SparseStructure, load_packed, packed_resolution
-from trellis.datasets.voxels import occupancy_to_points, pack_bits, write_ply
+from trellis.datasets.metadata import setting_of_data
+from trellis.datasets.packed import load_packed, packed_resolution
+from trellis.datasets.sparse_structure import SparseStructure
+from trellis.grids.voxels import occupancy_to_points, pack_bits, write_ply
 from trellis.utils.errors import DataError, UserError
 from trellis.utils.files import written_aside
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trellis.datasets.meshes import MESH_SUFFIXES
+from trellis.grids.meshes import MESH_SUFFIXES
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import written_aside
 

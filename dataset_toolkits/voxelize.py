@@ -11,29 +11,23 @@ its voxels beside the renders, or in --output_dir.
 """
 
 import argparse
-import concurrent.futures
-import logging
-import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 from dataset_toolkits import records
-from trellis.datasets import meshes
+from trellis.grids import meshes
+from trellis.grids.mesh_pool import run_in_pool
 from trellis.utils.errors import ConfigError, DataError, UserError
 
 REASONS_SHOWN = 5
-THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class Job(NamedTuple):
@@ -107,53 +101,6 @@ def is_trellis_root(path: str) -> bool:
 def bar_style() -> dict:
     """Options of progress bars: on a terminal smooth, in a log a line now and then."""
     return {"unit": "mesh", "mininterval": 0.1 if sys.stderr.isatty() else 30, "maxinterval": 60}
-
-
-def start_worker() -> None:
-    """Load open3d before the time limit of the first file runs, and keep warnings out of the progress bar."""
-    import open3d
-
-    open3d.utility.set_verbosity_level(open3d.utility.VerbosityLevel.Error)
-    logging.getLogger("trimesh").setLevel(logging.CRITICAL)
-
-
-def run_in_pool(function: Callable, tasks: Iterable[tuple], finish: Callable[[tuple, object], None],
-                max_workers: int, timeout: float) -> None:
-    """Call function(*task) in worker processes, and finish(task, result) here as soon as a task has ended.
-
-    The result is a DataError where the function raised one, where it took longer than `timeout` seconds (its
-    process is killed), or where its process died. Any other exception, such as a full disk, ends the run.
-    """
-    tasks, waiting = iter(tasks), {}
-    before = {name: os.environ.get(name) for name in THREAD_COUNTS}
-    os.environ.update(dict.fromkeys(THREAD_COUNTS, "1"))  # inherited by the workers: one thread each
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
-    pool = ProcessPool(max_workers, initializer=start_worker, context=context)
-    try:
-        while True:
-            for task in islice(tasks, 4 * max_workers - len(waiting)):
-                waiting[pool.schedule(function, args=task, timeout=timeout)] = task
-            if not waiting:
-                break
-            ended, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in ended:
-                try:
-                    result = future.result()
-                except DataError as error:
-                    result = error
-                except concurrent.futures.TimeoutError:
-                    result = DataError(f"took longer than the time limit of {timeout:g} s (--timeout)")
-                except ProcessExpired as error:
-                    result = DataError(f"its process died with exit code {error.exitcode}: out of memory?")
-                finish(waiting.pop(future), result)
-    finally:
-        pool.stop()
-        pool.join()
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def voxelize(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@
 
 Occupied is where the logit is above 0; everything runs in fp32. Averaged (EMA) and raw weights are scored, a VAE
 without a codebook from the mean of its posterior and from a sample. Chamfer distance and F-score (at one voxel) are
-those of trellis/utils/metrics.py:distance_metrics.
+those of trellis/evaluation/metrics.py:distance_metrics.
 Writes {run}/eval/{split}_step0000100.json and a contact sheet of the worst, median and best objects beside it.
 """
 
@@ -22,14 +22,14 @@ import torch
 from tqdm import tqdm
 
 from trellis.datasets import DATASETS
+from trellis.evaluation.evaluate import Scores, codebook_scores, evaluate, kl_scores, occupancy_scores
+from trellis.grids.preview import contact_sheet, save_png
 from trellis.models import build, load_weights
-from trellis.renderers.voxel_preview import contact_sheet, save_png
+from trellis.runs.checkpoint import Checkpoints, model_file
 from trellis.trainers import TRAINERS
-from trellis.trainers.checkpoint import Checkpoints, model_file
 from trellis.utils.config import load_config
 from trellis.utils.environment import versions
 from trellis.utils.errors import CheckpointError, ConfigError, UserError
-from trellis.utils.evaluation import Scores, codebook_scores, evaluate, kl_scores, occupancy_scores
 from trellis.utils.files import written_aside
 
 OBJECTS_PER_BLOCK = 3  # of the worst, the median and the best

@@ -15,7 +15,7 @@ import argparse
 import torch
 
 from trellis.models import build, load_weights, model_spec
-from trellis.trainers.checkpoint import Checkpoints, model_file
+from trellis.runs.checkpoint import Checkpoints, model_file
 from trellis.utils.config import load_config
 from trellis.utils.errors import CheckpointError, UserError
 from trellis.utils.files import written_aside

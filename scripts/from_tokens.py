@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trellis.datasets.voxels import occupancy_to_points, write_ply
+from trellis.grids.voxels import occupancy_to_points, write_ply
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet
 from trellis.utils.errors import ConfigError, DataError, UserError

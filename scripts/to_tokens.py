@@ -36,11 +36,11 @@ from tqdm import tqdm
 
 from dataset_toolkits.records import FAILED_FIELDS, write_table
 from scripts.token_sources import BATCH, DataSource, MeshSource, Shard
-from trellis.datasets.voxels import unpack_bits_on_device
+from trellis.evaluation.metrics import voxel_metrics
+from trellis.grids.voxels import unpack_bits_on_device
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet, sharegpt
 from trellis.utils.errors import ConfigError, DataError, UserError
-from trellis.utils.metrics import voxel_metrics
 
 REASONS_SHOWN = 5
 COMPARED = 16  # objects encoded in fp32 too, where ids are those of bf16

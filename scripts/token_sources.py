@@ -1,6 +1,6 @@
 """Where scripts/to_tokens.py takes grids from: data roots of train.py, or mesh files that are voxelised on the way.
 
-Both hand out shards, runs of their objects, with grids as packed bits (trellis.datasets.voxels.unpack_bits).
+Both hand out shards, runs of their objects, with grids as packed bits (trellis.grids.voxels.unpack_bits).
 Axes: B objects of a batch, R voxels along an axis.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trellis.datasets.components import setting_of_data
+from trellis.datasets.metadata import setting_of_data
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.tokens.sharegpt import read_captions
 from trellis.utils.errors import DataError
@@ -106,7 +106,7 @@ class MeshSource:
     def __init__(self, inputs: list[str], resolution: int, up_axis: str, normalization: str, max_workers: int,
                  timeout: float, output_dir: Path):  # fmt: skip
         from dataset_toolkits.voxelize import plan_meshes
-        from trellis.datasets.meshes import require_open3d, require_trimesh
+        from trellis.grids.meshes import require_open3d, require_trimesh
 
         require_trimesh()
         require_open3d()
@@ -173,8 +173,8 @@ class MeshSource:
     def _voxelize(self, paths: list[Path], finish: Callable[[Path, np.ndarray | DataError], None],
                   workers: int) -> None:  # fmt: skip
         """finish: gets each path with its grid, [R³ / 8] uint8, or with the reason why there is none."""
-        from dataset_toolkits.voxelize import run_in_pool
-        from trellis.datasets.meshes import mesh_cells
+        from trellis.grids.mesh_pool import run_in_pool
+        from trellis.grids.meshes import mesh_cells
 
         resolution = self.settings[0]
 

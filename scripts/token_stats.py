@@ -25,13 +25,13 @@ import torch
 from tqdm import tqdm
 
 from trellis.datasets.sparse_structure import SparseStructure
+from trellis.evaluation.metrics import occupied_blocks
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet, stats
 from trellis.tokens.stats import COMPRESSORS, ORDERS, TokenSet
 from trellis.tokens.stats_report import draw, reading, require_matplotlib
 from trellis.utils.environment import versions
 from trellis.utils.errors import ConfigError, DataError, UserError
-from trellis.utils.evaluation import occupied_blocks
 from trellis.utils.files import written_aside
 
 GRIDS_AT_ONCE = 64

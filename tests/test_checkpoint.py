@@ -11,8 +11,8 @@ from conftest import tiny_config
 
 import train
 from trellis.models import build
+from trellis.runs.checkpoint import Checkpoints, misc_file, model_file
 from trellis.trainers import SparseStructureVaeTrainer, SparseStructureVqVaeTrainer
-from trellis.trainers.checkpoint import Checkpoints, misc_file, model_file
 from trellis.trainers.weights import plan_weights
 from trellis.utils.errors import CheckpointError, ConfigError
 

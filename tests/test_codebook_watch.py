@@ -9,13 +9,13 @@ from conftest import tiny_config
 from test_train import VQ, assert_equal, checkpoint, free_port, logged, run
 from torch import Tensor, nn
 
-from trellis.modules.quantizers.common import Quantizer
+from trellis.evaluation.metrics import codebook_counts
+from trellis.modules.quantizers.base import Quantizer
 from trellis.modules.quantizers.ema_vq import EMAVectorQuantizer
 from trellis.modules.quantizers.vq import VectorQuantizer
-from trellis.trainers.codebook_watch import CodebookWatch
 from trellis.trainers.ema import EMA
+from trellis.trainers.vae.codebook_watch import CodebookWatch
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
-from trellis.utils.metrics import codebook_counts
 from trellis.utils.random_utils import derive_seed, sample_noise
 
 K, CELLS = 16, (2, 2, 4)
@@ -375,7 +375,7 @@ def test_usage_of_several_codes_is_the_mean_over_places(monkeypatch):
         n_embed, codes_per_token = 4, 2
 
         def __call__(self, z):
-            from trellis.modules.quantizers.common import Quantized
+            from trellis.modules.quantizers.base import Quantized
 
             return Quantized(z, ids, {"vq": torch.zeros(()), "commit": torch.zeros(())})
 

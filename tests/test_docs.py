@@ -89,7 +89,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 def make_meshes() -> torch.Tensor:
     """Write chairs; returns the grids of some, uint8 [2, 1, 64, 64, 64]."""
     from dataset_toolkits.shapes.make_shapes import make_shape, write_shape
-    from trellis.datasets.meshes import mesh_to_grid
+    from trellis.grids.meshes import mesh_to_grid
 
     for folder, numbers in (("chairs", range(2)), ("chairs_val", range(2, 3))):
         for number in numbers:
@@ -99,7 +99,7 @@ def make_meshes() -> torch.Tensor:
 
 def make_run(grids: torch.Tensor) -> None:
     """Train for a step into outputs/general."""
-    from trellis.datasets.voxels import pack_bits
+    from trellis.grids.voxels import pack_bits
 
     Path("data").mkdir()
     np.savez("data/general_train.npz", bits=pack_bits(grids[:, 0]))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trellis.models import build
-from trellis.trainers.checkpoint import Checkpoints
+from trellis.runs.checkpoint import Checkpoints
 from trellis.trainers.ema import EMA, ramped_rate
 from trellis.utils.errors import CheckpointError
 

@@ -15,7 +15,7 @@ from PIL import Image
 import train
 from scripts import evaluate as script
 from trellis.models import build
-from trellis.trainers.checkpoint import Checkpoints, model_file
+from trellis.runs.checkpoint import Checkpoints, model_file
 from trellis.utils.random_utils import derive_seed
 
 VQ = "SparseStructureVqVaeTrainer"

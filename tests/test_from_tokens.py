@@ -13,7 +13,7 @@ pytest.importorskip("pyarrow")
 
 from scripts import from_tokens as script
 from trellis import SparseStructureTokenizer
-from trellis.datasets.voxels import points_to_occupancy, read_ply
+from trellis.grids.voxels import points_to_occupancy, read_ply
 from trellis.tokens import parquet
 
 OBJECTS = 3

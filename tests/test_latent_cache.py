@@ -18,8 +18,8 @@ import torch
 from conftest import ROOT
 
 from trellis.models.sparse_structure_vae import SparseStructureEncoder
-from trellis.trainers import latent_cache
-from trellis.trainers.latent_cache import LatentCache, cache_folder, latent_key
+from trellis.trainers.vae import latent_cache
+from trellis.trainers.vae.latent_cache import LatentCache, cache_folder, latent_key
 from trellis.utils.errors import ConfigError
 
 SHAPE = (12, 2, 3, 3, 3)
@@ -135,7 +135,7 @@ def test_a_row_of_zeros_and_its_checksum_count(tmp_path, monkeypatch):
 WRITER = """
 import sys, time, numpy as np, torch
 from pathlib import Path
-from trellis.trainers.latent_cache import LatentCache
+from trellis.trainers.vae.latent_cache import LatentCache
 shape = (400, 8, 16, 16, 16)
 cache = LatentCache(Path(sys.argv[1]), shape, torch.device("cpu"), lambda line: None)
 for rows in np.arange(400).reshape(-1, 4):

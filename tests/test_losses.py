@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from trellis.evaluation.metrics import voxel_metrics
 from trellis.modules import losses
-from trellis.utils.metrics import voxel_metrics
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

@@ -15,8 +15,8 @@ trimesh = pytest.importorskip("trimesh")
 open3d = pytest.importorskip("open3d")
 
 from dataset_toolkits import records  # noqa: E402
-from trellis.datasets import meshes  # noqa: E402
-from trellis.datasets.voxels import points_to_occupancy, read_ply  # noqa: E402
+from trellis.grids import meshes  # noqa: E402
+from trellis.grids.voxels import points_to_occupancy, read_ply  # noqa: E402
 from trellis.utils.errors import ConfigError, DataError  # noqa: E402
 
 SAMPLE = SHARED / "data" / "meshes_sample"
@@ -237,7 +237,7 @@ def test_unloadable_open3d_names_the_packages(tmp_path, monkeypatch):
 def test_a_missing_package_is_named(package, tmp_path):
     tetrahedron().export(tmp_path / "mesh.off")
     code = (f"import sys; sys.modules[{package!r}] = None\n"
-            "from trellis.datasets.meshes import mesh_to_grid\nmesh_to_grid('mesh.off', 16)")
+            "from trellis.grids.meshes import mesh_to_grid\nmesh_to_grid('mesh.off', 16)")
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, text=True,
                          capture_output=True)
     assert run.returncode == 1 and "ConfigError: a Python package is missing" in run.stderr

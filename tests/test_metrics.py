@@ -5,21 +5,22 @@ import pytest
 import torch
 from conftest import solid_grids, tiny_config
 
-from trellis.models import build
-from trellis.modules.quantizers.vq import VectorQuantizer
-from trellis.trainers import SparseStructureVaeTrainer
-from trellis.utils.evaluation import Reconstruction, evaluate, kl_scores, occupancy_scores, occupied_blocks
-from trellis.utils.metrics import (
+from trellis.evaluation.evaluate import Reconstruction, evaluate, kl_scores, occupancy_scores
+from trellis.evaluation.metrics import (
     code_entropy,
     codebook_counts,
     distance_metrics,
     entropy_bits,
     gaussian_kl_bits,
     object_counts,
+    occupied_blocks,
     perplexity,
     usage,
     voxel_metrics,
 )
+from trellis.models import build
+from trellis.modules.quantizers.vq import VectorQuantizer
+from trellis.trainers import SparseStructureVaeTrainer
 
 
 def reference(prediction: list[bool], target: list[bool]) -> dict[str, float]:

@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset_toolkits.pack import pack, unpack  # noqa: E402
-from trellis.datasets.components import setting_of_data  # noqa: E402
+from trellis.datasets.metadata import setting_of_data  # noqa: E402
 from trellis.datasets.sparse_structure import SparseStructure  # noqa: E402
-from trellis.datasets.voxels import pack_bits  # noqa: E402
+from trellis.grids.voxels import pack_bits  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
 
 R = 8

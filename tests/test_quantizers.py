@@ -8,7 +8,7 @@ import torch
 
 from trellis.models import MODELS, build
 from trellis.modules.quantizers import Quantizer
-from trellis.modules.quantizers.common import nearest_ids
+from trellis.modules.quantizers.base import nearest_ids
 from trellis.modules.quantizers.kmeans import kmeans
 
 K, C = 32, 4

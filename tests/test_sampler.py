@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from trellis.datasets.batches import endless_batches
 from trellis.datasets.sampler import ResumableSampler
-from trellis.trainers.batches import endless_batches
 from trellis.utils.random_utils import derive_seed, permutation, sample_noise
 
 SIZE = 7

@@ -10,7 +10,7 @@ import pytest
 trimesh = pytest.importorskip("trimesh")
 
 from dataset_toolkits.shapes import make_shapes, primitives  # noqa: E402
-from trellis.datasets import meshes  # noqa: E402
+from trellis.grids import meshes  # noqa: E402
 
 
 def files(root: Path) -> dict[str, bytes]:

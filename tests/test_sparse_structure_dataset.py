@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from trellis.datasets.batches import endless_batches
 from trellis.datasets.sampler import ResumableSampler
 from trellis.datasets.sparse_structure import SparseStructure
-from trellis.datasets.voxels import occupancy_to_points, pack_bits, write_ply
-from trellis.trainers.batches import endless_batches
+from trellis.grids.voxels import occupancy_to_points, pack_bits, write_ply
 from trellis.utils.errors import DataError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

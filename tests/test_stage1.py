@@ -19,8 +19,7 @@ from test_train import VQ, assert_equal, checkpoint, free_port, logged, run
 import train
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
-from trellis.trainers import fresh_codebook
-from trellis.trainers.vae import sparse_structure_vqvae
+from trellis.trainers.vae import latent_sample, sparse_structure_vqvae
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
 from trellis.utils.random_utils import permutation
 
@@ -195,8 +194,8 @@ def test_kmeans_gets_an_equal_share_of_objects_and_mostly_what_is_occupied(
         return vectors[:n_embed]
 
     monkeypatch.setattr(sparse_structure_vqvae, "kmeans", kmeans)
-    monkeypatch.setattr(fresh_codebook, "VECTORS_PER_CODE", per_code)
-    monkeypatch.setattr(fresh_codebook, "OBJECTS_AT_LEAST", at_least)
+    monkeypatch.setattr(latent_sample, "VECTORS_PER_CODE", per_code)
+    monkeypatch.setattr(latent_sample, "OBJECTS_AT_LEAST", at_least)
     config = stage1("kmeans", max_steps=1, batch_size=3, i_eval=100)
     config["models"]["quantizer"]["args"]["embed_dim"] = embed_dim
     assert run("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run,

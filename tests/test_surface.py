@@ -10,9 +10,9 @@ from conftest import ROOT, solid_grids
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("skimage")
 
-from trellis.datasets import meshes  # noqa: E402
+from trellis.grids import meshes  # noqa: E402
+from trellis.grids.surface import SUFFIXES, save_mesh, surface_mesh  # noqa: E402
 from trellis.utils.errors import ConfigError, DataError  # noqa: E402
-from trellis.utils.surface import SUFFIXES, save_mesh, surface_mesh  # noqa: E402
 
 
 def centres(resolution: int) -> np.ndarray:
@@ -143,6 +143,6 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 @pytest.mark.parametrize("package", ["skimage", "trimesh"])
 def test_a_missing_package_is_named(package):
     code = (f"import sys; sys.modules[{package!r}] = None\nimport numpy\n"
-            "from trellis.utils.surface import surface_mesh\nsurface_mesh(numpy.ones((2, 2, 2)))")
+            "from trellis.grids.surface import surface_mesh\nsurface_mesh(numpy.ones((2, 2, 2)))")
     run = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
     assert run.returncode == 1 and "pip install scikit-image trimesh" in run.stderr

@@ -10,13 +10,13 @@ from conftest import tiny_config
 from test_train import VQ, assert_equal, checkpoint, run
 
 import train
+from trellis.datasets.batches import endless_batches, to_device
 from trellis.datasets.sparse_structure import SparseStructure
-from trellis.datasets.symmetries import SYMMETRIES, Symmetry, augment_grids, symmetry_of
-from trellis.trainers.batches import endless_batches, to_device
+from trellis.evaluation.metrics import voxel_metrics
+from trellis.grids.symmetries import SYMMETRIES, Symmetry, augment_grids, symmetry_of
 from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
 from trellis.utils import dist_utils
 from trellis.utils.errors import ConfigError
-from trellis.utils.metrics import voxel_metrics
 
 R = 5
 

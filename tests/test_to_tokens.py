@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 
 from scripts import to_tokens as script
 from trellis import SparseStructureTokenizer
-from trellis.datasets.voxels import cell_centres, write_ply
+from trellis.evaluation.metrics import voxel_metrics
+from trellis.grids.voxels import cell_centres, write_ply
 from trellis.tokens import parquet, sharegpt
 from trellis.utils.errors import ConfigError, DataError
-from trellis.utils.metrics import voxel_metrics
 
 OBJECTS, SHARD_SIZE = 30, 8
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))

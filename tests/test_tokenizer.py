@@ -12,7 +12,7 @@ from conftest import ROOT, SHARED, solid_grids, tiny_config
 from safetensors.torch import load_file
 
 from trellis import SparseStructureTokenizer
-from trellis.datasets.voxels import occupancy_to_points, write_ply
+from trellis.grids.voxels import occupancy_to_points, write_ply
 from trellis.models import build
 from trellis.tokens.text import SHAPELLM
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, tiny_config
 
 import train
-from trellis.trainers.checkpoint import Checkpoints
+from trellis.runs.checkpoint import Checkpoints
 from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
 
 VQ = "SparseStructureVqVaeTrainer"
@@ -355,7 +355,7 @@ def test_ranks_stop_together_and_go_on(data_dir, write_config, tmp_path):
 def test_a_damaged_item_is_one_clear_error(ranks, write_config, tmp_path):
     import numpy as np
 
-    from trellis.datasets.voxels import cell_centres, write_ply
+    from trellis.grids.voxels import cell_centres, write_ply
 
     voxels, names = tmp_path / "data" / "voxels", [f"{i:064x}" for i in range(2**31, 2**31 + 4)]
     voxels.mkdir(parents=True)

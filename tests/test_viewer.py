@@ -10,7 +10,7 @@ from conftest import solid_grids, tiny_config
 
 from trellis import SparseStructureTokenizer
 from trellis.datasets.sparse_structure import SparseStructure
-from trellis.renderers.voxel_preview import CORRECT, EXTRA, MISSING
+from trellis.grids.preview import CORRECT, EXTRA, MISSING
 from trellis.utils.errors import DataError
 from trellis.viewer import card, curves, faces, figures, visit
 from trellis.viewer.callbacks import similar_code

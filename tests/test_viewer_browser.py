@@ -15,9 +15,9 @@ import pytest
 import torch
 from test_viewer import RESOLUTION, make_tokenizer
 
-from trellis.datasets.meshes import mesh_to_grid
 from trellis.datasets.sparse_structure import SparseStructure
-from trellis.datasets.voxels import points_to_occupancy, read_ply
+from trellis.grids.meshes import mesh_to_grid
+from trellis.grids.voxels import points_to_occupancy, read_ply
 from trellis.viewer import visit
 from trellis.viewer.uploads import Opener
 from trellis.viewer.usage import Usage

@@ -16,9 +16,9 @@ import torch
 from conftest import ROOT, solid_grids
 from test_viewer import RESOLUTION, make_tokenizer
 
-from trellis.datasets.meshes import mesh_to_grid
 from trellis.datasets.sparse_structure import SparseStructure
-from trellis.datasets.voxels import occupancy_to_points, points_to_occupancy, read_ply, write_ply
+from trellis.grids.meshes import mesh_to_grid
+from trellis.grids.voxels import occupancy_to_points, points_to_occupancy, read_ply, write_ply
 from trellis.utils.errors import DataError
 from trellis.viewer import uploads, visit
 from trellis.viewer.callbacks import saved

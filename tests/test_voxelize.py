@@ -20,8 +20,8 @@ pytest.importorskip("open3d")
 from test_meshes import BROKEN, cells_met, table, tetrahedron  # noqa: E402
 
 from dataset_toolkits import build_metadata, records, voxelize  # noqa: E402
-from trellis.datasets import meshes  # noqa: E402
-from trellis.datasets.voxels import points_to_occupancy, read_ply  # noqa: E402
+from trellis.grids import meshes  # noqa: E402
+from trellis.grids.voxels import points_to_occupancy, read_ply  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
 
 

@@ -10,7 +10,7 @@ import plyfile
 import pytest
 import torch
 
-from trellis.datasets.voxels import (
+from trellis.grids.voxels import (
     cell_centres,
     occupancy_to_points,
     pack_bits,
@@ -234,6 +234,6 @@ def test_rows_of_another_size_are_refused():
 
 
 def test_voxels_are_written_without_torch():
-    code = "import sys, trellis.datasets.voxels; print('torch' in sys.modules)"
+    code = "import sys, trellis.grids.voxels; print('torch' in sys.modules)"
     output = subprocess.check_output([sys.executable, "-c", code], cwd=Path(__file__).parents[1], text=True)
     assert output == "False\n"

@@ -4,7 +4,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("datasets", "models", "tokens", "trainers")
+_SUBPACKAGES = ("datasets", "evaluation", "grids", "models", "runs", "tokens", "trainers")
 
 
 def __getattr__(name: str):

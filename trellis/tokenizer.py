@@ -19,8 +19,8 @@ from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
-from .datasets.meshes import check_settings, mesh_to_grid
-from .datasets.voxels import has_faces, points_to_occupancy, read_ply
+from .grids.meshes import check_settings, mesh_to_grid
+from .grids.voxels import has_faces, points_to_occupancy, read_ply
 from .models import build, load_weights
 from .modules.conv import as_the_library_does
 from .tokens.shapellm import read_shapellm, shapellm_state
@@ -183,14 +183,14 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         ids: [T]. smooth: take off the voxels' steps. Raises DataError where no voxel is occupied, ConfigError without
         the packages of the extra `meshes`.
         """
-        from .utils.surface import surface_mesh
+        from .grids.surface import surface_mesh
 
         return surface_mesh(self._one_grid(ids), smooth=smooth)
 
     def save_mesh(self, ids: Tensor, path: Source, smooth: bool = True) -> None:
         """Write `to_mesh` as GLB, OBJ, PLY or STL, by the suffix of path, with the axes that `encode` takes a mesh to
         have: y-up where `up_axis` is "y". ids: [T] or [1, T]. Raises ConfigError where there is no such folder."""
-        from .utils.surface import save_mesh
+        from .grids.surface import save_mesh
 
         save_mesh(self.to_mesh(ids, smooth), path, to_y_up=self.up_axis == "y")
 
@@ -298,7 +298,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         where the data are still there, else "cube" and "keep".
         Raises CheckpointError where the run has no such checkpoint, or no codebook.
         """
-        from .trainers.run_folder import describe_run
+        from .runs.folder import describe_run
 
         run = describe_run(output_dir, ckpt)
         settings = normalization or run.normalization, up_axis or run.up_axis

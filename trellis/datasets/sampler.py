@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..utils.random_utils import permutation
-from .components import StandardDatasetBase
+from .base import StandardDatasetBase
 
 
 class Samples(NamedTuple):

@@ -1,15 +1,11 @@
 """Sparse structures: occupancy grids of PLY roots and of packed roots.
 
 PLY root, as TRELLIS makes it: `metadata.csv` and `voxels/<sha256>.ply`.
-Packed root: an .npz file, or a folder of them, each with `bits` uint8 [N, R^3 / 8] (see voxels.unpack_bits)
-and optional [N] text arrays `name`, `source`, `sha256` (default: of the row's bytes), `split`, `up_axis` and
-`normalization`.
+Packed root: an .npz file as packed.py describes it, or a folder of them.
 """
 
-import hashlib
 import os
 import re
-import zipfile
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..grids.symmetries import Augmentation, augment_grids
+from ..grids.voxels import points_to_occupancy, read_ply, unpack_bits, unpack_bits_on_device
 from ..utils.config import Count
 from ..utils.errors import DataError
-from .components import StandardDatasetBase, read_flags, read_metadata, require_files
-from .symmetries import Augmentation, augment_grids
-from .voxels import points_to_occupancy, read_ply, unpack_bits, unpack_bits_on_device
+from .base import StandardDatasetBase
+from .metadata import read_flags, read_metadata, require_files
+from .packed import check_resolution, load_packed
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-TEXT_ARRAYS = ("name", "source", "sha256", "split", "up_axis", "normalization")
 SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|val)$", re.IGNORECASE)  # not in interval.npz
 
 
@@ -148,7 +145,7 @@ class SparseStructure(StandardDatasetBase):
         for path in paths:
             arrays = load_packed(path)
             bits = arrays.pop("bits")
-            _check_resolution(path, bits, self.resolution)
+            check_resolution(path, bits, self.resolution)
             named_split = SPLIT_IN_NAME.search(path.stem)
             if "split" not in arrays and named_split:
                 arrays["split"] = np.full(len(bits), named_split[1].lower())
@@ -163,53 +160,6 @@ class SparseStructure(StandardDatasetBase):
 
 def _ply_path(root: str, instance: str) -> Path:
     return Path(root, "voxels", f"{instance}.ply")
-
-
-def load_packed(path: Path) -> dict[str, np.ndarray]:
-    """Load `bits` uint8 [N, R^3 / 8], `sha256` [N], and those of the other TEXT_ARRAYS that a file has.
-
-    Nothing is unpickled. Raises DataError where the file is missing, damaged or without `bits`, where an
-    array has another type or length, and where a grid is empty.
-    """
-    try:
-        with open(path, "rb") as stream:
-            file = np.load(stream, allow_pickle=False)
-            arrays = {key: file[key] for key in ("bits", *TEXT_ARRAYS) if key in getattr(file, "files", ())}
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: is not a readable .npz file ({error}). Make it anew by pack.py.") from error
-    if "bits" not in arrays:
-        raise DataError(f"{path}: has no array `bits`. pack.py writes packed files.")
-    bits = arrays["bits"]
-    if bits.dtype != np.uint8 or bits.ndim != 2 or not bits.size:
-        raise DataError(f"{path}: bits is {bits.dtype} {list(bits.shape)}; it must be uint8 [N, R^3 / 8], "
-                        "N >= 1. pack.py writes packed files.")
-    for key in arrays.keys() - {"bits"}:
-        if arrays[key].dtype.kind != "U" or arrays[key].shape != (len(bits),):
-            raise DataError(f"{path}: {key} is {arrays[key].dtype} {list(arrays[key].shape)}; "
-                            f"it must be text [{len(bits)}], one for each row of bits")
-    empty = ~bits.any(axis=1)
-    if empty.any():
-        raise DataError(f"{path}: row {int(np.argmax(empty))} of bits has no occupied cell "
-                        f"({int(empty.sum())} such rows in all). Remove them.")
-    if "sha256" not in arrays:
-        arrays["sha256"] = np.array([hashlib.sha256(row).hexdigest() for row in bits])
-    return arrays
-
-
-def packed_resolution(bits: np.ndarray) -> int | None:
-    """Return the R of rows [N, R^3 / 8], None where no R fits."""
-    resolution = round((bits.shape[1] * 8) ** (1 / 3))
-    return resolution if resolution**3 == bits.shape[1] * 8 else None
-
-
-def _check_resolution(path: Path, bits: np.ndarray, resolution: int) -> None:
-    found = packed_resolution(bits)
-    if found != resolution:
-        what = f"hold grids of resolution {found}" if found else "are no cube"
-        raise DataError(f"{path}: rows of {bits.shape[1]} bytes {what}, but resolution is {resolution}. "
-                        "Set the config's resolution or choose another file.")
 
 
 def _scores(metadata: "DataFrame") -> "Series":

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..utils.metrics import code_entropy, object_counts, usage
+from ..evaluation.metrics import code_entropy, object_counts, usage
 from .sparse import morton_order
 
 FOLDS = 5

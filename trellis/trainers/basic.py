@@ -4,10 +4,11 @@ Read `run` first. A new objective is a subclass with `training_losses`; it inher
 """
 
 import contextlib
+import inspect
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from ..datasets.components import StandardDatasetBase
-from ..renderers.voxel_preview import save_png
+from ..datasets.base import StandardDatasetBase
+from ..datasets.batches import endless_batches
+from ..grids.preview import save_png
+from ..runs.checkpoint import Checkpoints
+from ..runs.folder import open_run_folder
 from ..utils import dist_utils
 from ..utils.config import Count, Range, check_args
 from ..utils.environment import tuned_convolutions, versions
@@ -26,14 +30,10 @@ from ..utils.errors import ConfigError
 from ..utils.files import written_aside
 from ..utils.registry import did_you_mean
 from . import optim
-from .batches import endless_batches
-from .checkpoint import Checkpoints
 from .ema import EMA
 from .interrupt import StopRequests
 from .logger import PendingSteps, Progress, RunLog
-from .objective import objective
 from .precision import Precision
-from .run_folder import open_run_folder
 from .weights import WeightPlan
 
 # Timing cuDNN's algorithms takes about as long as 50 steps of a large network and makes them 4 % faster, so it pays for
@@ -41,6 +41,12 @@ from .weights import WeightPlan
 STEPS_WORTH_TUNING = 2000
 # Between ranks a stop request travels with a collective, which is not worth one every step.
 STEPS_BETWEEN_STOP_CHECKS = 10
+# A codebook's statistics are reduced over ranks where they arise; DDP must not overwrite them with rank 0's.
+# torch 2.13 renamed the argument.
+_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+_WITHOUT_BUFFER_SYNC = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers": False
+}
 
 
 class BasicTrainer:
@@ -500,3 +506,27 @@ def _check_batch(args: dict, world_size: int, where: str) -> None:
     split = args.get("batch_split") or 1
     if per_rank % split:
         raise ConfigError(f"{where}.batch_split is {split}, which does not divide the {per_rank} samples of a rank")
+
+
+# --- the loss as one module ---
+
+
+class Objective(nn.Module):
+    """Calls `training_losses` with the entries of a batch."""
+
+    def __init__(self, trained: dict[str, nn.Module], training_losses: Callable):
+        super().__init__()
+        self.models = nn.ModuleDict(trained)
+        self.training_losses = training_losses
+
+    def forward(self, batch: dict[str, Tensor]):
+        return self.training_losses(**batch)
+
+
+def objective(trained: dict[str, nn.Module], training_losses: Callable, device: torch.device) -> nn.Module:
+    """The objective, under DDP where there are several ranks and gradients to reduce."""
+    module = Objective(trained, training_losses)
+    if not dist.is_initialized() or not any(True for _ in module.parameters()):
+        return module
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **_WITHOUT_BUFFER_SYNC)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models import read_weights
+from ..runs.checkpoint import Checkpoints, model_file
 from ..utils.errors import CheckpointError
-from .checkpoint import Checkpoints, model_file
 
 
 def ramped_rate(rate: float, step: int) -> float:

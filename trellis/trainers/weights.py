@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..models import load_weights, pretrained_files
+from ..runs.checkpoint import Checkpoints, model_file
 from ..utils.config import config_arguments, differing_keys
 from ..utils.errors import CheckpointError, ConfigError
-from .checkpoint import Checkpoints, model_file
 
 # Trainer arguments that a resumed run must keep: the optimizer's state or the models' roles depend on them.
 FIXED_ON_RESUME = ("optimizer", "lr_scheduler", "lr_scaling", "lr_multipliers", "freeze", "ema_rate")

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from dash import ClientsideFunction, Dash, Input, Output, State, ctx, no_update
 
-from ..datasets.voxels import occupancy_to_points, write_ply
+from ..evaluation.metrics import occupied_blocks
+from ..grids.voxels import occupancy_to_points, write_ply
 from ..utils.errors import DataError
-from ..utils.evaluation import occupied_blocks
 from . import card, figures
 from .curves import curves_figure, read_log
 from .layout import PANELS, chip

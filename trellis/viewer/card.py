@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from dash import html
 
-from ..renderers.voxel_preview import BACKGROUND, MATERIAL, render_voxels
+from ..grids.preview import BACKGROUND, MATERIAL, render_voxels
 from .usage import CodeUsage, Usage
 from .visit import Visit
 from .workbench import Workbench

@@ -119,7 +119,7 @@ def _triangles(low: np.ndarray, size: np.ndarray, sides: np.ndarray, points: int
 
 def _shade(occupied: np.ndarray, cells: np.ndarray, sides: np.ndarray) -> np.ndarray:
     """Brightness of each face, [F]: light on a mix of its own normal, which shows cells, and of the blurred grid's
-    slope, which shows form; darker in hollows. The look of renderers/voxel_preview.py, from all sides."""
+    slope, which shows form; darker in hollows. The look of grids/preview.py, from all sides."""
     if not len(cells):
         return np.zeros(0)
     margin = 4

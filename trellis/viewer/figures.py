@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..renderers.voxel_preview import CORRECT, EXTRA, MATERIAL, MISSING
+from ..grids.preview import CORRECT, EXTRA, MATERIAL, MISSING
 from .faces import LIGHT, outer_faces
 
 Figure = dict[str, Any]  # or a trace of one

@@ -4,8 +4,8 @@ from typing import Any
 
 from dash import dcc, html
 
-from ..datasets.meshes import MESH_SUFFIXES
-from ..renderers.voxel_preview import CORRECT, EXTRA, MISSING
+from ..grids.meshes import MESH_SUFFIXES
+from ..grids.preview import CORRECT, EXTRA, MISSING
 from .figures import css
 from .uploads import MAX_BYTES
 from .workbench import Workbench

@@ -61,7 +61,7 @@ def build(args: argparse.Namespace):
 def open_data(args: argparse.Namespace, resolution: int):
     """The data of --data_dir or, without it, of the run where they are still there; None without either."""
     from ..datasets.sparse_structure import SparseStructure
-    from ..trainers.checkpoint import Checkpoints
+    from ..runs.checkpoint import Checkpoints
 
     if args.data_dir:
         return SparseStructure(args.data_dir, resolution=resolution, split="all")

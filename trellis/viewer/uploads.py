@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..datasets import meshes
-from ..datasets.meshes import MESH_SUFFIXES
-from ..datasets.voxels import has_faces, points_to_occupancy, read_ply
+from ..grids import meshes
+from ..grids.meshes import MESH_SUFFIXES
+from ..grids.voxels import has_faces, points_to_occupancy, read_ply
 from ..utils.errors import ConfigError, DataError
 
 MAX_BYTES = 64 * 2**20

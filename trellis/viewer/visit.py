@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..grids.surface import surface_mesh
 from ..utils.errors import DataError, UserError
-from ..utils.surface import surface_mesh
 from .figures import mesh_figure
 from .uploads import Opener, Shape, simplified
 from .workbench import Workbench, pack_grid, pack_ids, unpack_grid, unpack_ids

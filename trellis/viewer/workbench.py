@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from ..datasets.components import StandardDatasetBase, read_metadata
-from ..datasets.voxels import pack_bits
+from ..datasets.base import StandardDatasetBase
+from ..datasets.metadata import read_metadata
+from ..evaluation.metrics import distance_metrics, voxel_metrics
+from ..grids.voxels import pack_bits
 from ..utils.errors import DataError
-from ..utils.metrics import distance_metrics, voxel_metrics
 
 if TYPE_CHECKING:
     from ..tokenizer import SparseStructureTokenizer
@@ -76,7 +77,7 @@ class Workbench:
             return grid
 
     def scores(self, grid: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
-        """iou, precision, recall, f_score, chamfer: as of trellis/utils/metrics.py."""
+        """iou, precision, recall, f_score, chamfer: as of trellis/evaluation/metrics.py."""
         prediction, target = (torch.from_numpy(each)[None, None] for each in (reconstruction, grid))
         scores = voxel_metrics(prediction, target) | distance_metrics(prediction, target)
         return {name: value.item() for name, value in scores.items()}

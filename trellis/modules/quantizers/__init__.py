@@ -1,6 +1,6 @@
 """Quantizers: one algorithm per file, all returning `Quantized`."""
 
-from .common import Quantized, Quantizer
+from .base import Quantized, Quantizer
 from .ema_vq import EMAVectorQuantizer
 from .fsq import FiniteScalarQuantizer
 from .ibq import IndexBackpropagationQuantizer

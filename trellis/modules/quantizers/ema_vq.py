@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...utils import dist_utils
 from ...utils.config import Count, Range
-from .common import Quantizer, nearest_ids, straight_through
+from .base import Quantizer, nearest_ids, straight_through
 
 
 class EMAVectorQuantizer(Quantizer):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import Quantizer, straight_through
+from .base import Quantizer, straight_through
 
 # Standard deviation of the projected vectors at a start from the data. It is that of u where tanh(u) is uniform in
 # [-1, 1], about π/√12, so that vectors with a bell's distribution use all levels of a grid alike.

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...utils.config import Count, Range
-from .common import entropy_loss, nearest_ids, straight_through
+from .base import entropy_loss, nearest_ids, straight_through
 from .vq import VectorQuantizer
 
 # Elements of p at once, 64 MiB; a backward pass holds a handful of such matrices.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...utils.config import Count, Range
-from .common import entropy_loss
+from .base import entropy_loss
 from .grid import GridQuantizer
 
 

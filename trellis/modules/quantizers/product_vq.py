@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...utils.config import Count, Range
-from .common import Quantizer, nearest_ids, straight_through
+from .base import Quantizer, nearest_ids, straight_through
 
 
 class ProductVectorQuantizer(Quantizer):

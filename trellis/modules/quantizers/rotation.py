@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import straight_through
+from .base import straight_through
 from .vq import VectorQuantizer
 
 # Norms below this count as this, so that a vector of zeros has a finite gradient.

@@ -11,12 +11,12 @@ import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
+from ...evaluation.evaluate import Reconstruction, evaluate
+from ...evaluation.metrics import gaussian_kl_bits
+from ...grids.preview import contact_sheet
 from ...modules.losses import RECONSTRUCTION_LOSSES, ReconstructionLoss, gaussian_kl
-from ...renderers.voxel_preview import contact_sheet
 from ...utils import dist_utils
 from ...utils.config import Range
-from ...utils.evaluation import Reconstruction, evaluate
-from ...utils.metrics import gaussian_kl_bits
 from ...utils.random_utils import sample_noise
 from ..basic import BasicTrainer
 

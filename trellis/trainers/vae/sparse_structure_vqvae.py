@@ -15,19 +15,19 @@ import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
+from ...datasets.batches import to_device
+from ...evaluation.evaluate import Reconstruction
+from ...evaluation.metrics import codebook_counts
 from ...modules.losses import ReconstructionLoss
-from ...modules.quantizers.common import Quantized
+from ...modules.quantizers.base import Quantized
 from ...modules.quantizers.kmeans import kmeans
 from ...utils import dist_utils
 from ...utils.config import Range
 from ...utils.errors import ConfigError
-from ...utils.evaluation import Reconstruction
-from ...utils.metrics import codebook_counts
 from ...utils.random_utils import derive_seed
-from ..batches import to_device
-from ..codebook_watch import CodebookWatch
-from ..fresh_codebook import latent_sample
-from ..latent_cache import LatentCache, cache_folder, folder_of, latent_key, require_place
+from .codebook_watch import CodebookWatch
+from .latent_cache import LatentCache, cache_folder, folder_of, latent_key, require_place
+from .latent_sample import latent_sample
 from .sparse_structure_vae import SparseStructureVaeTrainer
 
 

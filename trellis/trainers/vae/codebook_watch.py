@@ -17,12 +17,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..modules.quantizers.common import Quantizer
-from ..utils import dist_utils
-from ..utils.evaluation import occupied_blocks
-from ..utils.random_utils import derive_seed, sample_noise
-from .ema import EMA
-from .optim import forget_rows
+from ...evaluation.metrics import occupied_blocks
+from ...modules.quantizers.base import Quantizer
+from ...utils import dist_utils
+from ...utils.random_utils import derive_seed, sample_noise
+from ..ema import EMA
+from ..optim import forget_rows
 
 # Steps of a window where no codes are revived.
 WINDOW = 100

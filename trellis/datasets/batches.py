@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..datasets.components import StandardDatasetBase
-from ..datasets.sampler import Numbered, ResumableSampler, Samples
 from ..utils import dist_utils
 from ..utils.errors import DataError
+from .base import StandardDatasetBase
+from .sampler import Numbered, ResumableSampler, Samples
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import ConfigError, DataError
-from .files import written_aside
+from ..utils.errors import ConfigError, DataError
+from ..utils.files import written_aside
 
 if TYPE_CHECKING:
     import trimesh
@@ -63,7 +63,7 @@ def save_mesh(mesh: "trimesh.Trimesh", path: str | os.PathLike, to_y_up: bool) -
     kind = check_mesh_suffix(path)
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.parent}. Make it first.")
-    if to_y_up:  # the inverse of trellis.datasets.meshes.turn_to_z_up
+    if to_y_up:  # the inverse of trellis.grids.meshes.turn_to_z_up
         x, y, z = mesh.vertices.T
         mesh = mesh.copy()
         mesh.vertices = np.stack([x, z, -y], axis=1)

@@ -3,14 +3,8 @@
 import numpy as np
 import pytest
 
-from trellis.renderers import voxel_preview
-from trellis.renderers.voxel_preview import (
-    BACKGROUND,
-    contact_sheet,
-    render_difference,
-    render_voxels,
-    save_png,
-)
+from trellis.grids import preview
+from trellis.grids.preview import BACKGROUND, contact_sheet, render_difference, render_voxels, save_png
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -85,8 +79,8 @@ def test_every_pixel_shows_the_nearest_cell_on_its_ray():
     cells = np.argwhere(rng.random((resolution,) * 3) < 0.15)
     hues = rng.integers(0, 3, len(cells))
     image = paint(cells, np.eye(3)[hues] * 255, resolution)
-    scale = enlarge / voxel_preview.SAMPLES
-    half, depth, height = (length * scale for length in voxel_preview.CELL)
+    scale = enlarge / preview.SAMPLES
+    half, depth, height = (length * scale for length in preview.CELL)
     x, y, z = cells.T
     centre_u = (x + y + 1) * half
     centre_v = (x - y + resolution) * depth + (resolution - 1 - z) * height + height / 2
@@ -192,7 +186,7 @@ def test_many_objects_stand_two_by_two_and_all_are_captioned():
 
 
 def test_a_long_caption_loses_its_middle_and_leaves_the_counts_alone():
-    shorten = voxel_preview._shorten
+    shorten = preview._shorten
     assert shorten("two\n lines", lambda text: True) == "two lines"
     assert shorten("abcdefghij", lambda text: len(text) <= 6) == "abc…ij"
     assert shorten("abcdefghij", lambda text: len(text) <= 10) == "abcdefghij"

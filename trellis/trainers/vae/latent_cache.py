@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..utils.config import differing_keys
-from ..utils.errors import ConfigError
+from ...utils.config import differing_keys
+from ...utils.errors import ConfigError
 
 # To be raised with every change that gives the same key other latents or another layout.
 FORMAT = 1

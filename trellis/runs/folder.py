@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..datasets.components import setting_of_data
+from ..datasets.metadata import setting_of_data
 from ..utils import dist_utils
 from ..utils.config import load_config
 from ..utils.environment import versions

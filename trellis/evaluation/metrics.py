@@ -4,8 +4,10 @@ Axes: B object, X Y Z cells, T tokens of an object, Q codes of a token, K code.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Voxels whose distances are found together, so that dense wrong predictions take no more memory than others.
@@ -181,3 +183,10 @@ def gaussian_kl_bits(mean: Tensor, logvar: Tensor) -> Tensor:
     """
     mean, logvar = mean.double(), logvar.double()
     return 0.5 * (mean.square() + torch.expm1(logvar) - logvar).sum(1) / math.log(2)
+
+
+def occupied_blocks(ss: Tensor, lattice: Sequence[int]) -> Tensor:
+    """Whether a voxel is occupied in each of X'·Y'·Z' equal blocks of a grid. ss: [B, 1, R, R, R], occupied where
+    > 0; lattice: (X', Y', Z'), divisors of R. Returns [B, X', Y', Z'] bool."""
+    block = [cells // blocks for cells, blocks in zip(ss.shape[2:], lattice, strict=True)]
+    return F.max_pool3d((ss > 0).float(), block)[:, 0] > 0

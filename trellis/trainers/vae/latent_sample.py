@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..modules.quantizers.common import Quantizer
-from ..utils.evaluation import occupied_blocks
-from ..utils.random_utils import permutation
+from ...evaluation.metrics import occupied_blocks
+from ...modules.quantizers.base import Quantizer
+from ...utils.random_utils import permutation
 
 # A code should stand for this many vectors, so that k-means fits the data and not its sample.
 VECTORS_PER_CODE = 128

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .metrics import (
@@ -18,6 +17,7 @@ from .metrics import (
     distance_metrics,
     entropy_bits,
     object_counts,
+    occupied_blocks,
     perplexity,
     usage,
     voxel_metrics,
@@ -176,13 +176,6 @@ def evaluate(
             total[name] = total[name] + value if name in total else value
         progress(min(start + batch_size, len(indices)))
     return Scores({name: torch.cat(values) for name, values in parts.items()}, **total, **fixed)
-
-
-def occupied_blocks(ss: Tensor, lattice: Sequence[int]) -> Tensor:
-    """Whether a voxel is occupied in each of X'·Y'·Z' equal blocks of a grid. ss: [B, 1, R, R, R], occupied where
-    > 0; lattice: (X', Y', Z'), divisors of R. Returns [B, X', Y', Z'] bool."""
-    block = [cells // blocks for cells, blocks in zip(ss.shape[2:], lattice, strict=True)]
-    return F.max_pool3d((ss > 0).float(), block)[:, 0] > 0
 
 
 def _token_details(result: Reconstruction, ss: Tensor) -> tuple[dict[str, Tensor], Tensor]:

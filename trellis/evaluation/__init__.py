@@ -1,0 +1,1 @@
+"""How well grids are reconstructed and codebooks used."""

@@ -1,0 +1,1 @@
+"""Geometry without training: meshes in, voxels, symmetries, surfaces and pictures out."""

@@ -43,16 +43,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_dir", required=True, help="data roots, separated by commas")
     parser.add_argument("--load_dir", help="run folder to take weights from, such as stage 1's")
     parser.add_argument("--ckpt", default="latest", help="latest, best, none or a step (default: latest)")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH.TO.KEY=VALUE", dest="overrides",
-                        help="change the configuration; may be repeated")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH.TO.KEY=VALUE",
+        dest="overrides",
+        help="change the configuration; may be repeated",
+    )
     parser.add_argument("--auto_retry", type=int, default=3, help="retries after a failure (default: 3)")
     parser.add_argument("--tryrun", action="store_true", help="check that a run would start, and show it")
     parser.add_argument("--profile", action="store_true", help="trace a few steps instead of training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num_nodes", type=int, default=1)
     parser.add_argument("--node_rank", type=int, default=0)
-    parser.add_argument("--num_gpus", type=int, default=-1,
-                        help="processes on this node; -1: one per GPU, or one on a CPU")
+    parser.add_argument(
+        "--num_gpus", type=int, default=-1, help="processes on this node; -1: one per GPU, or one on a CPU"
+    )
     parser.add_argument("--master_addr", default="localhost")
     parser.add_argument("--master_port", type=int, default=12345)
     args = parser.parse_args(argv)
@@ -138,9 +145,7 @@ def launch(args: argparse.Namespace, config: dict, plan: Launch) -> int:
 def spawn(args: argparse.Namespace, config: dict, plan: Launch) -> int:
     """Start this node's processes and wait for them, passing on signals. Raises what they failed with."""
     mistakes = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    processes = torch.multiprocessing.spawn(
-        _spawned, (args, config, plan, mistakes), nprocs=plan.local, join=False
-    )
+    processes = torch.multiprocessing.spawn(_spawned, (args, config, plan, mistakes), nprocs=plan.local, join=False)
 
     def pass_on(signum: int, frame) -> None:
         for process in processes.processes:
@@ -214,8 +219,7 @@ def build_trainer(args: argparse.Namespace, config: dict, device: torch.device) 
         keep_freed_memory()
     trainer_class = TRAINERS.get(config["trainer"]["name"], "trainer.name")
     plan = dist_utils.broadcast_object(
-        plan_weights(config, trainer_class, args.output_dir, args.load_dir, args.ckpt)
-        if dist_utils.is_main() else None
+        plan_weights(config, trainer_class, args.output_dir, args.load_dir, args.ckpt) if dist_utils.is_main() else None
     )
     dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
     dataset = dataset_class(args.data_dir, split="train", **config["dataset"].get("args", {}))

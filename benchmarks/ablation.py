@@ -27,9 +27,12 @@ from trellis.datasets.packed import load_packed
 NETWORK = {
     "models.encoder.args.channels": [8, 32, 64],
     "models.decoder.args.channels": [64, 32, 8],
-    **{f"models.{name}.args.{key}": 1
-       for name in ("encoder", "decoder") for key in ("num_res_blocks", "num_res_blocks_middle")},
-}  # fmt: skip
+    **{
+        f"models.{name}.args.{key}": 1
+        for name in ("encoder", "decoder")
+        for key in ("num_res_blocks", "num_res_blocks_middle")
+    },
+}
 BATCH = 16
 WARM_UP = 25
 POOLED_VAL = 160  # so that scoring takes no longer than training
@@ -60,16 +63,21 @@ def adamw(lr: float) -> dict:
     return {"name": "AdamW", "args": {"lr": lr, "weight_decay": 0.0}}
 
 
-DEMO_VAE = args(finetune_ckpt={name: str(common.ROOT / "pretrained" / "demo_vae" / name)
-                               for name in ("encoder", "decoder")})  # fmt: skip
+DEMO_VAE = args(
+    finetune_ckpt={name: str(common.ROOT / "pretrained" / "demo_vae" / name) for name in ("encoder", "decoder")}
+)
 BASE_VAE = "lambda_kl 4e-3"
 VAES = {
-    **{f"from random weights: {loss}": args(loss_type=loss)
-       for loss in ("bce_dice", "bce", "dice", "focal", "bce_iou", "l1_l2")},
+    **{
+        f"from random weights: {loss}": args(loss_type=loss)
+        for loss in ("bce_dice", "bce", "dice", "focal", "bce_iou", "l1_l2")
+    },
     "from random weights: all 48 symmetries": {"dataset.args.augmentation": "all"},
-    **{f"lambda_kl {weight}": DEMO_VAE | args(lambda_kl=float(weight))
-       for weight in ("1e-3", "4e-3", "1.6e-2", "6.4e-2")},
-}  # fmt: skip
+    **{
+        f"lambda_kl {weight}": DEMO_VAE | args(lambda_kl=float(weight))
+        for weight in ("1e-3", "4e-3", "1.6e-2", "6.4e-2")
+    },
+}
 COMMIT = 2.5  # the recipe's weight of the commitment loss
 VECTOR = quantizer("VectorQuantizer")
 CODEBOOKS = {
@@ -93,8 +101,9 @@ CODEBOOKS = {
     "bce_dice": args(loss_type="bce_dice"),
     "the 8 symmetries about z": {"dataset.args.augmentation": "z"},
     "all 48 symmetries": {"dataset.args.augmentation": "all"},
-    **{f"ConvMuon, lr {lr}": args(optimizer=adamw(float(lr)) | {"name": "ConvMuon"})
-       for lr in ("1e-3", "2e-3", "4e-3")},
+    **{
+        f"ConvMuon, lr {lr}": args(optimizer=adamw(float(lr)) | {"name": "ConvMuon"}) for lr in ("1e-3", "2e-3", "4e-3")
+    },
     "lr 5e-4": args(optimizer=adamw(5e-4)),
     "lr 5e-3": args(optimizer=adamw(5e-3)),
     "lr 5e-3, warm-up over half": args(optimizer=adamw(5e-3)),
@@ -133,8 +142,9 @@ def pooled(data_dir: Path, resolution: int, folder: Path) -> Path:
         before = round((bits.shape[1] * 8) ** (1 / 3))
         rows = []
         for row in bits:
-            blocks = np.unpackbits(row).reshape(resolution, before // resolution, resolution, before // resolution, -1,
-                                                before // resolution)  # fmt: skip
+            blocks = np.unpackbits(row).reshape(
+                resolution, before // resolution, resolution, before // resolution, -1, before // resolution
+            )
             row = np.packbits(blocks.max((1, 3, 5)))
             if row.tobytes() not in seen:
                 seen.add(row.tobytes())
@@ -155,10 +165,18 @@ def run(options: argparse.Namespace, device: torch.device, name: str, variant: V
         return json.loads(result.read_text())
     warm_up = options.steps // 2 if "warm-up over half" in name else WARM_UP
     settings = NETWORK | args(
-        max_steps=options.steps, batch_size=BATCH, ema_rate=0.99, i_log=20, i_print=options.steps,
-        i_eval=options.steps, i_save=options.steps, i_sample=runs.NEVER, i_ddpcheck=runs.NEVER,
-        optimizer=adamw(LR), lr_scheduler=schedule(options.steps, warm_up),
-    )  # fmt: skip
+        max_steps=options.steps,
+        batch_size=BATCH,
+        ema_rate=0.99,
+        i_log=20,
+        i_print=options.steps,
+        i_eval=options.steps,
+        i_save=options.steps,
+        i_sample=runs.NEVER,
+        i_ddpcheck=runs.NEVER,
+        optimizer=adamw(LR),
+        lr_scheduler=schedule(options.steps, warm_up),
+    )
     flags = ["--num_gpus", "1"]
     if variant.start is not None:
         flags += ["--load_dir", str(folder_of(options.output_dir, variant.start))]
@@ -194,14 +212,21 @@ def row(name: str, kept: dict) -> list:
 
 def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__, data=False)
-    flags.add_argument("--data_dir", type=Path, required=True, help="data root with a validation split; to be pooled, "
-                       "a folder of packed .npz files, that split's with names ending in val")  # fmt: skip
-    flags.add_argument("--resolution", type=int, default=64, help="where lower than 64, grids are pooled to it "
-                       "(default: 64)")  # fmt: skip
+    flags.add_argument(
+        "--data_dir",
+        type=Path,
+        required=True,
+        help="data root with a validation split; to be pooled, "
+        "a folder of packed .npz files, that split's with names ending in val",
+    )
+    flags.add_argument(
+        "--resolution", type=int, default=64, help="where lower than 64, grids are pooled to it (default: 64)"
+    )
     flags.add_argument("--codes", type=int, choices=LEVELS, default=8192, help="of a codebook (default: 8192)")
     flags.add_argument("--output_dir", type=Path, required=True, help="for a run folder of each variant")
-    flags.add_argument("--tokens", type=int, choices=(1024, 4096), default=1024, help="of an object at 64³ "
-                       "(default: 1024)")  # fmt: skip
+    flags.add_argument(
+        "--tokens", type=int, choices=(1024, 4096), default=1024, help="of an object at 64³ (default: 1024)"
+    )
     flags.add_argument("--steps", type=int, default=400, help=f"of {BATCH} samples (default: 400)")
     flags.add_argument("--only", nargs="+", help="names of variants, or beginnings of them; a codebook's VAE is added")
     flags.add_argument("--parallel", type=int, default=1, help="variants that run at a time (default: 1)")

@@ -75,15 +75,15 @@ def main(argv: list[str] | None = None) -> None:
     for dtype in (torch.bfloat16, torch.float32) if cuda else (torch.float32,):
         limit = 1 / ceilings.seconds(flops, 0, dtype)
         rates = [
-            len(rows) / common.median_seconds(
-                lambda f=function, d=dtype: f(models, bits, args.resolution, d), device, budget=3.0
-            )
+            len(rows)
+            / common.median_seconds(lambda f=function, d=dtype: f(models, bits, args.resolution, d), device, budget=3.0)
             for function in (tokenize, tokenize_plainly)
         ]
         equal = (tokenize(models, bits, args.resolution, dtype) == reference).float().mean().item()
         name = "bf16" if dtype == torch.bfloat16 else "fp32"
-        table.append([name, len(rows), rates[0], limit, rates[0] / limit, rates[1], rates[0] / rates[1],
-                      f"{equal:.4f}"])  # fmt: skip
+        table.append(
+            [name, len(rows), rates[0], limit, rates[0] / limit, rates[1], rates[0] / rates[1], f"{equal:.4f}"]
+        )
     columns = ["encoder", "batch", "samples/s", "limit", "of limit", "plain samples/s", "ratio to plain", "equal ids"]
     parts = [common.describe_machine(device), f"Ceilings: {ceilings}.", common.markdown_table(columns, table)]
     print(common.write_report("Grid to ids", parts, args.output))

@@ -61,8 +61,9 @@ class Part:
 # --- what layers have to do ------------------------------------------------------------------------------
 
 
-def conv_work(convolution: nn.Conv3d, cells: int, sizes: tuple[int, int], *, extra: int = 0,
-              input_grad: bool = True) -> Work:  # fmt: skip
+def conv_work(
+    convolution: nn.Conv3d, cells: int, sizes: tuple[int, int], *, extra: int = 0, input_grad: bool = True
+) -> Work:
     """Of a convolution over [C, cells³], for one sample. sizes: bytes of an element of the input and the output.
     extra: bytes that the pass forward reads besides, such as a residual."""
     out = cells // convolution.stride[0]
@@ -128,11 +129,27 @@ def network_parts(trainer: BasicTrainer, batch: int) -> list[Part]:
         cells = resolution if name == "encoder" else resolution // trainer.models["encoder"].downsampling
         other = resolution // trainer.models["encoder"].downsampling if name == "encoder" else resolution
         grid = random(first.in_channels, cells, torch.float32).detach().requires_grad_(name == "decoder")
-        parts.append(Part(f"first layer, {name}", 1, run(model._first, grid), [*_own(grid), *first.parameters()],
-                          [conv_work(first, cells, (4, size), input_grad=grid.requires_grad)], dtype))  # fmt: skip
+        parts.append(
+            Part(
+                f"first layer, {name}",
+                1,
+                run(model._first, grid),
+                [*_own(grid), *first.parameters()],
+                [conv_work(first, cells, (4, size), input_grad=grid.requires_grad)],
+                dtype,
+            )
+        )
         h = random(last.in_channels, other)
-        parts.append(Part(f"last layer, {name}", 1, run(model._last, h), [h, *model.out_layer.parameters()],
-                          [conv_work(last, other, (size, 4))], dtype))  # fmt: skip
+        parts.append(
+            Part(
+                f"last layer, {name}",
+                1,
+                run(model._last, h),
+                [h, *model.out_layer.parameters()],
+                [conv_work(last, other, (size, 4))],
+                dtype,
+            )
+        )
 
     for (kind, _, cells), blocks in groups.items():
         block = blocks[0]
@@ -140,21 +157,32 @@ def network_parts(trainer: BasicTrainer, batch: int) -> list[Part]:
         channels = convolution.in_channels
         x = random(channels, cells)
         elements = channels * cells**3
-        whole = Part(f"{kind.__name__} {channels} at {cells}³", len(blocks), run(block, x), [x, *block.parameters()],
-                     dtype=dtype)  # fmt: skip
+        whole = Part(
+            f"{kind.__name__} {channels} at {cells}³", len(blocks), run(block, x), [x, *block.parameters()], dtype=dtype
+        )
         parts.append(whole)
         if kind is ResBlock3d:
             extra = elements * size
-            whole.stages = [conv_work(block.conv1, cells, (size, size)),
-                            conv_work(block.conv2, cells, (size, size), extra=extra)]  # fmt: skip
+            whole.stages = [
+                conv_work(block.conv1, cells, (size, size)),
+                conv_work(block.conv2, cells, (size, size), extra=extra),
+            ]
             parts += convolution_parts(block.conv1, x, 2 * len(blocks), dtype)
             parts.append(norm_part(trainer, block, x, 2 * len(blocks)))
             continue
         whole.stages = [conv_work(convolution, cells, (size, size))]
         if kind is UpsampleBlock3d:
             y = random(convolution.out_channels, cells)
-            parts.append(Part(f"{INDENT}shuffle", len(blocks), lambda y=y: voxel_shuffle_3d(y, 2), [y],
-                              [pass_work(convolution.out_channels * cells**3, size)], dtype))  # fmt: skip
+            parts.append(
+                Part(
+                    f"{INDENT}shuffle",
+                    len(blocks),
+                    lambda y=y: voxel_shuffle_3d(y, 2),
+                    [y],
+                    [pass_work(convolution.out_channels * cells**3, size)],
+                    dtype,
+                )
+            )
     return parts
 
 
@@ -216,14 +244,24 @@ def step_parts(trainer: BasicTrainer, batch: int) -> list[Part]:
         return [Work((0, 0), (moved * parameters / batch, 0))]
 
     return [
-        Part(f"loss, {trainer.loss_type}", 1, lambda: loss(logits, target), [logits],
-             [Work((0, 0), (5 * voxels, 9 * voxels))]),
-        Part(f"nearest code, {len(vectors)} × {codes} × 8", 0, lambda: nearest_code(vectors, codebook), None,
-             [Work((plain.nearest_flops(tokens, codes, 8), 0), (tokens * 8 * 4, 0))]),
+        Part(
+            f"loss, {trainer.loss_type}",
+            1,
+            lambda: loss(logits, target),
+            [logits],
+            [Work((0, 0), (5 * voxels, 9 * voxels))],
+        ),
+        Part(
+            f"nearest code, {len(vectors)} × {codes} × 8",
+            0,
+            lambda: nearest_code(vectors, codebook),
+            None,
+            [Work((plain.nearest_flops(tokens, codes, 8), 0), (tokens * 8 * 4, 0))],
+        ),
         Part("gradient norm and clipping", 1, lambda: trainer.clipper(trainer.parameters), None, updates(4)),
         Part("optimizer", 1, trainer.optimizer.step, None, updates(28)),
         Part("averages", 1, lambda: trainer.ema.update(1), None, updates(12)),
-    ]  # fmt: skip
+    ]
 
 
 def host_seconds(trainer: BasicTrainer, batch: dict[str, Tensor]) -> float:
@@ -241,8 +279,9 @@ def host_seconds(trainer: BasicTrainer, batch: dict[str, Tensor]) -> float:
 # --- table -----------------------------------------------------------------------------------------------
 
 
-def measured_row(part: Part, batch: int, step: float, seconds: float, device: torch.device,
-                 ceilings: common.Ceilings) -> list:  # fmt: skip
+def measured_row(
+    part: Part, batch: int, step: float, seconds: float, device: torch.device, ceilings: common.Ceilings
+) -> list:
     """seconds: to spend on each measurement."""
     forward = both = common.median_seconds(part.forward, device, budget=seconds)
     if part.inputs is not None:

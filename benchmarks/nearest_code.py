@@ -109,8 +109,18 @@ def measure(size: tuple[int, int, int], device: torch.device, ceilings: common.C
         function = METHODS[method]
         seconds[method] = common.median_seconds(lambda f=function: f(vectors, codebook), device)
         equal = (function(vectors, codebook)[:CHECKED] == reference).float().mean().item()
-        rows.append([" × ".join(map(str, size)), method, seconds[method] * 1e3, limit * 1e3, limit / seconds[method],
-                     seconds["plain"] / seconds[method], extra_mib(method, size, device), f"{equal:.6f}"])  # fmt: skip
+        rows.append(
+            [
+                " × ".join(map(str, size)),
+                method,
+                seconds[method] * 1e3,
+                limit * 1e3,
+                limit / seconds[method],
+                seconds["plain"] / seconds[method],
+                extra_mib(method, size, device),
+                f"{equal:.6f}",
+            ]
+        )
     return rows
 
 

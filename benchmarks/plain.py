@@ -82,8 +82,14 @@ def _levels(channels: list[int], num_res_blocks: int, change: type[nn.Module]) -
 
 
 class Encoder(UNet):
-    def __init__(self, in_channels: int, latent_channels: int, num_res_blocks: int, channels: list[int],
-                 num_res_blocks_middle: int = 2):  # fmt: skip
+    def __init__(
+        self,
+        in_channels: int,
+        latent_channels: int,
+        num_res_blocks: int,
+        channels: list[int],
+        num_res_blocks_middle: int = 2,
+    ):
         super().__init__()
         self.input_layer = nn.Conv3d(in_channels, channels[0], 3, padding=1)
         self.blocks = _levels(channels, num_res_blocks, Down)
@@ -97,8 +103,14 @@ class Encoder(UNet):
 
 
 class Decoder(UNet):
-    def __init__(self, out_channels: int, latent_channels: int, num_res_blocks: int, channels: list[int],
-                 num_res_blocks_middle: int = 2):  # fmt: skip
+    def __init__(
+        self,
+        out_channels: int,
+        latent_channels: int,
+        num_res_blocks: int,
+        channels: list[int],
+        num_res_blocks_middle: int = 2,
+    ):
         super().__init__()
         self.input_layer = nn.Conv3d(latent_channels, channels[0], 3, padding=1)
         self.middle_block = nn.Sequential(*(ResBlock(channels[0]) for _ in range(num_res_blocks_middle)))

@@ -47,8 +47,9 @@ def endless(rows: np.ndarray, batch: int, device: torch.device) -> Iterator[Tens
     cuda = device.type == "cuda"
     workers = min(8, os.cpu_count() or 1) if cuda else 0
     rows = np.resize(rows, (max(len(rows), batch), rows.shape[1]))
-    loader = DataLoader(Grids(rows), batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=cuda,
-                        persistent_workers=cuda)  # fmt: skip
+    loader = DataLoader(
+        Grids(rows), batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=cuda, persistent_workers=cuda
+    )
     while True:
         for grids in loader:
             yield grids.to(device, non_blocking=True)

@@ -61,8 +61,19 @@ def train(options: argparse.Namespace, device: str, name: str) -> dict:
     folder = options.output_dir / name
     result = folder / "phase.json"
     if not result.exists():
-        command = ["train.py", "--config", f"configs/vae/scratch_{name}.json", "--data_dir", options.data_dir,
-                   "--output_dir", str(folder), "--device", device, "--num_gpus", "1"]  # fmt: skip
+        command = [
+            "train.py",
+            "--config",
+            f"configs/vae/scratch_{name}.json",
+            "--data_dir",
+            options.data_dir,
+            "--output_dir",
+            str(folder),
+            "--device",
+            device,
+            "--num_gpus",
+            "1",
+        ]
         if PHASES[name].start:
             command += ["--load_dir", str(options.output_dir / PHASES[name].start)]
         models = load_config(runs.config_path(f"scratch_{name}"))["models"]
@@ -91,31 +102,71 @@ def of_log(folder: Path) -> dict:
     scores = [{key[4:]: value for key, value in line.items() if key.startswith("val/")} for line in log]
     scores = [score for score in scores if score]
     speed = runs.read_speed(folder, warm=0)
-    return {"steps": log[-1]["step"], "seconds": log[-1]["seconds"], "samples_per_second": speed.samples_per_second,
-            "peak_memory_gib": speed.peak_memory_gib, "before": scores[0], "after": scores[-1]}  # fmt: skip
+    return {
+        "steps": log[-1]["step"],
+        "seconds": log[-1]["seconds"],
+        "samples_per_second": speed.samples_per_second,
+        "peak_memory_gib": speed.peak_memory_gib,
+        "before": scores[0],
+        "after": scores[-1],
+    }
 
 
 def score(options: argparse.Namespace, device: str, name: str) -> dict:
     """What evaluate.py says of a phase's averaged weights on the validation split."""
     output = options.output_dir / "eval" / name
     if not list(output.glob("val_*.json")):
-        execute(["scripts/evaluate.py", "--run", str(options.output_dir / name), "--data_dir", options.data_dir,
-                 "--output_dir", str(output), "--weights", "averaged", "--batch_size", str(options.eval_batch),
-                 "--device", device])  # fmt: skip
+        execute(
+            [
+                "scripts/evaluate.py",
+                "--run",
+                str(options.output_dir / name),
+                "--data_dir",
+                options.data_dir,
+                "--output_dir",
+                str(output),
+                "--weights",
+                "averaged",
+                "--batch_size",
+                str(options.eval_batch),
+                "--device",
+                device,
+            ]
+        )
     report = json.loads(next(output.glob("val_*.json")).read_text())
     return next(iter(report["weights"].values()))
 
 
 def phases_table(phases: dict[str, dict]) -> str:
-    columns = ["phase", "trained", "steps", "seconds", "samples/s", "GiB", "IoU before", "IoU after", "usage",
-               "perplexity"]  # fmt: skip
+    columns = [
+        "phase",
+        "trained",
+        "steps",
+        "seconds",
+        "samples/s",
+        "GiB",
+        "IoU before",
+        "IoU after",
+        "usage",
+        "perplexity",
+    ]
     rows = []
     for name, phase in phases.items():
         after = phase["after"]
         codebook = [after.get(f"codebook_{key}") for key in ("usage", "perplexity")]
         ious = _iou(phase["before"]["iou"]), _iou(after["iou"])
-        rows.append([name, TRAINED[name.split("_")[-1]], phase["steps"], phase["wall"], phase["samples_per_second"],
-                     phase["peak_memory_gib"], *ious, *codebook])  # fmt: skip
+        rows.append(
+            [
+                name,
+                TRAINED[name.split("_")[-1]],
+                phase["steps"],
+                phase["wall"],
+                phase["samples_per_second"],
+                phase["peak_memory_gib"],
+                *ious,
+                *codebook,
+            ]
+        )
     total = sum(phase["wall"] for phase in phases.values())
     return (
         f"{common.markdown_table(columns, rows)}\n\n{total / 60:.1f} minutes in all, start-up and validation included. "
@@ -130,17 +181,30 @@ def scores_table(scores: dict[str, dict]) -> str:
     for name, found in scores.items():
         used = found.get("entropy_bits_per_object", found.get("kl_bits_per_object"))
         kbits = [bits if bits is None else bits / 1e3 for bits in (found.get("bits_per_object"), used)]
-        rows.append([name, *(_iou(found[key]) for key in ("iou", "iou_median", "iou_p5", "f_score")), found["chamfer"],
-                     found.get("codebook_usage"), found.get("codebook_perplexity"), *kbits])  # fmt: skip
+        rows.append(
+            [
+                name,
+                *(_iou(found[key]) for key in ("iou", "iou_median", "iou_p5", "f_score")),
+                found["chamfer"],
+                found.get("codebook_usage"),
+                found.get("codebook_perplexity"),
+                *kbits,
+            ]
+        )
     return common.markdown_table(columns, rows)
 
 
 def sources_table(scores: dict[str, dict]) -> str:
     """IoU by source, for those with enough objects."""
-    sources = {name: part for name, part in next(iter(scores.values()))["sources"].items()
-               if part["objects"] >= OBJECTS_OF_A_SOURCE}  # fmt: skip
-    rows = [[source, part["objects"], *(_iou(found["sources"][source]["iou"]) for found in scores.values())]
-            for source, part in sources.items()]  # fmt: skip
+    sources = {
+        name: part
+        for name, part in next(iter(scores.values()))["sources"].items()
+        if part["objects"] >= OBJECTS_OF_A_SOURCE
+    }
+    rows = [
+        [source, part["objects"], *(_iou(found["sources"][source]["iou"]) for found in scores.values())]
+        for source, part in sources.items()
+    ]
     return common.markdown_table(["source", "objects", *scores], rows)
 
 
@@ -152,10 +216,20 @@ def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__, data=False)
     flags.add_argument("--data_dir", required=True, help="data root with a validation split")
     flags.add_argument("--output_dir", type=Path, required=True)
-    flags.add_argument("--phases", nargs="+", choices=PHASES, default=RECIPE,
-                       help="these and what they start from (default: all but stages 3)")  # fmt: skip
-    flags.add_argument("--set", action="append", default=[], metavar="PATH.TO.KEY=VALUE", help="as of train.py, for "
-                       "every phase that has the model")  # fmt: skip
+    flags.add_argument(
+        "--phases",
+        nargs="+",
+        choices=PHASES,
+        default=RECIPE,
+        help="these and what they start from (default: all but stages 3)",
+    )
+    flags.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH.TO.KEY=VALUE",
+        help="as of train.py, for every phase that has the model",
+    )
     flags.add_argument("--eval_batch", type=int, default=32)
     options = flags.parse_args(argv)
     options.output_dir = options.output_dir.resolve()

@@ -64,8 +64,15 @@ def draw(panels: dict[str, list[Point]], path: Path) -> None:
         for number, (name, kbit, iou) in enumerate(points):
             axes.plot(kbit, iou, "o", color="#3a5a8c", markersize=4)
             line = {"arrowstyle": "-", "color": "#9eb2ce", "lw": 0.5, "relpos": (0, 0.5)}
-            axes.annotate(name, (kbit, iou), xytext=(1.03, 1 - (number + 0.5) / len(points)), va="center", fontsize=7,
-                          textcoords="axes fraction", arrowprops=line)
+            axes.annotate(
+                name,
+                (kbit, iou),
+                xytext=(1.03, 1 - (number + 0.5) / len(points)),
+                va="center",
+                fontsize=7,
+                textcoords="axes fraction",
+                arrowprops=line,
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=100)
 

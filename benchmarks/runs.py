@@ -72,8 +72,11 @@ def run_script(script: str, command_line: list[str]) -> str:
     failed."""
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *command_line],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(command_line)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
     return done.stdout

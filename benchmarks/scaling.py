@@ -32,8 +32,9 @@ CONFIGS = {
 STEPS = {"cuda": 10, "cpu": 2}  # in an interval of the log
 
 
-def run(path: Path, device: torch.device, data_dir: str, folder: Path, settings: dict, intervals: int,
-        gpus: int) -> runs.Speed:  # fmt: skip
+def run(
+    path: Path, device: torch.device, data_dir: str, folder: Path, settings: dict, intervals: int, gpus: int
+) -> runs.Speed:
     """One run of train.py in `folder`. settings: what differs from the configuration."""
     config, interval = load_config(path), STEPS[device.type]
     for key, value in settings.items():
@@ -56,8 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__)
     flags.add_argument("--of", nargs="+", choices=AXES, default=list(AXES))
     flags.add_argument("--values", nargs="+", type=int, help="with one --of: what to measure")
-    flags.add_argument("--batch", type=int, help="where it does not vary (default: 16 on a GPU, 2 on a CPU; an eighth "
-                       "of it above 64 cells)")  # fmt: skip
+    flags.add_argument(
+        "--batch",
+        type=int,
+        help="where it does not vary (default: 16 on a GPU, 2 on a CPU; an eighth of it above 64 cells)",
+    )
     flags.add_argument("--intervals", type=int, default=4, help="intervals of the log that count (default: 4)")
     args = flags.parse_args(argv)
     if args.values and (len(args.of) > 1 or args.of == ["gpus"]):
@@ -66,8 +70,18 @@ def main(argv: list[str] | None = None) -> None:
     cuda = device.type == "cuda"
     usual = args.batch or (16 if cuda else 2)
     ceilings = common.measure_ceilings(device)
-    columns = ["", "value", "batch", "samples/s", "rate to first", "ms per step",
-               "time to first", "work to first", "GiB", "of limit"]  # fmt: skip
+    columns = [
+        "",
+        "value",
+        "batch",
+        "samples/s",
+        "rate to first",
+        "ms per step",
+        "time to first",
+        "work to first",
+        "GiB",
+        "of limit",
+    ]
     table, text = [], "There is no GPU, so nothing to scale over."
     with tempfile.TemporaryDirectory() as name:
         made: dict[int, str] = {}
@@ -85,17 +99,31 @@ def main(argv: list[str] | None = None) -> None:
                 settings = {"dataset.args.resolution": resolution, **runs.batch_setting(load_config(path), batch)}
                 if axis == "codes":
                     settings["models.quantizer.args.n_embed"] = value
-                speed = run(path, device, made[resolution], Path(name), settings, args.intervals,
-                            gpus)  # fmt: skip
+                speed = run(path, device, made[resolution], Path(name), settings, args.intervals, gpus)
                 flops = plain.convolution_flops(load_config(path)["models"], "kl", resolution)
                 rate, step = speed.samples_per_second, batch * gpus / speed.samples_per_second
                 limit = gpus / ceilings.seconds(flops, 0, common.compute_dtype(device))
                 first = first or (rate, step, batch * flops)
-                table.append([axis, value, batch, rate, rate / first[0], step * 1e3, step / first[1],
-                              batch * flops / first[2], speed.peak_memory_gib, rate / limit])  # fmt: skip
+                table.append(
+                    [
+                        axis,
+                        value,
+                        batch,
+                        rate,
+                        rate / first[0],
+                        step * 1e3,
+                        step / first[1],
+                        batch * flops / first[2],
+                        speed.peak_memory_gib,
+                        rate / limit,
+                    ]
+                )
                 print(f"{axis} {value}: {rate:.1f} samples/s", flush=True)
-                parts = [common.describe_machine(device), f"Ceilings: {ceilings}.",
-                         common.markdown_table(columns, table)]  # fmt: skip
+                parts = [
+                    common.describe_machine(device),
+                    f"Ceilings: {ceilings}.",
+                    common.markdown_table(columns, table),
+                ]
                 text = common.write_report("Scaling", parts, args.output)
     print(text)
 

@@ -55,8 +55,12 @@ def first_step_seconds(command_line: list[str], caches: Path) -> float:
     started = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, str(common.ROOT / "train.py"), *command_line],
-        cwd=common.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ) as process:  # fmt: skip
+        cwd=common.ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
         seconds, printed = None, []
         for line in process.stdout:
             printed.append(line)
@@ -107,8 +111,13 @@ def first_step_rows(
 
 def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__)
-    flags.add_argument("--of", nargs="+", choices=("imports", "tryrun", "first_step"), help="default: all",
-                       default=("imports", "tryrun", "first_step"))  # fmt: skip
+    flags.add_argument(
+        "--of",
+        nargs="+",
+        choices=("imports", "tryrun", "first_step"),
+        help="default: all",
+        default=("imports", "tryrun", "first_step"),
+    )
     flags.add_argument("--batch_size", type=int, help="of the first step (default: 32 on a GPU, 4 on a CPU)")
     flags.add_argument("--repeats", type=int, default=5, help="processes for each import (default: 5)")
     args = flags.parse_args(argv)

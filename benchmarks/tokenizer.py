@@ -47,8 +47,9 @@ def with_iou(tokenizer: SparseStructureTokenizer, grids: Tensor, precision: str)
     return voxel_metrics(tokenizer.decode(ids, precision), grids)["iou"]
 
 
-def of_script(tokenizer: SparseStructureTokenizer, rows: np.ndarray, folder: Path, device: torch.device, precision: str,
-              iou: bool) -> float:  # fmt: skip
+def of_script(
+    tokenizer: SparseStructureTokenizer, rows: np.ndarray, folder: Path, device: torch.device, precision: str, iou: bool
+) -> float:
     """Objects per second of scripts/to_tokens.py, on distinct copies of the rows."""
     number = OF_SCRIPT[device.type, precision]
     data = folder / f"objects{number}.npz"
@@ -58,8 +59,20 @@ def of_script(tokenizer: SparseStructureTokenizer, rows: np.ndarray, folder: Pat
     if not (folder / "tokenizer").exists():
         tokenizer.save_pretrained(folder / "tokenizer")
     output = folder / f"{precision}_{iou}"
-    line = ["--tokenizer", str(folder / "tokenizer"), "--data_dir", str(data), "--output_dir", str(output),
-            "--precision", precision, "--device", device.type, "--num_gpus", "1"]  # fmt: skip
+    line = [
+        "--tokenizer",
+        str(folder / "tokenizer"),
+        "--data_dir",
+        str(data),
+        "--output_dir",
+        str(output),
+        "--precision",
+        precision,
+        "--device",
+        device.type,
+        "--num_gpus",
+        "1",
+    ]
     printed = runs.run_script("scripts/to_tokens.py", line + (["--iou"] if iou else []))
     return float(re.search(r"([\d.]+) objects/s", printed)[1])
 

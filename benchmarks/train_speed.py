@@ -50,9 +50,16 @@ ROWS = {
     "stage2": Row("vqvae_stage2", "demo_stage2", "stage2", "stage2"),
     "stage1": Row("vqvae_stage1", "demo_stage1", "stage1", "stage1", cache=False, samples=(640, 16)),
     "stage1_cached": Row("vqvae_stage1", "demo_stage1", "stage1_cached", "stage1", cache=True, samples=(640, 16)),
-    "codebook": Row("vqvae_stage1", "demo_stage1", None, "stage1", cache=True,
-                    settings=(("trainer.args.loss_type", "none"),), samples=(16000, 64)),
-}  # fmt: skip
+    "codebook": Row(
+        "vqvae_stage1",
+        "demo_stage1",
+        None,
+        "stage1",
+        cache=True,
+        settings=(("trainer.args.loss_type", "none"),),
+        samples=(16000, 64),
+    ),
+}
 
 
 class Bench:
@@ -92,8 +99,9 @@ class Bench:
             settings["trainer.args.latent_cache"] = str(self.folder / "latents") if row.cache else False
         return runs.speed(
             runs.arguments(self.config(row), self.device, self.data_dir, output, settings, "--num_gpus", "1"),
-            output, warm,
-        )  # fmt: skip
+            output,
+            warm,
+        )
 
     def plain(self, row: Row, batch: int) -> runs.Speed:
         """The plain trainer's, measured once for each kind and batch."""
@@ -102,13 +110,32 @@ class Bench:
             path, interval = self.config(like), self.interval(like, batch)
             warm = max(PLAIN_WARM_STEPS, interval) if self.device.type == "cuda" else interval
             done = subprocess.run(
-                [sys.executable, str(common.ROOT / "benchmarks" / "plain_train.py"), "--config", str(path),
-                 "--kind", row.plain, "--data_dir", self.data_dir, "--batch", str(batch),
-                 "--weights", json.dumps(self.weights(load_config(path))), "--device", self.device.type,
-                 "--warm", str(warm), "--steps", str(max(1, interval // 2)),
-                 "--chunks", str(self.args.intervals)],
-                stdout=subprocess.PIPE, text=True, check=True,
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    str(common.ROOT / "benchmarks" / "plain_train.py"),
+                    "--config",
+                    str(path),
+                    "--kind",
+                    row.plain,
+                    "--data_dir",
+                    self.data_dir,
+                    "--batch",
+                    str(batch),
+                    "--weights",
+                    json.dumps(self.weights(load_config(path))),
+                    "--device",
+                    self.device.type,
+                    "--warm",
+                    str(warm),
+                    "--steps",
+                    str(max(1, interval // 2)),
+                    "--chunks",
+                    str(self.args.intervals),
+                ],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
             self.plain_results[row.plain, batch] = runs.Speed(**json.loads(done.stdout.splitlines()[-1]))
         return self.plain_results[row.plain, batch]
 
@@ -135,12 +162,16 @@ class Bench:
 
 def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__)
-    flags.add_argument("--rows", nargs="+", choices=ROWS, help="kinds of training (default: all; kl with "
-                       "--memory_saving)")  # fmt: skip
+    flags.add_argument(
+        "--rows", nargs="+", choices=ROWS, help="kinds of training (default: all; kl with --memory_saving)"
+    )
     flags.add_argument("--batch_sizes", nargs="+", type=int, help="default: 32 4 on a GPU, 4 on a CPU")
     flags.add_argument("--intervals", type=int, default=6, help="intervals of the log that count (default: 6)")
-    flags.add_argument("--memory_saving", action="store_true", help="work the batch off in parts that need at most "
-                       f"{MEMORY_SAVING_GIB:g} GiB together")  # fmt: skip
+    flags.add_argument(
+        "--memory_saving",
+        action="store_true",
+        help=f"work the batch off in parts that need at most {MEMORY_SAVING_GIB:g} GiB together",
+    )
     args = flags.parse_args(argv)
     device = common.pick_device(args.device)
     if args.memory_saving and device.type == "cpu":
@@ -151,13 +182,25 @@ def main(argv: list[str] | None = None) -> None:
 
     ceilings = common.measure_ceilings(device)
     header = [common.describe_machine(device), f"Ceilings: {ceilings}."]
-    columns = ["training", "batch", "parts", "samples/s", "GiB", "limit", "of limit", "plain samples/s", "plain GiB",
-               "ratio to plain"]  # fmt: skip
+    columns = [
+        "training",
+        "batch",
+        "parts",
+        "samples/s",
+        "GiB",
+        "limit",
+        "of limit",
+        "plain samples/s",
+        "plain GiB",
+        "ratio to plain",
+    ]
     table = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, device, Path(folder))
-        header.append(f"{'Data: ' + args.data_dir if args.data_dir else 'Made-up grids'}, {len(bench.rows)} objects of "
-                      f"{args.resolution}³.")  # fmt: skip
+        header.append(
+            f"{'Data: ' + args.data_dir if args.data_dir else 'Made-up grids'}, {len(bench.rows)} objects of "
+            f"{args.resolution}³."
+        )
         for name in names:
             row = ROWS[name]
             limit = bench.limit(row, ceilings)
@@ -166,9 +209,19 @@ def main(argv: list[str] | None = None) -> None:
                 rate, base = speed.samples_per_second, bench.plain(row, batch)
                 print(f"{name}, batch {batch}: {rate:.1f} samples/s, plain {base.samples_per_second:.1f}", flush=True)
                 table.append(
-                    [name, batch, split, rate, speed.peak_memory_gib, limit, rate / limit,
-                     base.samples_per_second, base.peak_memory_gib, rate / base.samples_per_second]
-                )  # fmt: skip
+                    [
+                        name,
+                        batch,
+                        split,
+                        rate,
+                        speed.peak_memory_gib,
+                        limit,
+                        rate / limit,
+                        base.samples_per_second,
+                        base.peak_memory_gib,
+                        rate / base.samples_per_second,
+                    ]
+                )
                 text = common.write_report(
                     "Training speed", [*header, common.markdown_table(columns, table)], args.output
                 )

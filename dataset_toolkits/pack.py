@@ -41,11 +41,13 @@ def pack(root: str, output: Path, resolution: int) -> int:
     _refuse_existing(output)
     dataset = SparseStructure(root, resolution=resolution, split="all")
     print(dataset.summary())
-    bits = np.empty((len(dataset), -(-resolution**3 // 8)), dtype=np.uint8)
+    bits = np.empty((len(dataset), -(-(resolution**3) // 8)), dtype=np.uint8)
     for index in tqdm(range(len(dataset)), desc="packing", unit="grid", disable=None):
         bits[index] = pack_bits(dataset[index]["ss"])[0]
-    texts = {key: np.array([getattr(entry, key) or "" for entry in dataset.entries])
-             for key in ("sha256", "name", "source", "split")}
+    texts = {
+        key: np.array([getattr(entry, key) or "" for entry in dataset.entries])
+        for key in ("sha256", "name", "source", "split")
+    }
     for name in SETTINGS:
         value = setting_of_data(dataset.roots, name)
         if value is not None:
@@ -75,9 +77,17 @@ def unpack(packed: Path, output_dir: Path) -> int:
         for index, entry in enumerate(tqdm(dataset.entries, desc="unpacking", unit="grid", disable=None)):
             points = occupancy_to_points(dataset[index]["ss"][0])
             write_ply(aside / "voxels" / f"{entry.sha256}.ply", points)
-            rows.append({"sha256": entry.sha256, "file": "" if entry.name == entry.sha256 else entry.name,
-                         "source": entry.source or "", "split": entry.split, "voxelized": "True",
-                         "num_voxels": str(len(points)), **settings})
+            rows.append(
+                {
+                    "sha256": entry.sha256,
+                    "file": "" if entry.name == entry.sha256 else entry.name,
+                    "source": entry.source or "",
+                    "split": entry.split,
+                    "voxelized": "True",
+                    "num_voxels": str(len(points)),
+                    **settings,
+                }
+            )
         records.write_table(aside / "metadata.csv", rows[0].keys(), rows)
         aside.rename(output_dir)
     finally:
@@ -91,12 +101,10 @@ def _refuse_existing(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", metavar="ROOT", help="folder of voxel files to pack; needs --output")
-    source.add_argument("--unpack", type=Path, metavar="FILE.npz",
-                        help="packed file to unpack; needs --output_dir")
+    source.add_argument("--unpack", type=Path, metavar="FILE.npz", help="packed file to unpack; needs --output_dir")
     parser.add_argument("--output", type=Path, metavar="FILE.npz", help="packed file to write")
     parser.add_argument("--output_dir", type=Path, metavar="ROOT", help="folder to write")
     parser.add_argument("--resolution", type=int, default=64, help="cells per axis of --input (default 64)")

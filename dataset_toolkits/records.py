@@ -47,8 +47,9 @@ def find_meshes(inputs: Iterable[str | os.PathLike], exclude: Path) -> dict[str,
         else:
             found[os.path.abspath(item)] = item
     if not found:
-        raise DataError(f"{', '.join(map(str, inputs))}: no {' '.join(MESH_SUFFIXES)} there or below. "
-                        "Give a folder of meshes.")
+        raise DataError(
+            f"{', '.join(map(str, inputs))}: no {' '.join(MESH_SUFFIXES)} there or below. Give a folder of meshes."
+        )
     return dict(sorted((printable(path), path) for path in found.values()))
 
 
@@ -99,8 +100,10 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
         try:
             for row in reader:
                 if None in row or None in row.values():
-                    raise DataError(f"{path}: line {reader.line_num} does not have the header's "
-                                    f"{len(reader.fieldnames)} columns. Mend or delete that line.")
+                    raise DataError(
+                        f"{path}: line {reader.line_num} does not have the header's "
+                        f"{len(reader.fieldnames)} columns. Mend or delete that line."
+                    )
                 rows.append(row)
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}: line {reader.line_num + 1}: {error}. Mend or delete it.") from error
@@ -211,8 +214,9 @@ def is_voxelized(row: Row) -> bool:
     return row.get("voxelized", "").lower() == "true"
 
 
-def update_metadata(root: Path, base: dict[str, Row] | None = None,
-                    splits: dict[str, str] | None = None) -> dict[str, Row]:
+def update_metadata(
+    root: Path, base: dict[str, Row] | None = None, splits: dict[str, str] | None = None
+) -> dict[str, Row]:
     """Bring `metadata.csv` up to date with the records of all ranks, and return its rows by sha256.
 
     base: rows of another metadata.csv (TRELLIS's), whose values are taken over where this one lacks them.
@@ -281,14 +285,23 @@ def _present(root: Path) -> set[str]:
 
 def _settings(rows: dict[str, Row]) -> set[tuple[str, str, str]]:
     """Return the SETTINGS of the voxelised rows that say so; those that TRELLIS made do not."""
-    found = {(row.get("up_axis", ""), row.get("resolution", "").removesuffix(".0"),  # pandas writes 64.0
-              row.get("normalization") or DEFAULT_NORMALIZATION)
-             for row in rows.values() if is_voxelized(row)}
+    found = {
+        (
+            row.get("up_axis", ""),
+            row.get("resolution", "").removesuffix(".0"),  # pandas writes 64.0
+            row.get("normalization") or DEFAULT_NORMALIZATION,
+        )
+        for row in rows.values()
+        if is_voxelized(row)
+    }
     return found - {("", "", DEFAULT_NORMALIZATION)}
 
 
 def _mixed(root: Path, settings: set[tuple[str, str, str]]) -> DataError:
-    found = " and ".join(" ".join(f"--{name} {value}" for name, value in zip(SETTINGS, values, strict=True))
-                         for values in sorted(settings))
-    return DataError(f"{root}: would hold grids made with {found}. Give the same values as before, or "
-                     "another --output_dir.")
+    found = " and ".join(
+        " ".join(f"--{name} {value}" for name, value in zip(SETTINGS, values, strict=True))
+        for values in sorted(settings)
+    )
+    return DataError(
+        f"{root}: would hold grids made with {found}. Give the same values as before, or another --output_dir."
+    )

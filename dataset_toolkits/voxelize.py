@@ -42,10 +42,10 @@ class Plan(NamedTuple):
     """What this rank is to do, before looking at what is done already."""
 
     jobs: list[Job]
-    failures: list[records.Row]    # files that cannot even be started on, as rows of failed.csv
-    share: set[str]               # names of this rank's files
-    listing: set[str]             # names of the files of all ranks
-    base: dict[str, records.Row]   # rows of TRELLIS's metadata.csv
+    failures: list[records.Row]  # files that cannot even be started on, as rows of failed.csv
+    share: set[str]  # names of this rank's files
+    listing: set[str]  # names of the files of all ranks
+    base: dict[str, records.Row]  # rows of TRELLIS's metadata.csv
 
 
 def plan_meshes(inputs: list[str], output_dir: Path, rank: int, world_size: int, threads: int) -> Plan:
@@ -129,21 +129,26 @@ def voxelize(args: argparse.Namespace) -> int:
         meshes.require_open3d()
     (root / "voxels").mkdir(parents=True, exist_ok=True)
     exit_code = 0
-    with (records.RecordFile(root, args.rank) as record_file,
-          tqdm(total=len(todo), desc="voxelize", disable=not todo, **bar_style()) as bar):
+    with (
+        records.RecordFile(root, args.rank) as record_file,
+        tqdm(total=len(todo), desc="voxelize", disable=not todo, **bar_style()) as bar,
+    ):
+
         def finish(task: tuple, result: int | DataError) -> None:
             job = todo[task[1].stem]
             if isinstance(result, DataError):
-                failures.extend({"file": name, "sha256": job.sha256, "reason": str(result)}
-                                for name in job.names)
+                failures.extend({"file": name, "sha256": job.sha256, "reason": str(result)} for name in job.names)
             else:
-                record_file.write((job.sha256, result, up_axis, args.resolution, args.split or "",
-                                   job.names[0], args.normalization))
+                record_file.write(
+                    (job.sha256, result, up_axis, args.resolution, args.split or "", job.names[0], args.normalization)
+                )
                 made.add(job.sha256)
             bar.update()
 
-        tasks = ((job.path, root / "voxels" / f"{job.sha256}.ply", args.resolution, up_axis, normalization)
-                 for job in todo.values())
+        tasks = (
+            (job.path, root / "voxels" / f"{job.sha256}.ply", args.resolution, up_axis, normalization)
+            for job in todo.values()
+        )
         try:
             if todo:
                 workers = min(args.max_workers, len(todo))
@@ -155,29 +160,48 @@ def voxelize(args: argparse.Namespace) -> int:
     splits = {sha256: args.split for sha256 in done} if args.split else {}
     rows = records.update_metadata(root, plan.base, splits)
     folders = tuple("renders/" if from_trellis else f"{records.printable(Path(item))}/" for item in args.input)
-    records.update_failed(root, failures, outdated=lambda name: name in plan.share or (
-        name not in plan.listing and name.startswith(folders)))
+    records.update_failed(
+        root,
+        failures,
+        outdated=lambda name: name in plan.share or (name not in plan.listing and name.startswith(folders)),
+    )
 
     print_summary(args, root, plan, failures, made, done, time.perf_counter() - started)
     other_split = sum(rows[sha256]["split"] != args.split for sha256 in done) if args.split else 0
     if other_split:
-        print(f"  {other_split} of those done already belong to another split in {root / 'metadata.csv'}, "
-              "and stay there")
+        print(
+            f"  {other_split} of those done already belong to another split in {root / 'metadata.csv'}, and stay there"
+        )
     if exit_code:
         print("interrupted: run the same command again to go on", file=sys.stderr)
-    elif failures and not made and not done and (
-            args.world_size == 1 or not any(map(records.is_voxelized, rows.values()))):
-        raise DataError(f"none of the {len(plan.share)} meshes could be voxelised. The reasons are in "
-                        f"{root / 'failed.csv'}; the first: {failures[0]['file']}: {failures[0]['reason']}")
+    elif (
+        failures
+        and not made
+        and not done
+        and (args.world_size == 1 or not any(map(records.is_voxelized, rows.values())))
+    ):
+        raise DataError(
+            f"none of the {len(plan.share)} meshes could be voxelised. The reasons are in "
+            f"{root / 'failed.csv'}; the first: {failures[0]['file']}: {failures[0]['reason']}"
+        )
     return exit_code
 
 
-def print_summary(args: argparse.Namespace, root: Path, plan: Plan, failures: list[records.Row],
-                  made: set[str], done: set[str], seconds: float) -> None:
+def print_summary(
+    args: argparse.Namespace,
+    root: Path,
+    plan: Plan,
+    failures: list[records.Row],
+    made: set[str],
+    done: set[str],
+    seconds: float,
+) -> None:
     duplicates = sum(len(job.names) - 1 for job in plan.jobs if job.sha256 in made | done)
     rank = f" (rank {args.rank} of {args.world_size})" if args.world_size > 1 else ""
-    print(f"{root}: {len(plan.share)} meshes{rank}: {len(made)} new, {len(done)} done already, "
-          f"{duplicates} duplicates, {len(failures)} left out; {seconds:.1f} s")
+    print(
+        f"{root}: {len(plan.share)} meshes{rank}: {len(made)} new, {len(done)} done already, "
+        f"{duplicates} duplicates, {len(failures)} left out; {seconds:.1f} s"
+    )
     for row in failures[:REASONS_SHOWN]:
         print(f"  left out: {row['file']}: {row['reason']}")
     if failures:
@@ -186,23 +210,39 @@ def print_summary(args: argparse.Namespace, root: Path, plan: Plan, failures: li
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH",
-                        help=f"files ({' '.join(records.MESH_SUFFIXES)}), folders that are searched with all "
-                             "below, or one TRELLIS folder")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help=f"files ({' '.join(records.MESH_SUFFIXES)}), folders that are searched with all "
+        "below, or one TRELLIS folder",
+    )
     parser.add_argument("--output_dir", help="gets voxels/ and metadata.csv; default: the TRELLIS folder")
-    parser.add_argument("--up_axis", choices=meshes.UP_AXES,
-                        help="the files' up axis: y is rotated to z-up (glTF), z is z-up already, keep "
-                             "(default) leaves the axes alone without saying what they are")
-    parser.add_argument("--normalization", choices=meshes.NORMALIZATIONS, default="cube",
-                        help="cube (default): the box is centred and its longest edge made 1; shapellm: one "
-                             "minimum and maximum for all axes, and y-up turned to z-up, as ShapeLLM-Omni does")
+    parser.add_argument(
+        "--up_axis",
+        choices=meshes.UP_AXES,
+        help="the files' up axis: y is rotated to z-up (glTF), z is z-up already, keep "
+        "(default) leaves the axes alone without saying what they are",
+    )
+    parser.add_argument(
+        "--normalization",
+        choices=meshes.NORMALIZATIONS,
+        default="cube",
+        help="cube (default): the box is centred and its longest edge made 1; shapellm: one "
+        "minimum and maximum for all axes, and y-up turned to z-up, as ShapeLLM-Omni does",
+    )
     parser.add_argument("--resolution", type=int, default=64, help="cells along an edge (default 64)")
     parser.add_argument("--split", choices=("train", "val"), help="recorded for the new grids; default: none")
     parser.add_argument("--rank", type=int, default=0, help="this process's share, from 0")
     parser.add_argument("--world_size", type=int, default=1, help="how many processes share the work")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
-    parser.add_argument("--max_workers", type=int, default=cores,
-                        help="worker processes, of one thread each; default: one for each core")
+    parser.add_argument(
+        "--max_workers",
+        type=int,
+        default=cores,
+        help="worker processes, of one thread each; default: one for each core",
+    )
     parser.add_argument("--timeout", type=float, default=120, help="seconds for a file (default 120)")
     return parser.parse_args(argv)
 
@@ -219,8 +259,10 @@ def check_args(args: argparse.Namespace) -> None:
     if trellis_roots and args.up_axis == "y":
         raise ConfigError(f"--up_axis y: the meshes in {trellis_roots[0]} are z-up. Leave the flag out.")
     if trellis_roots and args.normalization != "cube":
-        raise ConfigError(f"--normalization {args.normalization}: the meshes in {trellis_roots[0]} are normalised "
-                          "already. Leave the flag out.")
+        raise ConfigError(
+            f"--normalization {args.normalization}: the meshes in {trellis_roots[0]} are normalised "
+            "already. Leave the flag out."
+        )
     meshes.check_settings(args.up_axis or default_up_axis(args.normalization), args.normalization)
     if not trellis_roots and not args.output_dir:
         raise ConfigError("--output_dir is missing. Only a TRELLIS folder has a default: itself.")

@@ -32,8 +32,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--meshes", help="folder of meshes (default: the built-in shapes)")
     parser.add_argument("--output_dir", default=str(ROOT / "outputs" / "demo"), help="default: outputs/demo")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--from_scratch", action="store_true",
-                        help="train the VAE here instead of starting from pretrained/demo_vae")
+    parser.add_argument(
+        "--from_scratch", action="store_true", help="train the VAE here instead of starting from pretrained/demo_vae"
+    )
     return parser.parse_args(argv)
 
 
@@ -74,8 +75,17 @@ def make_data(args: argparse.Namespace, folder: Path) -> Path:
     if args.meshes is None:
         run("dataset_toolkits/shapes/make_shapes.py", "--output_dir", folder / "shapes")
         for split in ("train", "val"):
-            run("dataset_toolkits/voxelize.py", "--input", folder / "shapes" / split, "--output_dir", voxels,
-                "--up_axis", "z", "--split", split)
+            run(
+                "dataset_toolkits/voxelize.py",
+                "--input",
+                folder / "shapes" / split,
+                "--output_dir",
+                voxels,
+                "--up_axis",
+                "z",
+                "--split",
+                split,
+            )
     else:
         run("dataset_toolkits/voxelize.py", "--input", Path(args.meshes).resolve(), "--output_dir", voxels)
         hold_out(voxels)
@@ -94,8 +104,20 @@ def hold_out(voxels: Path) -> None:
 
 
 def train(args: argparse.Namespace, folder: Path, voxels: Path, stage: str, load_dir: Path | None) -> None:
-    run("train.py", "--config", CONFIGS / f"demo_{stage}.json", "--data_dir", voxels, "--output_dir", folder / stage,
-        "--device", args.device, "--num_gpus", 1, *(("--load_dir", load_dir) if load_dir else ()))
+    run(
+        "train.py",
+        "--config",
+        CONFIGS / f"demo_{stage}.json",
+        "--data_dir",
+        voxels,
+        "--output_dir",
+        folder / stage,
+        "--device",
+        args.device,
+        "--num_gpus",
+        1,
+        *(("--load_dir", load_dir) if load_dir else ()),
+    )
 
 
 def score(args: argparse.Namespace, folder: Path, voxels: Path, stage: str) -> dict:
@@ -159,8 +181,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except subprocess.CalledProcessError as error:
-        print(f"error: the step above ended with exit code {error.returncode}; the same command goes on from there",
-              file=sys.stderr)
+        print(
+            f"error: the step above ended with exit code {error.returncode}; the same command goes on from there",
+            file=sys.stderr,
+        )
         return error.returncode if error.returncode > 0 else 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from there", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Write the API reference: HTML pages made of the docstrings of the package `trellis`.
 
-    python scripts/docs.py --output_dir outputs/api
+python scripts/docs.py --output_dir outputs/api
 """
 
 import sys

@@ -39,18 +39,33 @@ ID_BITS = 13.0
 # {title: {column: key of a set of weights' scores}}
 TABLES = {
     "reconstruction": {
-        "objects": "objects", "IoU": "iou", "median": "iou_median", "5 %": "iou_p5", "precision": "precision",
-        "recall": "recall", "exact": "exact", "F-score": "f_score", "chamfer, voxels": "chamfer",
+        "objects": "objects",
+        "IoU": "iou",
+        "median": "iou_median",
+        "5 %": "iou_p5",
+        "precision": "precision",
+        "recall": "recall",
+        "exact": "exact",
+        "F-score": "f_score",
+        "chamfer, voxels": "chamfer",
     },
     "codebook, over all objects and within one": {
-        "tokens": "tokens", "usage": "codebook_usage", "perplexity": "codebook_perplexity",
-        "usage/object": "object_usage", "perplexity/object": "object_perplexity", "bits/object": "bits_per_object",
-        "entropy bits/object": "entropy_bits_per_object", "quant. error": "quantization_error",
+        "tokens": "tokens",
+        "usage": "codebook_usage",
+        "perplexity": "codebook_perplexity",
+        "usage/object": "object_usage",
+        "perplexity/object": "object_perplexity",
+        "bits/object": "bits_per_object",
+        "entropy bits/object": "entropy_bits_per_object",
+        "quant. error": "quantization_error",
     },
     f"KL in bits, a group beside {ID_BITS:.0f} of an id": {
-        "groups": "groups", "cell": "kl_bits_per_cell", "group": "kl_bits_per_group", "object": "kl_bits_per_object",
+        "groups": "groups",
+        "cell": "kl_bits_per_cell",
+        "group": "kl_bits_per_group",
+        "object": "kl_bits_per_object",
     },
-}  # fmt: skip
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,8 +77,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=64, help="of the data, with --pretrained (default: 64)")
     parser.add_argument("--data_dir", help="data roots, separated by commas (default: those of the run)")
     parser.add_argument("--split", choices=("train", "val", "all"), default="val")
-    parser.add_argument("--weights", choices=("all", "averaged"), default="all",
-                        help="averaged: only those that a later stage would take, in half the time")  # fmt: skip
+    parser.add_argument(
+        "--weights",
+        choices=("all", "averaged"),
+        default="all",
+        help="averaged: only those that a later stage would take, in half the time",
+    )
     parser.add_argument("--output_dir", help="default: {run}/eval")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--batch_size", type=int, default=8)

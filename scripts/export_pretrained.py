@@ -27,8 +27,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--ckpt", default="latest", help="latest, best or a step (default: latest)")
     parser.add_argument("--raw", action="store_true", help="raw weights instead of the average (EMA)")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32",
-                        help="of the stored weights; TRELLIS publishes float16")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the stored weights; TRELLIS publishes float16",
+    )
     args = parser.parse_args(argv)
     if args.ckpt not in ("latest", "best") and not args.ckpt.isdigit():
         parser.error(f"--ckpt is {args.ckpt!r}; it must be latest, best or a step")

@@ -40,14 +40,22 @@ Reader = Callable[[], Tensor]
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True, metavar="SOURCE",
-                        help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="SOURCE",
+        help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--tokens", metavar="PATH", help="folder of scripts/to_tokens.py, or a Parquet file")
     source.add_argument("--text", metavar="FILE", help="answers of a language model, one a line; or .jsonl")
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--format", choices=FORMATS, default="glb",
-                        help="of a mesh (default: glb), or voxels: a PLY file of their centres, as voxelize.py writes")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="glb",
+        help="of a mesh (default: glb), or voxels: a PLY file of their centres, as voxelize.py writes",
+    )
     parser.add_argument("--repair", action="store_true", help="repair damaged answers of --text")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
@@ -60,8 +68,10 @@ def from_parquet(path: str, tokenizer: SparseStructureTokenizer) -> Iterator[tup
     """The name and the ids of each object. Raises DataError where another tokenizer made them."""
     info = parquet.read_info(path)
     if info.tokenizer_hash != tokenizer.hash:
-        raise DataError(f"{path}: its ids are of the tokenizer with hash {info.tokenizer_hash[:12]}…, but this one has "
-                        f"{tokenizer.hash[:12]}…. Give the one that made them.")  # fmt: skip
+        raise DataError(
+            f"{path}: its ids are of the tokenizer with hash {info.tokenizer_hash[:12]}…, but this one has "
+            f"{tokenizer.hash[:12]}…. Give the one that made them."
+        )
     for row in parquet.read_shards(path):
         if not re.fullmatch(r"[\w-]+", row["sha256"] or ""):
             raise DataError(f"{path}: sha256 {row['sha256']!r} is no hash, and cannot name a file.")
@@ -97,8 +107,7 @@ def from_text(path: str, tokenizer: SparseStructureTokenizer, repair: bool) -> I
 
 
 def answer_of(line: str, start: str) -> str:
-    """The answer in a line of a .jsonl. start: the word that a mesh begins with. Raises DataError where there is none.
-    """
+    """The answer in a line of a .jsonl. start: the word that a mesh begins with. Raises DataError if there is none."""
     try:
         value: Any = json.loads(line)
     except ValueError as error:

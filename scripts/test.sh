@@ -5,4 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up
 cd "$ROOT"
 "$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
 exec "$PYTHON" -m pytest -q --durations=10 "$@"

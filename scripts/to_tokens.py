@@ -50,35 +50,60 @@ EQUAL_IN_BF16 = 0.9
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True, metavar="SOURCE",
-                        help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="SOURCE",
+        help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data_dir", help="data roots as of train.py, separated by commas")
     source.add_argument("--meshes", nargs="+", metavar="PATH", help="mesh files, and folders searched with all below")
     parser.add_argument("--split", choices=("train", "val", "all"), default="all", help="of --data_dir (default: all)")
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
-                        help="fp32 (default) is what ids mean; bf16 is faster, and some ids differ")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="fp32 (default) is what ids mean; bf16 is faster, and some ids differ",
+    )
     parser.add_argument("--iou", action="store_true", help="decode too, and record each object's IoU")
     parser.add_argument("--shard_size", type=int, default=4096, help="objects of a file (default: 4096)")
-    parser.add_argument("--verify", type=int, default=0, metavar="N",
-                        help="at the end read N random objects back, decode them, and encode their grids again: ids "
-                             f"must be equal (in bf16, {EQUAL_IN_BF16:.0%}% of an object's)")  # fmt: skip
+    parser.add_argument(
+        "--verify",
+        type=int,
+        default=0,
+        metavar="N",
+        help="at the end read N random objects back, decode them, and encode their grids again: ids "
+        f"must be equal (in bf16, {EQUAL_IN_BF16:.0%}% of an object's)",
+    )
     parser.add_argument("--sharegpt", action="store_true", help="write conversations too")
-    parser.add_argument("--prompt", metavar="TEXT",
-                        help="what asks for a mesh, with {caption} and {name} (default: "
-                             f"{sharegpt.PROMPT_OF_CAPTION!r}; without any caption {{name}} instead)")  # fmt: skip
-    parser.add_argument("--describe_prompt", metavar="TEXT", default=sharegpt.DESCRIBE_PROMPT,
-                        help="what asks for a caption, with {mesh} and {name} (default: %(default)r)")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="what asks for a mesh, with {caption} and {name} (default: "
+        f"{sharegpt.PROMPT_OF_CAPTION!r}; without any caption {{name}} instead)",
+    )
+    parser.add_argument(
+        "--describe_prompt",
+        metavar="TEXT",
+        default=sharegpt.DESCRIBE_PROMPT,
+        help="what asks for a caption, with {mesh} and {name} (default: %(default)r)",
+    )
     parser.add_argument("--captions", metavar="FILE", help="CSV or JSON with sha256 and caption")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--num_gpus", type=int, default=-1,
-                        help="processes on this machine; -1: one per GPU, or one on a CPU")
+    parser.add_argument(
+        "--num_gpus", type=int, default=-1, help="processes on this machine; -1: one per GPU, or one on a CPU"
+    )
     parser.add_argument("--rank", type=int, default=0, help="this machine's share, from 0")
     parser.add_argument("--world_size", type=int, default=1, help="how many machines share the work and the folder")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
-    parser.add_argument("--max_workers", type=int, default=cores,
-                        help="with --meshes, voxelising processes of this machine (default: one for each core)")
+    parser.add_argument(
+        "--max_workers",
+        type=int,
+        default=cores,
+        help="with --meshes, voxelising processes of this machine (default: one for each core)",
+    )
     parser.add_argument("--timeout", type=float, default=120, help="with --meshes, seconds for a file (default: 120)")
     args = parser.parse_args(argv)
     for name, low in (("shard_size", 1), ("verify", 0), ("world_size", 1), ("rank", 0), ("max_workers", 1)):
@@ -164,8 +189,9 @@ class Report(NamedTuple):
     records: int
 
 
-def run_process(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int], process: int,
-                processes: int) -> Report:  # fmt: skip
+def run_process(
+    work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int], process: int, processes: int
+) -> Report:
     """Write these shards and their conversations, where they are missing, with the tokenizer on its device."""
     args, info = work.args, work.info
     missing = {number: work.shards[number] for number in numbers if not work.path(number).exists()}
@@ -175,8 +201,13 @@ def run_process(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[i
         nothing = torch.zeros(1, (info.resolution**3 + 7) // 8, dtype=torch.uint8)
         encode_batches(tokenizer, [nothing], args.precision, args.iou)
     total = sum(len(work.source.objects[objects]) for objects in missing.values())
-    bar = tqdm(total=total, desc="tokenize", unit="object", disable=process > 0 or not total,
-               mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
+    bar = tqdm(
+        total=total,
+        desc="tokenize",
+        unit="object",
+        disable=process > 0 or not total,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+    )
     started = time.perf_counter()
     with ThreadPoolExecutor(1) as writer, bar:
         writing: Future | None = None
@@ -188,8 +219,16 @@ def run_process(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[i
                 writing.result()
             sha256, names, sources = map(list, zip(*shard.objects, strict=True)) if shard.objects else ([], [], [])
             rows = {"tokens": columns[0], "num_voxels": columns[1], "iou": columns[2] if args.iou else None}
-            writing = writer.submit(parquet.write_shard, work.path(shard.number), info, sha256, names, sources,
-                                    left_out=shard.left_out, **rows)  # fmt: skip
+            writing = writer.submit(
+                parquet.write_shard,
+                work.path(shard.number),
+                info,
+                sha256,
+                names,
+                sources,
+                left_out=shard.left_out,
+                **rows,
+            )
             count += len(sha256)
 
         if missing:
@@ -206,12 +245,20 @@ def write_conversations(work: Work, tokenizer: SparseStructureTokenizer, number:
     if work.jsonl(number).exists():
         return 0
     words = tokenizer.token_format()
-    return sharegpt.write_jsonl(work.jsonl(number), (
-        record
-        for row in parquet.read_shards(work.path(number))
-        for record in sharegpt.records(row["sha256"], row["name"], words.to_text(row["tokens"]),
-                                       work.captions.get(row["sha256"], ()), work.prompts)
-    ))  # fmt: skip
+    return sharegpt.write_jsonl(
+        work.jsonl(number),
+        (
+            record
+            for row in parquet.read_shards(work.path(number))
+            for record in sharegpt.records(
+                row["sha256"],
+                row["name"],
+                words.to_text(row["tokens"]),
+                work.captions.get(row["sha256"], ()),
+                work.prompts,
+            )
+        ),
+    )
 
 
 def _spawned(process: int, work: Work, numbers: list[list[int]], answers) -> None:
@@ -242,8 +289,11 @@ def run_processes(work: Work, tokenizer: SparseStructureTokenizer, numbers: list
                 raise answer from None
         raise
     reports = [answers.get() for _ in range(processes)]
-    return Report(sum(report.objects for report in reports), max(report.seconds for report in reports),
-                  sum(report.records for report in reports))  # fmt: skip
+    return Report(
+        sum(report.objects for report in reports),
+        max(report.seconds for report in reports),
+        sum(report.records for report in reports),
+    )
 
 
 # --- the whole ------------------------------------------------------------------------------------------------
@@ -266,10 +316,13 @@ def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cud
 
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / parquet.MANIFEST).exists() and any(folder.glob("shard-*.parquet")):
-        raise ConfigError(f"{folder}: has shards, but no {parquet.MANIFEST} that says how they were made. Give another "
-                          "--output_dir.")  # fmt: skip
-    parquet.claim(folder / parquet.MANIFEST, {**asdict(info), "data": source.key(), "iou": args.iou,
-                                              "shard_size": args.shard_size, "shards": len(shards)})  # fmt: skip
+        raise ConfigError(
+            f"{folder}: has shards, but no {parquet.MANIFEST} that says how they were made. Give another --output_dir."
+        )
+    parquet.claim(
+        folder / parquet.MANIFEST,
+        {**asdict(info), "data": source.key(), "iou": args.iou, "shard_size": args.shard_size, "shards": len(shards)},
+    )
     if prompts is not None:
         digest = sharegpt.captions_digest(captions)
         parquet.claim(folder / "sharegpt.json", {**asdict(prompts), "captions": digest})
@@ -288,10 +341,12 @@ def plan_conversations(
         raise DataError(f"{args.captions}: has no caption of any object. Its sha256 must be those of the data.")
     default = sharegpt.PROMPT_OF_CAPTION if captions else sharegpt.PROMPT_OF_NAME
     prompts = sharegpt.Prompts(args.prompt or default, args.describe_prompt)
-    if not any(sharegpt.records(sha256, name, "-", captions.get(sha256, ()), prompts)
-               for sha256, name, _ in source.objects):  # fmt: skip
-        raise DataError(f"--prompt {prompts.make!r}: the objects have no such thing. Give --captions, or a prompt "
-                        "without it.")  # fmt: skip
+    if not any(
+        sharegpt.records(sha256, name, "-", captions.get(sha256, ()), prompts) for sha256, name, _ in source.objects
+    ):
+        raise DataError(
+            f"--prompt {prompts.make!r}: the objects have no such thing. Give --captions, or a prompt without it."
+        )
     return prompts, captions
 
 
@@ -309,22 +364,33 @@ def verify(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int]) 
     precision, size = work.args.precision, BATCH[tokenizer.device.type]
     ids, num_voxels = encode_batches(tokenizer, grids.split(size), precision, False)
     equal = (ids == stored).mean(1)
-    ious = np.concatenate([
-        voxel_metrics(tokenizer.decode(torch.from_numpy(stored[start : start + size]), precision),
-                      unpack_bits_on_device(grids[start : start + size].to(tokenizer.device), tokenizer.resolution),
-                      )["iou"].cpu().numpy()
-        for start in range(0, len(rows), size)
-    ])  # fmt: skip
+    ious = np.concatenate(
+        [
+            voxel_metrics(
+                tokenizer.decode(torch.from_numpy(stored[start : start + size]), precision),
+                unpack_bits_on_device(grids[start : start + size].to(tokenizer.device), tokenizer.resolution),
+            )["iou"]
+            .cpu()
+            .numpy()
+            for start in range(0, len(rows), size)
+        ]
+    )
     for row, voxels, share, iou in zip(rows, num_voxels, equal, ious, strict=True):
         if share < (1 if precision == "fp32" else EQUAL_IN_BF16):
-            raise DataError(f"--verify: {row['sha256']} has {share:.2%} of the ids that its grid has now (IoU of those "
-                            f"stored {iou:.4f}). Another device or version may round differently; else delete the "
-                            "shards and run again.")  # fmt: skip
+            raise DataError(
+                f"--verify: {row['sha256']} has {share:.2%} of the ids that its grid has now (IoU of those "
+                f"stored {iou:.4f}). Another device or version may round differently; else delete the "
+                "shards and run again."
+            )
         if row["num_voxels"] != voxels or abs(row.get("iou", iou) - iou) > 0.01:
-            raise DataError(f"--verify: {row['sha256']} has {voxels} voxels and IoU {iou:.4f}, but its row says "
-                            f"{row['num_voxels']} and {row.get('iou', iou):.4f}. Delete the shards and run again.")
-    return (f"verified {len(rows)} objects read back: {equal.mean():.2%} of the ids equal, IoU mean {ious.mean():.4f}, "
-            f"least {ious.min():.4f}")  # fmt: skip
+            raise DataError(
+                f"--verify: {row['sha256']} has {voxels} voxels and IoU {iou:.4f}, but its row says "
+                f"{row['num_voxels']} and {row.get('iou', iou):.4f}. Delete the shards and run again."
+            )
+    return (
+        f"verified {len(rows)} objects read back: {equal.mean():.2%} of the ids equal, IoU mean {ious.mean():.4f}, "
+        f"least {ious.min():.4f}"
+    )
 
 
 def agreement(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int]) -> str:
@@ -369,14 +435,18 @@ def run(args: argparse.Namespace) -> None:
     share = f" (rank {args.rank} of {args.world_size})" if args.world_size > 1 else ""
     print(f"{args.output_dir}: {rows} objects, {report.objects} of them new; shards: {len(numbers)}{share}")
     if report.objects:
-        print(f"  {report.objects / report.seconds:.1f} objects/s in {args.precision}, {report.seconds:.1f} s without "
-              f"the start, {total:.1f} s with it; processes: {processes} on {'GPUs' if cuda else 'the CPU'}")
+        print(
+            f"  {report.objects / report.seconds:.1f} objects/s in {args.precision}, {report.seconds:.1f} s without "
+            f"the start, {total:.1f} s with it; processes: {processes} on {'GPUs' if cuda else 'the CPU'}"
+        )
     if args.iou and rows:
         ious = np.concatenate([parquet.read_column(work.path(number), "iou") for number in numbers])
         print(f"  IoU mean {ious.mean():.4f}, median {np.median(ious):.4f}")
     if args.sharegpt:
-        print(f"  {report.records} new conversations in {Path(args.output_dir, sharegpt.FOLDER)}; data set "
-              f"{sharegpt.DATASET} of dataset_info.json")  # fmt: skip
+        print(
+            f"  {report.records} new conversations in {Path(args.output_dir, sharegpt.FOLDER)}; data set "
+            f"{sharegpt.DATASET} of dataset_info.json"
+        )
     for row in failures[:REASONS_SHOWN]:
         print(f"  left out: {row['file']}: {row['reason']}")
     if failures:

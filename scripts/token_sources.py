@@ -54,8 +54,10 @@ class DataSource:
             if found is None and Path(root, "metadata.csv").is_file():
                 found = "cube"  # what folders that do not say hold; packed files may hold anything
             if found not in (None, normalization):
-                raise DataError(f"{root}: its grids have normalization {found}, but the tokenizer's is {normalization}."
-                                f" Make them anew with voxelize.py --normalization {normalization}.")  # fmt: skip
+                raise DataError(
+                    f"{root}: its grids have normalization {found}, but the tokenizer's is {normalization}."
+                    f" Make them anew with voxelize.py --normalization {normalization}."
+                )
 
     def __reduce__(self):
         return type(self), self.given  # each process reads the data itself
@@ -72,8 +74,14 @@ class DataSource:
                 captions |= read_captions(path, required=False)
         return captions
 
-    def feed(self, shards: dict[int, slice], device: torch.device, processes: int,
-             tokenize: Callable[[Shard], None], progress: Callable[[int], object]) -> None:  # fmt: skip
+    def feed(
+        self,
+        shards: dict[int, slice],
+        device: torch.device,
+        processes: int,
+        tokenize: Callable[[Shard], None],
+        progress: Callable[[int], object],
+    ) -> None:
         """Call tokenize for each shard, {number: its objects}, one after the other. processes: how many share this
         machine. progress: called with a number of objects as they are read. Raises DataError for a grid that cannot be
         read, and what tokenize raises."""
@@ -83,8 +91,14 @@ class DataSource:
         # On a CPU the model itself needs every core; rows in memory only have to be put together.
         processes_pay = device.type == "cuda" and not self.dataset.in_memory
         workers = min(LOADERS, (os.cpu_count() or 1) // processes) if processes_pay else 0
-        loader = DataLoader(_Bits(self.dataset), batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers,
-                            prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda")  # fmt: skip
+        loader = DataLoader(
+            _Bits(self.dataset),
+            batch_sampler=batches,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=device.type == "cuda",
+        )
         loaded = _watched(loader, progress)
         for number, whole in places.items():
             tokenize(Shard(number, self.objects[shards[number]], islice(loaded, -(-len(whole) // size)), []))
@@ -103,8 +117,16 @@ class MeshSource:
     Raises DataError where there is no mesh, ConfigError where trimesh, open3d or Pebble is missing.
     """
 
-    def __init__(self, inputs: list[str], resolution: int, up_axis: str, normalization: str, max_workers: int,
-                 timeout: float, output_dir: Path):  # fmt: skip
+    def __init__(
+        self,
+        inputs: list[str],
+        resolution: int,
+        up_axis: str,
+        normalization: str,
+        max_workers: int,
+        timeout: float,
+        output_dir: Path,
+    ):
         from dataset_toolkits.voxelize import plan_meshes
         from trellis.grids.meshes import require_open3d, require_trimesh
 
@@ -125,8 +147,14 @@ class MeshSource:
     def captions(self) -> dict[str, list[str]]:
         return {}
 
-    def feed(self, shards: dict[int, slice], device: torch.device, processes: int,
-             tokenize: Callable[[Shard], None], progress: Callable[[int], object]) -> None:  # fmt: skip
+    def feed(
+        self,
+        shards: dict[int, slice],
+        device: torch.device,
+        processes: int,
+        tokenize: Callable[[Shard], None],
+        progress: Callable[[int], object],
+    ) -> None:
         """As of `DataSource`; tokenize runs in a thread, while the meshes of the next shards are voxelised."""
         jobs = {number: self.jobs[objects] for number, objects in shards.items()}
         number_of = {job.path: number for number, part in jobs.items() for job in part}
@@ -170,8 +198,9 @@ class MeshSource:
                 raise DataError(f"{path}: {result}")
         return torch.from_numpy(np.stack([results[paths[each]] for each in sha256]))
 
-    def _voxelize(self, paths: list[Path], finish: Callable[[Path, np.ndarray | DataError], None],
-                  workers: int) -> None:  # fmt: skip
+    def _voxelize(
+        self, paths: list[Path], finish: Callable[[Path, np.ndarray | DataError], None], workers: int
+    ) -> None:
         """finish: gets each path with its grid, [R³ / 8] uint8, or with the reason why there is none."""
         from trellis.grids.mesh_pool import run_in_pool
         from trellis.grids.meshes import mesh_cells

@@ -49,13 +49,21 @@ class Subject(NamedTuple):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", metavar="FOLDER", help="Parquet files of scripts/to_tokens.py")
-    parser.add_argument("--tokenizer", metavar="SOURCE",
-                        help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="SOURCE",
+        help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub",
+    )
     parser.add_argument("--data_dir", help="data roots as of train.py, separated by commas")
     parser.add_argument("--split", choices=("train", "val", "all"), default="all", help="of --data_dir (default: all)")
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--max_objects", type=int, default=5000, metavar="N",
-                        help="of more objects, N at equal distances (default: 5000)")  # fmt: skip
+    parser.add_argument(
+        "--max_objects",
+        type=int,
+        default=5000,
+        metavar="N",
+        help="of more objects, N at equal distances (default: 5000)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to encode on")
     args = parser.parse_args(argv)
     if not args.tokens and not (args.tokenizer and args.data_dir):
@@ -76,18 +84,27 @@ def spread(total: int, wanted: int) -> np.ndarray:
 def read_tokens(args: argparse.Namespace, tokenizer: SparseStructureTokenizer | None) -> Subject:
     info = parquet.read_info(args.tokens)
     if tokenizer is not None and tokenizer.hash != info.tokenizer_hash:
-        raise ConfigError(f"{args.tokenizer}: did not make {args.tokens}, whose tokenizer has the hash "
-                          f"{info.tokenizer_hash[:12]}…, not {tokenizer.hash[:12]}…. Give that one, or none.")
+        raise ConfigError(
+            f"{args.tokenizer}: did not make {args.tokens}, whose tokenizer has the hash "
+            f"{info.tokenizer_hash[:12]}…, not {tokenizer.hash[:12]}…. Give that one, or none."
+        )
     total = sum(parquet.count_rows(path) for path in parquet.shard_files(args.tokens))
     if not total:
         raise DataError(f"{args.tokens}: has no object. Its failed.csv says why.")
     wanted = set(spread(total, args.max_objects).tolist())
-    rows = [(row["sha256"], row["tokens"].astype(np.int32))
-            for i, row in enumerate(parquet.read_shards(args.tokens)) if i in wanted]
+    rows = [
+        (row["sha256"], row["tokens"].astype(np.int32))
+        for i, row in enumerate(parquet.read_shards(args.tokens))
+        if i in wanted
+    ]
     tokens = TokenSet(
-        np.stack([ids for _, ids in rows]), np.array([sha256 for sha256, _ in rows]), info.lattice,
-        info.codes_per_token, info.n_embed, None if tokenizer is None else tokenizer.empty_ids.numpy(),
-    )  # fmt: skip
+        np.stack([ids for _, ids in rows]),
+        np.array([sha256 for sha256, _ in rows]),
+        info.lattice,
+        info.codes_per_token,
+        info.n_embed,
+        None if tokenizer is None else tokenizer.empty_ids.numpy(),
+    )
     about = {"tokens": args.tokens, "tokenizer_hash": info.tokenizer_hash, "precision": info.precision}
     return Subject(tokens, info.resolution, total, about)
 
@@ -104,9 +121,13 @@ def encode_grids(args: argparse.Namespace, tokenizer: SparseStructureTokenizer) 
         batch = {name: value.to(tokenizer.device) for name, value in dataset.get_batch(indices).items()}
         parts.append(tokenizer.encode(dataset.unpack_batch(batch)["ss"]).int().cpu().numpy())
     tokens = TokenSet(
-        np.concatenate(parts), np.array([dataset.sha256(i) for i in chosen]), tuple(tokenizer.lattice),
-        tokenizer.codes_per_token, tokenizer.n_embed, empty_ids,
-    )  # fmt: skip
+        np.concatenate(parts),
+        np.array([dataset.sha256(i) for i in chosen]),
+        tuple(tokenizer.lattice),
+        tokenizer.codes_per_token,
+        tokenizer.n_embed,
+        empty_ids,
+    )
     about = {"tokenizer": args.tokenizer, "tokenizer_hash": tokenizer.hash, "precision": "fp32"}
     return Subject(tokens, tokenizer.resolution, len(dataset), about)
 
@@ -117,8 +138,10 @@ def read_grids(args: argparse.Namespace, subject: Subject) -> tuple[np.ndarray, 
     numbers = {sha256: i for i, (_, sha256) in enumerate(dataset.instances)}
     missing = [sha256 for sha256 in subject.tokens.objects.tolist() if sha256 not in numbers]
     if missing:
-        raise DataError(f"{args.data_dir}: has no grid of {missing[0]} ({len(missing)} such objects in {args.tokens}). "
-                        "Give the roots and the split that its ids come from.")  # fmt: skip
+        raise DataError(
+            f"{args.data_dir}: has no grid of {missing[0]} ({len(missing)} such objects in {args.tokens}). "
+            "Give the roots and the split that its ids come from."
+        )
     occupied, sizes = [], []
     for indices in batches(np.array([numbers[sha256] for sha256 in subject.tokens.objects.tolist()]), "grids"):
         batch = dataset.get_batch(indices)

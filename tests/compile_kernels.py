@@ -38,18 +38,21 @@ def main() -> None:
         for residual, sums in itertools.product((False, True), (False, True)):
             for types in (TYPES, {**TYPES, "grad_ptr": "*fp32"}):
                 compile_kernel(
-                    norm_silu._norm_silu_backward_kernel, norm_silu.BACKWARD_WARPS, types,
-                    HAS_SHIFT=not residual, HAS_RESIDUAL=residual, NEEDS_SUMS=sums, **backward,
-                )  # fmt: skip
+                    norm_silu._norm_silu_backward_kernel,
+                    norm_silu.BACKWARD_WARPS,
+                    types,
+                    HAS_SHIFT=not residual,
+                    HAS_RESIDUAL=residual,
+                    NEEDS_SUMS=sums,
+                    **backward,
+                )
     sizes = {"BLOCK_V": one_channel.BLOCK_V, "C": 32, "BLOCK_C": 32}
     compile_kernel(one_channel._expand_kernel, one_channel.NUM_WARPS, **sizes)
     for many, precision in (("*bf16", "tf32"), ("*fp16", "tf32"), ("*fp32", "ieee")):
         types = {"h_ptr": many, "b_ptr": many}
         compile_kernel(one_channel._per_tap_kernel, one_channel.NUM_WARPS, types, **sizes, PRECISION=precision)
         compile_kernel(one_channel._weight_grad_kernel, one_channel.NUM_WARPS, types, **sizes, PRECISION=precision)
-    compile_kernel(
-        one_channel._gather_kernel, one_channel.NUM_WARPS, {"out_ptr": "*fp32"}, BLOCK_V=one_channel.BLOCK_V
-    )
+    compile_kernel(one_channel._gather_kernel, one_channel.NUM_WARPS, {"out_ptr": "*fp32"}, BLOCK_V=one_channel.BLOCK_V)
 
 
 if __name__ == "__main__":

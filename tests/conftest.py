@@ -55,9 +55,16 @@ def tiny_config(trainer: str = "SparseStructureVaeTrainer", n_embed: int = 32, e
         quantizer = {"n_embed": n_embed, "embed_dim": embed_dim, "latent_channels": 4}
         models["quantizer"] = {"name": "VectorQuantizer", "args": quantizer}
     defaults = {
-        "max_steps": 6, "batch_size": 4, "optimizer": {"name": "AdamW", "args": {"lr": 1e-2}},
-        "grad_clip": 1.0, "i_print": 2, "i_log": 2, "i_eval": 3, "i_sample": 100, "i_save": 2,
-    }  # fmt: skip
+        "max_steps": 6,
+        "batch_size": 4,
+        "optimizer": {"name": "AdamW", "args": {"lr": 1e-2}},
+        "grad_clip": 1.0,
+        "i_print": 2,
+        "i_log": 2,
+        "i_eval": 3,
+        "i_sample": 100,
+        "i_save": 2,
+    }
     return {
         "models": models,
         "dataset": {"name": "SparseStructure", "args": {"resolution": 16}},

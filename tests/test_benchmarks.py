@@ -14,8 +14,17 @@ from benchmarks import common, data_wait, nearest_code, plain, runs
 from trellis.models import build, load_weights, read_weights
 from trellis.utils.config import load_config
 
-SCRIPTS = ("train_speed", "nearest_code", "data_wait", "startup", "encode", "layers", "scaling", "plain_train",
-           "tokenizer")
+SCRIPTS = (
+    "train_speed",
+    "nearest_code",
+    "data_wait",
+    "startup",
+    "encode",
+    "layers",
+    "scaling",
+    "plain_train",
+    "tokenizer",
+)
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--resolution", "16", "--objects", "8"]
 
@@ -79,8 +88,10 @@ def test_plain_quantizer_and_ours_agree(rows, tmp_path, embed_dim):
 
 
 def test_a_norm_that_the_plain_network_lacks_is_refused():
-    spec = {"name": "SparseStructureEncoder", "args": {"in_channels": 1, "latent_channels": 4, "num_res_blocks": 1,
-                                                       "channels": [32], "norm_type": "group"}}  # fmt: skip
+    spec = {
+        "name": "SparseStructureEncoder",
+        "args": {"in_channels": 1, "latent_channels": 4, "num_res_blocks": 1, "channels": [32], "norm_type": "group"},
+    }
     with pytest.raises(ValueError, match="norm_type is 'group'"):
         plain.build(spec)
 
@@ -196,8 +207,16 @@ def test_data_wait(capsys):
 
 def test_layers(capsys):
     names = [row[0] for row in cells(run("layers", capsys, *TINY, "--batch_size", "1", "--seconds", "0"))]
-    assert {"ResBlock3d 8 at 16³", "DownsampleBlock3d 32 at 8³", "UpsampleBlock3d 64 at 4³", "– shuffle",
-            "first layer, encoder", "last layer, decoder", "optimizer", "averages"} <= set(names)  # fmt: skip
+    assert {
+        "ResBlock3d 8 at 16³",
+        "DownsampleBlock3d 32 at 8³",
+        "UpsampleBlock3d 64 at 4³",
+        "– shuffle",
+        "first layer, encoder",
+        "last layer, decoder",
+        "optimizer",
+        "averages",
+    } <= set(names)
 
 
 def test_scaling(capsys):

@@ -50,10 +50,15 @@ def files(checkpoints: Checkpoints, step: int) -> set[str]:
 
 def test_names_are_those_of_trellis(checkpoints):
     assert files(checkpoints, 4) == {
-        "decoder_step0000004.pt", "decoder_ema0.9_step0000004.pt", "decoder_ema0.9999_step0000004.pt",
-        "quantizer_step0000004.pt", "quantizer_ema0.9_step0000004.pt", "quantizer_ema0.9999_step0000004.pt",
-        "encoder_step0000004.pt", "misc_step0000004.pt",
-    }  # fmt: skip
+        "decoder_step0000004.pt",
+        "decoder_ema0.9_step0000004.pt",
+        "decoder_ema0.9999_step0000004.pt",
+        "quantizer_step0000004.pt",
+        "quantizer_ema0.9_step0000004.pt",
+        "quantizer_ema0.9999_step0000004.pt",
+        "encoder_step0000004.pt",
+        "misc_step0000004.pt",
+    }
     assert model_file("decoder", 12345678, 0.9999) == "decoder_ema0.9999_step12345678.pt"
     state = torch.load(checkpoints.folder / "decoder_ema0.9_step0000004.pt", weights_only=True)
     assert torch.equal(state["w"], weights(4.5)["w"])
@@ -172,8 +177,9 @@ def test_a_file_that_a_set_does_not_list_is_not_its_average(checkpoints):
 # --- keeping ---
 
 
-@pytest.mark.parametrize("keep_last, best, kept", [(1, 2, [2, 6]), (2, 2, [2, 4, 6]), (1, 6, [6]), (2, None, [4, 6]),
-                                                  (9, 2, [0, 2, 4, 6])])  # fmt: skip
+@pytest.mark.parametrize(
+    "keep_last, best, kept", [(1, 2, [2, 6]), (2, 2, [2, 4, 6]), (1, 6, [6]), (2, None, [4, 6]), (9, 2, [0, 2, 4, 6])]
+)
 def test_prune_keeps_the_last_and_the_best_whole(keep_last, best, kept, checkpoints):
     checkpoints.prune(keep_last, best)
     assert checkpoints.steps() == kept and all(checkpoints.is_complete(step) for step in kept)
@@ -264,8 +270,12 @@ def trellis_run(folder: Path, config: dict, step: int = 10, ema: bool = True, mi
         if ema:
             averaged = {key: value + 1 for key, value in state.items()}
             torch.save(averaged, folder / "ckpts" / f"{name}_ema0.9999_step{step:07d}.pt")
-    misc = misc or {"optimizer": {"state": {}}, "step": step, "log_scale": np.float64(20.0),
-                    "grad_clip": {"grad_norm": np.ones(3)}}  # fmt: skip
+    misc = misc or {
+        "optimizer": {"state": {}},
+        "step": step,
+        "log_scale": np.float64(20.0),
+        "grad_clip": {"grad_norm": np.ones(3)},
+    }
     torch.save(misc, folder / "ckpts" / f"misc_step{step:07d}.pt")
     return states
 
@@ -375,21 +385,30 @@ def test_the_same_settings_written_otherwise_continue_a_run(before, after, tmp_p
 
 def test_intervals_may_change_and_are_noted(tmp_path):
     own_run(tmp_path, tiny_config())
-    plan = plan_weights(tiny_config(max_steps=60, i_save=7, grad_clip=None), SparseStructureVaeTrainer,
-                        str(tmp_path), None, "latest")  # fmt: skip
-    assert plan.notes == [f"trainer.args.{key} differs from the run so far; the new value is used from step 4 on"
-                          for key in ("grad_clip", "i_save", "max_steps")]  # fmt: skip
+    plan = plan_weights(
+        tiny_config(max_steps=60, i_save=7, grad_clip=None), SparseStructureVaeTrainer, str(tmp_path), None, "latest"
+    )
+    assert plan.notes == [
+        f"trainer.args.{key} differs from the run so far; the new value is used from step 4 on"
+        for key in ("grad_clip", "i_save", "max_steps")
+    ]
 
 
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"lr_scheduler": {"name": "StepLR", "args": {"step_size": 9}}},
-         ['trainer.args.lr_scheduler was null and is {"name": "StepLR", "args": {"step_size": 9}}']),
-        ({"lr_scaling": "rms", "ema_rate": 0.9},
-         ["trainer.args.ema_rate was [0.9999] and is [0.9]", 'trainer.args.lr_scaling was "none" and is "rms"']),
-        ({"optimizer": {"name": "SGD", "args": {"lr": 1e-2}}},
-         ['trainer.args.optimizer.name was "AdamW" and is "SGD"']),
+        (
+            {"lr_scheduler": {"name": "StepLR", "args": {"step_size": 9}}},
+            ['trainer.args.lr_scheduler was null and is {"name": "StepLR", "args": {"step_size": 9}}'],
+        ),
+        (
+            {"lr_scaling": "rms", "ema_rate": 0.9},
+            ["trainer.args.ema_rate was [0.9999] and is [0.9]", 'trainer.args.lr_scaling was "none" and is "rms"'],
+        ),
+        (
+            {"optimizer": {"name": "SGD", "args": {"lr": 1e-2}}},
+            ['trainer.args.optimizer.name was "AdamW" and is "SGD"'],
+        ),
         ({"freeze": ["encoder"]}, ['trainer.args.freeze was [] and is ["encoder"]']),
         ({"n_embed": 16}, ["models.quantizer.args.n_embed was 32 and is 16"]),
     ],

@@ -223,8 +223,14 @@ def collapsed(tmp_path) -> str:
 
 
 def stage1(quantizer: str = "VectorQuantizer", **args) -> dict:
-    defaults = {"freeze": ["encoder", "decoder"], "loss_type": "l1", "max_steps": 12, "i_eval": 100, "i_save": 3,
-                "revive_every": 4}  # fmt: skip
+    defaults = {
+        "freeze": ["encoder", "decoder"],
+        "loss_type": "l1",
+        "max_steps": 12,
+        "i_eval": 100,
+        "i_save": 3,
+        "revive_every": 4,
+    }
     config = tiny_config(VQ, **{**defaults, **args})
     config["models"]["quantizer"]["name"] = quantizer
     return config
@@ -272,8 +278,18 @@ def test_two_ranks_equal_one(quantizer, loss_type, vae_run, collapsed, data_dir,
     """The moving averages have no parameters: nothing for an optimizer, nothing to reduce."""
     weights = collapsed if quantizer == "VectorQuantizer" else collapsed.replace(".pt", "_ema.pt")
     config = stage1(quantizer, finetune_ckpt={"quantizer": weights}, loss_type=loss_type, i_ddpcheck=1, max_steps=9)
-    flags = ("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run,
-             "--master_port", free_port(), "--set", "trainer.args.revive_until=1.0")  # fmt: skip
+    flags = (
+        "--config",
+        write_config(config),
+        "--data_dir",
+        data_dir,
+        "--load_dir",
+        vae_run,
+        "--master_port",
+        free_port(),
+        "--set",
+        "trainer.args.revive_until=1.0",
+    )
     assert run(*flags, "--output_dir", tmp_path / "one") == 0
     assert run(*flags, "--output_dir", tmp_path / "two", "--num_gpus", 2) == 0
     one, two = ([line for line in logged(tmp_path / name) if "loss" in line] for name in ("one", "two"))
@@ -287,8 +303,16 @@ def test_two_ranks_equal_one(quantizer, loss_type, vae_run, collapsed, data_dir,
 
 
 def test_a_checkpoint_from_before_there_was_a_watch_continues(vae_run, data_dir, write_config, tmp_path):
-    flags = ("--config", write_config(stage1()), "--data_dir", data_dir, "--output_dir", tmp_path / "run",
-             "--load_dir", vae_run)  # fmt: skip
+    flags = (
+        "--config",
+        write_config(stage1()),
+        "--data_dir",
+        data_dir,
+        "--output_dir",
+        tmp_path / "run",
+        "--load_dir",
+        vae_run,
+    )
     assert run(*flags, "--set", "trainer.args.max_steps=3") == 0
     path = tmp_path / "run" / "ckpts" / "misc_step0000003.pt"
     misc = torch.load(path, weights_only=True)
@@ -307,10 +331,12 @@ def test_a_decoder_alone_leaves_ids_as_they_are(vae_run, data_dir, write_config,
     first, last = checkpoint(tmp_path / "run", 0), checkpoint(tmp_path / "run", 12)
     for name in ("encoder", "quantizer"):
         assert_equal(first[f"{name}_step0000000.pt"], last[f"{name}_step0000012.pt"])
-    assert_equal(checkpoint(tmp_path / "stage1", 2)["quantizer_ema0.9999_step0000002.pt"],
-                 last["quantizer_step0000012.pt"])  # fmt: skip
-    assert not torch.equal(*(files[f"decoder_step00000{step}.pt"]["input_layer.weight"]
-                             for files, step in ((first, "00"), (last, "12"))))  # fmt: skip
+    assert_equal(
+        checkpoint(tmp_path / "stage1", 2)["quantizer_ema0.9999_step0000002.pt"], last["quantizer_step0000012.pt"]
+    )
+    assert not torch.equal(
+        *(files[f"decoder_step00000{step}.pt"]["input_layer.weight"] for files, step in ((first, "00"), (last, "12")))
+    )
     lines = [line for line in logged(tmp_path / "run") if "loss" in line]
     assert len(lines) == 12 and all(line["loss"] == line["l1"] for line in lines)
     assert lines[0].keys() & {"vq", "commit", "codes_revived", "codebook_window_usage"} == set()
@@ -333,8 +359,19 @@ def test_moving_averages_train_without_any_parameter(vae_run, data_dir, write_co
     scheduler = {"name": "ExponentialLR", "args": {"gamma": 0.5}}
     config = stage1("EMAVectorQuantizer", loss_type="none", lr_scheduler=scheduler)
     config["models"]["quantizer"]["args"].update(init="uniform", decay=0.5)
-    assert run("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run,
-               "--output_dir", tmp_path / "run") == 0  # fmt: skip
+    assert (
+        run(
+            "--config",
+            write_config(config),
+            "--data_dir",
+            data_dir,
+            "--load_dir",
+            vae_run,
+            "--output_dir",
+            tmp_path / "run",
+        )
+        == 0
+    )
     lines = [line for line in logged(tmp_path / "run") if "loss" in line]
     assert lines[-1]["commit"] < 0.5 * lines[0]["commit"] and lines[-1]["grad_norm"] == 0
     assert lines[-1]["loss"] == pytest.approx(0.25 * lines[-1]["commit"])
@@ -342,8 +379,19 @@ def test_moving_averages_train_without_any_parameter(vae_run, data_dir, write_co
 
 def test_several_codes_a_token_are_counted_by_place(vae_run, data_dir, write_config, tmp_path):
     config = stage1("ResidualVectorQuantizer", max_steps=4)
-    assert run("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run,
-               "--output_dir", tmp_path / "run") == 0  # fmt: skip
+    assert (
+        run(
+            "--config",
+            write_config(config),
+            "--data_dir",
+            data_dir,
+            "--load_dir",
+            vae_run,
+            "--output_dir",
+            tmp_path / "run",
+        )
+        == 0
+    )
     line = [line for line in logged(tmp_path / "run") if "loss" in line][-1]
     assert 0 < line["codebook_usage"] <= line["codebook_window_usage"] <= 1 and "codes_revived" not in line
     assert 1 <= line["codebook_perplexity"] <= 32

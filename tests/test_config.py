@@ -81,8 +81,9 @@ class Closed(Child):
 
 def test_arguments_follow_keywords_up_to_the_constructor_that_takes_no_more():
     assert {name: default for name, (_, default) in config_arguments(Parent).items() if name != "size"} == {
-        "rate": 0.25, "mode": "x"
-    }  # fmt: skip
+        "rate": 0.25,
+        "mode": "x",
+    }
     assert set(config_arguments(Child)) == {"extra", "rate", "size"}  # neither device nor mode
     assert set(config_arguments(Closed)) == {"only"}
 
@@ -170,10 +171,17 @@ def test_the_same_key_in_different_objects_is_fine(tmp_path):
 @pytest.mark.parametrize(
     "assignment, value",
     [
-        ("a.b.c=3", 3), ("a.b.c=3.0", 3.0), ("a.b.c=true", True), ("a.b.c=null", None), ("a.b.c=l1_l2", "l1_l2"),
-        ('a.b.c="3"', "3"), ('a.b.c={"x": [1, 2]}', {"x": [1, 2]}), ("a.b.c=k=v", "k=v"), ("a.b.c=", ""),
+        ("a.b.c=3", 3),
+        ("a.b.c=3.0", 3.0),
+        ("a.b.c=true", True),
+        ("a.b.c=null", None),
+        ("a.b.c=l1_l2", "l1_l2"),
+        ('a.b.c="3"', "3"),
+        ('a.b.c={"x": [1, 2]}', {"x": [1, 2]}),
+        ("a.b.c=k=v", "k=v"),
+        ("a.b.c=", ""),
     ],
-)  # fmt: skip
+)
 def test_an_override_is_json_or_else_text(assignment, value):
     config = {"a": {"b": {"c": 1, "d": 2}}}
     apply_override(config, assignment)
@@ -253,13 +261,23 @@ def trellis_config() -> dict:
         "trainer": {
             "name": "SparseStructureVaeTrainer",
             "args": {
-                "max_steps": 1000000, "batch_size_per_gpu": 4, "batch_split": 1,
-                "optimizer": {"name": "AdamW", "args": {"lr": 1e-4, "weight_decay": 0.0}}, "ema_rate": [0.9999],
-                "fp16_mode": "inflat_all", "fp16_scale_growth": 0.001, "elastic": None, "grad_clip": clipper,
-                "i_log": 500, "i_sample": 10000, "i_save": 10000, "loss_type": "dice", "lambda_kl": 0.001,
+                "max_steps": 1000000,
+                "batch_size_per_gpu": 4,
+                "batch_split": 1,
+                "optimizer": {"name": "AdamW", "args": {"lr": 1e-4, "weight_decay": 0.0}},
+                "ema_rate": [0.9999],
+                "fp16_mode": "inflat_all",
+                "fp16_scale_growth": 0.001,
+                "elastic": None,
+                "grad_clip": clipper,
+                "i_log": 500,
+                "i_sample": 10000,
+                "i_save": 10000,
+                "loss_type": "dice",
+                "lambda_kl": 0.001,
             },
         },
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,11 @@ def make_run(grids: torch.Tensor) -> None:
 
     Path("data").mkdir()
     np.savez("data/general_train.npz", bits=pack_bits(grids[:, 0]))
-    run_bash("python train.py --config configs/vae/demo_stage1.json --data_dir data/general_train.npz "
-             "--output_dir outputs/general", " ".join(ADDED["64 codes"] + ADDED["one step"]))  # fmt: skip
+    run_bash(
+        "python train.py --config configs/vae/demo_stage1.json --data_dir data/general_train.npz "
+        "--output_dir outputs/general",
+        " ".join(ADDED["64 codes"] + ADDED["one step"]),
+    )
 
 
 def make_shapellm_file(grids: torch.Tensor) -> None:
@@ -253,8 +256,11 @@ def test_the_stored_notebook_is_small_and_ran_in_order():
 
 def modules() -> list[str]:
     packages = (trellis.tokens, trellis.modules.quantizers)
-    found = [module.name for package in packages
-             for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+    found = [
+        module.name
+        for package in packages
+        for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+    ]
     return ["trellis.tokenizer", *(package.__name__ for package in packages), *found]
 
 

@@ -71,10 +71,13 @@ def compare(predicted: np.ndarray, grid: np.ndarray) -> dict:
     many."""
     hits, union = (predicted & grid).sum(), (predicted | grid).sum()
     row = {
-        "iou": hits / union, "recall": hits / grid.sum(),
-        "precision": hits / predicted.sum() if predicted.any() else 1.0, "exact": float((predicted == grid).all()),
-        "chamfer": None, "f_score": None,
-    }  # fmt: skip
+        "iou": hits / union,
+        "recall": hits / grid.sum(),
+        "precision": hits / predicted.sum() if predicted.any() else 1.0,
+        "exact": float((predicted == grid).all()),
+        "chamfer": None,
+        "f_score": None,
+    }
     if grid.size > 16**3:
         return row
     if not predicted.any():
@@ -136,12 +139,13 @@ def by_hand(run: Path, data: Path, rate: float | None, split: str = "val") -> di
                         own.append((bool(part.any()), code))
                     inside = [code for occupied, code in own if occupied]
                     rows[start + b] |= {
-                        "quantization_error": ((latent[b] - quantized[b]) ** 2).mean(), "tokens_occupied": len(inside),
+                        "quantization_error": ((latent[b] - quantized[b]) ** 2).mean(),
+                        "tokens_occupied": len(inside),
                         "object_usage": len({code for _, code in own}) / len(codebook),
                         "object_perplexity": 2 ** entropy_of([code for _, code in own]),
                         "object_usage_occupied": len(set(inside)) / len(codebook),
                         "object_perplexity_occupied": 2 ** entropy_of(inside),
-                    }  # fmt: skip
+                    }
                     used += own
                 z = torch.from_numpy(quantized).float().contiguous(memory_format=torch.channels_last_3d)
             else:
@@ -184,27 +188,30 @@ def by_hand(run: Path, data: Path, rate: float | None, split: str = "val") -> di
         for suffix, kinds in (("", (True, False)), ("_occupied", (True,)), ("_empty", (False,))):
             codes = [code for occupied, code in used if occupied in kinds]
             result |= {
-                f"tokens{suffix}": len(codes) / len(rows), f"codebook_usage{suffix}": len(set(codes)) / len(codebook),
+                f"tokens{suffix}": len(codes) / len(rows),
+                f"codebook_usage{suffix}": len(set(codes)) / len(codebook),
                 f"codebook_perplexity{suffix}": 2 ** entropy_of(codes),
                 f"entropy_bits_per_object{suffix}": len(codes) / len(rows) * entropy_of(codes),
-            }  # fmt: skip
+            }
     else:
         result |= {"kl_cells_per_group": 4, "id_bits": 13}
         result["kl_bits_per_cell"] = result["kl_bits_per_object"] / (size // 4) ** 3
         for suffix, kinds in (("", (True, False)), ("_occupied", (True,)), ("_empty", (False,))):
             kl = [kl for occupied, kl in groups if occupied in kinds]
             result |= {
-                f"groups{suffix}": len(kl) / len(rows), f"kl_bits_per_object{suffix}": sum(kl) / len(rows),
+                f"groups{suffix}": len(kl) / len(rows),
+                f"kl_bits_per_object{suffix}": sum(kl) / len(rows),
                 f"kl_bits_per_group{suffix}": np.mean(kl),
-            }  # fmt: skip
+            }
     sources = SOURCES if split == "val" and size == 16 else [""] * len(rows)
     result["sources"] = {}
     for source in sorted(set(sources) - {""}):
         chosen = [row for row, other in zip(rows, sources, strict=True) if other == source]
         result["sources"][source] = {
-            "objects": len(chosen), **{key: mean_of(key, chosen) for key in (*ious, "f_score", "chamfer")},
+            "objects": len(chosen),
+            **{key: mean_of(key, chosen) for key in (*ious, "f_score", "chamfer")},
             **{f"{key}_p5": percentile_5([row[key] for row in chosen]) for key in ious},
-        }  # fmt: skip
+        }
     result["rows"] = rows
     return result
 
@@ -287,10 +294,13 @@ def test_the_report_says_what_was_scored_and_the_sheet_is_a_picture(vae_run, sou
     assert printed["ema0.9, sampled"]["IoU"] == f"{scores['sampled_iou']:.4f}"
     source = scores["sources"]["chairs"]
     assert table(lines, "sources, ema0.9")["chairs"] == {
-        "objects": "3", "IoU": f"{source['iou']:.4f}", "5 %": f"{source['iou_p5']:.4f}",
-        "F-score": f"{source['f_score']:.4f}", "chamfer, voxels": f"{source['chamfer']:.4f}",
+        "objects": "3",
+        "IoU": f"{source['iou']:.4f}",
+        "5 %": f"{source['iou_p5']:.4f}",
+        "F-score": f"{source['f_score']:.4f}",
+        "chamfer, voxels": f"{source['chamfer']:.4f}",
         "sampled IoU": f"{source['sampled_iou']:.4f}",
-    }  # fmt: skip
+    }
     kl = table(lines, "KL in bits, a group beside 13 of an id")
     for kind in ("", "_occupied", "_empty"):
         row = kl["ema0.5" + kind.replace("_", ", ")]
@@ -306,8 +316,12 @@ def test_the_codebook_is_printed_with_and_without_empty_tokens(vq_run, tmp_path,
     assert list(printed) == [
         f"{label}{kind}" for label in ("ema0.9999", "raw") for kind in ("", ", occupied", ", empty")
     ]
-    columns = {"tokens": "tokens", "perplexity": "codebook_perplexity", "perplexity/object": "object_perplexity",
-               "entropy bits/object": "entropy_bits_per_object"}  # fmt: skip
+    columns = {
+        "tokens": "tokens",
+        "perplexity": "codebook_perplexity",
+        "perplexity/object": "object_perplexity",
+        "entropy bits/object": "entropy_bits_per_object",
+    }
     for kind in ("", "_occupied", "_empty"):
         row = printed["raw" + kind.replace("_", ", ")]
         for column, key in columns.items():
@@ -378,8 +392,15 @@ def test_a_mistake_is_one_clear_error_and_writes_nothing(flags, message, vq_run,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flags", [["--ckpt", "none"], ["--batch_size", "0"], ["--split", "test"],
-                                   ["--pretrained", "x", "--data_dir", "y", "--output_dir", "z"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--ckpt", "none"],
+        ["--batch_size", "0"],
+        ["--split", "test"],
+        ["--pretrained", "x", "--data_dir", "y", "--output_dir", "z"],
+    ],
+)
 def test_a_wrong_flag_ends_non_zero(flags):
     with pytest.raises(SystemExit) as stop:
         script.parse_args(["--run", "x", *flags])
@@ -404,9 +425,16 @@ def test_examples_are_the_worst_the_median_and_the_best_each_once():
     iou = torch.tensor([0.9, 0.1, 0.5, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6, 0.0, 1.0])
     picked = script.pick_examples(iou)
     assert [(label, round(iou[number].item(), 1)) for label, number in picked] == [
-        ("worst", 0.0), ("worst", 0.1), ("worst", 0.2), ("median", 0.4), ("median", 0.5), ("median", 0.6),
-        ("best", 0.8), ("best", 0.9), ("best", 1.0),
-    ]  # fmt: skip
+        ("worst", 0.0),
+        ("worst", 0.1),
+        ("worst", 0.2),
+        ("median", 0.4),
+        ("median", 0.5),
+        ("median", 0.6),
+        ("best", 0.8),
+        ("best", 0.9),
+        ("best", 1.0),
+    ]
     for number in range(1, 12):
         objects = [index for _, index in script.pick_examples(iou[:number])]
         assert len(objects) == len(set(objects)) == min(number, 9)

@@ -101,8 +101,15 @@ def test_ids_of_another_tokenizer_are_refused(base, tmp_path, capsys):
 
 
 def test_names_that_are_no_hashes_are_refused(base, tokenizer, ids, tmp_path, capsys):
-    parquet.write_shard(tmp_path / "a.parquet", parquet.TokenInfo.of(tokenizer, "fp32"), ["../../x"], ["x"], [None],
-                        ids[:1].numpy(), np.ones(1))  # fmt: skip
+    parquet.write_shard(
+        tmp_path / "a.parquet",
+        parquet.TokenInfo.of(tokenizer, "fp32"),
+        ["../../x"],
+        ["x"],
+        [None],
+        ids[:1].numpy(),
+        np.ones(1),
+    )
     assert run(base, tmp_path / "out", "--tokens", tmp_path / "a.parquet", "--format", "voxels") == 1
     assert "'../../x' is no hash" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -115,9 +122,10 @@ def lines_of(form: str, texts: list[str]) -> str:
     make = {
         "string.jsonl": lambda text: text,
         "predict.jsonl": lambda text: {"prompt": "p", "predict": f"Sure. {text}", "label": "l"},
-        "conversations.jsonl": lambda text: {"conversations": [{"from": "human", "value": f"What is {text}?"},
-                                                               {"from": "gpt", "value": "A chair."}]},
-    }[form]  # fmt: skip
+        "conversations.jsonl": lambda text: {
+            "conversations": [{"from": "human", "value": f"What is {text}?"}, {"from": "gpt", "value": "A chair."}]
+        },
+    }[form]
     return "".join(json.dumps(make(text)) + "\n" for text in texts)
 
 
@@ -156,10 +164,16 @@ def test_damaged_answers_are_listed_or_repaired(base, tokenizer, ids, tmp_path, 
         assert torch.equal(read_voxels(path), want[0])
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("{", "is no JSON"), ("[1]", "has no text as"), ('{"question": "a"}', "has no text as"),
-    ('{"conversations": [{"from": "gpt", "value": "no"}]}', "has no text as"), ('"no mesh"', "no object in it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "has no text as"),
+        ('{"question": "a"}', "has no text as"),
+        ('{"conversations": [{"from": "gpt", "value": "no"}]}', "has no text as"),
+        ('"no mesh"', "no object in it"),
+    ],
+)
 def test_lines_without_an_answer_are_listed(base, tmp_path, content, message, capsys):
     (tmp_path / "answers.jsonl").write_text(content + "\n")
     assert run(base, tmp_path / "out", "--text", tmp_path / "answers.jsonl", "--format", "voxels") == 1

@@ -197,13 +197,14 @@ def test_whole_models_equal_the_plain_ones(frozen, monkeypatch):
         assert relative(quick, plain) < 1e-4
 
 
-@pytest.mark.parametrize("trainer, args", [
-    ("SparseStructureVaeTrainer", {"loss_type": "dice"}),
-    ("SparseStructureVqVaeTrainer", {"freeze": ["encoder", "decoder"], "loss_type": "l1"}),
-])  # fmt: skip
-def test_training_through_the_kernels_gives_the_plain_losses(
-    trainer, args, tmp_path, write_config, monkeypatch
-):
+@pytest.mark.parametrize(
+    "trainer, args",
+    [
+        ("SparseStructureVaeTrainer", {"loss_type": "dice"}),
+        ("SparseStructureVqVaeTrainer", {"freeze": ["encoder", "decoder"], "loss_type": "l1"}),
+    ],
+)
+def test_training_through_the_kernels_gives_the_plain_losses(trainer, args, tmp_path, write_config, monkeypatch):
     """train.py, with everything that surrounds the models, on 8³ grids: the interpreter is slow."""
     bits = np.packbits(solid_grids(4, 8, 0).reshape(4, -1), axis=1)
     np.savez(tmp_path / "train.npz", bits=bits)

@@ -91,6 +91,7 @@ def damage(offset: int, content: bytes, file: str = "latents.bin"):
         with open(folder / file, "r+b") as stream:
             stream.seek(offset)
             stream.write(content)
+
     return apply
 
 
@@ -149,8 +150,10 @@ def test_whatever_a_killed_writer_leaves_is_a_right_row_or_none(tmp_path):
     folder = cache_folder(tmp_path, KEY, shape)
     right = torch.arange(1.0, 401).view(-1, 1, 1, 1, 1).expand(shape)
     for _ in range(2):
-        writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE)
-                   for _ in range(2)]  # fmt: skip
+        writers = [
+            subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE)
+            for _ in range(2)
+        ]
         enough = moments.randrange(1, 200)
         while np.count_nonzero(np.fromfile(folder / "checks.bin", np.uint32)) < enough:
             assert all(writer.poll() in (None, 0) for writer in writers)

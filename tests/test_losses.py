@@ -81,9 +81,15 @@ def test_extreme_logits_stay_finite_with_their_gradient(name):
     assert value.isfinite() and logits.grad.isfinite().all()
     # Two of four voxels are wrong: by 1 in probability, by 1e4 in log-likelihood.
     want = {
-        "bce": 5e3, "l1": 0.5, "l2": 0.5, "l1_l2": 1.0, "dice": 1 - 3 / 5, "bce_dice": 5e3 + 1 - 3 / 5,
-        "bce_iou": 5e3 + 1 - 2 / 4, "focal": 5e3,
-    }[name]  # fmt: skip
+        "bce": 5e3,
+        "l1": 0.5,
+        "l2": 0.5,
+        "l1_l2": 1.0,
+        "dice": 1 - 3 / 5,
+        "bce_dice": 5e3 + 1 - 3 / 5,
+        "bce_iou": 5e3 + 1 - 2 / 4,
+        "focal": 5e3,
+    }[name]
     assert value.item() == pytest.approx(want)
 
 
@@ -103,10 +109,19 @@ def test_gradient_of_l1_has_the_factor_that_stalls_confident_mistakes():
     torch.testing.assert_close(logits.grad, want, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("name, slope", [
-    ("bce", 0.25), ("bce_dice", 0.25), ("bce_iou", 0.25), ("focal", 0.25), ("l1", 0), ("l2", 0), ("l1_l2", 0),
-    ("dice", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, slope",
+    [
+        ("bce", 0.25),
+        ("bce_dice", 0.25),
+        ("bce_iou", 0.25),
+        ("focal", 0.25),
+        ("l1", 0),
+        ("l2", 0),
+        ("l1_l2", 0),
+        ("dice", 0),
+    ],
+)
 def test_which_losses_teach_a_voxel_that_is_confidently_wrong(name, slope):
     logits = torch.tensor([30.0, -30.0, 30.0, -30.0]).view(1, 1, 1, 2, 2).requires_grad_()
     target = torch.tensor([0, 0, 1, 1]).view(1, 1, 1, 2, 2)

@@ -20,8 +20,10 @@ from trellis.grids.voxels import points_to_occupancy, read_ply  # noqa: E402
 from trellis.utils.errors import ConfigError, DataError  # noqa: E402
 
 SAMPLE = SHARED / "data" / "meshes_sample"
-TETRAHEDRON = (np.array([(0, 0, 0), (4, 0, 0), (0, 2, 0), (1, 0.5, 3)]),
-               np.array([(0, 2, 1), (0, 1, 3), (1, 2, 3), (2, 0, 3)]))
+TETRAHEDRON = (
+    np.array([(0, 0, 0), (4, 0, 0), (0, 2, 0), (1, 0.5, 3)]),
+    np.array([(0, 2, 1), (0, 1, 3), (1, 2, 3), (2, 0, 3)]),
+)
 
 
 def tetrahedron(scale: float = 1.0) -> trimesh.Trimesh:
@@ -40,8 +42,9 @@ def grid_of(path: Path, resolution: int = 16, up_axis: str = "keep") -> np.ndarr
 
 def cells_met(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.ndarray:
     """Reference: [R, R, R] bool by separating axes of every triangle and every cell, all in float64."""
-    centres = (np.stack(np.meshgrid(*[np.arange(resolution)] * 3, indexing="ij"), -1).reshape(-1, 3) + 0.5
-               ) / resolution - 0.5
+    centres = (
+        np.stack(np.meshgrid(*[np.arange(resolution)] * 3, indexing="ij"), -1).reshape(-1, 3) + 0.5
+    ) / resolution - 0.5
     half = 0.5 / resolution
     met = np.zeros(len(centres), dtype=bool)
     for triangle in np.clip(vertices, -0.5 + 1e-6, 0.5 - 1e-6)[faces]:
@@ -74,9 +77,17 @@ def test_grid_equals_an_independent_reference(shape):
     assert np.array_equal(cells, np.argwhere(cells_met(vertices, mesh.faces, 16)))  # the order too
 
 
-@pytest.mark.parametrize("name", ["myo_sim__l_femur.stl", "bullet3__000.obj", "trimesh__ballA.off",
-                                  "trimesh__fixed_top.ply", "quaternius-showcase__CruiseShip.glb",
-                                  "KayKit-City-Builder-Bits-1.0__car_taxi.obj"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "myo_sim__l_femur.stl",
+        "bullet3__000.obj",
+        "trimesh__ballA.off",
+        "trimesh__fixed_top.ply",
+        "quaternius-showcase__CruiseShip.glb",
+        "KayKit-City-Builder-Bits-1.0__car_taxi.obj",
+    ],
+)
 def test_real_meshes_equal_published_grids(name, tmp_path):
     if not SAMPLE.exists():
         pytest.skip("no sample meshes here")
@@ -133,12 +144,17 @@ BROKEN = {
     "nothing.stl": (b"", "0 bytes"),
     "speck.obj": (b"v 1 1 1\nv 1 1 1\nv 1 1 1\nf 1 2 3\n", "longest edge is 0"),
     "astray.off": (b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", "face index outside"),
-    "astray.ply": (b"ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\n"
-                   b"property float z\nelement face 1\nproperty list uchar int vertex_indices\nend_header\n"
-                   b"0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", "0 to 7 of 3"),
+    "astray.ply": (
+        b"ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\n"
+        b"property float z\nelement face 1\nproperty list uchar int vertex_indices\nend_header\n"
+        b"0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n",
+        "0 to 7 of 3",
+    ),
     "text.glb": (b"this is no mesh", "cannot be read"),
-    "draco.gltf": (b'{"asset": {"version": "2.0"}, "extensionsRequired": ["EXT_meshopt_compression"]}',
-                   "without compression"),
+    "draco.gltf": (
+        b'{"asset": {"version": "2.0"}, "extensionsRequired": ["EXT_meshopt_compression"]}',
+        "without compression",
+    ),
 }
 
 
@@ -151,8 +167,9 @@ def test_broken_mesh_is_refused_with_a_reason(name, tmp_path):
     assert not (tmp_path / "grid.ply").exists()
 
 
-@pytest.mark.parametrize("suffix, reason", [("glb", "cannot be read"), ("ply", "cannot be read"),
-                                            ("stl", "no triangles")])
+@pytest.mark.parametrize(
+    "suffix, reason", [("glb", "cannot be read"), ("ply", "cannot be read"), ("stl", "no triangles")]
+)
 def test_truncated_mesh_is_refused(suffix, reason, tmp_path):
     path = tmp_path / f"mesh.{suffix}"
     trimesh.creation.icosphere().export(path)
@@ -164,20 +181,31 @@ def test_truncated_mesh_is_refused(suffix, reason, tmp_path):
 def shapellm_reference(mesh: trimesh.Trimesh, resolution: int) -> np.ndarray:
     """ShapeLLM-Omni's grid, [R, R, R] bool: its points are turned by a rotation matrix, in coordinates."""
     points = (mesh.vertices - mesh.vertices.min()) / (mesh.vertices.max() - mesh.vertices.min()) - 0.5
-    mesh = open3d.geometry.TriangleMesh(open3d.utility.Vector3dVector(points.clip(-0.5 + 1e-6, 0.5 - 1e-6)),
-                                        open3d.utility.Vector3iVector(mesh.faces))
+    mesh = open3d.geometry.TriangleMesh(
+        open3d.utility.Vector3dVector(points.clip(-0.5 + 1e-6, 0.5 - 1e-6)), open3d.utility.Vector3iVector(mesh.faces)
+    )
     voxels = open3d.geometry.VoxelGrid.create_from_triangle_mesh_within_bounds(
-        mesh, 1 / resolution, (-0.5, -0.5, -0.5), (0.5, 0.5, 0.5)).get_voxels()
+        mesh, 1 / resolution, (-0.5, -0.5, -0.5), (0.5, 0.5, 0.5)
+    ).get_voxels()
     centres = (np.array([voxel.grid_index for voxel in voxels]) + 0.5) / resolution - 0.5
-    turned = centres @ np.array([(1, 0, 0), (0, np.cos(np.pi / 2), -np.sin(np.pi / 2)),
-                                 (0, np.sin(np.pi / 2), np.cos(np.pi / 2))]).T
+    turned = (
+        centres
+        @ np.array([(1, 0, 0), (0, np.cos(np.pi / 2), -np.sin(np.pi / 2)), (0, np.sin(np.pi / 2), np.cos(np.pi / 2))]).T
+    )
     grid = np.zeros((resolution,) * 3, dtype=bool)
     grid[tuple(np.floor((turned + 0.5) * resolution).astype(int).T)] = True
     return grid
 
 
-@pytest.mark.parametrize("name", ["myo_sim__l_femur.stl", "common-3d-test-models__spot.obj",
-                                  "libigl-tutorial-data__camelhead.off", "trimesh__bunny.ply"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "myo_sim__l_femur.stl",
+        "common-3d-test-models__spot.obj",
+        "libigl-tutorial-data__camelhead.off",
+        "trimesh__bunny.ply",
+    ],
+)
 def test_shapellm_normalization_equals_a_reference_on_real_meshes(name):
     if not SAMPLE.exists():
         pytest.skip("no sample meshes here")
@@ -219,8 +247,11 @@ def test_mesh_to_grid_names_the_file_or_the_setting(tmp_path):
         with pytest.raises(DataError, match=f"{name}: .*{reason}"):
             meshes.mesh_to_grid(tmp_path / name, 16, "y", "shapellm")
     for up_axis, normalization, message in (
-            ("keep", "shapellm", "up_axis 'keep': .*\"y\""), ("z", "shapellm", "up_axis 'z'"),
-            ("x", "cube", "up_axis 'x'"), ("y", "box", "normalization 'box'")):
+        ("keep", "shapellm", "up_axis 'keep': .*\"y\""),
+        ("z", "shapellm", "up_axis 'z'"),
+        ("x", "cube", "up_axis 'x'"),
+        ("y", "box", "normalization 'box'"),
+    ):
         with pytest.raises(ConfigError, match=message):
             meshes.mesh_to_grid(tmp_path / "empty.obj", 16, up_axis, normalization)
 
@@ -236,9 +267,12 @@ def test_unloadable_open3d_names_the_packages(tmp_path, monkeypatch):
 @pytest.mark.parametrize("package", ["trimesh", "open3d"])
 def test_a_missing_package_is_named(package, tmp_path):
     tetrahedron().export(tmp_path / "mesh.off")
-    code = (f"import sys; sys.modules[{package!r}] = None\n"
-            "from trellis.grids.meshes import mesh_to_grid\nmesh_to_grid('mesh.off', 16)")
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, text=True,
-                         capture_output=True)
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from trellis.grids.meshes import mesh_to_grid\nmesh_to_grid('mesh.off', 16)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, text=True, capture_output=True
+    )
     assert run.returncode == 1 and "ConfigError: a Python package is missing" in run.stderr
     assert f"pip install {package}" in run.stderr

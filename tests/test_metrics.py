@@ -32,8 +32,12 @@ def reference(prediction: list[bool], target: list[bool]) -> dict[str, float]:
     def ratio(whole):
         return hits / whole if whole else 1.0
 
-    return {"iou": ratio(union), "precision": ratio(sum(prediction)), "recall": ratio(sum(target)),
-            "exact": float(all(p == t for p, t in cells))}
+    return {
+        "iou": ratio(union),
+        "precision": ratio(sum(prediction)),
+        "recall": ratio(sum(target)),
+        "exact": float(all(p == t for p, t in cells)),
+    }
 
 
 def test_metrics_equal_a_count_cell_by_cell():
@@ -88,8 +92,9 @@ def test_integer_predictions_and_unequal_shapes_are_refused():
 
 def distances_by_pairs(prediction: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
     """Chamfer distance and F-score of two grids [X, Y, Z] bool, neither empty, from every pair of voxels."""
-    apart = torch.cdist(prediction.nonzero().double(), target.nonzero().double(),
-                        compute_mode="donot_use_mm_for_euclid_dist")  # fmt: skip
+    apart = torch.cdist(
+        prediction.nonzero().double(), target.nonzero().double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
     to_target, to_prediction = apart.amin(1), apart.amin(0)
     precision, recall = (to_target <= 1).double().mean(), (to_prediction <= 1).double().mean()
     f_score = 2 * precision * recall / (precision + recall) if precision + recall else precision
@@ -279,9 +284,16 @@ def test_validation_measures_nothing_that_only_the_report_needs():
 
     means = evaluate(reconstruct, Grids(grids), range(2), batch_size=2, device=torch.device("cpu")).means()
     assert means == {
-        "iou": 1, "precision": 1, "recall": 1, "exact": 1, "quantization_error": 0, "codebook_usage": 0.5,
-        "codebook_perplexity": 1, "bits_per_object": 4, "entropy_bits_per_object": 0,
-    }  # fmt: skip
+        "iou": 1,
+        "precision": 1,
+        "recall": 1,
+        "exact": 1,
+        "quantization_error": 0,
+        "codebook_usage": 0.5,
+        "codebook_perplexity": 1,
+        "bits_per_object": 4,
+        "entropy_bits_per_object": 0,
+    }
 
 
 def test_a_block_is_occupied_where_a_cell_of_its_token_is():
@@ -319,12 +331,19 @@ def test_tokens_of_several_codes_with_and_without_empty_ones():
     assert objects["object_perplexity_occupied"] == pytest.approx([2**0.5, 1])
     third = math.log2(3) - 2 / 3  # of 1/3 and 2/3
     fifth = math.log2(5) - 0.8 * 2  # of 1/5 and 4/5
-    assert occupancy_scores(scores) == pytest.approx({
-        "tokens": 4, "tokens_occupied": 1.5, "tokens_empty": 2.5,
-        "codebook_usage_occupied": 3 / 6, "codebook_usage_empty": 3 / 6,
-        "codebook_perplexity_occupied": 2 ** (third / 2), "codebook_perplexity_empty": 2 ** (fifth / 2),
-        "entropy_bits_per_object_occupied": 1.5 * third, "entropy_bits_per_object_empty": 2.5 * fifth,
-    })  # fmt: skip
+    assert occupancy_scores(scores) == pytest.approx(
+        {
+            "tokens": 4,
+            "tokens_occupied": 1.5,
+            "tokens_empty": 2.5,
+            "codebook_usage_occupied": 3 / 6,
+            "codebook_usage_empty": 3 / 6,
+            "codebook_perplexity_occupied": 2 ** (third / 2),
+            "codebook_perplexity_empty": 2 ** (fifth / 2),
+            "entropy_bits_per_object_occupied": 1.5 * third,
+            "entropy_bits_per_object_empty": 2.5 * fifth,
+        }
+    )
     assert scores.means()["bits_per_object"] == pytest.approx(4 * 2 * math.log2(3))
     assert scores.means()["codebook_usage"] == pytest.approx(5 / 6)
 
@@ -347,12 +366,21 @@ def test_kl_rates_of_groups_with_and_without_voxels():
     assert scores.objects["kl_bits_per_object_occupied"].tolist() == [4 + 5, 0, 156]
     assert scores.objects["groups_occupied"].tolist() == [1, 0, 4]
     # Two cells along z make one group, since they are no multiple of four.
-    assert kl_scores(scores) == pytest.approx({
-        "kl_cells_per_group": 2, "kl_bits_per_cell": 276 / 24, "groups": 4, "groups_occupied": 5 / 3,
-        "groups_empty": 7 / 3, "kl_bits_per_group": 276 / 12, "kl_bits_per_group_occupied": 165 / 5,
-        "kl_bits_per_group_empty": 111 / 7, "kl_bits_per_object": 92, "kl_bits_per_object_occupied": 55,
-        "kl_bits_per_object_empty": 37,
-    })  # fmt: skip
+    assert kl_scores(scores) == pytest.approx(
+        {
+            "kl_cells_per_group": 2,
+            "kl_bits_per_cell": 276 / 24,
+            "groups": 4,
+            "groups_occupied": 5 / 3,
+            "groups_empty": 7 / 3,
+            "kl_bits_per_group": 276 / 12,
+            "kl_bits_per_group_occupied": 165 / 5,
+            "kl_bits_per_group_empty": 111 / 7,
+            "kl_bits_per_object": 92,
+            "kl_bits_per_object_occupied": 55,
+            "kl_bits_per_object_empty": 37,
+        }
+    )
     assert kl_scores(scored([2]))["kl_bits_per_group_empty"] is None
     assert kl_scores(scored([1]))["kl_bits_per_group_occupied"] is None
 

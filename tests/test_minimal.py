@@ -9,8 +9,23 @@ import torch
 from conftest import ROOT, tiny_config
 
 # Needed for training, data or the Hub, but neither to look at the package nor to run a published model.
-OPTIONAL = ("pandas", "plyfile", "PIL", "tensorboard", "easydict", "tqdm", "huggingface_hub", "trimesh", "open3d",
-            "pebble", "scipy", "skimage", "pyarrow", "dash", "matplotlib")  # fmt: skip
+OPTIONAL = (
+    "pandas",
+    "plyfile",
+    "PIL",
+    "tensorboard",
+    "easydict",
+    "tqdm",
+    "huggingface_hub",
+    "trimesh",
+    "open3d",
+    "pebble",
+    "scipy",
+    "skimage",
+    "pyarrow",
+    "dash",
+    "matplotlib",
+)
 
 BLOCK = f"""
 import sys
@@ -32,20 +47,26 @@ def python(code: str, *args: str) -> str:
 
 def outside(statement: str) -> set[str]:
     """Packages from outside the standard library that a statement loads beyond those of torch and numpy."""
-    return set(json.loads(python(f"""
+    return set(
+        json.loads(
+            python(f"""
 import json, sys
 import numpy, torch
 before = set(sys.modules)
 {statement}
 names = {{name.partition(".")[0] for name in set(sys.modules) - before}}
 print(json.dumps(sorted(names - set(sys.stdlib_module_names) - {{"numpy", "torch"}})))
-""")))
+""")
+        )
+    )
 
 
 def test_import_trellis_loads_nothing_but_torch_and_numpy():
     assert outside("import trellis") == {"trellis"}
-    assert outside("import trellis.models, trellis.modules.quantizers.vq, trellis.modules.losses, trellis.utils.config"
-                   ", trellis.evaluation.metrics, trellis.trainers, trellis.datasets") == {"trellis"}  # fmt: skip
+    assert outside(
+        "import trellis.models, trellis.modules.quantizers.vq, trellis.modules.losses, trellis.utils.config"
+        ", trellis.evaluation.metrics, trellis.trainers, trellis.datasets"
+    ) == {"trellis"}
 
 
 def test_import_trellis_is_light():
@@ -69,7 +90,9 @@ def test_models_quantizers_and_published_weights_need_no_optional_package(tmp_pa
     ss = torch.rand(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)).round()
     with torch.no_grad():
         want = models["quantizer"](models["encoder"](ss)).indices
-    output = python(BLOCK + """
+    output = python(
+        BLOCK
+        + """
 import torch
 import trellis
 from trellis.models import SparseStructureDecoder, SparseStructureEncoder, VectorQuantizer, from_pretrained
@@ -82,19 +105,24 @@ with torch.no_grad():
 assert models["decoder"](quantized.codes).shape == ss.shape
 assert torch.equal(models["quantizer"].lookup(quantized.indices), quantized.codes)
 print(quantized.indices.tolist())
-""", str(tmp_path))
+""",
+        str(tmp_path),
+    )
     assert json.loads(output) == want.tolist()
 
 
 def test_a_missing_local_pair_is_an_error_without_the_hub_client():
-    output = python(BLOCK + """
+    output = python(
+        BLOCK
+        + """
 from trellis.models import from_pretrained
 from trellis.utils.errors import CheckpointError
 try:
     from_pretrained("gone/encoder")
 except CheckpointError as error:
     print(error)
-""")
+"""
+    )
     assert "gone/encoder" in output and "no Hub path" in output
 
 

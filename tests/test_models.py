@@ -129,8 +129,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     from safetensors.torch import save_file
 
     (tmp_path / "small.json").write_text(json.dumps(encoder_spec()))
-    save_file({k: v.contiguous() for k, v in build(encoder_spec(channels=[4, 16])).state_dict().items()},
-              tmp_path / "small.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in build(encoder_spec(channels=[4, 16])).state_dict().items()},
+        tmp_path / "small.safetensors",
+    )
     with pytest.raises(CheckpointError, match=r"small\.safetensors does not fit .*blocks\.1\.conv\.weight is \[16"):
         from_pretrained(str(tmp_path / "small"))
 

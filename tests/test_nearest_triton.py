@@ -92,8 +92,17 @@ def huge(D, n=N, k=K):
 
 
 ALL = [
-    normal, offset, lattice, clusters, duplicates, small_codes, small_vectors, outliers, tiny, huge,
-]  # fmt: skip
+    normal,
+    offset,
+    lattice,
+    clusters,
+    duplicates,
+    small_codes,
+    small_vectors,
+    outliers,
+    tiny,
+    huge,
+]
 
 
 class Spy:
@@ -240,8 +249,13 @@ def test_all_codes_are_tried_only_where_they_must(case, share, decide):
 class Compiler:
     """Stands in for a kernel: compiles it for an H200 from the arguments of each launch, and checks the code."""
 
-    POINTERS = {torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32",
-                torch.int64: "*i64"}  # fmt: skip
+    POINTERS = {
+        torch.float16: "*fp16",
+        torch.float32: "*fp32",
+        torch.float64: "*fp64",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+    }
 
     def __init__(self, kernel):
         self.kernel = kernel

@@ -32,14 +32,28 @@ SCHEDULES = {
     "LinearWarmupLRScheduler": {"warmup_steps": 5},
 }
 NOT_FROM_JSON = {"LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler"}  # take functions, schedules
-OPTIMIZERS = ["Adafactor", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "Muon", "NAdam", "RAdam",
-              "RMSprop", "Rprop", "SGD"]  # fmt: skip
+OPTIMIZERS = [
+    "Adafactor",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "ASGD",
+    "Muon",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+]
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: nn.Parameter(torch.randn(3, 4, generator=generator) * scale) for name, scale in
-            (("a", 1.0), ("b", 0.01))}  # fmt: skip
+    return {
+        name: nn.Parameter(torch.randn(3, 4, generator=generator) * scale) for name, scale in (("a", 1.0), ("b", 0.01))
+    }
 
 
 class Run:
@@ -99,9 +113,10 @@ def assert_continues_exactly(*spec) -> list[list[float]]:
 
 def test_every_schedule_of_torch_is_covered_here():
     classes = {
-        name for name, value in vars(schedulers).items()
+        name
+        for name, value in vars(schedulers).items()
         if isinstance(value, type) and issubclass(value, schedulers.LRScheduler) and not name.startswith("_")
-    }  # fmt: skip
+    }
     assert classes - {"LRScheduler"} == (SCHEDULES.keys() | NOT_FROM_JSON) - {"LinearWarmupLRScheduler"}
 
 
@@ -127,8 +142,11 @@ def test_after_a_warm_up_every_schedule_starts_at_its_beginning(name):
     assert rates[4:] == pytest.approx([alone.step(number)[0] for number in range(10)])
 
 
-@pytest.mark.parametrize("spec", [{"name": name, "args": args} for name, args in SCHEDULES.items()]
-                         + [{"name": "OneCycleLR", "args": SCHEDULES["OneCycleLR"], "warmup_steps": 3}])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [{"name": name, "args": args} for name, args in SCHEDULES.items()]
+    + [{"name": "OneCycleLR", "args": SCHEDULES["OneCycleLR"], "warmup_steps": 3}],
+)
 def test_a_schedules_own_rates_are_relative_under_rms(spec):
     """max_lr, base_lr, eta_min and min_lr mean for each tensor what the configuration's lr means."""
     plain, scaled = Run(SGD, spec), Run(SGD, spec, "rms")
@@ -211,7 +229,7 @@ def test_the_preview_is_what_a_run_would_do(name):
         ({"name": "ExponentialLR", "arg": {}}, "where.arg is unknown; did you mean args?"),
         ({"args": {"gamma": 0.9}}, "where.name is missing"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_schedule_is_a_clear_error(spec, message):
     with pytest.raises(ConfigError) as error:
         optim.check_lr_scheduler(spec, SGD, 14, "where")
@@ -229,8 +247,11 @@ def test_a_schedule_that_needs_momentum_is_checked_with_the_runs_own_optimizer()
 
 
 def test_every_optimizer_of_torch_is_covered_here():
-    classes = {name for name, value in vars(torch.optim).items()
-               if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)}  # fmt: skip
+    classes = {
+        name
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    }
     assert classes - {"Optimizer", "LBFGS", "SparseAdam"} == set(OPTIMIZERS)
 
 
@@ -314,8 +335,11 @@ def test_a_multiplier_is_a_factor_on_the_lr_of_a_models_tensors(lr_scaling):
 
 
 def test_rms_scaling_has_a_floor_for_tensors_that_start_at_zero():
-    tensors = {"zero": nn.Parameter(torch.zeros(5)), "tiny": nn.Parameter(torch.full((5,), 1e-6)),
-               "two": nn.Parameter(torch.full((5,), -2.0))}  # fmt: skip
+    tensors = {
+        "zero": nn.Parameter(torch.zeros(5)),
+        "tiny": nn.Parameter(torch.full((5,), 1e-6)),
+        "two": nn.Parameter(torch.full((5,), -2.0)),
+    }
     optimizer = optim.build_optimizer({"name": "SGD", "args": {"lr": 0.1}}, tensors, "rms")
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4, 1e-4, 0.2])
     assert [group["name"] for group in optimizer.param_groups] == list(tensors)

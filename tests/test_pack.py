@@ -18,7 +18,7 @@ from trellis.grids.voxels import pack_bits  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
 
 R = 8
-SHA256 = ["%064x" % (number * 0x9e3779b97f4a7c15**4 % 2**256) for number in range(1, 8)]
+SHA256 = ["%064x" % (number * 0x9E3779B97F4A7C15**4 % 2**256) for number in range(1, 8)]
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -47,8 +47,10 @@ def test_packed_to_folder_and_back_is_the_identity(packed, tmp_path):
             assert file[key].dtype.kind == array.dtype.kind and np.array_equal(file[key], array), key
 
     assert unpack(tmp_path / "b.npz", tmp_path / "again") == 7
-    first, second = ({path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-                     for root in (tmp_path / "root", tmp_path / "again"))
+    first, second = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "root", tmp_path / "again")
+    )
     assert first == second and len(first) == 8
 
 

@@ -13,8 +13,13 @@ from trellis.trainers.precision import Precision
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-MODES = [(None, "bfloat16", "fp32"), (None, "float16", "fp32"), ("amp", "bfloat16", "bf16"), ("amp", "float16", "fp16"),
-         ("inflat_all", "float16", "fp16")]  # fmt: skip
+MODES = [
+    (None, "bfloat16", "fp32"),
+    (None, "float16", "fp32"),
+    ("amp", "bfloat16", "bf16"),
+    ("amp", "float16", "fp16"),
+    ("inflat_all", "float16", "fp16"),
+]
 
 
 @pytest.fixture

@@ -53,8 +53,7 @@ def test_three_cells_along_an_axis_move_the_picture_by_whole_pixels(axis, right,
 def test_a_cell_shows_a_bright_top_a_middling_left_and_a_dark_right_side():
     image = render_voxels(grid_of([(0, 0, 0)], 1)).astype(int).sum(-1)
     height, width = image.shape
-    top, left, right = (image[int(v * height), int(u * width)]
-                        for u, v in ((0.5, 0.25), (0.25, 0.62), (0.75, 0.62)))
+    top, left, right = (image[int(v * height), int(u * width)] for u, v in ((0.5, 0.25), (0.25, 0.62), (0.75, 0.62)))
     assert top > left + 30 and left > right + 30
     assert (image[[0, 0, -1, -1], [0, -1, 0, -1]] == sum(BACKGROUND)).all()
     assert drawn(render_voxels(grid_of([(0, 0, 0)], 1))).mean() == pytest.approx(0.75, abs=0.02)  # a hexagon
@@ -164,10 +163,14 @@ def test_a_sheet_holds_the_pictures_of_all_objects():
     target, broken = shell(), shell() & (np.indices((32,) * 3)[2] < 20)
     sheet = contact_sheet([(target, broken, "a ball"), (broken, broken, "half a ball")])
     assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
-    for picture in (render_voxels(target), render_voxels(broken), render_difference(target, broken),
-                    render_difference(broken, broken)):
+    for picture in (
+        render_voxels(target),
+        render_voxels(broken),
+        render_difference(target, broken),
+        render_difference(broken, broken),
+    ):
         rows, columns = np.nonzero(drawn(picture))
-        part = picture[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+        part = picture[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         windows = np.lib.stride_tricks.sliding_window_view(sheet, part.shape)[:, :, 0]
         probe = ((windows[:, :, 40, 40] == part[40, 40]) & (windows[:, :, 60, 50] == part[60, 50])).all(-1)
         assert any(np.array_equal(windows[place], part) for place in map(tuple, np.argwhere(probe)))
@@ -180,7 +183,7 @@ def test_many_objects_stand_two_by_two_and_all_are_captioned():
     named = contact_sheet([(target, reconstruction, "name") for target, reconstruction, _ in rows])
     changed = (named != five).any(-1)
     lines = np.flatnonzero(np.diff(np.concatenate([[0], changed.any(1), [0]])) == 1)
-    assert len(lines) == 3 and changed[:, :four.shape[1]].any() and changed[:, four.shape[1]:].any()
+    assert len(lines) == 3 and changed[:, : four.shape[1]].any() and changed[:, four.shape[1] :].any()
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([])
 

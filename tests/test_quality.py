@@ -75,8 +75,10 @@ def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd)
 
     rate_distortion.main(["--quality", str(tmp_path), "--output", str(tmp_path / "picture" / "rate.png")])
     printed = capfd.readouterr().out
-    for name, rate, iou in (("vae, sampled", "kl_bits_per_object", "sampled_iou"),
-                            ("1024_stage2", "entropy_bits_per_object", "iou")):  # fmt: skip
+    for name, rate, iou in (
+        ("vae, sampled", "kl_bits_per_object", "sampled_iou"),
+        ("1024_stage2", "entropy_bits_per_object", "iou"),
+    ):
         found = scores_of(tmp_path, name.split(",")[0])
         row = common.markdown_table(["", "", ""], [[name, found[rate] / 1e3, f"{found[iou]:.4f}"]]).splitlines()[-1]
         assert row in printed

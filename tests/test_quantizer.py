@@ -113,8 +113,10 @@ def test_losses_pull_only_their_own_side():
     z = torch.randn(1, 8, 2, 2, 2, requires_grad=True)
     losses = quantizer(z).losses
     assert torch.autograd.grad(losses["vq"], z, retain_graph=True, allow_unused=True)[0] is None
-    assert torch.autograd.grad(losses["commit"], quantizer.embeddings.weight, allow_unused=True,
-                               retain_graph=True)[0] is None
+    assert (
+        torch.autograd.grad(losses["commit"], quantizer.embeddings.weight, allow_unused=True, retain_graph=True)[0]
+        is None
+    )
     error = F.mse_loss(z, quantizer.lookup(quantizer(z).indices))
     torch.testing.assert_close(losses["vq"], error)
     torch.testing.assert_close(losses["commit"], error)

@@ -334,7 +334,7 @@ def test_lfq_ids_are_signs_and_its_entropies_those_of_the_softmax_over_all_codes
     p = (-(vectors[:, None] - quantizer.points).square().sum(-1) / 1.7).softmax(1)
     want = torch.special.entr(p).sum(1).mean() - torch.special.entr(p.mean(0)).sum()
     torch.testing.assert_close(quantized.losses["entropy"], want)
-    got_gradient, = torch.autograd.grad(quantized.losses["entropy"], z)
+    (got_gradient,) = torch.autograd.grad(quantized.losses["entropy"], z)
     torch.testing.assert_close(got_gradient, *torch.autograd.grad(want, z), rtol=1e-4, atol=1e-6)
 
 

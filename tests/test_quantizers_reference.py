@@ -135,8 +135,9 @@ def test_lookup_free():
     torch.testing.assert_close(as_rows(got.codes), want)
     bits = [indices >> place & 1 for place in reversed(range(5))]  # it takes the first sign as the highest bit
     assert torch.equal(got.indices.flatten(1), sum(bit << place for place, bit in enumerate(bits)))
-    torch.testing.assert_close(got.losses["entropy"], parts.per_sample_entropy - parts.batch_entropy,
-                               rtol=1e-3, atol=1e-3)  # it keeps probabilities away from zero
+    torch.testing.assert_close(
+        got.losses["entropy"], parts.per_sample_entropy - parts.batch_entropy, rtol=1e-3, atol=1e-3
+    )  # it keeps probabilities away from zero
     torch.testing.assert_close(got.losses["commit"], parts.commitment)
 
 

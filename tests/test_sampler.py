@@ -91,9 +91,12 @@ def test_the_order_goes_on_where_items_are_no_longer_needed(workers, loaded):
     asked = itertools.count()
     data = _Squares()
     got = take_batches(
-        8, data, num_workers=workers, needs_items=lambda: next(asked) < loaded,
+        8,
+        data,
+        num_workers=workers,
+        needs_items=lambda: next(asked) < loaded,
         prepare=lambda batch, indices: {**batch, "indices": indices},
-    )  # fmt: skip
+    )
     pairs = [list(zip(batch["sample_ids"].tolist(), batch["indices"].tolist(), strict=True)) for batch in got]
     assert pairs == take(8, 4, start=8)
     assert ["square" in batch for batch in got] == [True] * loaded + [False] * (8 - loaded)
@@ -153,8 +156,13 @@ def test_noise_is_standard_normal_and_independent_between_samples():
 
 def test_seeds_do_not_depend_on_the_process_and_keep_parts_apart():
     code = "from trellis.utils.random_utils import derive_seed; print(derive_seed('noise', 3, 14))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                           env={"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)},
+    )
     assert int(other.stdout) == derive_seed("noise", 3, 14)
     seeds = {derive_seed(*parts) for parts in (("a", 1, 23), ("a", 12, 3), ("a", 123), ("b", 1, 23), ("a1", 23))}
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)

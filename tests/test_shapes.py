@@ -18,8 +18,9 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def write(root: Path, num: int, num_val: int = 0, seed: int = 0) -> int:
-    return make_shapes.main(["--output_dir", str(root), "--num", str(num), "--num_val", str(num_val),
-                        "--seed", str(seed)])
+    return make_shapes.main(
+        ["--output_dir", str(root), "--num", str(num), "--num_val", str(num_val), "--seed", str(seed)]
+    )
 
 
 def test_same_seed_same_bytes_and_more_only_adds(tmp_path):
@@ -98,8 +99,10 @@ def test_primitives_are_closed_and_have_their_volume():
         "disc": (primitives.disc(1, 0, 2, 4), 4),
         "bar": (primitives.bar((0, 0, 0), (0, 0, 3), 1, segments=4), 6),
         "box": (primitives.box((5, 5, 5), (1, 2, 3)), 6),
-        "ring": (primitives.sweep(np.insert(primitives.circle(3, 64), 2, 0, axis=1), 1, 32, closed=True),
-                 2 * np.pi**2 * 3),
+        "ring": (
+            primitives.sweep(np.insert(primitives.circle(3, 64), 2, 0, axis=1), 1, 32, closed=True),
+            2 * np.pi**2 * 3,
+        ),
     }
     for name, (solid, volume) in solids.items():
         closed = trimesh.Trimesh(solid.vertices, solid.faces)  # joins equal vertices

@@ -82,8 +82,9 @@ def test_several_roots_follow_each_other_and_repeated_objects_are_counted_once(t
     names = np.array([sha256(number) for number in range(12)])
     second = packed_root(tmp_path / "b" / "x.npz", grids, sha256=names).parent
     dataset = SparseStructure(f"{first}, {second}", resolution=R, split="all")
-    assert dataset.instances == ([(str(first), sha256(i)) for i in range(5)]
-                                 + [(str(second), sha256(i)) for i in range(5, 12)])
+    assert dataset.instances == (
+        [(str(first), sha256(i)) for i in range(5)] + [(str(second), sha256(i)) for i in range(5, 12)]
+    )
     assert np.array_equal(all_items(dataset)[:, 0].numpy(), grids)
     assert "5 removed as repeating an earlier root" in dataset.summary()
 
@@ -98,8 +99,12 @@ def test_default_sha256_is_that_of_the_packed_row(tmp_path):
 
 def test_filters_keep_what_they_should_and_report_the_rest(tmp_path):
     grids = random_grids(6)
-    root = ply_root(tmp_path / "a", grids, voxelized=["True", "True", "False", "", "True", "True"],
-                    aesthetic_score=[5, 4.5, 9, None, 4.4, 6])
+    root = ply_root(
+        tmp_path / "a",
+        grids,
+        voxelized=["True", "True", "False", "", "True", "True"],
+        aesthetic_score=[5, 4.5, 9, None, 4.4, 6],
+    )
     (root / "voxels" / f"{sha256(2)}.ply").unlink()  # a file that a filter leaves out need not be there
     dataset = SparseStructure(str(root), resolution=R, min_aesthetic_score=4.5, split="all")
     assert [name for _, name in dataset.instances] == [sha256(i) for i in (0, 1, 5)]
@@ -129,8 +134,9 @@ def test_batches_hold_the_items_in_the_samplers_order(tmp_path, layouts, workers
     chosen = [str(root) for layout, root in roots.items() if layouts in (layout, "both")]
     dataset = SparseStructure(",".join(chosen), resolution=R, split="all")
     assert dataset.in_memory == (layouts == "packed")
-    batches = endless_batches(dataset, 5, seed=1, start=10, device=torch.device("cpu"), num_workers=workers,
-                              prefetch=True)
+    batches = endless_batches(
+        dataset, 5, seed=1, start=10, device=torch.device("cpu"), num_workers=workers, prefetch=True
+    )
     order = ResumableSampler(len(dataset), 5, rank=0, world_size=1, seed=1, start=10)
     items = all_items(dataset)
     for batch, (sample_ids, indices) in zip(itertools.islice(batches, 6), order, strict=False):
@@ -210,10 +216,17 @@ def test_the_splits_part_the_data_and_reading_again_is_not_needed(tmp_path):
     assert len(parts["all"]) == 5 and parts["val"][0]["ss"].sum() == all_items(parts["all"])[1].sum()
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("voxels64_train.npz", "train"), ("val.npz", "val"), ("shapes-Val.npz", "val"), ("64train.npz", "train"),
-    ("interval.npz", None), ("train_a.npz", None),
-])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("voxels64_train.npz", "train"),
+        ("val.npz", "val"),
+        ("shapes-Val.npz", "val"),
+        ("64train.npz", "train"),
+        ("interval.npz", None),
+        ("train_a.npz", None),
+    ],
+)
 def test_a_file_name_gives_the_split_and_an_array_outranks_it(tmp_path, name, expected):
     grids = random_grids(40)
     path = packed_root(tmp_path / name, grids)
@@ -265,6 +278,7 @@ def without(name: str):
         target = root / name.format(sha256(1))
         shutil.rmtree(target) if target.is_dir() else target.unlink()
         return root
+
     return make
 
 
@@ -273,6 +287,7 @@ def metadata(content: bytes):
         root = ply_root(path / "root", random_grids(3))
         (root / "metadata.csv").write_bytes(content)
         return root
+
     return make
 
 
@@ -288,6 +303,7 @@ def folder(name: str, content: bytes | None = None):
         if content is not None:
             (path / "root" / name).write_bytes(content)
         return path / "root"
+
     return make
 
 

@@ -81,10 +81,17 @@ def counts(monkeypatch) -> collections.Counter:
     return counted
 
 
-@pytest.mark.parametrize("init, loss_type, split", [
-    ("uniform", "l1", 1), ("uniform", "l1", 2), ("uniform", "l1", 4), ("uniform", "none", 1),
-    ("kmeans", "l1", 1), ("kmeans", "none", 4),
-])
+@pytest.mark.parametrize(
+    "init, loss_type, split",
+    [
+        ("uniform", "l1", 1),
+        ("uniform", "l1", 2),
+        ("uniform", "l1", 4),
+        ("uniform", "none", 1),
+        ("kmeans", "l1", 1),
+        ("kmeans", "none", 4),
+    ],
+)
 def test_a_run_with_the_cache_is_bit_equal_to_one_without(
     init, loss_type, split, vae_run, data_dir, write_config, tmp_path, counts
 ):
@@ -198,8 +205,19 @@ def test_kmeans_gets_an_equal_share_of_objects_and_mostly_what_is_occupied(
     monkeypatch.setattr(latent_sample, "OBJECTS_AT_LEAST", at_least)
     config = stage1("kmeans", max_steps=1, batch_size=3, i_eval=100)
     config["models"]["quantizer"]["args"]["embed_dim"] = embed_dim
-    assert run("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run,
-               "--output_dir", tmp_path / "run") == 0  # fmt: skip
+    assert (
+        run(
+            "--config",
+            write_config(config),
+            "--data_dir",
+            data_dir,
+            "--load_dir",
+            vae_run,
+            "--output_dir",
+            tmp_path / "run",
+        )
+        == 0
+    )
 
     encoder = SparseStructureEncoder(**config["models"]["encoder"]["args"]).eval()
     encoder.load_state_dict(torch.load(vae_run / "ckpts" / "encoder_ema0.9999_step0000004.pt", weights_only=True))
@@ -226,8 +244,10 @@ def test_other_weights_and_other_data_find_other_latents(vae_run, data_dir, writ
     shared = tmp_path / "shared"
     config = stage1(latent_cache=str(shared), max_steps=6)
     other = tmp_path / "vae"
-    assert run("--config", write_config(tiny_config(max_steps=4, seed=1)), "--data_dir", data_dir,
-               "--output_dir", other) == 0  # fmt: skip
+    assert (
+        run("--config", write_config(tiny_config(max_steps=4, seed=1)), "--data_dir", data_dir, "--output_dir", other)
+        == 0
+    )
     mirrored = tmp_path / "mirrored"
     mirrored.mkdir()
     for split in ("train", "val"):
@@ -236,8 +256,19 @@ def test_other_weights_and_other_data_find_other_latents(vae_run, data_dir, writ
     for number, (weights, data) in enumerate([(vae_run, data_dir), (other, data_dir), (vae_run, mirrored)]):
         counts.clear()
         for attempt in ("first", "again"):
-            assert run("--config", write_config(config), "--data_dir", data, "--load_dir", weights,
-                       "--output_dir", tmp_path / f"{attempt}{number}") == 0  # fmt: skip
+            assert (
+                run(
+                    "--config",
+                    write_config(config),
+                    "--data_dir",
+                    data,
+                    "--load_dir",
+                    weights,
+                    "--output_dir",
+                    tmp_path / f"{attempt}{number}",
+                )
+                == 0
+            )
         assert counts["encoder"] == 24 and len(list(shared.iterdir())) == number + 1
 
 
@@ -254,13 +285,16 @@ def test_tryrun_shows_the_cache_and_writes_none(vae_run, data_dir, write_config,
     assert "file is not a folder; name a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("args, message", [
-    ({"latent_cache": True, "freeze": ["decoder"]}, "latent_cache keeps what a frozen encoder computes"),
-    ({"latent_cache": "folder", "freeze": []}, "latent_cache keeps what a frozen encoder computes"),
-    ({"latent_cache": 1}, "latent_cache is 1; it must be boolean or string"),
-    ({"loss_type": "none", "freeze": ["encoder"]}, "trains the codebook alone; add decoder to trainer.args.freeze"),
-    ({"loss_type": "none", "freeze": []}, "add encoder and decoder to trainer.args.freeze"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({"latent_cache": True, "freeze": ["decoder"]}, "latent_cache keeps what a frozen encoder computes"),
+        ({"latent_cache": "folder", "freeze": []}, "latent_cache keeps what a frozen encoder computes"),
+        ({"latent_cache": 1}, "latent_cache is 1; it must be boolean or string"),
+        ({"loss_type": "none", "freeze": ["encoder"]}, "trains the codebook alone; add decoder to trainer.args.freeze"),
+        ({"loss_type": "none", "freeze": []}, "add encoder and decoder to trainer.args.freeze"),
+    ],
+)
 def test_what_cannot_be_is_one_clear_error(args, message, write_config, tmp_path, capsys):
     config = write_config(stage1(**args) if "freeze" not in args else tiny_config(VQ, **args))
     assert run("--config", config, "--data_dir", tmp_path / "none", "--output_dir", tmp_path / "out") == 1

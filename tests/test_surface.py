@@ -99,8 +99,7 @@ def test_files_hold_the_mesh(suffix, to_y_up, tmp_path):
     save_mesh(mesh, str(path), to_y_up)
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
     vertices, faces = meshes.load_mesh(path)
-    read = trimesh.Trimesh(meshes.turn_to_z_up(vertices) if to_y_up else vertices, faces,
-                           process=False)
+    read = trimesh.Trimesh(meshes.turn_to_z_up(vertices) if to_y_up else vertices, faces, process=False)
     assert np.array_equal(mesh.vertices, before.vertices)  # the caller's mesh is not turned
     if suffix == ".obj":  # as text, with eight digits
         assert np.array_equal(read.faces, mesh.faces)
@@ -142,7 +141,9 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 
 @pytest.mark.parametrize("package", ["skimage", "trimesh"])
 def test_a_missing_package_is_named(package):
-    code = (f"import sys; sys.modules[{package!r}] = None\nimport numpy\n"
-            "from trellis.grids.surface import surface_mesh\nsurface_mesh(numpy.ones((2, 2, 2)))")
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\nimport numpy\n"
+        "from trellis.grids.surface import surface_mesh\nsurface_mesh(numpy.ones((2, 2, 2)))"
+    )
     run = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
     assert run.returncode == 1 and "pip install scikit-image trimesh" in run.stderr

@@ -123,8 +123,9 @@ def dataset(data_dir) -> SparseStructure:
 
 
 def batches(data: SparseStructure, batch_size: int, number: int, *, seed=3, start=8, workers=0) -> list[dict]:
-    stream = endless_batches(data, batch_size, seed=seed, start=start, device=torch.device("cpu"),
-                             num_workers=workers, prefetch=True)  # fmt: skip
+    stream = endless_batches(
+        data, batch_size, seed=seed, start=start, device=torch.device("cpu"), num_workers=workers, prefetch=True
+    )
     return list(itertools.islice(stream, number))
 
 
@@ -194,9 +195,14 @@ def test_a_latent_cache_is_refused_where_an_object_has_many_forms():
     for augmentation, cache in (("z", True), ("all", "folder")):
         with pytest.raises(ConfigError) as error:
             train.check_config(configured(augmentation, freeze=["encoder"], latent_cache=cache), 1)
-        assert all(key in str(error.value) for key in (
-            "trainer.args.latent_cache", f'dataset.args.augmentation is "{augmentation}"', 'augmentation to "none"'
-        ))  # fmt: skip
+        assert all(
+            key in str(error.value)
+            for key in (
+                "trainer.args.latent_cache",
+                f'dataset.args.augmentation is "{augmentation}"',
+                'augmentation to "none"',
+            )
+        )
     with pytest.raises(ConfigError, match='augmentation is "y"; it must be "none" or "z" or "all"'):
         train.check_config(configured("y"), 1)
 

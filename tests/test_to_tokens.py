@@ -42,15 +42,29 @@ def base(tmp_path_factory) -> Path:
     save_tokenizer(folder / "tokenizer", 0)
     save_tokenizer(folder / "other", 1)
     grids = solid_grids(OBJECTS, 16, 0)
-    np.savez(folder / "objects.npz", bits=np.packbits(grids.reshape(OBJECTS, -1), axis=1),
-             name=np.array([f"folder/object {i}.glb" for i in range(OBJECTS)]),
-             source=np.array(["" if i % 5 == 0 else "shop" for i in range(OBJECTS)]))  # fmt: skip
+    np.savez(
+        folder / "objects.npz",
+        bits=np.packbits(grids.reshape(OBJECTS, -1), axis=1),
+        name=np.array([f"folder/object {i}.glb" for i in range(OBJECTS)]),
+        source=np.array(["" if i % 5 == 0 else "shop" for i in range(OBJECTS)]),
+    )
     return folder
 
 
 def flags(base: Path, out: Path, *more) -> list[str]:
-    return ["--tokenizer", str(base / "tokenizer"), "--data_dir", str(base / "objects.npz"), "--output_dir", str(out),
-            "--shard_size", str(SHARD_SIZE), "--device", "cpu", *map(str, more)]  # fmt: skip
+    return [
+        "--tokenizer",
+        str(base / "tokenizer"),
+        "--data_dir",
+        str(base / "objects.npz"),
+        "--output_dir",
+        str(out),
+        "--shard_size",
+        str(SHARD_SIZE),
+        "--device",
+        "cpu",
+        *map(str, more),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +112,12 @@ def test_rows_are_what_the_tokenizer_makes_of_each_grid(base, tmp_path, precisio
         iou = voxel_metrics(tokenizer.decode(ids, precision), grid)["iou"].item()
         assert np.array_equal(row.pop("tokens"), ids[0].cpu().numpy())
         assert row == {
-            "sha256": hashlib.sha256(data["bits"][i]).hexdigest(), "name": f"folder/object {i}.glb",
-            "source": None if i % 5 == 0 else "shop", "num_voxels": grids[i].sum(), "iou": pytest.approx(iou, abs=1e-6),
-        }  # fmt: skip
+            "sha256": hashlib.sha256(data["bits"][i]).hexdigest(),
+            "name": f"folder/object {i}.glb",
+            "source": None if i % 5 == 0 else "shop",
+            "num_voxels": grids[i].sum(),
+            "iou": pytest.approx(iou, abs=1e-6),
+        }
 
 
 def test_files_say_how_their_ids_were_made(base, tokens):
@@ -112,13 +129,26 @@ def test_files_say_how_their_ids_were_made(base, tokens):
         file = pq.ParquetFile(tokens / name)
         assert file.metadata.row_group(0).column(3).compression == "ZSTD"
         types = {field.name: field.type for field in file.schema_arrow}
-        assert types == {"sha256": pa.string(), "name": pa.string(), "source": pa.string(),
-                         "tokens": pa.list_(pa.uint16()), "num_voxels": pa.int32(), "iou": pa.float32()}  # fmt: skip
+        assert types == {
+            "sha256": pa.string(),
+            "name": pa.string(),
+            "source": pa.string(),
+            "tokens": pa.list_(pa.uint16()),
+            "num_voxels": pa.int32(),
+            "iou": pa.float32(),
+        }
         metadata = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}
         assert metadata == {
-            "tokenizer_hash": tokenizer.hash, "normalization": "cube", "up_axis": "keep", "lattice": "[4, 4, 4]",
-            "codes_per_token": "1", "n_embed": "32", "resolution": "16", "precision": "fp32", "left_out": "[]",
-        }  # fmt: skip
+            "tokenizer_hash": tokenizer.hash,
+            "normalization": "cube",
+            "up_axis": "keep",
+            "lattice": "[4, 4, 4]",
+            "codes_per_token": "1",
+            "n_embed": "32",
+            "resolution": "16",
+            "precision": "fp32",
+            "left_out": "[]",
+        }
     assert parquet.read_info(tokens) == parquet.TokenInfo.of(tokenizer, "fp32")
 
 
@@ -148,16 +178,25 @@ def test_a_shard_that_fails_leaves_no_file_behind(base, tokens, tmp_path, monkey
     assert script.main(flags(base, tmp_path / "out", "--iou")) == 1
     assert "No space left" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "shard-00000-of-00004.parquet", "shard-00001-of-00004.parquet", "tokens.json"]  # fmt: skip
+        "shard-00000-of-00004.parquet",
+        "shard-00001-of-00004.parquet",
+        "tokens.json",
+    ]
     monkeypatch.undo()
     assert script.main(flags(base, tmp_path / "out", "--iou")) == 0
     assert same_rows(tmp_path / "out", tokens)
 
 
-@pytest.mark.parametrize(("changed", "key"), [
-    (["--tokenizer", "{base}/other"], "tokenizer_hash"), (["--split", "train"], "data.data"),
-    (["--precision", "bf16"], "precision"), (["--shard_size", "9"], "shard_size"), ([], "iou"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        (["--tokenizer", "{base}/other"], "tokenizer_hash"),
+        (["--split", "train"], "data.data"),
+        (["--precision", "bf16"], "precision"),
+        (["--shard_size", "9"], "shard_size"),
+        ([], "iou"),
+    ],
+)
 def test_a_folder_takes_one_kind_of_ids(base, tokens, changed, key, capsys):
     before = {path: path.stat().st_mtime_ns for path in tokens.iterdir()}
     more = [word.format(base=base) for word in changed] + ["--iou"] * (key != "iou")
@@ -198,7 +237,8 @@ def test_verify_notices_rows_that_are_not_those_of_their_grids(base, tokens, tmp
     table = pq.read_table(path)
     order = [1, 0, *range(2, 8)]
     swapped = table.set_column(3, "tokens", table["tokens"].take(pa.array(order))).replace_schema_metadata(
-        table.schema.metadata)  # fmt: skip
+        table.schema.metadata
+    )
     pq.write_table(swapped, path)
     assert script.main(flags(base, tmp_path, "--iou", "--verify", OBJECTS)) == 1
     assert "of the ids that its grid has now" in capsys.readouterr().err
@@ -259,8 +299,15 @@ def test_damaged_files_are_refused(tmp_path, damage):
         source.mkdir()
     elif damage == "absent":
         source = tmp_path / "nowhere"
-    want = {"id": "id outside", "count": "has 3 ids", "cut": "no readable Parquet", "metadata": "tokenizer_hash",
-            "mixed": "another n_embed", "none": "has no shard", "absent": "no such file"}[damage]  # fmt: skip
+    want = {
+        "id": "id outside",
+        "count": "has 3 ids",
+        "cut": "no readable Parquet",
+        "metadata": "tokenizer_hash",
+        "mixed": "another n_embed",
+        "none": "has no shard",
+        "absent": "no such file",
+    }[damage]
     with pytest.raises(DataError, match=want):
         list(parquet.read_shards(source))
 
@@ -274,15 +321,28 @@ def test_meshes_are_voxelised_as_the_tokenizer_has_it(base, tmp_path, capsys):
     pytest.importorskip("pebble")
     folder, out = tmp_path / "meshes", tmp_path / "out"
     folder.mkdir()
-    meshes = {"box.obj": trimesh.creation.box((1, 2, 3)), "cone.stl": trimesh.creation.cone(1, 2),
-              "ball.ply": trimesh.creation.icosphere(1)}  # fmt: skip
+    meshes = {
+        "box.obj": trimesh.creation.box((1, 2, 3)),
+        "cone.stl": trimesh.creation.cone(1, 2),
+        "ball.ply": trimesh.creation.icosphere(1),
+    }
     for name, mesh in meshes.items():
         mesh.export(folder / name)
     (folder / "copy.stl").write_bytes((folder / "cone.stl").read_bytes())
     (folder / "broken.stl").write_bytes(b"solid nothing\nendsolid nothing\n")
     tokenizer = SparseStructureTokenizer.load(save_tokenizer(tmp_path / "y", 2, up_axis="y"))
-    command = ["--tokenizer", str(tmp_path / "y"), "--output_dir", str(out), "--device", "cpu", "--max_workers", "1",
-               "--shard_size", "2"]  # fmt: skip
+    command = [
+        "--tokenizer",
+        str(tmp_path / "y"),
+        "--output_dir",
+        str(out),
+        "--device",
+        "cpu",
+        "--max_workers",
+        "1",
+        "--shard_size",
+        "2",
+    ]
     assert script.main([*command, "--meshes", str(folder), "--verify", "3"]) == 0
     assert "verified 3 objects" in capsys.readouterr().out
     rows = {Path(row["name"]).name: row for row in parquet.read_shards(out)}
@@ -329,23 +389,35 @@ def assert_published_rules(folder: Path) -> None:
 def captioned(base) -> tuple[Path, dict[str, list[str]]]:
     """A PLY root of four objects with two, one, one and no captions."""
     root = base / "captioned"
-    captions = {f"{i:064x}": texts for i, texts in enumerate(
-        (["a {round} thing", 'ein "Ding"\nmit Ecken'], ["[a bracket"], ["Größe, 2 × 3"], []))}  # fmt: skip
+    captions = {
+        f"{i:064x}": texts
+        for i, texts in enumerate((["a {round} thing", 'ein "Ding"\nmit Ecken'], ["[a bracket"], ["Größe, 2 × 3"], []))
+    }
     (root / "voxels").mkdir(parents=True)
     for sha256, grid in zip(captions, solid_grids(4, 16, 5), strict=True):
         write_ply(root / "voxels" / f"{sha256}.ply", cell_centres(np.argwhere(grid), 16))
     with open(root / "metadata.csv", "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["sha256", "captions"])
-        rows.writerows((sha256, json.dumps(texts) if len(texts) > 1 else "".join(texts))
-                       for sha256, texts in captions.items())  # fmt: skip
+        rows.writerows(
+            (sha256, json.dumps(texts) if len(texts) > 1 else "".join(texts)) for sha256, texts in captions.items()
+        )
     return root, captions
 
 
 def test_captions_give_a_record_in_either_direction(base, captioned, tmp_path, capsys):
     root, captions = captioned
-    more = ("--data_dir", root, "--shard_size", 1, "--sharegpt", "--prompt", "Build {caption}.",
-            "--describe_prompt", "What is {mesh}?")  # fmt: skip
+    more = (
+        "--data_dir",
+        root,
+        "--shard_size",
+        1,
+        "--sharegpt",
+        "--prompt",
+        "Build {caption}.",
+        "--describe_prompt",
+        "What is {mesh}?",
+    )
     assert script.main(flags(base, tmp_path, *more)) == 0
     assert "8 new conversations" in capsys.readouterr().out
     assert_published_rules(tmp_path)
@@ -390,13 +462,19 @@ def test_objects_without_captions_are_asked_for_by_name(base, tmp_path):
     assert questions == [f"Make a 3D model of this: object {i}" for i in range(OBJECTS)]
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    (["--prompt", "Make {colour}"], "{colour} is not known"), (["--prompt", "Make {"], "Single '{'"),
-    (["--prompt", " "], "--prompt is empty"), (["--describe_prompt", "What?"], "must say {mesh}"),
-    (["--prompt", "Make {caption}"], "Give --captions"), (["--captions", "{here}/none.csv"], "cannot be read"),
-    (["--captions", "{here}/foreign.json"], "no caption of any object"),
-    (["--captions", "{here}/columns.csv"], "columns are sha256, text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompt", "Make {colour}"], "{colour} is not known"),
+        (["--prompt", "Make {"], "Single '{'"),
+        (["--prompt", " "], "--prompt is empty"),
+        (["--describe_prompt", "What?"], "must say {mesh}"),
+        (["--prompt", "Make {caption}"], "Give --captions"),
+        (["--captions", "{here}/none.csv"], "cannot be read"),
+        (["--captions", "{here}/foreign.json"], "no caption of any object"),
+        (["--captions", "{here}/columns.csv"], "columns are sha256, text"),
+    ],
+)
 def test_conversations_that_cannot_be_are_refused_first(base, tmp_path, more, message, capsys):
     (tmp_path / "foreign.json").write_text('{"ab": "a chair"}')
     (tmp_path / "columns.csv").write_text("sha256,text\nab,a chair\n")
@@ -406,12 +484,17 @@ def test_conversations_that_cannot_be_are_refused_first(base, tmp_path, more, me
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("turns", "message"), [
-    ([], "as many of gpt"), ([("human", "a")], "as many of gpt"),
-    ([("gpt", "a"), ("human", "b")], "turn 1 is of 'gpt'"),
-    ([("human", "a"), ("human", "b")], "turn 2 is of 'human'"), ([("human", "a"), ("gpt", " ")], "has no text"),
-    ([("human", "an <image>"), ("gpt", "b")], "<image>"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], "as many of gpt"),
+        ([("human", "a")], "as many of gpt"),
+        ([("gpt", "a"), ("human", "b")], "turn 1 is of 'gpt'"),
+        ([("human", "a"), ("human", "b")], "turn 2 is of 'human'"),
+        ([("human", "a"), ("gpt", " ")], "has no text"),
+        ([("human", "an <image>"), ("gpt", "b")], "<image>"),
+    ],
+)
 def test_records_against_the_rules_are_refused(turns, message):
     with pytest.raises(DataError, match=message):
         sharegpt.check_record({"conversations": [{"from": role, "value": text} for role, text in turns]}, "here")

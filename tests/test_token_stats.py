@@ -127,12 +127,13 @@ def sequence_contexts(ids: tuple, place: int) -> dict[str, list[tuple]]:
     at = order.index(place)
     near = {"x": ids[place - 4] if x else None, "y": ids[place - 2] if y else None, "z": ids[place - 1] if z else None}
     return {
-        "nothing": [()], "place": [(), (place,)],
+        "nothing": [()],
+        "place": [(), (place,)],
         "previous_raster": [(), (ids[place - 1] if place else None,)],
         "previous_morton": [(), (ids[order[at - 1]] if at else None,)],
         **{f"neighbour_{axis}": [(), (near[axis],)] for axis in "xyz"},
         "neighbours_xyz": [(), (near["z"],), (near["z"], near["y"]), (near["z"], near["y"], near["x"])],
-    }  # fmt: skip
+    }
 
 
 def witten_bell(train: list[tuple], test: tuple, name: str, n_embed: int) -> float:
@@ -161,8 +162,10 @@ def test_held_out_bits_are_those_of_plain_counting(number):
     folds = np.arange(number) % min(5, number)
     rows = [tuple(row) for row in rows.tolist()]
     for name, entry in stats.conditional_entropies(tokens).items():
-        bits = [witten_bell([rows[j] for j in range(number) if folds[j] != folds[i]], rows[i], name, 6)
-                for i in range(number)]  # fmt: skip
+        bits = [
+            witten_bell([rows[j] for j in range(number) if folds[j] != folds[i]], rows[i], name, 6)
+            for i in range(number)
+        ]
         assert entry["held_out"] == pytest.approx(np.mean(bits) / 8), name
         assert entry["bits_per_object"]["median"] == pytest.approx(np.median(bits)), name
         assert entry["contexts"] == len({sequence_contexts(row, i)[name][-1] for row in rows for i in range(8)}), name
@@ -220,8 +223,13 @@ def test_a_single_object_leaves_nothing_to_test_on():
 def sparse_set() -> TokenSet:
     rng = np.random.default_rng(0)
     empty = rng.integers(0, 3, 64)
-    return token_set(np.where(rng.random((20, 64)) < rng.random((20, 1)), rng.integers(0, 9, (20, 64)), empty),
-                     (4, 4, 2), 9, codes=2, empty=empty)  # fmt: skip
+    return token_set(
+        np.where(rng.random((20, 64)) < rng.random((20, 1)), rng.integers(0, 9, (20, 64)), empty),
+        (4, 4, 2),
+        9,
+        codes=2,
+        empty=empty,
+    )
 
 
 def test_sparse_lengths_are_those_of_the_sparse_form(sparse_set):
@@ -288,8 +296,10 @@ def test_compressed_sizes_are_those_of_streams_that_can_be_read_back():
     assert sizes["packed"]["raw"] == 26 and sizes["whole"]["raw"] == 32
     by_hand = [stats.deflate_size(row.astype("<u2").tobytes()) for row in tokens.ids]
     assert sizes["whole"]["deflate"]["raster"]["mean"] == pytest.approx(np.mean(by_hand))
-    assert stats.grid_sizes(np.zeros((2, 512), np.uint8)).tolist() == [[f(bytes(512)) for f in
-                                                                       stats.COMPRESSORS.values()]] * 2
+    assert (
+        stats.grid_sizes(np.zeros((2, 512), np.uint8)).tolist()
+        == [[f(bytes(512)) for f in stats.COMPRESSORS.values()]] * 2
+    )
 
 
 # --- the script -----------------------------------------------------------------------------------------------------
@@ -354,8 +364,13 @@ def test_the_script_encodes_measures_and_reads(run_script, tokenizer_folder, dat
     for name in re.findall(r"\((\w+\.png)\)", text):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == [
-        "codes.png", "entropy.png", "runs.png", "sizes.png", "stats.json", "stats.md",
-    ]  # fmt: skip
+        "codes.png",
+        "entropy.png",
+        "runs.png",
+        "sizes.png",
+        "stats.json",
+        "stats.md",
+    ]
 
     code, _, errors = run_script("--tokenizer", tokenizer_folder, "--data_dir", data_dir, "--output_dir", out)
     assert code == 1 and errors.startswith("error: ") and "exists already" in errors
@@ -375,8 +390,15 @@ def test_the_script_reads_parquet_files(run_script, tokenizer_folder, data_dir, 
     folder.mkdir()
     for number, part in enumerate((slice(0, 20), slice(20, 30))):
         share = names[part]
-        parquet.write_shard(folder / parquet.shard_name(number, 2), info, share, share, [None] * len(share), ids[part],
-                            np.full(len(share), 5))  # fmt: skip
+        parquet.write_shard(
+            folder / parquet.shard_name(number, 2),
+            info,
+            share,
+            share,
+            [None] * len(share),
+            ids[part],
+            np.full(len(share), 5),
+        )
 
     def measured(name: str, *args: str) -> dict:
         code, _, errors = run_script(*args, "--output_dir", tmp_path / name)
@@ -396,8 +418,9 @@ def test_the_script_reads_parquet_files(run_script, tokenizer_folder, data_dir, 
     rows = ids[np.arange(7) * 30 // 7]
     assert few["codebook"]["usage"] == len(np.unique(rows)) / 32
 
-    code, _, errors = run_script("--tokens", folder, "--output_dir", tmp_path / "no", "--data_dir", data_dir,
-                                 "--split", "train")  # fmt: skip
+    code, _, errors = run_script(
+        "--tokens", folder, "--output_dir", tmp_path / "no", "--data_dir", data_dir, "--split", "train"
+    )
     assert code == 1 and "has no grid of" in errors and "(6 such objects" in errors
     assert not (tmp_path / "no").exists()
 
@@ -418,10 +441,14 @@ def test_without_matplotlib_the_command_is_named(monkeypatch):
         stats_report.require_matplotlib()
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    ([], "give --tokens, or --tokenizer with --data_dir"), (["--tokenizer", "x"], "give --tokens"),
-    (["--tokens", "x", "--max_objects", "0"], "--max_objects is 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give --tokens, or --tokenizer with --data_dir"),
+        (["--tokenizer", "x"], "give --tokens"),
+        (["--tokens", "x", "--max_objects", "0"], "--max_objects is 0"),
+    ],
+)
 def test_flags_that_lack_something_are_refused(run_script, args, message, tmp_path):
     code, _, errors = run_script(*args, "--output_dir", tmp_path)
     assert code == 2 and message in errors
@@ -429,6 +456,7 @@ def test_flags_that_lack_something_are_refused(run_script, args, message, tmp_pa
 
 def test_the_script_starts_beside_one_named_as_a_module_of_python():
     """scripts/to_tokens.py must not pass for Python's tokenize, which linecache and others import."""
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "token_stats.py"), "--help"], capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "token_stats.py"), "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "--max_objects" in done.stdout, done.stderr

@@ -43,12 +43,16 @@ def grids(number: int = 5) -> torch.Tensor:
 QUANTIZERS = {
     "one": {"name": "VectorQuantizer", "args": {"n_embed": 32, "embed_dim": 4, "latent_channels": 4}},
     "along z": {"name": "EMAVectorQuantizer", "args": {"n_embed": 32, "embed_dim": 16, "latent_channels": 4}},
-    "blocks": {"name": "VectorQuantizer", "args": {"n_embed": 32, "embed_dim": 32, "latent_channels": 4,
-                                                   "group": [2, 2, 2]}},
+    "blocks": {
+        "name": "VectorQuantizer",
+        "args": {"n_embed": 32, "embed_dim": 32, "latent_channels": 4, "group": [2, 2, 2]},
+    },
     "two codes": {"name": "ResidualVectorQuantizer", "args": {"n_embed": 32, "embed_dim": 8, "latent_channels": 4}},
-    "a grid": {"name": "FiniteScalarQuantizer", "args": {"n_embed": 36, "levels": [6, 6], "embed_dim": 4,
-                                                         "latent_channels": 4}},
-}  # fmt: skip
+    "a grid": {
+        "name": "FiniteScalarQuantizer",
+        "args": {"n_embed": 36, "levels": [6, 6], "embed_dim": 4, "latent_channels": 4},
+    },
+}
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
@@ -117,8 +121,10 @@ def test_a_saved_tokenizer_gives_the_same_ids_in_a_fresh_process(tmp_path):
     tokenizer = make(**QUANTIZERS["along z"])
     tokenizer.save_pretrained(tmp_path / "saved")
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
-        "README.md", "config.json", "model.safetensors",
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     np.save(tmp_path / "grids.npy", grids().numpy())
     code = (
         "import sys, json, numpy as np\nfrom trellis import SparseStructureTokenizer\n"
@@ -128,11 +134,17 @@ def test_a_saved_tokenizer_gives_the_same_ids_in_a_fresh_process(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "grids.npy")],
-        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert json.loads(done.stdout) == [
-        tokenizer.hash, tokenizer.settings, tokenizer.info, tokenizer.encode(grids()).tolist(),
-    ]  # fmt: skip
+        tokenizer.hash,
+        tokenizer.settings,
+        tokenizer.info,
+        tokenizer.encode(grids()).tolist(),
+    ]
 
 
 def test_the_hash_is_that_of_settings_and_weights():
@@ -222,8 +234,9 @@ def test_shapellm_parity(tmp_path):
     torch.testing.assert_close(tokenizer.decode(ids), expected["logits"], rtol=0, atol=1e-3)
 
     tokenizer.export_shapellm(tmp_path / "again.bin")
-    again, original = (torch.load(path, weights_only=True)
-                       for path in (tmp_path / "again.bin", PARITY / "3DVQVAE_small.bin"))  # fmt: skip
+    again, original = (
+        torch.load(path, weights_only=True) for path in (tmp_path / "again.bin", PARITY / "3DVQVAE_small.bin")
+    )
     assert again.keys() == original.keys() and all(torch.equal(again[key], original[key]) for key in again)
 
 
@@ -244,8 +257,9 @@ def test_sizes_are_read_from_the_tensors(tmp_path, depth, middle, channels):
     for name, own in (("encoder", encoder), ("decoder", decoder)):
         given = models[name]["args"]
         assert {key: value for key, value in tokenizer.specs[name]["args"].items() if key in given} == given
-        assert all(torch.equal(getattr(tokenizer, name).state_dict()[key], value)
-                   for key, value in own.state_dict().items())  # fmt: skip
+        assert all(
+            torch.equal(getattr(tokenizer, name).state_dict()[key], value) for key, value in own.state_dict().items()
+        )
     assert (tokenizer.normalization, tokenizer.up_axis) == ("shapellm", "y")
 
 
@@ -346,9 +360,20 @@ def test_models_that_do_not_fit_are_errors():
         ({"models": models, "resolution": 0}, "resolution is 0"),
         ({"models": models, "up_axis": "x"}, "up_axis"),
         ({"models": models, "normalization": "sphere"}, "normalization"),
-        ({"models": {**models, "quantizer": {"name": "VectorQuantizer", "args": {
-            "embed_dim": 12, "latent_channels": 4, "group": [1, 1, 3]}}}, "resolution": 16}, "quantizer"),
-    ]  # fmt: skip
+        (
+            {
+                "models": {
+                    **models,
+                    "quantizer": {
+                        "name": "VectorQuantizer",
+                        "args": {"embed_dim": 12, "latent_channels": 4, "group": [1, 1, 3]},
+                    },
+                },
+                "resolution": 16,
+            },
+            "quantizer",
+        ),
+    ]
     for settings, message in cases:
         with pytest.raises(ConfigError, match=message):
             SparseStructureTokenizer(**settings)

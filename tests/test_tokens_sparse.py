@@ -56,10 +56,16 @@ def test_the_sparse_form_has_a_text_form():
     assert from_sparse(form.from_text(text, None).ids, empty, 5).tolist() == ids
 
 
-@pytest.mark.parametrize(("sparse", "message"), [
-    ([1, 2, 8], "stands for 3 tokens, not 4"), ([1, 2, 10], "stands for 5 tokens, not 4"),
-    ([12], r"number 0 is 12.*\[0, 12\)"), ([1, -1, 1, 1], "number 1 is -1"), ([0.5], "integers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sparse", "message"),
+    [
+        ([1, 2, 8], "stands for 3 tokens, not 4"),
+        ([1, 2, 10], "stands for 5 tokens, not 4"),
+        ([12], r"number 0 is 12.*\[0, 12\)"),
+        ([1, -1, 1, 1], "number 1 is -1"),
+        ([0.5], "integers"),
+    ],
+)
 def test_what_is_no_sparse_form_is_refused(sparse, message):
     with pytest.raises(DataError, match=message):
         from_sparse(sparse, [0] * 4, 8)

@@ -43,11 +43,14 @@ def test_ids_survive_both_forms(form):
                 assert parsed.problems == []
 
 
-@pytest.mark.parametrize("text", [
-    whole(1, 2, 3, 4),
-    f"Here is your chair: {whole(1, 2, 3, 4)}<|im_end|>",
-    "<mesh-start> <mesh1> <mesh2>\n<mesh3>\t<mesh4> <mesh-end>",  # as tokenizers with spaces between words write it
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        whole(1, 2, 3, 4),
+        f"Here is your chair: {whole(1, 2, 3, 4)}<|im_end|>",
+        "<mesh-start> <mesh1> <mesh2>\n<mesh3>\t<mesh4> <mesh-end>",  # as tokenizers with spaces between words write it
+    ],
+)
 def test_an_answer_around_the_object_and_white_space_are_no_problem(text):
     assert FORMAT.from_text(text, 4) == Parsed(pytest.approx([1, 2, 3, 4]), [])
 
@@ -143,8 +146,31 @@ def test_each_kind_of_repair_is_reported_once_in_order():
 def test_no_text_raises_and_every_repair_is_reported_when_not_strict():
     """Random mixtures of words, halves of words and noise. A text without problems is the strict one's, the rest give
     T ids in range."""
-    pieces = ["<mesh-start>", "<mesh-end>", "<mesh", "-", ">", "<", "mesh", "0", "7", "99", " ", "\n", "\ud800", "\0",
-              "<mesh1>", "<mesh2>", "<mesh3>", "<mesh4>", "<mesh-1>", "<meshmesh>", "²", "١", "9" * 5000]  # fmt: skip
+    pieces = [
+        "<mesh-start>",
+        "<mesh-end>",
+        "<mesh",
+        "-",
+        ">",
+        "<",
+        "mesh",
+        "0",
+        "7",
+        "99",
+        " ",
+        "\n",
+        "\ud800",
+        "\0",
+        "<mesh1>",
+        "<mesh2>",
+        "<mesh3>",
+        "<mesh4>",
+        "<mesh-1>",
+        "<meshmesh>",
+        "²",
+        "١",
+        "9" * 5000,
+    ]
     rng = random.Random(0)
     for _ in range(3000):
         text = "".join(rng.choices(pieces, k=rng.randrange(12)))
@@ -166,10 +192,17 @@ def test_long_noise_is_read_in_linear_time():
         assert FORMAT.from_text(noise, 4, strict=False, fill=FILL).ids.tolist() == FILL
 
 
-@pytest.mark.parametrize(("ids", "message"), [
-    ([1, 10], "id 1 is 10"), ([-1], "id 0 is -1"), ([1.5], "integers"), ([[1]], "integers"), ("12", "sequence"),
-    ([2**70], "sequence"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 10], "id 1 is 10"),
+        ([-1], "id 0 is -1"),
+        ([1.5], "integers"),
+        ([[1]], "integers"),
+        ("12", "sequence"),
+        ([2**70], "sequence"),
+    ],
+)
 def test_ids_that_are_none_are_refused(ids, message):
     for write in (FORMAT.to_text, FORMAT.to_vocabulary):
         with pytest.raises(DataError, match=message):
@@ -182,13 +215,22 @@ def test_a_fill_must_be_an_object(fill):
         FORMAT.from_text(whole(1, 2, 3, 4), 4, fill=fill)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"first_id": -1}, "first_id"), ({"n_embed": 0}, "n_embed"), ({"start_id": 105}, "start_id is 105"),
-    ({"end_id": 110}, "both 110"), ({"token": "<mesh>"}, "have {} once"), ({"token": "<{}{}>"}, "have {} once"),
-    ({"token": "{}"}, "run into each other"), ({"token": "m1{}"}, "run into each other"),
-    ({"start": "<mesh5>"}, "hold none of a code"), ({"end": " "}, "must be a word"),
-    ({"end": "<mesh-start>>"}, "one holds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"first_id": -1}, "first_id"),
+        ({"n_embed": 0}, "n_embed"),
+        ({"start_id": 105}, "start_id is 105"),
+        ({"end_id": 110}, "both 110"),
+        ({"token": "<mesh>"}, "have {} once"),
+        ({"token": "<{}{}>"}, "have {} once"),
+        ({"token": "{}"}, "run into each other"),
+        ({"token": "m1{}"}, "run into each other"),
+        ({"start": "<mesh5>"}, "hold none of a code"),
+        ({"end": " "}, "must be a word"),
+        ({"end": "<mesh-start>>"}, "one holds"),
+    ],
+)
 def test_words_and_ids_that_could_be_mistaken_are_refused(changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         TokenFormat(**{"first_id": 100, "n_embed": 10, "start_id": 110, "end_id": 111, **changes})

@@ -210,8 +210,19 @@ def test_stage_1_trains_the_codebook_alone(vae_run, stage1_run):
 
 def test_stage_2_starts_from_stage_1s_averages(stage1_run, data_dir, write_config, tmp_path):
     config = tiny_config(VQ, **STAGE2, max_steps=1)
-    assert run("--config", write_config(config), "--data_dir", data_dir,
-               "--output_dir", tmp_path / "run", "--load_dir", stage1_run) == 0  # fmt: skip
+    assert (
+        run(
+            "--config",
+            write_config(config),
+            "--data_dir",
+            data_dir,
+            "--output_dir",
+            tmp_path / "run",
+            "--load_dir",
+            stage1_run,
+        )
+        == 0
+    )
     source, start = checkpoint(stage1_run, 4), checkpoint(tmp_path / "run", 0)
     assert_equal(source["quantizer_ema0.9999_step0000004.pt"], start["quantizer_step0000000.pt"])
     assert_equal(source["encoder_step0000004.pt"], start["encoder_step0000000.pt"])
@@ -290,10 +301,20 @@ def test_kl_noise_does_not_depend_on_ranks(data_dir, write_config, tmp_path):
     path = write_config(tiny_config(lambda_kl=1e-3, optimizer={"name": "AdamW", "args": {"lr": 1e-3}}))
     flags = ("--config", path, "--data_dir", data_dir)
     assert run(*flags, "--output_dir", tmp_path / "one") == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                "--master_port", str(free_port())]  # fmt: skip
-    subprocess.run([*torchrun, *command(*flags, "--output_dir", tmp_path / "two")[1:]], check=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    subprocess.run(
+        [*torchrun, *command(*flags, "--output_dir", tmp_path / "two")[1:]],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     for a, b in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
         assert a["step"] == b["step"]
         if "loss" in a:
@@ -305,8 +326,20 @@ def test_kl_noise_does_not_depend_on_ranks(data_dir, write_config, tmp_path):
 
 def test_tryrun_shows_the_run_and_writes_nothing(vae_run, data_dir, write_config, tmp_path, capsys):
     config = tiny_config(VQ, freeze=["encoder", "decoder"], lr_scheduler=STAGE2["lr_scheduler"])
-    assert run("--config", write_config(config), "--data_dir", data_dir, "--output_dir", tmp_path / "new",
-               "--load_dir", vae_run, "--tryrun") == 0  # fmt: skip
+    assert (
+        run(
+            "--config",
+            write_config(config),
+            "--data_dir",
+            data_dir,
+            "--output_dir",
+            tmp_path / "new",
+            "--load_dir",
+            vae_run,
+            "--tryrun",
+        )
+        == 0
+    )
     assert not (tmp_path / "new").exists()
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert "frozen" in lines["encoder"] and "encoder_ema0.9999_step0000004.pt" in lines["encoder"]
@@ -338,8 +371,18 @@ def test_tryrun_fails_where_a_frozen_model_has_no_weights(data_dir, write_config
 
 def test_ranks_stop_together_and_go_on(data_dir, write_config, tmp_path):
     path = write_config(tiny_config(max_steps=4000, i_save=10000, i_eval=10000, i_print=10))
-    flags = ("--config", path, "--data_dir", data_dir, "--output_dir", tmp_path / "run", "--num_gpus", 2,
-             "--master_port", free_port())  # fmt: skip
+    flags = (
+        "--config",
+        path,
+        "--data_dir",
+        data_dir,
+        "--output_dir",
+        tmp_path / "run",
+        "--num_gpus",
+        2,
+        "--master_port",
+        free_port(),
+    )
     process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True)
     assert any("step 10/4000" in line for line in iter(process.stdout.readline, ""))
     process.send_signal(signal.SIGTERM)
@@ -365,8 +408,18 @@ def test_a_damaged_item_is_one_clear_error(ranks, write_config, tmp_path):
         "sha256,voxelized,split\n" + "".join(f"{n},True,train\n" for n in names)
     )
     write_ply(voxels / f"{names[2]}.ply", np.array([[0.0, 0.0, 2.0]]))
-    flags = ("--config", write_config(tiny_config(num_workers=1)), "--data_dir", tmp_path / "data",
-             "--output_dir", tmp_path / "run", "--num_gpus", ranks, "--master_port", free_port())  # fmt: skip
+    flags = (
+        "--config",
+        write_config(tiny_config(num_workers=1)),
+        "--data_dir",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "run",
+        "--num_gpus",
+        ranks,
+        "--master_port",
+        free_port(),
+    )
     done = subprocess.run(command(*flags), capture_output=True, text=True)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1 and f"{names[2]}.ply" in errors[0]

@@ -67,8 +67,11 @@ def squares(drawn: faces.Faces) -> list[tuple]:
         low, high = points.min(0), points.max(0)
         (axis,) = np.flatnonzero(low == high)
         u, v = (other for other in range(3) if other != axis)
-        found += [(axis, low[axis], i, j, drawn.labels[number]) for i in range(low[u], high[u])
-                  for j in range(low[v], high[v])]
+        found += [
+            (axis, low[axis], i, j, drawn.labels[number])
+            for i in range(low[u], high[u])
+            for j in range(low[v], high[v])
+        ]
     return found
 
 
@@ -78,9 +81,13 @@ def test_faces_cover_each_outer_square_once_with_its_label(kind, merged, monkeyp
     if merged:
         monkeypatch.setattr(faces, "SHADED_FACES", -1)
     rng = np.random.default_rng(0)
-    labels = {"noise": rng.integers(0, 4, (6, 6, 6)), "full": np.ones((5, 5, 5), int), "empty": np.zeros((3,) * 3, int),
-              "one": np.eye(3, dtype=int)[:, :, None] * np.eye(3, dtype=int)[0],
-              "shapes": solid_grids(2, 12, 0)[1] * 2}[kind]  # fmt: skip
+    labels = {
+        "noise": rng.integers(0, 4, (6, 6, 6)),
+        "full": np.ones((5, 5, 5), int),
+        "empty": np.zeros((3,) * 3, int),
+        "one": np.eye(3, dtype=int)[:, :, None] * np.eye(3, dtype=int)[0],
+        "shapes": solid_grids(2, 12, 0)[1] * 2,
+    }[kind]
     drawn = faces.outer_faces(labels)
     found, wanted = squares(drawn), exposed(labels)
     # Both sides of a plane may be drawn, for two cells that meet at an edge.
@@ -179,8 +186,17 @@ def test_edits_change_their_ids_and_no_other_object(workbench):
 # --- codes ---
 
 
-@pytest.mark.parametrize("quantizer", [{}, {"name": "ResidualVectorQuantizer", "args": {
-    "n_embed": 16, "embed_dim": 8, "latent_channels": 4, "num_codes": 2}}], ids=["one code", "two codes"])  # fmt: skip
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        {},
+        {
+            "name": "ResidualVectorQuantizer",
+            "args": {"n_embed": 16, "embed_dim": 8, "latent_channels": 4, "num_codes": 2},
+        },
+    ],
+    ids=["one code", "two codes"],
+)
 def test_usage_is_counted_over_the_sample(quantizer, data_dir):
     workbench = Workbench(make_tokenizer(**quantizer), SparseStructure(data_dir, resolution=RESOLUTION, split="all"))
     usage = Usage(workbench, 5).start()
@@ -195,8 +211,9 @@ def test_usage_is_counted_over_the_sample(quantizer, data_dir):
         assert usage.counts(part).tolist() == torch.bincount(own.flatten(), minlength=workbench.n_embed).tolist()
         code = int(own.flatten().mode().values)
         places = (own == code).nonzero().tolist()
-        blocks = [voxels[n, x * bx : (x + 1) * bx, y * by : (y + 1) * by, z * bz : (z + 1) * bz]
-                  for n, x, y, z in places]  # fmt: skip
+        blocks = [
+            voxels[n, x * bx : (x + 1) * bx, y * by : (y + 1) * by, z * bz : (z + 1) * bz] for n, x, y, z in places
+        ]
         found = usage.of(code, part)
         assert (found.tokens, found.rank) == (len(places), 1)
         assert found.objects == len({n for n, *_ in places})
@@ -226,8 +243,9 @@ def test_code_repeated_is_the_decoder_s(workbench):
 
 def test_colours_of_codes_are_distinct_and_fit_any_quantizer(workbench):
     assert len(np.unique(workbench.colours(), axis=0)) == workbench.n_embed
-    several = Workbench(make_tokenizer(name="ResidualVectorQuantizer", args={
-        "n_embed": 16, "embed_dim": 4, "latent_channels": 4}))  # fmt: skip
+    several = Workbench(
+        make_tokenizer(name="ResidualVectorQuantizer", args={"n_embed": 16, "embed_dim": 4, "latent_channels": 4})
+    )
     assert several.colours().shape == (16, 3)
 
 
@@ -258,5 +276,3 @@ def test_score_tiles_hold_the_metrics(workbench):
     grid, back = workbench.object(0), workbench.decode(workbench.encode(workbench.object(0)))
     assert shown["IoU"] == f"{(grid & back).sum() / (grid | back).sum():.4f}"
     assert shown["ids"] == "64" and shown["edited"] == "0"
-
-

@@ -43,8 +43,15 @@ class Page:
 
         options = webdriver.ChromeOptions()
         options.binary_location = BROWSER
-        for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader",
-                     "--enable-unsafe-swiftshader", "--window-size=1400,1000", "--disable-background-networking"):
+        for flag in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            "--use-angle=swiftshader",
+            "--enable-unsafe-swiftshader",
+            "--window-size=1400,1000",
+            "--disable-background-networking",
+        ):
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
         options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
@@ -68,35 +75,48 @@ class Page:
 
     def meshes(self, name: str) -> int:
         """How many traces of triangles a panel has on the screen; 0 before it is drawn."""
-        return self.driver.execute_script(PLOT + f"""const gd = plot('panel-{name}');
+        return self.driver.execute_script(
+            PLOT
+            + f"""const gd = plot('panel-{name}');
             const scene = gd && gd._fullLayout && gd._fullLayout.scene && gd._fullLayout.scene._scene;
             return gd && gd.linked && scene && scene.glplot
-                ? gd._fullData.filter((trace) => trace.type === 'mesh3d').length : 0""")
+                ? gd._fullData.filter((trace) => trace.type === 'mesh3d').length : 0"""
+        )
 
     def wait_for_panels(self) -> None:
         for name in (*PANELS, "lattice"):
             self.wait(lambda name=name: self.meshes(name), f"panel {name} is not drawn")
 
     def cameras(self) -> list[tuple]:
-        eyes = self.driver.execute_script(PLOT + f"""return {json.dumps([*PANELS, 'lattice'])}.map((name) => {{
+        eyes = self.driver.execute_script(
+            PLOT
+            + f"""return {json.dumps([*PANELS, "lattice"])}.map((name) => {{
             const eye = plot('panel-' + name)._fullLayout.scene._scene.getCamera().eye;
-            return [eye.x, eye.y, eye.z]; }})""")
+            return [eye.x, eye.y, eye.z]; }})"""
+        )
         return [tuple(np.round(eye, 6)) for eye in eyes]
 
     def drop(self, path: Path) -> None:
-        self.driver.execute_script("""
+        self.driver.execute_script(
+            """
             const bytes = Uint8Array.from(atob(arguments[1]), (letter) => letter.charCodeAt(0));
             const transfer = new DataTransfer();
             transfer.items.add(new File([bytes], arguments[0]));
             const event = new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true});
             document.getElementById("drop").dispatchEvent(event);
-            """, path.name, base64.b64encode(path.read_bytes()).decode())
+            """,
+            path.name,
+            base64.b64encode(path.read_bytes()).decode(),
+        )
 
     def check_requests_and_console(self, url: str) -> None:
         """Nothing was asked for elsewhere, and nothing went wrong unseen. Empties both logs."""
         entries = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        asked = [urlsplit(entry["params"]["request"]["url"]) for entry in entries
-                 if entry["method"] == "Network.requestWillBeSent"]  # fmt: skip
+        asked = [
+            urlsplit(entry["params"]["request"]["url"])
+            for entry in entries
+            if entry["method"] == "Network.requestWillBeSent"
+        ]
         hosts = {each.netloc for each in asked if each.scheme not in ("data", "blob", "chrome")}
         assert hosts == {urlsplit(url).netloc}
         errors = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
@@ -195,9 +215,12 @@ def test_a_visit(page, url, workbench, tmp_path):
     # A token is clicked in the layer, and gets the code that changes most.
     layer = int(page.text("caption-layer").split()[2])
     token = int(np.ravel_multi_index((1, 2, layer), workbench.lattice))
-    x, y = page.driver.execute_script(PLOT + """const gd = plot('layer'), box = gd.getBoundingClientRect();
+    x, y = page.driver.execute_script(
+        PLOT
+        + """const gd = plot('layer'), box = gd.getBoundingClientRect();
         const {xaxis, yaxis} = gd._fullLayout;
-        return [xaxis.l2p(1) + xaxis._offset - box.width / 2, yaxis.l2p(2) + yaxis._offset - box.height / 2]""")
+        return [xaxis.l2p(1) + xaxis._offset - box.width / 2, yaxis.l2p(2) + yaxis._offset - box.height / 2]"""
+    )
     mouse = ActionChains(page.driver)
     mouse.move_to_element_with_offset(page.find("layer"), int(x), int(y)).pause(0.3).click().perform()
     page.wait(lambda: page.text("caption-token") == f"number {token}: x 1, y 2, z {layer}", "no token is chosen")
@@ -247,8 +270,10 @@ def test_a_visit(page, url, workbench, tmp_path):
     assert page.text("caption-reconstruction") == f"{before.sum():,} voxels"
 
     # Files that are damaged, or of another kind, are answered with a sentence, and the page goes on.
-    for name, content, words in (("broken.glb", path.read_bytes()[:200], "broken.glb: "),
-                                 ("notes.txt", b"hello", "notes.txt: is not one of .glb")):
+    for name, content, words in (
+        ("broken.glb", path.read_bytes()[:200], "broken.glb: "),
+        ("notes.txt", b"hello", "notes.txt: is not one of .glb"),
+    ):
         (tmp_path / name).write_bytes(content)
         page.drop(tmp_path / name)
         page.wait(lambda words=words: page.text("message").startswith(words), f"{name} goes unanswered")

@@ -75,8 +75,14 @@ def test_kinds_of_files_are_the_voxelizer_s():
 def test_files_that_point_to_other_files_are_turned_away(tmp_path):
     outside = {"asset": {"version": "2.0"}, "buffers": [{"uri": "../../secret.bin", "byteLength": 4}]}
     entity = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]><COLLADA>&e;</COLLADA>'
-    cases = {"a.gltf": json.dumps(outside).encode(), "b.gltf": b"{", "c.dae": entity.encode(),
-             "d.dae": entity.encode("utf-16"), "e.dae": b"PK\x03\x04 an archive", "f.glb": b"glTF" + bytes(8)}
+    cases = {
+        "a.gltf": json.dumps(outside).encode(),
+        "b.gltf": b"{",
+        "c.dae": entity.encode(),
+        "d.dae": entity.encode("utf-16"),
+        "e.dae": b"PK\x03\x04 an archive",
+        "f.glb": b"glTF" + bytes(8),
+    }
     for name, content in cases.items():
         path = tmp_path / name
         path.write_bytes(content)
@@ -169,12 +175,18 @@ def ask(client, app, output: str, values: dict[str, object]) -> dict:
     """What a callback that writes `output` answers; values: {"id.property": value} of its inputs and states."""
     (key,) = (key for key in app.callback_map if output in key)
     spec = next(item for item in app._callback_list if item["output"] == key)
-    fill = [[{**item, "value": values.get(f"{item['id']}.{item['property']}")} for item in spec[part]]
-            for part in ("inputs", "state")]
-    outputs = [dict(zip(("id", "property"), name.rsplit(".", 1), strict=True))
-               for name in key.strip(".").split("...")]  # fmt: skip
-    body = {"output": key, "outputs": outputs if key.startswith("..") else outputs[0], "inputs": fill[0],
-            "state": fill[1], "changedPropIds": [next(iter(values))]}  # fmt: skip
+    fill = [
+        [{**item, "value": values.get(f"{item['id']}.{item['property']}")} for item in spec[part]]
+        for part in ("inputs", "state")
+    ]
+    outputs = [dict(zip(("id", "property"), name.rsplit(".", 1), strict=True)) for name in key.strip(".").split("...")]
+    body = {
+        "output": key,
+        "outputs": outputs if key.startswith("..") else outputs[0],
+        "inputs": fill[0],
+        "state": fill[1],
+        "changedPropIds": [next(iter(values))],
+    }
     answer = client.post("/_dash-update-component", json=body)
     assert answer.status_code == 200, answer.data
     return answer.get_json()
@@ -185,8 +197,10 @@ def test_visitors_get_their_own_object_and_edits(app, workbench):
     first, second = app.server.test_client(), app.server.test_client()
     states = [visit.new_object(workbench, workbench.object(i), str(i), f"object-{i}") for i in (0, 1)]
     edits = {"of": "object-0", "list": [[11, int((workbench.encode(workbench.object(0))[11] + 1) % 32)]]}
-    wanted = [workbench.decode(visit.open_visit(workbench, states[0], edits).ids),
-              workbench.decode(workbench.encode(workbench.object(1)))]  # fmt: skip
+    wanted = [
+        workbench.decode(visit.open_visit(workbench, states[0], edits).ids),
+        workbench.decode(workbench.encode(workbench.object(1))),
+    ]
     for _ in range(2):
         for client, state, own, grid in ((first, states[0], edits, wanted[0]), (second, states[1], edits, wanted[1])):
             answer = ask(client, app, "caption-reconstruction", {"object.data": state, "edits.data": own})
@@ -209,8 +223,12 @@ def test_errors_of_callbacks_are_sentences_on_the_page(app, workbench):
 def test_uploads_are_checked_before_they_are_opened(app):
     client = app.server.test_client()
     ours = {"X-Viewer": "1"}
-    cases = [("name=a.stl&up_axis=z", b"solid", {}, "viewer's own page"), ("name=a.exe&up_axis=z", b"MZ", ours, ".glb"),
-             ("name=a.stl&up_axis=w", b"solid", ours, "up_axis"), ("name=a.stl&up_axis=z", b"", ours, "0 bytes")]
+    cases = [
+        ("name=a.stl&up_axis=z", b"solid", {}, "viewer's own page"),
+        ("name=a.exe&up_axis=z", b"MZ", ours, ".glb"),
+        ("name=a.stl&up_axis=w", b"solid", ours, "up_axis"),
+        ("name=a.stl&up_axis=z", b"", ours, "0 bytes"),
+    ]
     for query, content, headers, words in cases:
         answer = client.post(f"/upload?{query}", data=content, headers=headers)
         assert answer.status_code == 400 and words in answer.get_json()["error"]
@@ -231,8 +249,14 @@ def test_an_upload_becomes_an_object_and_a_damaged_one_a_sentence(app, workbench
     assert opened.name == "my box.glb" and np.array_equal(opened.grid, grid)
     assert np.array_equal(opened.ids, workbench.tokenizer.encode(path)[0].numpy())
     assert answer["mesh"]["of"] == answer["object"]["key"] and answer["mesh"]["caption"] == "12 triangles"
-    for name, content in (("a.glb", path.read_bytes()[:300]), ("b.ply", b"ply\n"), ("c.stl", os.urandom(500)),
-                          ("d.obj", b"nothing"), ("e.dae", b"<COLLADA/>"), ("f.off", b"OFF\n9 9 9\n")):
+    for name, content in (
+        ("a.glb", path.read_bytes()[:300]),
+        ("b.ply", b"ply\n"),
+        ("c.stl", os.urandom(500)),
+        ("d.obj", b"nothing"),
+        ("e.dae", b"<COLLADA/>"),
+        ("f.off", b"OFF\n9 9 9\n"),
+    ):
         answer = client.post(f"/upload?name={name}&up_axis=z", data=content, headers=ours)
         said = answer.get_json()["error"]
         assert answer.status_code == 400 and said.startswith(f"{name}: "), said

@@ -64,12 +64,15 @@ def test_grids_below_the_input_are_not_taken_for_meshes(tmp_path, serial, capsys
     assert not (tmp_path / "out" / "failed.csv").exists() and len(serial) == 2
 
 
-@pytest.mark.parametrize("flags, up_axis, normalization", [
-    ((), "keep", "cube"),
-    (("--up_axis", "y"), "y", "cube"),
-    (("--normalization", "shapellm"), "y", "shapellm"),
-    (("--normalization", "shapellm", "--up_axis", "y"), "y", "shapellm"),
-])
+@pytest.mark.parametrize(
+    "flags, up_axis, normalization",
+    [
+        ((), "keep", "cube"),
+        (("--up_axis", "y"), "y", "cube"),
+        (("--normalization", "shapellm"), "y", "shapellm"),
+        (("--normalization", "shapellm", "--up_axis", "y"), "y", "shapellm"),
+    ],
+)
 def test_settings_are_recorded(flags, up_axis, normalization, tmp_path, serial):
     [(sha256, path)] = export(tmp_path / "in", 1).items()
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", *flags) == 0
@@ -233,8 +236,9 @@ def test_trellis_folder_is_taken_as_it_is(tmp_path, serial, capsys):
     small = trimesh.creation.box(extents=(0.5, 0.27, 0.97)).apply_translation((0.21, 0, 0))
     small.export(root / "renders" / shas[0] / "mesh.ply")
     tetrahedron().export(root / "renders" / shas[1] / "mesh.ply")  # not normalised
-    (root / "metadata.csv").write_text("sha256,aesthetic_score,rendered\n"
-                                       + "".join(f"{sha},7.25,True\n" for sha in shas))
+    (root / "metadata.csv").write_text(
+        "sha256,aesthetic_score,rendered\n" + "".join(f"{sha},7.25,True\n" for sha in shas)
+    )
     assert run("--input", root) == 0
     rows = table(root / "metadata.csv")
     assert [row["sha256"] for row in rows] == shas
@@ -264,14 +268,17 @@ def test_pool_survives_slow_and_dying_tasks():
     assert isinstance(results[tasks[1]], DataError) and "exit code 3" in str(results[tasks[1]])
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--input", "missing"], "missing: no such file or folder"),
-    (["--input", "empty"], "empty: no .glb"),
-    (["--input", "note.txt"], "note.txt: is not one of .glb"),
-    (["--input", "bad"], "none of the 1 meshes could be voxelised"),
-    (["--input", "bad", "--rank", "2", "--world_size", "2"], "--rank 2 --world_size 2"),
-    (["--input", "bad", "--resolution", "0"], "--resolution 0"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--input", "missing"], "missing: no such file or folder"),
+        (["--input", "empty"], "empty: no .glb"),
+        (["--input", "note.txt"], "note.txt: is not one of .glb"),
+        (["--input", "bad"], "none of the 1 meshes could be voxelised"),
+        (["--input", "bad", "--rank", "2", "--world_size", "2"], "--rank 2 --world_size 2"),
+        (["--input", "bad", "--resolution", "0"], "--resolution 0"),
+    ],
+)
 def test_wrong_input_is_one_error(args, message, tmp_path, monkeypatch, serial, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -283,12 +290,15 @@ def test_wrong_input_is_one_error(args, message, tmp_path, monkeypatch, serial, 
     assert len(error) == 1 and message in error[0]
 
 
-@pytest.mark.parametrize("content, message", [
-    ("name\nx\n", "no column sha256"),
-    ("sha256,file\n" + "a" * 64 + "\n", "line 2"),
-    ("sha256\n" + 2 * ("a" * 64 + "\n"), "given twice"),
-    ("sha256\n../../x\n", "not a hash"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("name\nx\n", "no column sha256"),
+        ("sha256,file\n" + "a" * 64 + "\n", "line 2"),
+        ("sha256\n" + 2 * ("a" * 64 + "\n"), "given twice"),
+        ("sha256\n../../x\n", "not a hash"),
+    ],
+)
 def test_damaged_metadata_is_one_error(content, message, tmp_path, serial, capsys):
     export(tmp_path / "in", 1)
     (tmp_path / "out").mkdir()
@@ -301,8 +311,16 @@ def test_damaged_metadata_is_one_error(content, message, tmp_path, serial, capsy
 def test_program_killed_midway_goes_on(tmp_path):
     """As a user runs it: from another folder, with workers, killed without warning, started again."""
     shas = export(tmp_path / "in", 40)
-    command = [sys.executable, str(ROOT / "dataset_toolkits" / "voxelize.py"), "--input", "in",
-               "--output_dir", "out", "--max_workers", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "dataset_toolkits" / "voxelize.py"),
+        "--input",
+        "in",
+        "--output_dir",
+        "out",
+        "--max_workers",
+        "1",
+    ]
     record = tmp_path / "out" / "records" / "voxelized_0.csv"
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     while process.poll() is None and (not record.exists() or record.read_bytes().count(b"\n") < 4):

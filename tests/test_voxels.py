@@ -99,8 +99,9 @@ def test_the_format_written_is_plain_and_other_valid_ones_are_read(tmp_path, tex
     vertices["red"] = 200
     faces = np.array([([0, 1, 2],), ([3, 4, 5],)], dtype=[("vertex_indices", "i4", (3,))])
     edges = np.array([(0, 1)], dtype=[("vertex1", "i4"), ("vertex2", "i4")])
-    elements = [plyfile.PlyElement.describe(*element)
-                for element in ((faces, "face"), (vertices, "vertex"), (edges, "edge"))]
+    elements = [
+        plyfile.PlyElement.describe(*element) for element in ((faces, "face"), (vertices, "vertex"), (edges, "edge"))
+    ]
     theirs = plyfile.PlyData(elements, text=text, byte_order=order, comments=["a comment"])
     theirs.write(tmp_path / "theirs.ply")
     assert np.array_equal(read_ply(tmp_path / "theirs.ply"), points.astype(np.float64))
@@ -118,31 +119,36 @@ def test_every_truncation_of_a_file_is_an_error_naming_it(tmp_path):
     assert len(read_ply(path)) == 3
 
 
-ASCII = ("ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\nproperty float z\n"
-         "end_header\n0 0 0\n.25 .25 .25\n")
+ASCII = (
+    "ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\nproperty float z\n"
+    "end_header\n0 0 0\n.25 .25 .25\n"
+)
 
 
-@pytest.mark.parametrize("old, new, message", [
-    ("vertex 2", "vertex 99999999999999999", "99999999999999999 rows .* file of 1[0-9]+ bytes"),
-    ("vertex 2", "vertex " + "9" * 40, "9{40} rows"),
-    ("vertex 2", "vertex -2", "-2 rows"),
-    ("vertex 2", "vertex two", "invalid literal .*two"),
-    ("vertex 2", "vertex 0", "has no points"),
-    ("vertex 2", "vertex 3", "truncated"),
-    ("0 0 0\n", "0 0\n", "truncated"),
-    ("0 0 0", "0 zero 0", "row 0: property 'y'"),
-    ("element vertex", "element face", r"{'face': \['x', 'y', 'z'\]}"),
-    ("element vertex 2\n", "", "line 3: expected one of .*element"),
-    ("format ascii 1.0\n", "", "line 2: expected one of .*format"),
-    ("format ascii", "format utf8", "format 'utf8'"),
-    ("property float y\n", "", "row 0: expected end-of-line"),
-    ("float y", "float x", "two properties with same name"),
-    ("property float z", "property float z\nproperty float z", "two properties with same name"),
-    ("float y", "quaternion y", "line 5: field type 'quaternion'"),
-    ("end_header\n", "", "no end_header"),
-    ("end_header\n", "comment " + "x" * 70000 + "\nend_header\n", "no end_header in the first 65536"),
-    ("ply\n", "solid\n", "not a PLY"),
-])
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("vertex 2", "vertex 99999999999999999", "99999999999999999 rows .* file of 1[0-9]+ bytes"),
+        ("vertex 2", "vertex " + "9" * 40, "9{40} rows"),
+        ("vertex 2", "vertex -2", "-2 rows"),
+        ("vertex 2", "vertex two", "invalid literal .*two"),
+        ("vertex 2", "vertex 0", "has no points"),
+        ("vertex 2", "vertex 3", "truncated"),
+        ("0 0 0\n", "0 0\n", "truncated"),
+        ("0 0 0", "0 zero 0", "row 0: property 'y'"),
+        ("element vertex", "element face", r"{'face': \['x', 'y', 'z'\]}"),
+        ("element vertex 2\n", "", "line 3: expected one of .*element"),
+        ("format ascii 1.0\n", "", "line 2: expected one of .*format"),
+        ("format ascii", "format utf8", "format 'utf8'"),
+        ("property float y\n", "", "row 0: expected end-of-line"),
+        ("float y", "float x", "two properties with same name"),
+        ("property float z", "property float z\nproperty float z", "two properties with same name"),
+        ("float y", "quaternion y", "line 5: field type 'quaternion'"),
+        ("end_header\n", "", "no end_header"),
+        ("end_header\n", "comment " + "x" * 70000 + "\nend_header\n", "no end_header in the first 65536"),
+        ("ply\n", "solid\n", "not a PLY"),
+    ],
+)
 def test_absurd_headers_and_values_are_errors_naming_the_file(tmp_path, old, new, message):
     path = tmp_path / "bad.ply"
     path.write_text(ASCII)

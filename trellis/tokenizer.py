@@ -78,8 +78,10 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
                 model.convert_to_fp32()  # the precision is this class's to choose
             setattr(self, name, model)
         if resolution % self.encoder.downsampling:
-            raise ConfigError(f"resolution is {resolution}; the encoder halves it, so a multiple of "
-                              f"{self.encoder.downsampling} is needed")  # fmt: skip
+            raise ConfigError(
+                f"resolution is {resolution}; the encoder halves it, so a multiple of "
+                f"{self.encoder.downsampling} is needed"
+            )
         cells = resolution // self.encoder.downsampling
         try:
             self.lattice: tuple[int, int, int] = self.quantizer.lattice((cells, cells, cells))
@@ -112,8 +114,12 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
     @property
     def settings(self) -> dict[str, Any]:
         """What ids depend on besides the weights."""
-        return {"models": self.specs, "resolution": self.resolution, "normalization": self.normalization,
-                "up_axis": self.up_axis}  # fmt: skip
+        return {
+            "models": self.specs,
+            "resolution": self.resolution,
+            "normalization": self.normalization,
+            "up_axis": self.up_axis,
+        }
 
     @property
     def hash(self) -> str:
@@ -233,21 +239,26 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         path = Path(source)
         if path.is_file():
             if path.suffix not in WEIGHT_SUFFIXES:
-                raise CheckpointError(f"{path}: is no tokenizer. Give a folder, or a file of ShapeLLM-Omni's layout, "
-                                      f"whose name ends in {', '.join(WEIGHT_SUFFIXES)}")  # fmt: skip
+                raise CheckpointError(
+                    f"{path}: is no tokenizer. Give a folder, or a file of ShapeLLM-Omni's layout, "
+                    f"whose name ends in {', '.join(WEIGHT_SUFFIXES)}"
+                )
             return cls.from_shapellm(path)
         if (path / WEIGHTS).is_file():
             return cls.from_pretrained(path)
         if (path / "ckpts").is_dir():
             return cls.from_run(path)
         if path.is_dir():
-            raise CheckpointError(f"{path}: has neither {WEIGHTS} of save_pretrained nor ckpts/ of a run. Give a "
-                                  "folder that has one of them, such as outputs/stage2")  # fmt: skip
+            raise CheckpointError(
+                f"{path}: has neither {WEIGHTS} of save_pretrained nor ckpts/ of a run. Give a "
+                "folder that has one of them, such as outputs/stage2"
+            )
         if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
             raise CheckpointError(f"{source}: there is no such file or folder, and it is no id on the Hub (org/name)")
         if path.parent.is_dir():  # a slip in a path, which the Hub would take long to not know
-            raise CheckpointError(f"{source}: {path.parent}/ has no file or folder {path.name}. For an id on the Hub "
-                                  "use from_pretrained")  # fmt: skip
+            raise CheckpointError(
+                f"{source}: {path.parent}/ has no file or folder {path.name}. For an id on the Hub use from_pretrained"
+            )
         return cls.from_pretrained(str(source))
 
     @classmethod
@@ -258,8 +269,10 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         if path.is_dir():
             missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
             if missing:
-                raise CheckpointError(f"{path}: {missing[0]} is missing, so save_pretrained did not write it. For a "
-                                      "run folder use from_run")  # fmt: skip
+                raise CheckpointError(
+                    f"{path}: {missing[0]} is missing, so save_pretrained did not write it. For a "
+                    "run folder use from_run"
+                )
             _read_config(path / CONFIG)
         try:
             return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
@@ -275,8 +288,13 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         if Path(model_id).is_dir():
             weights = Path(model_id) / WEIGHTS
         else:
-            options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token,
-                       "local_files_only": local_files_only}  # fmt: skip
+            options = {
+                "revision": revision,
+                "cache_dir": cache_dir,
+                "force_download": force_download,
+                "token": token,
+                "local_files_only": local_files_only,
+            }
             _read_config(hf_hub_download(model_id, CONFIG, **options))
             weights = hf_hub_download(model_id, WEIGHTS, **options)
         tokenizer = cls(**settings)
@@ -331,15 +349,20 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         """
         table, along_z = self.quantizer.table(), self.quantizer.group[:2] == (1, 1)
         if table is None or not self.quantizer.nearest_of_table or not along_z:
-            raise ConfigError(f"{type(self.quantizer).__name__} with group {list(self.quantizer.group)}: that layout "
-                              "has one table, whose nearest row is the id of cells along z. Train a VectorQuantizer or "
-                              "EMAVectorQuantizer without group")  # fmt: skip
+            raise ConfigError(
+                f"{type(self.quantizer).__name__} with group {list(self.quantizer.group)}: that layout "
+                "has one table, whose nearest row is the id of cells along z. Train a VectorQuantizer or "
+                "EMAVectorQuantizer without group"
+            )
         if Path(path).exists():
             raise CheckpointError(f"{path} exists already; choose another file")
         if self.normalization != "shapellm":
-            warnings.warn(f"{path}: readers of this layout normalise meshes as ShapeLLM-Omni does, but this one's are "
-                          f'normalised as "{self.normalization}". Give grids, or load it by from_shapellm(..., '
-                          f'normalization="{self.normalization}", up_axis="{self.up_axis}")', stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"{path}: readers of this layout normalise meshes as ShapeLLM-Omni does, but this one's are "
+                f'normalised as "{self.normalization}". Give grids, or load it by from_shapellm(..., '
+                f'normalization="{self.normalization}", up_axis="{self.up_axis}")',
+                stacklevel=2,
+            )
         with written_aside(path) as aside:
             torch.save(shapellm_state(self.encoder.state_dict(), self.decoder.state_dict(), table), aside)
 
@@ -420,8 +443,9 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         if grids.ndim == 3:
             grids = grids[None, None]
         if grids.ndim != 5 or grids.shape[1:] != (1, *side) or not len(grids):
-            raise ValueError(f"grids must be [B, 1, {', '.join(map(str, side))}] with B >= 1; they are "
-                             f"{list(grids.shape)}")  # fmt: skip
+            raise ValueError(
+                f"grids must be [B, 1, {', '.join(map(str, side))}] with B >= 1; they are {list(grids.shape)}"
+            )
         return (grids > 0).float()
 
     def grid_of_file(self, path: Source) -> Tensor:
@@ -439,8 +463,10 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         """ids as [B, T]."""
         ids = torch.as_tensor(ids)
         if ids.ndim not in (1, 2) or ids.shape[-1] != self.num_tokens or ids.is_floating_point() or not ids.numel():
-            raise ValueError(f"ids must be [B, {self.num_tokens}] or [{self.num_tokens}] integers; they are "
-                             f"{list(ids.shape)} {ids.dtype}")  # fmt: skip
+            raise ValueError(
+                f"ids must be [B, {self.num_tokens}] or [{self.num_tokens}] integers; they are "
+                f"{list(ids.shape)} {ids.dtype}"
+            )
         low, high = ids.min().item(), ids.max().item()
         if low < 0 or high >= self.n_embed:
             raise ValueError(f"an id is {low if low < 0 else high}; the codebook has 0 to {self.n_embed - 1}")

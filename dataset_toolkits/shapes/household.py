@@ -83,8 +83,10 @@ def chair(rng: Generator) -> Parts:
     parts += [tilted(mesh, -lean, (1, 0, 0), (0, behind, seat)) for mesh in panel]
     if rng.random() < 0.4:
         rise, x = rng.uniform(0.3, 0.45), width / 2 - 0.03
-        rest = [box((x, 0, seat + rise), (0.1, depth * 0.85, 0.06)),
-                bar((x, -depth * 0.35, seat), (x, -depth * 0.35, seat + rise), 0.04)]
+        rest = [
+            box((x, 0, seat + rise), (0.1, depth * 0.85, 0.06)),
+            bar((x, -depth * 0.35, seat), (x, -depth * 0.35, seat + rise), 0.04),
+        ]
         parts += mirrored(rest, 0)
     return parts
 
@@ -134,8 +136,9 @@ def lamp(rng: Generator) -> Parts:
         knot = height * rng.uniform(0.45, 0.7)
         parts = [bar((0, 0, knot), (x, y, 0), 0.04) for x, y in circle(foot * 1.3, 3)]
     if bent:
-        path = spline([(0, 0, 0.05), (-0.05, 0, height * 0.6), (reach * 0.45, 0, height * 1.05),
-                       (reach, 0, height * 0.85)], 32)
+        path = spline(
+            [(0, 0, 0.05), (-0.05, 0, height * 0.6), (reach * 0.45, 0, height * 1.05), (reach, 0, height * 0.85)], 32
+        )
     else:
         bulge = rng.uniform(0.05, 0.25)
         if rng.random() < 0.4:  # a turned body
@@ -160,12 +163,22 @@ def vessel(rng: Generator) -> Parts:
     height = rng.uniform(0.9, 1.8)
     kind = rng.integers(4)
     radii = {
-        0: [rng.uniform(0.2, 0.35), rng.uniform(0.4, 0.6), rng.uniform(0.35, 0.6), rng.uniform(0.12, 0.3),
-            rng.uniform(0.2, 0.4)],                                                            # vase
-        1: [0.34, 0.38, rng.uniform(0.34, 0.4), rng.uniform(0.1, 0.14), rng.uniform(0.1, 0.13)],   # bottle
-        2: [rng.uniform(0.3, 0.4), 0.07, 0.07, rng.uniform(0.3, 0.45), rng.uniform(0.3, 0.4)],     # goblet
-        3: [rng.uniform(0.35, 0.5), rng.uniform(0.4, 0.55), rng.uniform(0.4, 0.55), rng.uniform(0.4, 0.5),
-            rng.uniform(0.4, 0.55)],                                                           # cup
+        0: [
+            rng.uniform(0.2, 0.35),
+            rng.uniform(0.4, 0.6),
+            rng.uniform(0.35, 0.6),
+            rng.uniform(0.12, 0.3),
+            rng.uniform(0.2, 0.4),
+        ],  # vase
+        1: [0.34, 0.38, rng.uniform(0.34, 0.4), rng.uniform(0.1, 0.14), rng.uniform(0.1, 0.13)],  # bottle
+        2: [rng.uniform(0.3, 0.4), 0.07, 0.07, rng.uniform(0.3, 0.45), rng.uniform(0.3, 0.4)],  # goblet
+        3: [
+            rng.uniform(0.35, 0.5),
+            rng.uniform(0.4, 0.55),
+            rng.uniform(0.4, 0.55),
+            rng.uniform(0.4, 0.5),
+            rng.uniform(0.4, 0.55),
+        ],  # cup
     }[int(kind)]
     if kind == 3:
         height = rng.uniform(0.7, 1.2)
@@ -179,8 +192,15 @@ def vessel(rng: Generator) -> Parts:
         low, high = height * rng.uniform(0.15, 0.35), height * rng.uniform(0.65, 0.85)
         at = np.interp([low, high], outer[:, 1], outer[:, 0])
         out = at.max() + rng.uniform(0.2, 0.35)
-        handle = spline([(at[0] - 0.02, 0, low), (out, 0, low * 0.7 + high * 0.3),
-                         (out, 0, low * 0.2 + high * 0.8), (at[1] - 0.02, 0, high)], 28)
+        handle = spline(
+            [
+                (at[0] - 0.02, 0, low),
+                (out, 0, low * 0.7 + high * 0.3),
+                (out, 0, low * 0.2 + high * 0.8),
+                (at[1] - 0.02, 0, high),
+            ],
+            28,
+        )
         grips = [sweep(handle, rng.uniform(0.035, 0.055))]
         parts += mirrored(grips, 0) if kind == 0 else grips
     if kind == 1 and rng.random() < 0.5:
@@ -197,10 +217,17 @@ def house(rng: Generator) -> Parts:
         half, side = width / 2 + eave, depth / 2 + eave
         style = rng.integers(3)
         ridge = half if style == 0 else half * rng.uniform(0.1, 0.6)
-        roof = np.array([(-half, -side, 0), (half, -side, 0), (half, side, 0), (-half, side, 0),
-                         (-ridge, 0, rise), (ridge, 0, rise)]) + (x, y, height)
-        faces = np.array([(0, 1, 5), (0, 5, 4), (2, 3, 4), (2, 4, 5),
-                          (1, 2, 5), (3, 0, 4), (0, 2, 1), (0, 3, 2)])
+        roof = np.array(
+            [
+                (-half, -side, 0),
+                (half, -side, 0),
+                (half, side, 0),
+                (-half, side, 0),
+                (-ridge, 0, rise),
+                (ridge, 0, rise),
+            ]
+        ) + (x, y, height)
+        faces = np.array([(0, 1, 5), (0, 5, 4), (2, 3, 4), (2, 4, 5), (1, 2, 5), (3, 0, 4), (0, 2, 1), (0, 3, 2)])
         walls = box((x, y, height / 2), (width, depth, height))
         if style == 2 and rng.random() < 0.5:
             return [walls, box((x, y, height + 0.05), (2 * half, 2 * side, 0.1))]

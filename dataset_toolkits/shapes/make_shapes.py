@@ -28,8 +28,8 @@ from trellis.utils.files import written_aside
 FORMATS = ("obj", "stl", "ply", "glb", "off")
 SPLITS = ("train", "val")
 FAMILIES: dict[str, Callable[[np.random.Generator], list[trimesh.Trimesh]]] = {
-    family.__name__: family for family in (
-        chair, table, lamp, vessel, gear, bracket, house, vehicle, organ, plant, animal, spring, shell)
+    family.__name__: family
+    for family in (chair, table, lamp, vessel, gear, bracket, house, vehicle, organ, plant, animal, spring, shell)
 }
 DECIMALS = 5  # coordinates are rounded, so that processors that differ in a last bit write the same bytes
 
@@ -54,8 +54,7 @@ def make_shape(seed: int, split: str, index: int) -> list[trimesh.Trimesh]:
     low, high = points.min(axis=0), points.max(axis=0)
     origin = np.array([*(low + high)[:2] / 2, low[2]])
     scaled = [((vertices - origin) / (high - low).max()).round(DECIMALS) for vertices in placed]
-    return [trimesh.Trimesh(vertices, part.faces, process=False)
-            for vertices, part in zip(scaled, parts, strict=True)]
+    return [trimesh.Trimesh(vertices, part.faces, process=False) for vertices, part in zip(scaled, parts, strict=True)]
 
 
 def write_shape(parts: list[trimesh.Trimesh], path: Path) -> None:
@@ -74,12 +73,17 @@ def write_shapes(root: Path, seed: int, counts: dict[str, int]) -> int:
     note = root / "shapes.json"
     before = json.loads(note.read_text())["seed"] if note.exists() else seed
     if before != seed:
-        raise ConfigError(f"{note}: these shapes have seed {before}, not {seed}. Give that --seed or another "
-                          "--output_dir.")
+        raise ConfigError(
+            f"{note}: these shapes have seed {before}, not {seed}. Give that --seed or another --output_dir."
+        )
     with written_aside(note) as aside:
         aside.write_text(json.dumps({"seed": seed}) + "\n")
-    missing = [(split, index, root / split / shape_name(index)) for split in SPLITS
-               for index in range(counts[split]) if not (root / split / shape_name(index)).exists()]
+    missing = [
+        (split, index, root / split / shape_name(index))
+        for split in SPLITS
+        for index in range(counts[split])
+        if not (root / split / shape_name(index)).exists()
+    ]
     for split, index, path in tqdm(missing, "shapes", mininterval=0.1 if sys.stderr.isatty() else 30):
         path.parent.mkdir(exist_ok=True)
         write_shape(make_shape(seed, split, index), path)

@@ -25,6 +25,7 @@ Parts = list[Trimesh]
 
 def organ(rng: Generator) -> Parts:
     """A smooth organ: one to three swollen lobes, bent like a kidney, with vessels running out of some."""
+
     def lobe(radii: np.ndarray, bumps: float) -> Trimesh:
         ball = ellipsoid((0, 0, 0), (1, 1, 1), 4)
         directions = rng.normal(size=(6, 3))
@@ -48,8 +49,15 @@ def organ(rng: Generator) -> Parts:
     return parts
 
 
-def branch(rng: Generator, start: np.ndarray, direction: np.ndarray, length: float, radius: float,
-           depth: int, tips: list[np.ndarray]) -> Parts:
+def branch(
+    rng: Generator,
+    start: np.ndarray,
+    direction: np.ndarray,
+    length: float,
+    radius: float,
+    depth: int,
+    tips: list[np.ndarray],
+) -> Parts:
     """A curved limb that divides into two or three thinner ones, `depth` times; appends where they end."""
     bend = rng.normal(scale=0.18 * length, size=3)
     end = start + direction * length
@@ -93,8 +101,9 @@ def plant(rng: Generator) -> Parts:
             parts.append(lathe([(0, low + 0.06), (wide, low), (0.02, low + height * 0.85 / tiers)], 24))
         return parts
     pot, tall = rng.uniform(0.28, 0.4), rng.uniform(0.4, 0.6)
-    parts = [lathe([(0, 0), (pot * 0.75, 0), (pot, tall), (pot * 0.88, tall), (pot * 0.84, tall * 0.85),
-                    (0, tall * 0.85)])]
+    parts = [
+        lathe([(0, 0), (pot * 0.75, 0), (pot, tall), (pot * 0.88, tall), (pot * 0.84, tall * 0.85), (0, tall * 0.85)])
+    ]
     leaves, turn = int(rng.integers(6, 12)), rng.uniform(0, 2 * np.pi)
     for k in range(leaves):
         angle = turn + 2.4 * k  # the golden angle, as leaves have it
@@ -120,13 +129,19 @@ def animal(rng: Generator) -> Parts:
     thick = rng.uniform(0.055, 0.08)
     for x in (-length * 0.38, length * 0.38):
         knee = rng.uniform(-0.05, 0.05)
-        path = spline([(x, girth * 0.5, back - girth * 0.2), (x + knee, girth * 0.55, leg * 0.5),
-                       (x, girth * 0.55, 0)], 12)
+        path = spline(
+            [(x, girth * 0.5, back - girth * 0.2), (x + knee, girth * 0.55, leg * 0.5), (x, girth * 0.55, 0)], 12
+        )
         parts += mirrored([sweep(path, np.linspace(thick * 2, thick, 12))], 1)
     shoulder = np.array([length * 0.42, 0, back + girth * 0.15])
     head = shoulder + (rng.uniform(0.2, 0.4), 0, neck)
-    parts.append(sweep(spline([shoulder - (0.05, 0, 0.1), (shoulder + head) / 2 + (0.03, 0, 0), head], 12),
-                       np.linspace(girth * 0.6, 0.14, 12), 16))
+    parts.append(
+        sweep(
+            spline([shoulder - (0.05, 0, 0.1), (shoulder + head) / 2 + (0.03, 0, 0), head], 12),
+            np.linspace(girth * 0.6, 0.14, 12),
+            16,
+        )
+    )
     size = rng.uniform(0.16, 0.22)
     parts.append(ellipsoid(head, (size * 1.1, size * 0.85, size * 0.9)))
     snout = head + (size * rng.uniform(0.9, 1.5), 0, -size * 0.3)

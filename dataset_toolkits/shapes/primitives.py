@@ -44,8 +44,9 @@ def rectangle(width: float, height: float, segments: int = 32) -> np.ndarray:
 
 def _strip(rings: int, points: int, closed: bool, around: bool = True) -> np.ndarray:
     """Faces between consecutive rings of vertices [rings, points]; `closed` joins the last and first."""
-    i, j = np.meshgrid(np.arange(rings if closed else rings - 1), np.arange(points if around else points - 1),
-                       indexing="ij")
+    i, j = np.meshgrid(
+        np.arange(rings if closed else rings - 1), np.arange(points if around else points - 1), indexing="ij"
+    )
     a, b = i * points + j, i * points + (j + 1) % points
     c, d = (i + 1) % rings * points + j, (i + 1) % rings * points + (j + 1) % points
     return np.concatenate([np.stack([a, b, d], -1).reshape(-1, 3), np.stack([a, d, c], -1).reshape(-1, 3)])
@@ -79,8 +80,13 @@ def lathe(profile, segments: int = 32, closed: bool = False, squash: float = 1.0
     """Turn a profile [K, 2] of radius and height about z; `closed` joins its ends. squash: scale of y."""
     profile = np.asarray(profile, dtype=float)
     directions = circle(1, segments)
-    rings = np.concatenate([profile[:, :1, None] * directions * (1, squash),
-                            np.broadcast_to(profile[:, 1, None, None], (len(profile), segments, 1))], axis=2)
+    rings = np.concatenate(
+        [
+            profile[:, :1, None] * directions * (1, squash),
+            np.broadcast_to(profile[:, 1, None, None], (len(profile), segments, 1)),
+        ],
+        axis=2,
+    )
     return mesh_of(rings.reshape(-1, 3), _strip(len(profile), segments, closed))
 
 
@@ -114,8 +120,7 @@ def sweep(path, radius, segments: int = 12, closed: bool = False, squash: float 
     return mesh_of(np.concatenate(rings), _strip(len(rings), segments, closed))
 
 
-def bar(start, end, start_radius: float, end_radius: float | None = None,
-        segments: int = 10) -> trimesh.Trimesh:
+def bar(start, end, start_radius: float, end_radius: float | None = None, segments: int = 10) -> trimesh.Trimesh:
     """A straight, possibly tapered rod."""
     return sweep([start, end], [start_radius, start_radius if end_radius is None else end_radius], segments)
 

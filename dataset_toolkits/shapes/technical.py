@@ -112,8 +112,7 @@ def vehicle(rng: Generator) -> Parts:
     if kind == 0:
         hood, glass, rear = nose + length * 0.27, nose + length * 0.42, tail - length * rng.uniform(0.16, 0.3)
         body = np.array([(nose, floor), (nose, belt * 0.9), (hood, belt), (tail, belt), (tail, floor)])
-        cabin = np.array([(hood, belt - 0.03), (glass, roof), (rear, roof),
-                          (tail - length * 0.06, belt - 0.03)])
+        cabin = np.array([(hood, belt - 0.03), (glass, roof), (rear, roof), (tail - length * 0.06, belt - 0.03)])
         parts = [side_prism(body, -width / 2, width / 2), side_prism(cabin, -width * 0.43, width * 0.43)]
         if rng.random() < 0.3:
             rail = bar((glass, width * 0.3, roof + 0.06), (rear, width * 0.3, roof + 0.06), 0.03)
@@ -127,8 +126,10 @@ def vehicle(rng: Generator) -> Parts:
         cab = nose + length * rng.uniform(0.25, 0.32)
         high = roof + rng.uniform(0.05, 0.2)
         body = np.array([(nose, floor), (nose, belt), (nose + 0.12, high), (cab, high), (cab, floor)])
-        parts = [side_prism(body, -width / 2, width / 2),
-                 box(((cab + tail) / 2, 0, floor + 0.06), (tail - cab + 0.1, width * 0.8, 0.12))]
+        parts = [
+            side_prism(body, -width / 2, width / 2),
+            box(((cab + tail) / 2, 0, floor + 0.06), (tail - cab + 0.1, width * 0.8, 0.12)),
+        ]
         start = cab + 0.06
         middle, span = (start + tail) / 2, tail - start
         load = rng.integers(3)
@@ -142,11 +143,18 @@ def vehicle(rng: Generator) -> Parts:
             side = box((middle, width / 2, floor + 0.24), (span, 0.05, 0.3))
             parts += mirrored([side], 1) + [box((tail, 0, floor + 0.24), (0.05, width, 0.3))]
         axles.insert(1, tail - length * 0.2 - 2.3 * wheel)
-    tyre = [(wheel * 0.5, -0.02), (wheel * 0.55, -0.07), (wheel * 0.9, -0.08), (wheel, -0.05), (wheel, 0.05),
-            (wheel * 0.9, 0.08), (wheel * 0.55, 0.07), (wheel * 0.5, 0.02)]
+    tyre = [
+        (wheel * 0.5, -0.02),
+        (wheel * 0.55, -0.07),
+        (wheel * 0.9, -0.08),
+        (wheel, -0.05),
+        (wheel, 0.05),
+        (wheel * 0.9, 0.08),
+        (wheel * 0.55, 0.07),
+        (wheel * 0.5, 0.02),
+    ]
     for x in axles:
-        turned = [tilted(mesh, 90, (1, 0, 0))
-                  for mesh in (lathe(tyre, 28), disc(wheel * 0.5, -0.03, 0.03, 16))]
+        turned = [tilted(mesh, 90, (1, 0, 0)) for mesh in (lathe(tyre, 28), disc(wheel * 0.5, -0.03, 0.03, 16))]
         parts += mirrored([mesh.apply_translation((x, width / 2, wheel)) for mesh in turned], 1)
     return parts
 
@@ -162,8 +170,10 @@ def spring(rng: Generator) -> Parts:
         angle = 2 * np.pi * turns * t
         parts = [sweep(np.column_stack([wide * np.cos(angle), wide * np.sin(angle), height * t]), wire)]
         if rng.random() < 0.5:
-            parts += [disc(radius + 0.1, -wire - 0.06, -wire),
-                      disc(wide[-1] + 0.1, height + wire, height + wire + 0.06)]
+            parts += [
+                disc(radius + 0.1, -wire - 0.06, -wire),
+                disc(wide[-1] + 0.1, height + wire, height + wire + 0.06),
+            ]
         if rng.random() < 0.3:
             parts.append(disc(rng.uniform(0.08, 0.14), -wire, height + wire, 16))
         return parts
@@ -180,8 +190,10 @@ def spring(rng: Generator) -> Parts:
     loop = np.column_stack([long * np.cos(t), 0.3 * np.sin(t), np.zeros(40)])
     wire = rng.uniform(0.08, 0.12)
     ring = sweep(loop, wire, closed=True)
-    return [tilted(ring.copy(), 90 * (k % 2), (1, 0, 0)).apply_translation((k * (2 * long - 3 * wire), 0, 0))
-            for k in range(links)]
+    return [
+        tilted(ring.copy(), 90 * (k % 2), (1, 0, 0)).apply_translation((k * (2 * long - 3 * wire), 0, 0))
+        for k in range(links)
+    ]
 
 
 def shell(rng: Generator) -> Parts:
@@ -196,8 +208,9 @@ def shell(rng: Generator) -> Parts:
     if kind == 1:
         arc = np.pi * rng.uniform(0.4, 0.75)
         bend = rng.uniform(-0.5, 0.5)
-        points = np.stack([u * rng.uniform(0.8, 1.5), 0.6 * np.sin(v * arc) + bend * u**2,
-                           -0.6 * np.cos(v * arc)], axis=2)
+        points = np.stack(
+            [u * rng.uniform(0.8, 1.5), 0.6 * np.sin(v * arc) + bend * u**2, -0.6 * np.cos(v * arc)], axis=2
+        )
         return [grid_surface(points)]
     if kind == 2:
         long, high = rng.uniform(0.8, 1.4), rng.uniform(0.4, 0.8)

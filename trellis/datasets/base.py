@@ -40,8 +40,7 @@ class StandardDatasetBase(Dataset, ABC):
     def __init__(self, roots: str, *, split: Literal["train", "val", "all"] = "train"):
         self.roots = [root.strip() for root in roots.split(",")]
         if not all(self.roots):
-            raise DataError(f"data_dir {roots!r} has an empty entry; give folders or .npz files, separated "
-                            "by commas")
+            raise DataError(f"data_dir {roots!r} has an empty entry; give folders or .npz files, separated by commas")
         self._all_entries: list[Entry] = []
         self._report: dict[str, str] = {}
         for root in self.roots:
@@ -80,16 +79,20 @@ class StandardDatasetBase(Dataset, ABC):
         check_sha256(where, metadata["sha256"])
 
         metadata, stats = self.filter_metadata(metadata)
-        notes = [f"{removed} removed by {name}" if removed is not None
-                 else f"{name} NOT applied (no such column)" for name, removed in stats.items()]
+        notes = [
+            f"{removed} removed by {name}" if removed is not None else f"{name} NOT applied (no such column)"
+            for name, removed in stats.items()
+        ]
         known = {entry.sha256 for entry in self._all_entries}
         repeated = metadata["sha256"].isin(known)
         if repeated.any():
             notes.append(f"{int(repeated.sum())} removed as repeating an earlier root")
             metadata = metadata[~repeated]
         if not len(metadata):
-            raise DataError(f"{where}: none of {listed} objects is left: {'; '.join(notes)}. "
-                            "Relax the filter or leave this root out.")
+            raise DataError(
+                f"{where}: none of {listed} objects is left: {'; '.join(notes)}. "
+                "Relax the filter or leave this root out."
+            )
         self.check_files(root, metadata)
 
         entries = entries_of(root, where, metadata)
@@ -103,9 +106,11 @@ class StandardDatasetBase(Dataset, ABC):
         self.entries = [entry for entry in self._all_entries if split in (entry.split, "all")]
         self.instances = [(entry.root, entry.sha256) for entry in self.entries]
         if not self.instances:
-            raise DataError(f"{','.join(self.roots)}: no object is in split {split!r} "
-                            f"({self.split_sizes()}). Set `split` of some objects in metadata.csv, add objects, "
-                            "or choose another split (evaluate.py --split all).")
+            raise DataError(
+                f"{','.join(self.roots)}: no object is in split {split!r} "
+                f"({self.split_sizes()}). Set `split` of some objects in metadata.csv, add objects, "
+                "or choose another split (evaluate.py --split all)."
+            )
 
     def for_split(self, split: Literal["train", "val", "all"]) -> "StandardDatasetBase":
         """Return the same data restricted to another split; nothing is read again.
@@ -181,5 +186,3 @@ class StandardDatasetBase(Dataset, ABC):
         return "\n".join(lines + [f"  {root}: {report}" for root, report in self._report.items()])
 
     __str__ = summary
-
-

@@ -95,7 +95,6 @@ def _loaded(
 def to_device(dataset: StandardDatasetBase, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A batch of `dataset.get_batch` as stacked items on the device; `sample_ids` and `indices` stay on the CPU."""
     moved = {
-        name: value if name in Samples._fields else value.to(device, non_blocking=True)
-        for name, value in batch.items()
+        name: value if name in Samples._fields else value.to(device, non_blocking=True) for name, value in batch.items()
     }
     return dataset.unpack_batch(moved)

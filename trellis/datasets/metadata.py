@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
     root: str
     sha256: str
-    name: str           # the mesh file where known, else the sha256
+    name: str  # the mesh file where known, else the sha256
     source: str | None  # the collection it comes from, where known
     split: str
 
@@ -35,15 +35,17 @@ def read_metadata(root: str) -> "DataFrame":
 
     path = Path(root, "metadata.csv")
     try:
-        metadata = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str), low_memory=False,
-                               keep_default_na=False, na_values=[""])  # a mesh may be called 007 or NA
+        metadata = pd.read_csv(
+            path, dtype=dict.fromkeys(TEXT_COLUMNS, str), low_memory=False, keep_default_na=False, na_values=[""]
+        )  # a mesh may be called 007 or NA
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). voxelize.py writes it.") from error
     except ValueError as error:  # pandas' parser errors and bad UTF-8 are ValueErrors
         raise DataError(f"{path}: is not a CSV table ({error}). Rerun voxelize.py.") from error
     if "sha256" not in metadata:
-        raise DataError(f"{path}: has no sha256 column, only {', '.join(map(str, metadata.columns))}. "
-                        "Rerun voxelize.py.")
+        raise DataError(
+            f"{path}: has no sha256 column, only {', '.join(map(str, metadata.columns))}. Rerun voxelize.py."
+        )
     metadata.attrs["path"] = str(path)
     return metadata
 
@@ -73,8 +75,9 @@ def read_flags(metadata: "DataFrame", column: str) -> "Series":
     unknown = ~(true | false)
     if unknown.any():
         row = metadata[unknown].iloc[0]
-        raise DataError(f"{metadata.attrs['path']}: {column} of {row['sha256']} is {row[column]!r}; "
-                        "it must be True or False")
+        raise DataError(
+            f"{metadata.attrs['path']}: {column} of {row['sha256']} is {row[column]!r}; it must be True or False"
+        )
     return true
 
 
@@ -86,9 +89,11 @@ def require_files(folder: str | os.PathLike, names: list[str]) -> None:
         raise DataError(f"{folder}: cannot be read ({error.strerror}). voxelize.py makes it.") from error
     missing = [name for name in names if name not in present]
     if missing:
-        raise DataError(f"{Path(folder, missing[0])}: is missing, and so are {len(missing) - 1} other files "
-                        f"of the {len(names)} that metadata.csv lists. Rerun voxelize.py, which makes only "
-                        "what is missing.")
+        raise DataError(
+            f"{Path(folder, missing[0])}: is missing, and so are {len(missing) - 1} other files "
+            f"of the {len(names)} that metadata.csv lists. Rerun voxelize.py, which makes only "
+            "what is missing."
+        )
 
 
 def split_of(sha256: str) -> str:
@@ -104,23 +109,29 @@ def check_sha256(where: str, column: "Series") -> None:
         raise DataError(f"{where}: sha256 {first!r} is not 64 lower-case hexadecimal digits")
     repeated = column.duplicated()
     if repeated.any():
-        raise DataError(f"{where}: sha256 {column[repeated].iloc[0]} is listed twice ({int(repeated.sum())} "
-                        "repetitions in all). Remove the repeated rows.")
+        raise DataError(
+            f"{where}: sha256 {column[repeated].iloc[0]} is listed twice ({int(repeated.sum())} "
+            "repetitions in all). Remove the repeated rows."
+        )
 
 
 def entries_of(root: str, where: str, metadata: "DataFrame") -> list[Entry]:
     """Make the entries of a root; raises DataError for a split that does not exist."""
+
     def texts(*columns: str) -> list[str | None]:
         """The first of these columns that there is; None for a blank."""
         for column in columns:
             if column in metadata:
-                return [str(value) if present and value != "" else None
-                        for value, present in zip(metadata[column], metadata[column].notna(), strict=True)]
+                return [
+                    str(value) if present and value != "" else None
+                    for value, present in zip(metadata[column], metadata[column].notna(), strict=True)
+                ]
         return [None] * len(metadata)
 
     entries = []
-    for sha256, name, source, split in zip(metadata["sha256"], texts(*NAME_COLUMNS), texts("source"),
-                                           texts("split"), strict=True):
+    for sha256, name, source, split in zip(
+        metadata["sha256"], texts(*NAME_COLUMNS), texts("source"), texts("split"), strict=True
+    ):
         if split not in (*SPLITS, None):
             raise DataError(f"{where}: split of {sha256} is {split!r}; it must be train, val or blank")
         entries.append(Entry(root, sha256, name or sha256, source, split or split_of(sha256)))

@@ -34,16 +34,22 @@ def load_packed(path: Path) -> dict[str, np.ndarray]:
         raise DataError(f"{path}: has no array `bits`. pack.py writes packed files.")
     bits = arrays["bits"]
     if bits.dtype != np.uint8 or bits.ndim != 2 or not bits.size:
-        raise DataError(f"{path}: bits is {bits.dtype} {list(bits.shape)}; it must be uint8 [N, R^3 / 8], "
-                        "N >= 1. pack.py writes packed files.")
+        raise DataError(
+            f"{path}: bits is {bits.dtype} {list(bits.shape)}; it must be uint8 [N, R^3 / 8], "
+            "N >= 1. pack.py writes packed files."
+        )
     for key in arrays.keys() - {"bits"}:
         if arrays[key].dtype.kind != "U" or arrays[key].shape != (len(bits),):
-            raise DataError(f"{path}: {key} is {arrays[key].dtype} {list(arrays[key].shape)}; "
-                            f"it must be text [{len(bits)}], one for each row of bits")
+            raise DataError(
+                f"{path}: {key} is {arrays[key].dtype} {list(arrays[key].shape)}; "
+                f"it must be text [{len(bits)}], one for each row of bits"
+            )
     empty = ~bits.any(axis=1)
     if empty.any():
-        raise DataError(f"{path}: row {int(np.argmax(empty))} of bits has no occupied cell "
-                        f"({int(empty.sum())} such rows in all). Remove them.")
+        raise DataError(
+            f"{path}: row {int(np.argmax(empty))} of bits has no occupied cell "
+            f"({int(empty.sum())} such rows in all). Remove them."
+        )
     if "sha256" not in arrays:
         arrays["sha256"] = np.array([hashlib.sha256(row).hexdigest() for row in bits])
     return arrays
@@ -59,5 +65,7 @@ def check_resolution(path: Path, bits: np.ndarray, resolution: int) -> None:
     found = packed_resolution(bits)
     if found != resolution:
         what = f"hold grids of resolution {found}" if found else "are no cube"
-        raise DataError(f"{path}: rows of {bits.shape[1]} bytes {what}, but resolution is {resolution}. "
-                        "Set the config's resolution or choose another file.")
+        raise DataError(
+            f"{path}: rows of {bits.shape[1]} bytes {what}, but resolution is {resolution}. "
+            "Set the config's resolution or choose another file."
+        )

@@ -16,7 +16,7 @@ class Samples(NamedTuple):
     """The samples of one batch."""
 
     sample_ids: np.ndarray  # [B] int64, running numbers since training began
-    indices: np.ndarray     # [B] int64, which items of the dataset they are
+    indices: np.ndarray  # [B] int64, which items of the dataset they are
 
 
 class ResumableSampler(Sampler[Samples]):

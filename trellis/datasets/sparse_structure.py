@@ -42,8 +42,15 @@ class SparseStructure(StandardDatasetBase):
     Packed rows stay packed in memory; PLY files are read item by item. Batches of either travel packed.
     """
 
-    def __init__(self, roots: str, *, resolution: Count = 64, min_aesthetic_score: float | None = None,
-                 augmentation: Augmentation = "none", split: Literal["train", "val", "all"] = "train"):
+    def __init__(
+        self,
+        roots: str,
+        *,
+        resolution: Count = 64,
+        min_aesthetic_score: float | None = None,
+        augmentation: Augmentation = "none",
+        split: Literal["train", "val", "all"] = "train",
+    ):
         self.resolution = resolution
         self.min_aesthetic_score = min_aesthetic_score
         self.augmentation = augmentation
@@ -65,8 +72,10 @@ class SparseStructure(StandardDatasetBase):
             return self._read_packed(root, packed)
         if has_metadata:
             return read_metadata(root)
-        raise DataError(f"{root}: has neither metadata.csv (with voxels/<sha256>.ply beside it) nor an .npz "
-                        "file of packed grids. voxelize.py makes the former out of meshes.")
+        raise DataError(
+            f"{root}: has neither metadata.csv (with voxels/<sha256>.ply beside it) nor an .npz "
+            "file of packed grids. voxelize.py makes the former out of meshes."
+        )
 
     def filter_metadata(self, metadata: "DataFrame") -> tuple["DataFrame", dict[str, int | None]]:
         metadata, stats = super().filter_metadata(metadata)
@@ -89,9 +98,11 @@ class SparseStructure(StandardDatasetBase):
         if "resolution" in metadata:  # TRELLIS's metadata do not say; there the points tell, as they are read
             other = metadata[metadata["resolution"].notna() & (metadata["resolution"] != self.resolution)]
             if len(other):
-                raise DataError(f"{metadata.attrs['path']}: resolution of {other['sha256'].iloc[0]} is "
-                                f"{other['resolution'].iloc[0]}, but the config's is {self.resolution}. Set "
-                                "that in the config, or make the grids anew with voxelize.py --resolution.")
+                raise DataError(
+                    f"{metadata.attrs['path']}: resolution of {other['sha256'].iloc[0]} is "
+                    f"{other['resolution'].iloc[0]}, but the config's is {self.resolution}. Set "
+                    "that in the config, or make the grids anew with voxelize.py --resolution."
+                )
         require_files(Path(root, "voxels"), [f"{sha256}.ply" for sha256 in metadata["sha256"]])
 
     def get_instance(self, root: str, instance: str) -> dict[str, Tensor]:
@@ -151,8 +162,7 @@ class SparseStructure(StandardDatasetBase):
                 arrays["split"] = np.full(len(bits), named_split[1].lower())
             columns = {key: array.tolist() for key, array in arrays.items()}
             tables.append(pd.DataFrame(columns, dtype=object))
-            self._packed.update(((root, sha256), row)
-                                for sha256, row in zip(columns["sha256"], bits, strict=True))
+            self._packed.update(((root, sha256), row) for sha256, row in zip(columns["sha256"], bits, strict=True))
         metadata = pd.concat(tables, ignore_index=True)
         metadata.attrs["path"] = root
         return metadata
@@ -169,7 +179,9 @@ def _scores(metadata: "DataFrame") -> "Series":
     scores = pd.to_numeric(metadata["aesthetic_score"], errors="coerce").astype("float64")
     if scores.isna().any():
         row = metadata[scores.isna()].iloc[0]
-        raise DataError(f"{metadata.attrs['path']}: aesthetic_score of {row['sha256']} is "
-                        f"{row['aesthetic_score']!r} ({int(scores.isna().sum())} such objects in all). Fill "
-                        "them in or leave min_aesthetic_score out.")
+        raise DataError(
+            f"{metadata.attrs['path']}: aesthetic_score of {row['sha256']} is "
+            f"{row['aesthetic_score']!r} ({int(scores.isna().sum())} such objects in all). Fill "
+            "them in or leave min_aesthetic_score out."
+        )
     return scores

@@ -117,10 +117,12 @@ def _squared_distances(sites: Tensor, wanted: Tensor) -> Tensor:
         for y in range(1, window + 1):
             for after, before in ((slice(y, None), slice(None, -y)), (slice(None, -y), slice(y, None))):
                 torch.minimum(nearest[:, :, after], near[:, :, before] + y**2, out=nearest[:, :, after])
-        found = torch.cat([
-            (nearest[part[:, 0], part[:, 1], part[:, 2]] + (part[:, 3:] - steps).to(dtype).square()).amin(1)
-            for part in torch.cat([grid[:, None], cells[:, 1:]], 1).split(CELLS_AT_ONCE)
-        ])  # fmt: skip
+        found = torch.cat(
+            [
+                (nearest[part[:, 0], part[:, 1], part[:, 2]] + (part[:, 3:] - steps).to(dtype).square()).amin(1)
+                for part in torch.cat([grid[:, None], cells[:, 1:]], 1).split(CELLS_AT_ONCE)
+            ]
+        )
         final = (found <= (window + 1) ** 2) | (window == Y - 1)
         result[cells[final].unbind(1)] = found[final]
         cells, window = cells[~final], min(2 * window, Y - 1)

@@ -20,8 +20,13 @@ def start_worker() -> None:
     logging.getLogger("trimesh").setLevel(logging.CRITICAL)
 
 
-def run_in_pool(function: Callable, tasks: Iterable[tuple], finish: Callable[[tuple, object], None],
-                max_workers: int, timeout: float) -> None:
+def run_in_pool(
+    function: Callable,
+    tasks: Iterable[tuple],
+    finish: Callable[[tuple, object], None],
+    max_workers: int,
+    timeout: float,
+) -> None:
     """Call function(*task) in worker processes, and finish(task, result) here as soon as a task has ended.
 
     The result is a DataError where the function raised one, where it took longer than `timeout` seconds (its

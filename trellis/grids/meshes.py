@@ -44,8 +44,11 @@ def load_mesh(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if path.suffix.lower() in (".glb", ".gltf"):
             _check_gltf(path)
         scene = trimesh.load_scene(path, **options)
-        parts = [(trimesh.transform_points(mesh.vertices, transform), np.asarray(mesh.faces, dtype=np.int64))
-                 for transform, mesh in _placed_meshes(scene) if len(mesh.faces)]
+        parts = [
+            (trimesh.transform_points(mesh.vertices, transform), np.asarray(mesh.faces, dtype=np.int64))
+            for transform, mesh in _placed_meshes(scene)
+            if len(mesh.faces)
+        ]
     except DataError:
         raise
     except Exception as error:  # damaged files raise anything in the parsers; it becomes the recorded reason
@@ -76,7 +79,7 @@ def _check_gltf(path: Path) -> None:
     """Raise DataError where a glTF file needs a decoder that is not there: its vertices would be zeros."""
     content = path.read_bytes()
     if content[:4] == b"glTF":
-        content = content[20:20 + int.from_bytes(content[12:16], "little")]
+        content = content[20 : 20 + int.from_bytes(content[12:16], "little")]
     required = json.loads(content).get("extensionsRequired", ())
     if DRACO in required and importlib.util.find_spec("DracoPy") is None:
         raise DataError(f"requires {DRACO}: pip install DracoPy, or export it without compression")
@@ -102,9 +105,11 @@ def voxelize_mesh(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> n
     """
     open3d = require_open3d()
     mesh = open3d.geometry.TriangleMesh(
-        open3d.utility.Vector3dVector(np.clip(vertices, -HALF, HALF)), open3d.utility.Vector3iVector(faces))
+        open3d.utility.Vector3dVector(np.clip(vertices, -HALF, HALF)), open3d.utility.Vector3iVector(faces)
+    )
     grid = open3d.geometry.VoxelGrid.create_from_triangle_mesh_within_bounds(
-        mesh, voxel_size=1 / resolution, min_bound=(-0.5,) * 3, max_bound=(0.5,) * 3)
+        mesh, voxel_size=1 / resolution, min_bound=(-0.5,) * 3, max_bound=(0.5,) * 3
+    )
     cells = np.array([voxel.grid_index for voxel in grid.get_voxels()], dtype=np.int64).reshape(-1, 3)
     return cells[np.lexsort(cells.T[::-1])]
 
@@ -133,8 +138,10 @@ def check_settings(up_axis: str, normalization: str) -> None:
     if normalization not in NORMALIZATIONS:
         raise ConfigError(f"normalization {normalization!r}: must be one of {', '.join(NORMALIZATIONS)}.")
     if normalization == "shapellm" and up_axis != "y":
-        raise ConfigError(f"up_axis {up_axis!r}: normalization \"shapellm\" takes meshes as y-up and turns them to "
-                          "z-up itself. Set it to \"y\", or take normalization \"cube\".")
+        raise ConfigError(
+            f'up_axis {up_axis!r}: normalization "shapellm" takes meshes as y-up and turns them to '
+            'z-up itself. Set it to "y", or take normalization "cube".'
+        )
 
 
 def mesh_cells(path: Path, resolution: int, up_axis: str, normalization: str | None) -> np.ndarray:
@@ -176,8 +183,9 @@ def voxelize_file(path: Path, target: Path, resolution: int, up_axis: str, norma
     return len(cells)
 
 
-def mesh_to_grid(path: str | os.PathLike, resolution: int, up_axis: str = "keep",
-                 normalization: str = "cube") -> "Tensor":
+def mesh_to_grid(
+    path: str | os.PathLike, resolution: int, up_axis: str = "keep", normalization: str = "cube"
+) -> "Tensor":
     """Voxelise a mesh file, as dataset_toolkits/voxelize.py does.
 
     Returns [1, R, R, R] uint8, 0 or 1, axes x y z. See `mesh_cells` for up_axis and normalization.
@@ -215,6 +223,7 @@ def require_open3d() -> ModuleType:
     except ModuleNotFoundError as error:
         raise ConfigError(f"a Python package is missing ({error}): pip install open3d") from error
     except (ImportError, OSError) as error:  # a shared library that the system lacks
-        raise ConfigError(f"open3d cannot be loaded ({error}). On Debian or Ubuntu: "
-                          "apt-get install libusb-1.0-0 libgl1 libgomp1") from error
+        raise ConfigError(
+            f"open3d cannot be loaded ({error}). On Debian or Ubuntu: apt-get install libusb-1.0-0 libgl1 libgomp1"
+        ) from error
     return open3d

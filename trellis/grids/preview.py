@@ -16,12 +16,12 @@ BACKGROUND = (250, 250, 251)
 MATERIAL = (158, 178, 206)
 CORRECT, MISSING, EXTRA = (205, 208, 213), (222, 52, 48), (34, 104, 214)
 TEXT, RULE = (45, 50, 60), (225, 227, 231)
-OUTLINE, HIDDEN = 0.72, 0.25   # brightness beside a nearer part; strength of wrong cells behind others
+OUTLINE, HIDDEN = 0.72, 0.25  # brightness beside a nearer part; strength of wrong cells behind others
 MARGIN, CAPTION, HEADING = 14, 30, 44  # pixels of a contact sheet
-SAMPLES = 3         # per pixel and axis
-CELL = (7, 4, 8)    # samples: half a cell's width, half its depth, its height; near 30 degrees
+SAMPLES = 3  # per pixel and axis
+CELL = (7, 4, 8)  # samples: half a cell's width, half its depth, its height; near 30 degrees
 FACES = np.array([(0, 0, 1), (0, -1, 0), (1, 0, 0)])  # normals of the faces that are seen: top, left, right
-LIGHT = np.array([0.22, -0.55, 0.80])                 # top brightest, right darkest
+LIGHT = np.array([0.22, -0.55, 0.80])  # top brightest, right darkest
 
 
 def render_voxels(grid: np.ndarray, colors: np.ndarray | tuple[int, int, int] = MATERIAL) -> np.ndarray:
@@ -75,8 +75,9 @@ def _shade(grid: np.ndarray, cells: np.ndarray, faces: np.ndarray) -> np.ndarray
     near = _blur(padded, 1, 2)
     far = _blur(near, 3, 1)
     front = cells + FACES[faces] + margin
-    slope = np.stack([near[tuple((front - axis).T)] - near[tuple((front + axis).T)]
-                      for axis in np.eye(3, dtype=int)], axis=1)
+    slope = np.stack(
+        [near[tuple((front - axis).T)] - near[tuple((front + axis).T)] for axis in np.eye(3, dtype=int)], axis=1
+    )
     slope /= np.linalg.norm(slope, axis=1, keepdims=True) + 1e-3
     normal = slope + 0.6 * FACES[faces]
     normal /= np.linalg.norm(normal, axis=1, keepdims=True)
@@ -96,19 +97,24 @@ def _blur(values: np.ndarray, radius: int, times: int) -> np.ndarray:
     return values
 
 
-def _draw(cells: np.ndarray, faces: np.ndarray, resolution: int, enlarge: int,
-          step: int) -> tuple[np.ndarray, np.ndarray]:
+def _draw(
+    cells: np.ndarray, faces: np.ndarray, resolution: int, enlarge: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return which face each sample sees, -1 for none, and how near that is; [H, W], multiples of step."""
     half, depth, height = (enlarge * length for length in CELL)
     shape = -(-(2 * depth + height) * resolution // step) * step, -(-2 * half * resolution // step) * step
 
     # The six-sided outline of a cell, divided among its three faces; neighbours tile without gaps.
-    row, column = np.mgrid[:2 * depth + height, :2 * half] + 0.5
+    row, column = np.mgrid[: 2 * depth + height, : 2 * half] + 0.5
     rim = np.abs(column - half) / half * depth
     top = (row >= rim) & (row < 2 * depth - rim)
     side = (row >= 2 * depth - rim) & (row < 2 * depth - rim + height)
-    sprites = np.stack([np.ravel_multi_index(np.nonzero(part), shape)
-                        for part in (top, side & (column < half), side & (column > half))])
+    sprites = np.stack(
+        [
+            np.ravel_multi_index(np.nonzero(part), shape)
+            for part in (top, side & (column < half), side & (column > half))
+        ]
+    )
 
     x, y, z = cells.T
     origin = ((x - y + resolution - 1) * depth + (resolution - 1 - z) * height) * shape[1] + (x + y) * half
@@ -158,7 +164,7 @@ def contact_sheet(rows: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> np.ndar
         raise ValueError("a contact sheet needs at least one object")
     panels = [_panel(*row) for row in rows]
     across = 1 if len(panels) <= 4 else 2
-    lines = [panels[start:start + across] for start in range(0, len(panels), across)]
+    lines = [panels[start : start + across] for start in range(0, len(panels), across)]
     heights = [max(panel.height for panel in line) for line in lines]
     width = panels[0].width
     gap = 2 * MARGIN
@@ -185,20 +191,23 @@ def _panel(target: np.ndarray, reconstruction: np.ndarray, caption: str):
     from PIL import Image, ImageDraw, ImageFont
 
     target, reconstruction = np.asarray(target) != 0, np.asarray(reconstruction) != 0
-    pictures = np.concatenate([render_voxels(target), render_voxels(reconstruction),
-                               render_difference(target, reconstruction)], axis=1)
+    pictures = np.concatenate(
+        [render_voxels(target), render_voxels(reconstruction), render_difference(target, reconstruction)], axis=1
+    )
     drawn = np.flatnonzero((pictures != np.array(BACKGROUND)).any(axis=(1, 2)))
     if drawn.size:
-        pictures = pictures[drawn[0]:drawn[-1] + 1]
+        pictures = pictures[drawn[0] : drawn[-1] + 1]
     height, width = pictures.shape[:2]
     panel = Image.new("RGB", (width, height + CAPTION), BACKGROUND)
     panel.paste(Image.fromarray(pictures), (0, 0))
 
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(14)
     right, line = width, height + CAPTION - 9
-    for text, color in ((f"{(reconstruction & ~target).sum()} extra", EXTRA),
-                        (f"{(target & ~reconstruction).sum()} missing", MISSING),
-                        (f"{target.sum()} voxels", TEXT)):
+    for text, color in (
+        (f"{(reconstruction & ~target).sum()} extra", EXTRA),
+        (f"{(target & ~reconstruction).sum()} missing", MISSING),
+        (f"{target.sum()} voxels", TEXT),
+    ):
         draw.text((right, line), text, color, font, anchor="rm")
         right -= draw.textlength(text, font) + 14
     caption = _shorten(caption, lambda text: draw.textlength(text, font) <= right)
@@ -212,7 +221,7 @@ def _shorten(text: str, fits: Callable[[str], bool]) -> str:
     shortened, kept = text, len(text)
     while kept and not fits(shortened):
         kept -= 1
-        shortened = text[:kept - kept // 2] + "…" + text[len(text) - kept // 2:]
+        shortened = text[: kept - kept // 2] + "…" + text[len(text) - kept // 2 :]
     return shortened
 
 

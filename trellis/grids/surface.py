@@ -44,7 +44,8 @@ def surface_mesh(grid: np.ndarray, smooth: bool = True) -> "trimesh.Trimesh":
     trimesh, measure = _require_packages()
     resolution = len(grid)
     vertices, faces, _, _ = measure.marching_cubes(  # padded, so that it closes at the border of the cube too
-        np.pad(occupied, 1).astype(np.float32), 0.5, method="lorensen", gradient_direction="ascent")
+        np.pad(occupied, 1).astype(np.float32), 0.5, method="lorensen", gradient_direction="ascent"
+    )
     # Cell i is padded cell i + 1, whose centre is vertex i + 1: its place is (i + 0.5) / R - 0.5.
     mesh = trimesh.Trimesh((vertices.astype(np.float64) - 0.5) / resolution - 0.5, faces, process=False)
     if smooth:
@@ -71,10 +72,12 @@ def save_mesh(mesh: "trimesh.Trimesh", path: str | os.PathLike, to_y_up: bool) -
         import trimesh
 
         # glTF's default material is a metal, black where a viewer has nothing for it to mirror.
-        matte = trimesh.visual.material.PBRMaterial(baseColorFactor=(200, 200, 200, 255), metallicFactor=0.0,
-                                                    roughnessFactor=1.0)
-        mesh = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False,
-                               visual=trimesh.visual.TextureVisuals(material=matte))
+        matte = trimesh.visual.material.PBRMaterial(
+            baseColorFactor=(200, 200, 200, 255), metallicFactor=0.0, roughnessFactor=1.0
+        )
+        mesh = trimesh.Trimesh(
+            mesh.vertices, mesh.faces, process=False, visual=trimesh.visual.TextureVisuals(material=matte)
+        )
         content = mesh.export(file_type=kind, include_normals=True)  # else viewers show every triangle flat
     else:
         content = mesh.export(file_type=kind)

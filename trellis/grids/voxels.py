@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch only where a tensor is made: voxelize.py's workers do
     from torch import Tensor
 
 CENTRE_TOLERANCE = 1e-3  # cells; float32 rounding is 1e-5 of a cell at 256^3
-HEADER_LIMIT = 1 << 16   # bytes; a voxel file's header has about 120
+HEADER_LIMIT = 1 << 16  # bytes; a voxel file's header has about 120
 ELEMENT = re.compile(rb"[\r\n]\s*element\s+\S+\s+(\S+)")
 FACES = re.compile(rb"[\r\n]\s*element\s+(?:face|tristrips)\s+(\d+)")
 VERTEX = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4")])
@@ -40,13 +40,18 @@ def read_ply(path: str | os.PathLike) -> np.ndarray:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Rerun voxelize.py.") from error
     except (PlyParseError, ValueError, OverflowError, MemoryError) as error:
-        raise DataError(f"{path}: is not a PLY file, or truncated or damaged ({error}). Delete it and rerun "
-                        "voxelize.py.") from error
-    scalars = {element.name: [prop.name for prop in element.properties
-                              if not isinstance(prop, PlyListProperty)] for element in ply}
+        raise DataError(
+            f"{path}: is not a PLY file, or truncated or damaged ({error}). Delete it and rerun voxelize.py."
+        ) from error
+    scalars = {
+        element.name: [prop.name for prop in element.properties if not isinstance(prop, PlyListProperty)]
+        for element in ply
+    }
     if not {"x", "y", "z"} <= set(scalars.get("vertex", ())):
-        raise DataError(f"{path}: has the elements and properties {scalars}, but a voxel file has `vertex` "
-                        "with x, y, z. Delete it and rerun voxelize.py.")
+        raise DataError(
+            f"{path}: has the elements and properties {scalars}, but a voxel file has `vertex` "
+            "with x, y, z. Delete it and rerun voxelize.py."
+        )
     if not len(ply["vertex"]):
         raise DataError(f"{path}: has no points (element vertex 0). Delete it and rerun voxelize.py.")
     return np.stack([ply["vertex"][axis] for axis in "xyz"], axis=1).astype(np.float64)
@@ -108,8 +113,10 @@ def points_to_occupancy(points: np.ndarray, resolution: int, name: str = "points
     inside = ((points >= -0.5) & (points < 0.5)).all(axis=1)  # false for NaN too
     if not inside.all():
         first = int(np.argmin(inside))
-        raise DataError(f"{name}: point {first} is {_coordinates(points[first])}; each coordinate must lie "
-                        "in [-0.5, 0.5). Delete the file and rerun voxelize.py.")
+        raise DataError(
+            f"{name}: point {first} is {_coordinates(points[first])}; each coordinate must lie "
+            "in [-0.5, 0.5). Delete the file and rerun voxelize.py."
+        )
     centred = _on_centres(points, resolution)
     if not centred.all():
         first = int(np.argmin(centred))
@@ -117,8 +124,10 @@ def points_to_occupancy(points: np.ndarray, resolution: int, name: str = "points
         remedy = "rerun voxelize.py"
         if fitting:
             remedy = f"the points fit resolution {fitting[0]}, so set that"
-        raise DataError(f"{name}: point {first} is {_coordinates(points[first])}, not the centre of a cell "
-                        f"at resolution {resolution}: {remedy}.")
+        raise DataError(
+            f"{name}: point {first} is {_coordinates(points[first])}, not the centre of a cell "
+            f"at resolution {resolution}: {remedy}."
+        )
     cells = np.floor((points + 0.5) * resolution).astype(np.int64)
     grid = torch.zeros(1, resolution, resolution, resolution, dtype=torch.uint8)
     grid.view(-1)[torch.from_numpy(np.ravel_multi_index(tuple(cells.T), (resolution,) * 3))] = 1
@@ -158,8 +167,10 @@ def unpack_bits(rows: np.ndarray, resolution: int) -> "Tensor":
     import torch
 
     if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] * 8 != resolution**3:
-        raise ValueError(f"rows must be uint8 [N, {resolution**3 // 8}] at resolution {resolution}, "
-                         f"not {rows.dtype} {list(rows.shape)}")
+        raise ValueError(
+            f"rows must be uint8 [N, {resolution**3 // 8}] at resolution {resolution}, "
+            f"not {rows.dtype} {list(rows.shape)}"
+        )
     bits = np.unpackbits(rows, axis=1).reshape(-1, resolution, resolution, resolution)
     return torch.from_numpy(bits)
 
@@ -174,8 +185,9 @@ def unpack_bits_on_device(bits: "Tensor", resolution: int) -> "Tensor":
 
     cells = resolution**3
     if bits.dtype != torch.uint8 or bits.ndim != 2 or bits.shape[1] != -(-cells // 8):
-        raise ValueError(f"bits must be uint8 [B, {-(-cells // 8)}] at resolution {resolution}, "
-                         f"not {bits.dtype} {list(bits.shape)}")
+        raise ValueError(
+            f"bits must be uint8 [B, {-(-cells // 8)}] at resolution {resolution}, not {bits.dtype} {list(bits.shape)}"
+        )
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     unpacked = (bits[:, :, None] >> shifts) & 1  # [B, bytes, 8]
     return unpacked.flatten(1)[:, :cells].reshape(-1, 1, resolution, resolution, resolution)

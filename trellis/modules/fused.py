@@ -28,14 +28,23 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def residual_block(x: Tensor, norm1: ChannelLayerNorm32, conv1: nn.Conv3d, norm2: ChannelLayerNorm32,
-                   conv2: nn.Conv3d) -> Tensor:  # fmt: skip
+def residual_block(
+    x: Tensor, norm1: ChannelLayerNorm32, conv1: nn.Conv3d, norm2: ChannelLayerNorm32, conv2: nn.Conv3d
+) -> Tensor:
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), like x in the working dtype. x: [B, C, X, Y, Z]."""
     dtype = working_dtype(x)
     return _ResidualBlock.apply(
-        x.to(dtype), norm1.weight, norm1.bias, conv1.weight.to(dtype), conv1.bias,
-        norm2.weight, norm2.bias, conv2.weight.to(dtype), conv2.bias, norm1.eps,
-    )  # fmt: skip
+        x.to(dtype),
+        norm1.weight,
+        norm1.bias,
+        conv1.weight.to(dtype),
+        conv1.bias,
+        norm2.weight,
+        norm2.bias,
+        conv2.weight.to(dtype),
+        conv2.bias,
+        norm1.eps,
+    )
 
 
 def last_layer(x: Tensor, norm: ChannelLayerNorm32, convolution: nn.Conv3d) -> Tensor:
@@ -87,9 +96,17 @@ class _ResidualBlock(torch.autograd.Function):
             x, None, gamma1, beta1, eps, conv.input_grad(grad_inner, weight1), residual_grad=grad, needs_sums=trained
         )
         return (
-            grad_x, grad_gamma1, grad_beta1, grad_weight1, grad_bias1,
-            grad_gamma2, grad_beta2, grad_weight2, grad_bias2, None,
-        )  # fmt: skip
+            grad_x,
+            grad_gamma1,
+            grad_beta1,
+            grad_weight1,
+            grad_bias1,
+            grad_gamma2,
+            grad_beta2,
+            grad_weight2,
+            grad_bias2,
+            None,
+        )
 
 
 class _LastLayer(torch.autograd.Function):
@@ -126,9 +143,7 @@ class _LastLayer(torch.autograd.Function):
                 h = norm_silu(x, None, gamma, beta, ctx.eps, torch.float32)
                 grad_weight = conv.weight_grad(h, grad, weight)
             grad_h = conv.input_grad(grad, weight)
-        grad_x, grad_gamma, grad_beta, _ = norm_silu_backward(
-            x, None, gamma, beta, ctx.eps, grad_h, needs_sums=trained
-        )
+        grad_x, grad_gamma, grad_beta, _ = norm_silu_backward(x, None, gamma, beta, ctx.eps, grad_h, needs_sums=trained)
         grad_bias = grad.sum((0, 2, 3, 4)) if trained else None
         return grad_x, grad_gamma, grad_beta, grad_weight, grad_bias, None
 

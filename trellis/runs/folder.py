@@ -72,25 +72,46 @@ def describe_run(output_dir: str | Path, ckpt: str) -> Run:
     for name in config["models"]:
         rates = checkpoints.ema_rates(name, step)
         weights[name] = checkpoints.folder / model_file(name, step, rates[0] if rates else None)
-    settings = {name: setting_of_data(roots, name) or default
-                for name, default in (("normalization", "cube"), ("up_axis", "keep"))}  # fmt: skip
+    settings = {
+        name: setting_of_data(roots, name) or default
+        for name, default in (("normalization", "cube"), ("up_axis", "keep"))
+    }
     about = {"step": step, "objects": misc.get("dataset_size"), "data": ", ".join(root.name for root in roots)}
     info = {"training": {key: value for key, value in about.items() if value}, "scores": _scores(checkpoints, step)}
     resolution = config["dataset"].get("args", {}).get("resolution", 64)
-    return Run(step, config["models"], weights, resolution, **settings,
-               info={key: value for key, value in info.items() if value})  # fmt: skip
+    return Run(
+        step,
+        config["models"],
+        weights,
+        resolution,
+        **settings,
+        info={key: value for key, value in info.items() if value},
+    )
 
 
 def _scores(checkpoints: Checkpoints, step: int) -> dict[str, float]:
     """Of evaluate.py's report on a step, or else of the validation in the log; empty where there is neither."""
-    wanted = ("objects", "iou", "iou_p5", "f_score", "chamfer", "codebook_usage", "codebook_perplexity",
-              "entropy_bits_per_object")  # fmt: skip
+    wanted = (
+        "objects",
+        "iou",
+        "iou_p5",
+        "f_score",
+        "chamfer",
+        "codebook_usage",
+        "codebook_perplexity",
+        "entropy_bits_per_object",
+    )
     report = checkpoints.run_dir / "eval" / f"val_step{step:07d}.json"
     if report.is_file():
         found = next(iter(json.loads(report.read_text(encoding="utf-8"))["weights"].values()))
     else:
         log = checkpoints.run_dir / "log.txt"
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
-        found = {key[4:]: value for line in lines if line["step"] == step for key, value in line.items()
-                 if key.startswith("val/")}  # fmt: skip
+        found = {
+            key[4:]: value
+            for line in lines
+            if line["step"] == step
+            for key, value in line.items()
+            if key.startswith("val/")
+        }
     return {key: found[key] for key in wanted if found.get(key) is not None}

@@ -53,9 +53,15 @@ class TokenInfo:
     def of(cls, tokenizer: "SparseStructureTokenizer", precision: str) -> "TokenInfo":
         """What this tokenizer's ids mean."""
         return cls(
-            tokenizer.hash, tokenizer.normalization, tokenizer.up_axis, tuple(tokenizer.lattice),
-            tokenizer.codes_per_token, tokenizer.n_embed, tokenizer.resolution, precision,
-        )  # fmt: skip
+            tokenizer.hash,
+            tokenizer.normalization,
+            tokenizer.up_axis,
+            tuple(tokenizer.lattice),
+            tokenizer.codes_per_token,
+            tokenizer.n_embed,
+            tokenizer.resolution,
+            precision,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -75,8 +81,9 @@ class TokenInfo:
                 text = (metadata or {})[field.name.encode()].decode()
                 values[field.name] = text if field.type in (str, "str") else json.loads(text)
             except (KeyError, ValueError) as error:
-                raise DataError(f"{path}: its metadata have no valid {field.name}. scripts/to_tokens.py writes such "
-                                "files.") from error  # fmt: skip
+                raise DataError(
+                    f"{path}: its metadata have no valid {field.name}. scripts/to_tokens.py writes such files."
+                ) from error
         return cls(**{**values, "lattice": tuple(values["lattice"])})
 
 
@@ -99,9 +106,11 @@ def claim(path: Path, settings: dict[str, Any]) -> None:
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); delete it together with the files beside it") from error
     if found != settings:
-        raise ConfigError(f"{path.parent}: what is there was made otherwise. {path.name} has other values of "
-                          f"{', '.join(differing_keys(found, settings))}. Give the same as before, or another "
-                          "--output_dir.")  # fmt: skip
+        raise ConfigError(
+            f"{path.parent}: what is there was made otherwise. {path.name} has other values of "
+            f"{', '.join(differing_keys(found, settings))}. Give the same as before, or another "
+            "--output_dir."
+        )
 
 
 def shard_name(number: int, shards: int) -> str:
@@ -114,8 +123,13 @@ def schema(info: TokenInfo, iou: bool) -> "pyarrow.Schema":
     import pyarrow as pa
 
     ids = pa.uint16() if info.n_embed <= 2**16 else pa.int32()
-    columns = {"sha256": pa.string(), "name": pa.string(), "source": pa.string(), "tokens": pa.list_(ids),
-               "num_voxels": pa.int32()}  # fmt: skip
+    columns = {
+        "sha256": pa.string(),
+        "name": pa.string(),
+        "source": pa.string(),
+        "tokens": pa.list_(ids),
+        "num_voxels": pa.int32(),
+    }
     return pa.schema({**columns, "iou": pa.float32()} if iou else columns, metadata=info.to_metadata())
 
 
@@ -173,12 +187,15 @@ def shard_files(source: str | Path) -> list[Path]:
     if not totals:
         raise DataError(f"{source}: has no shard-*.parquet. scripts/to_tokens.py writes them.")
     if len(totals) > 1:
-        raise DataError(f"{source}: holds shards of {' and of '.join(map(str, totals))}. Delete those that do not "
-                        "belong there.")  # fmt: skip
+        raise DataError(
+            f"{source}: holds shards of {' and of '.join(map(str, totals))}. Delete those that do not belong there."
+        )
     missing = [number for number in range(totals[0]) if number not in numbers]
     if missing:
-        raise DataError(f"{source}: {shard_name(missing[0], totals[0])} is missing ({len(missing)} such shards in "
-                        "all). Run scripts/to_tokens.py again: it makes what is missing.")  # fmt: skip
+        raise DataError(
+            f"{source}: {shard_name(missing[0], totals[0])} is missing ({len(missing)} such shards in "
+            "all). Run scripts/to_tokens.py again: it makes what is missing."
+        )
     return [numbers[number] for number in range(totals[0])]
 
 
@@ -223,8 +240,9 @@ def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
         file = _open(path)
         lacking = set(schema(info, False).names) - set(file.schema_arrow.names)
         if lacking:
-            raise DataError(f"{path}: has no column {', '.join(sorted(lacking))}. scripts/to_tokens.py writes such "
-                            "files.")  # fmt: skip
+            raise DataError(
+                f"{path}: has no column {', '.join(sorted(lacking))}. scripts/to_tokens.py writes such files."
+            )
         try:
             for batch in file.iter_batches(ROWS_AT_ONCE):
                 yield from _rows(batch, info, path)
@@ -238,14 +256,18 @@ def _rows(batch: "pyarrow.RecordBatch", info: TokenInfo, path: Path) -> Iterator
     lengths = lists.value_lengths().fill_null(0).to_numpy()
     if (lengths != info.num_tokens).any():
         row = int(np.argmax(lengths != info.num_tokens))
-        raise DataError(f"{path}: {columns['sha256'][row]} has {lengths[row]} ids, but its metadata say "
-                        f"{info.num_tokens}. Delete the file and run scripts/to_tokens.py again.")  # fmt: skip
+        raise DataError(
+            f"{path}: {columns['sha256'][row]} has {lengths[row]} ids, but its metadata say "
+            f"{info.num_tokens}. Delete the file and run scripts/to_tokens.py again."
+        )
     tokens = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64).reshape(-1, info.num_tokens)
     outside = ((tokens < 0) | (tokens >= info.n_embed)).any(1)
     if outside.any():
         row = int(np.argmax(outside))
-        raise DataError(f"{path}: {columns['sha256'][row]} has an id outside [0, {info.n_embed}). Delete the file and "
-                        "run scripts/to_tokens.py again.")  # fmt: skip
+        raise DataError(
+            f"{path}: {columns['sha256'][row]} has an id outside [0, {info.n_embed}). Delete the file and "
+            "run scripts/to_tokens.py again."
+        )
     for i, ids in enumerate(tokens):
         yield {"tokens": ids, **{name: values[i] for name, values in columns.items()}}
 

@@ -22,8 +22,10 @@ def read_shapellm(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     dict with the keys `encoder.*`, `quantizer.*` and `decoder.*`. Raises CheckpointError where the file is none of
     this layout."""
     state = read_weights(path)
-    groups = {name: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-              for name, prefix in PREFIXES.items()}  # fmt: skip
+    groups = {
+        name: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        for name, prefix in PREFIXES.items()
+    }
     other = [key for key in state if key != TABLE and not key.startswith(tuple(PREFIXES.values()))]
     if TABLE not in state or not all(groups.values()) or other:
         found = ", ".join(sorted({key.partition(".")[0] for key in state})[:5])
@@ -34,13 +36,19 @@ def read_shapellm(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     n_embed, embed_dim = state[TABLE].shape
     latent_channels = decoder["in"]
     models = {
-        "encoder": {"name": "SparseStructureEncoder", "args": {
-            "in_channels": encoder["in"], "latent_channels": latent_channels, **encoder["args"]}},
-        "quantizer": {"name": "VectorQuantizer", "args": {
-            "n_embed": n_embed, "embed_dim": embed_dim, "latent_channels": latent_channels}},
-        "decoder": {"name": "SparseStructureDecoder", "args": {
-            "out_channels": decoder["out"], "latent_channels": latent_channels, **decoder["args"]}},
-    }  # fmt: skip
+        "encoder": {
+            "name": "SparseStructureEncoder",
+            "args": {"in_channels": encoder["in"], "latent_channels": latent_channels, **encoder["args"]},
+        },
+        "quantizer": {
+            "name": "VectorQuantizer",
+            "args": {"n_embed": n_embed, "embed_dim": embed_dim, "latent_channels": latent_channels},
+        },
+        "decoder": {
+            "name": "SparseStructureDecoder",
+            "args": {"out_channels": decoder["out"], "latent_channels": latent_channels, **decoder["args"]},
+        },
+    }
     weights = {f"{name}.{key}": value for name, group in groups.items() for key, value in group.items()}
     return models, {**weights, "quantizer.embeddings.weight": state[TABLE]}
 
@@ -70,6 +78,9 @@ def _network(state: dict[str, Tensor], where: str) -> dict:
 
 def shapellm_state(encoder: dict[str, Tensor], decoder: dict[str, Tensor], table: Tensor) -> dict[str, Tensor]:
     """The state dict of that layout, in float32. table: [K, D]."""
-    state = {f"{prefix}{key}": value for prefix, part in (("Encoder.", encoder), ("Decoder.", decoder))
-             for key, value in part.items()}  # fmt: skip
+    state = {
+        f"{prefix}{key}": value
+        for prefix, part in (("Encoder.", encoder), ("Decoder.", decoder))
+        for key, value in part.items()
+    }
     return {key: value.detach().float().cpu().contiguous() for key, value in {**state, TABLE: table}.items()}

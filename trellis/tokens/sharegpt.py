@@ -44,13 +44,17 @@ class Prompts:
     describe: str = DESCRIBE_PROMPT
 
     def __post_init__(self):
-        for flag, template, known in (("prompt", self.make, {"caption", "name"}),
-                                      ("describe_prompt", self.describe, {"mesh", "name"})):  # fmt: skip
+        for flag, template, known in (
+            ("prompt", self.make, {"caption", "name"}),
+            ("describe_prompt", self.describe, {"mesh", "name"}),
+        ):
             unknown = sorted(_fields(template, flag) - known)
             if unknown:
-                raise ConfigError(f"--{flag} {template!r}: {{{unknown[0]}}} is not known, only "
-                                  f"{' and '.join(f'{{{name}}}' for name in sorted(known))}. Braces as such are "
-                                  "doubled: {{ and }}")  # fmt: skip
+                raise ConfigError(
+                    f"--{flag} {template!r}: {{{unknown[0]}}} is not known, only "
+                    f"{' and '.join(f'{{{name}}}' for name in sorted(known))}. Braces as such are "
+                    "doubled: {{ and }}"
+                )
             if not template.strip():
                 raise ConfigError(f"--{flag} is empty; LLaMA-Factory needs a text of human's")
         if "mesh" not in _fields(self.describe, "describe_prompt"):
@@ -97,8 +101,10 @@ def check_record(record: Record, where: str) -> None:
             raise DataError(f"{where}: turn {place + 1}, of {role}, has no text")
         for word in PLACEHOLDERS:
             if word in text:
-                raise DataError(f"{where}: turn {place + 1}, of {role}, holds {word}, which stands for a file. Take it "
-                                "out of the caption.")  # fmt: skip
+                raise DataError(
+                    f"{where}: turn {place + 1}, of {role}, holds {word}, which stands for a file. Take it "
+                    "out of the caption."
+                )
 
 
 def dataset_info() -> dict[str, Any]:
@@ -145,8 +151,10 @@ def read_captions(path: Path, required: bool) -> dict[str, list[str]]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Give a CSV or JSON file of captions.") from error
     except (ValueError, KeyError, TypeError) as error:  # of the parsers too
-        raise DataError(f"{path}: has no captions by sha256 ({error}). Give CSV with the columns sha256 and caption, "
-                        "or JSON {sha256: caption}.") from error  # fmt: skip
+        raise DataError(
+            f"{path}: has no captions by sha256 ({error}). Give CSV with the columns sha256 and caption, "
+            "or JSON {sha256: caption}."
+        ) from error
     return {sha256: texts for sha256, texts in captions.items() if texts}
 
 

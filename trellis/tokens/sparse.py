@@ -13,8 +13,9 @@ from torch import Tensor
 from ..utils.errors import DataError
 
 
-def to_sparse(ids: Sequence[int] | Tensor, empty_ids: Sequence[int] | Tensor, n_embed: int,
-              order: Tensor | None = None) -> list[int]:
+def to_sparse(
+    ids: Sequence[int] | Tensor, empty_ids: Sequence[int] | Tensor, n_embed: int, order: Tensor | None = None
+) -> list[int]:
     """The sparse form: an id that differs from the empty grid's at its place is itself, a run of n that do not is
     n_embed + n - 1; so values lie in [0, n_embed + T).
 
@@ -23,8 +24,9 @@ def to_sparse(ids: Sequence[int] | Tensor, empty_ids: Sequence[int] | Tensor, n_
     """
     ids, empty_ids = (_checked(values, name, n_embed) for values, name in ((ids, "ids"), (empty_ids, "empty_ids")))
     if len(ids) != len(empty_ids):
-        raise DataError(f"there are {len(ids)} ids, but {len(empty_ids)} of an empty grid; both must come from one "
-                        "tokenizer")
+        raise DataError(
+            f"there are {len(ids)} ids, but {len(empty_ids)} of an empty grid; both must come from one tokenizer"
+        )
     if order is not None:
         ids, empty_ids = ids[order.cpu().numpy()], empty_ids[order.cpu().numpy()]
     sparse, run = [], 0
@@ -39,8 +41,9 @@ def to_sparse(ids: Sequence[int] | Tensor, empty_ids: Sequence[int] | Tensor, n_
     return sparse + ([n_embed + run - 1] if run else [])
 
 
-def from_sparse(sparse: Sequence[int] | Tensor, empty_ids: Sequence[int] | Tensor, n_embed: int,
-                order: Tensor | None = None) -> Tensor:
+def from_sparse(
+    sparse: Sequence[int] | Tensor, empty_ids: Sequence[int] | Tensor, n_embed: int, order: Tensor | None = None
+) -> Tensor:
     """The ids [T] int64 of a sparse form. Arguments as of `to_sparse`, which it undoes exactly. Runs may also be
     given in parts, and an empty token as its id. Raises DataError for values out of range and for another number of
     tokens than T."""

@@ -241,8 +241,12 @@ def _describe_runs(lengths: np.ndarray, objects: int) -> dict:
     if not len(lengths):
         return {"per_object": 0.0, "longest": 0, "doubling": []}
     doubling = np.bincount(np.log2(lengths).astype(int))
-    return {"per_object": len(lengths) / objects, **summary(lengths), "longest": int(lengths.max()),
-            "doubling": doubling.tolist()}
+    return {
+        "per_object": len(lengths) / objects,
+        **summary(lengths),
+        "longest": int(lengths.max()),
+        "doubling": doubling.tolist(),
+    }
 
 
 def sparse_lengths(tokens: TokenSet, order: str) -> np.ndarray:

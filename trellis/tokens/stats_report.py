@@ -10,11 +10,15 @@ from ..utils.files import written_aside
 from .stats import COMPRESSORS, FOLDS, ORDERS
 
 CONTEXTS = {
-    "nothing": "nothing", "place": "its place", "previous_raster": "the id before, raster order",
-    "previous_morton": "the id before, Morton order", "neighbour_x": "the neighbour along x",
-    "neighbour_y": "the neighbour along y", "neighbour_z": "the neighbour along z",
+    "nothing": "nothing",
+    "place": "its place",
+    "previous_raster": "the id before, raster order",
+    "previous_morton": "the id before, Morton order",
+    "neighbour_x": "the neighbour along x",
+    "neighbour_y": "the neighbour along y",
+    "neighbour_z": "the neighbour along z",
     "neighbours_xyz": "the neighbours along x, y and z",
-}  # fmt: skip
+}
 NAMES = {"raster": "raster", "morton": "Morton"}
 SAME = 0.01  # orders that differ by less than this share are called equal
 COLORS = ("#9eb2ce", "#3a5a8c")
@@ -48,8 +52,13 @@ def _draw_entropy(figure, result: dict) -> None:
     axes = figure.subplots()
     for shift, (key, label) in enumerate((("plug_in", "counted (biased low)"), ("held_out", "on other objects"))):
         bars = [(row, entry[key]) for row, entry in enumerate(result["entropy"].values()) if entry[key] is not None]
-        axes.barh([row + 0.4 * shift - 0.2 for row, _ in bars], [bits for _, bits in bars], 0.4, label=label,
-                  color=COLORS[shift])
+        axes.barh(
+            [row + 0.4 * shift - 0.2 for row, _ in bars],
+            [bits for _, bits in bars],
+            0.4,
+            label=label,
+            color=COLORS[shift],
+        )
     axes.axvline(result["log2_n_embed"], color="gray", linestyle=":", label="log2 K")
     axes.set_yticks(range(len(result["entropy"])), [CONTEXTS[name] for name in result["entropy"]])
     axes.invert_yaxis()
@@ -67,8 +76,11 @@ def _draw_codes(figure, result: dict) -> None:
 
 
 def _draw_runs(figure, result: dict) -> None:
-    for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True),
-                                   (("equal", "Runs of equal tokens"), ("empty", "Runs of empty ids")), strict=True):
+    for axes, (kind, title) in zip(
+        figure.subplots(1, 2, sharey=True),
+        (("equal", "Runs of equal tokens"), ("empty", "Runs of empty ids")),
+        strict=True,
+    ):
         axes.set(title=title, xlabel="length, from")
         runs = {order: result["runs"][order][kind] for order in ORDERS}
         if runs["raster"] is None:
@@ -76,8 +88,13 @@ def _draw_runs(figure, result: dict) -> None:
             continue
         for shift, order in enumerate(ORDERS):
             heights = [number / result["objects"] for number in runs[order]["doubling"]]
-            axes.bar([i + 0.4 * shift - 0.2 for i in range(len(heights))], heights, 0.4, label=NAMES[order],
-                     color=COLORS[shift])
+            axes.bar(
+                [i + 0.4 * shift - 0.2 for i in range(len(heights))],
+                heights,
+                0.4,
+                label=NAMES[order],
+                color=COLORS[shift],
+            )
         bins = range(max(len(runs[order]["doubling"]) for order in ORDERS))
         axes.set_xticks(bins, [2**i for i in bins])
         axes.set_yscale("symlog", linthresh=1)
@@ -101,9 +118,17 @@ def _draw_sizes(figure, result: dict) -> None:
 
 def reading(result: dict, pictures: list[str]) -> str:
     """What the numbers say, as Markdown."""
-    parts = ["# What a language model will see\n", _subject(result), "## Entropy\n", _entropy(result),
-             "## Order, runs and empty tokens\n", _lengths(result), "## Sizes\n", _bytes(result),
-             *(f"![{name.removesuffix('.png')}]({name})" for name in pictures)]  # fmt: skip
+    parts = [
+        "# What a language model will see\n",
+        _subject(result),
+        "## Entropy\n",
+        _entropy(result),
+        "## Order, runs and empty tokens\n",
+        _lengths(result),
+        "## Sizes\n",
+        _bytes(result),
+        *(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
+    ]
     return "\n".join(parts) + "\n"
 
 
@@ -131,8 +156,10 @@ def _entropy(result: dict) -> str:
         f"{half_of_ids} up {half['share']:.0%} of all ids.\n"
     ]
     head = ["knowing", "counted, bits an id", "on other objects", "bits an object, median", "contexts"]
-    rows = [[CONTEXTS[name], f"{entry['plug_in']:.3f}", *_held_out(entry), str(entry["contexts"])]
-            for name, entry in entropy.items()]  # fmt: skip
+    rows = [
+        [CONTEXTS[name], f"{entry['plug_in']:.3f}", *_held_out(entry), str(entry["contexts"])]
+        for name, entry in entropy.items()
+    ]
     text.append(_table(head, rows))
     if entropy["nothing"]["held_out"] is None:
         return "\n".join([*text, "One object alone leaves none to test on; counts by themselves are biased low.\n"])
@@ -141,18 +168,24 @@ def _entropy(result: dict) -> str:
     if best == "nothing":
         text.append("None of these contexts helps on other objects, with as many objects as there are here.")
     else:
-        text.append(f"Of these, an id is best guessed from {CONTEXTS[best]}: {held_out[best]:.3f} bits on other "
-                    f"objects, {1 - held_out[best] / held_out['nothing']:.0%} below single ids, a perplexity of "
-                    f"{2 ** held_out[best]:.1f}.")  # fmt: skip
+        text.append(
+            f"Of these, an id is best guessed from {CONTEXTS[best]}: {held_out[best]:.3f} bits on other "
+            f"objects, {1 - held_out[best] / held_out['nothing']:.0%} below single ids, a perplexity of "
+            f"{2 ** held_out[best]:.1f}."
+        )
     before = [held_out[f"previous_{order}"] for order in ORDERS]
     text.append(_compare("With the id before known, an id takes", *before, "bits"))
     biased = max(entropy, key=lambda name: entropy[name]["held_out"] - entropy[name]["plug_in"])
     gap = entropy[biased]["held_out"] - entropy[biased]["plug_in"]
-    text.append(f"The two estimates are furthest apart ({gap:.2f} bits) for {CONTEXTS[biased]}, with "
-                f"{entropy[biased]['contexts']} contexts: counts are too low there, and a model fitted on this few "
-                "objects too high.")  # fmt: skip
-    text.append(f"(\"On other objects\": objects are divided into at most {FOLDS} parts, each measured by a model "
-                "fitted on the others, by Witten-Bell interpolation. A language model sees more context than this.)\n")
+    text.append(
+        f"The two estimates are furthest apart ({gap:.2f} bits) for {CONTEXTS[biased]}, with "
+        f"{entropy[biased]['contexts']} contexts: counts are too low there, and a model fitted on this few "
+        "objects too high."
+    )
+    text.append(
+        f'("On other objects": objects are divided into at most {FOLDS} parts, each measured by a model '
+        "fitted on the others, by Witten-Bell interpolation. A language model sees more context than this.)\n"
+    )
     return "\n".join(text)
 
 
@@ -166,20 +199,26 @@ def _lengths(result: dict) -> str:
     empty, sparse, T = result["empty"], result["sparse"], result["ids_per_object"]
     equal = [result["runs"][order]["equal"] for order in ORDERS]
     numbers = (runs["per_object"] for runs in equal)
-    text = [_compare("As runs of equal tokens an object has", *numbers, "runs", whole=True)
-            + f" The longest has {max(runs['longest'] for runs in equal)} tokens."]  # fmt: skip
+    text = [
+        _compare("As runs of equal tokens an object has", *numbers, "runs", whole=True)
+        + f" The longest has {max(runs['longest'] for runs in equal)} tokens."
+    ]
     if empty is None:
         text.append("Empty tokens and the sparse form were not measured: --tokenizer tells what is empty.\n")
         return "\n".join(text)
     share = empty["share"]
-    text.append(f"{share['mean']:.1%} of the ids are those of an empty grid at their place (5 to 95 % of objects: "
-                f"{share['p5']:.1%} to {share['p95']:.1%}); an empty grid has {empty['different']} different ids.")
+    text.append(
+        f"{share['mean']:.1%} of the ids are those of an empty grid at their place (5 to 95 % of objects: "
+        f"{share['p5']:.1%} to {share['p95']:.1%}); an empty grid has {empty['different']} different ids."
+    )
     if "places_without_voxels" in empty:
         text.append(f"{empty['places_without_voxels']:.1%} of the places have no voxel.")
         for name, which in (("without_voxels", "these"), ("with_voxels", "the places with voxels")):
             if part := empty[name]:
-                text.append(f"Of {which}, {part['empty_ids']:.1%} have the empty grid's ids; in all they have "
-                            f"{part['different']} different ids, of {part['entropy']:.2f} bits.")
+                text.append(
+                    f"Of {which}, {part['empty_ids']:.1%} have the empty grid's ids; in all they have "
+                    f"{part['different']} different ids, of {part['entropy']:.2f} bits."
+                )
     keys = ("mean", "median", "p5", "p95")
     rows = [[NAMES[order], *(f"{sparse[order][key]:.0f}" for key in keys)] for order in ORDERS]
     medians = [sparse[order]["median"] for order in ORDERS]
@@ -197,8 +236,16 @@ def _lengths(result: dict) -> str:
 def _bytes(result: dict) -> str:
     rows = []
     for label, raw, squeezed in _sizes(result):
-        rows.append([label, *((f"{raw}", f"{raw}") if squeezed is None
-                              else (f"{squeezed['mean']:.0f}", f"{squeezed['median']:.0f}"))])  # fmt: skip
+        rows.append(
+            [
+                label,
+                *(
+                    (f"{raw}", f"{raw}")
+                    if squeezed is None
+                    else (f"{squeezed['mean']:.0f}", f"{squeezed['median']:.0f}")
+                ),
+            ]
+        )
     text = [_table(["bytes of an object, each by itself", "mean", "median"], rows)]
     squeezed = {label: entry["median"] for label, _, entry in _sizes(result) if entry and "grid" not in label}
     best = min(squeezed, key=squeezed.get)
@@ -206,8 +253,10 @@ def _bytes(result: dict) -> str:
     if grid := result["bytes"]["grid"]:
         size = grid["deflate"]["median"]
         packed = result["bytes"]["ids"]["packed"]["raw"]
-        text.append(f"The grid itself takes {size:.0f} bytes after deflate, {size / squeezed[best]:.1f} times that, "
-                    f"and {size / packed:.1f} times the packed ids as they are. (It is exact, ids need not be.)")
+        text.append(
+            f"The grid itself takes {size:.0f} bytes after deflate, {size / squeezed[best]:.1f} times that, "
+            f"and {size / packed:.1f} times the packed ids as they are. (It is exact, ids need not be.)"
+        )
     bits = [entry["bits_per_object"]["median"] for entry in result["entropy"].values() if entry["bits_per_object"]]
     if bits:
         text.append(f"The best of the models above needs {min(bits) / 8:.0f} bytes for an object it has not seen.")
@@ -217,16 +266,21 @@ def _bytes(result: dict) -> str:
 def _sizes(result: dict) -> list[tuple[str, int, dict | None]]:
     """(label, bytes as they are, summary of the compressed ones or None) in the order of a table."""
     n_embed = result["n_embed"]
-    names = {"packed": f"ids of {max(1, (n_embed - 1).bit_length())} bits",
-             "whole": f"ids of {16 if n_embed <= 2**16 else 32} bits"}  # fmt: skip
+    names = {
+        "packed": f"ids of {max(1, (n_embed - 1).bit_length())} bits",
+        "whole": f"ids of {16 if n_embed <= 2**16 else 32} bits",
+    }
     rows = []
     if grid := result["bytes"]["grid"]:
         rows.append(("grid, a bit a voxel", grid["raw"], None))
         rows += [(f"grid, {name}", grid["raw"], grid[name]) for name in COMPRESSORS]
     for layout, sizes in result["bytes"]["ids"].items():
         rows.append((names[layout], sizes["raw"], None))
-        rows += [(f"{names[layout]}, {NAMES[order]} order, {name}", sizes["raw"], sizes[name][order])
-                 for name in COMPRESSORS for order in ORDERS]  # fmt: skip
+        rows += [
+            (f"{names[layout]}, {NAMES[order]} order, {name}", sizes["raw"], sizes[name][order])
+            for name in COMPRESSORS
+            for order in ORDERS
+        ]
     return rows
 
 

@@ -71,21 +71,25 @@ class TokenFormat:
 
     def __post_init__(self):
         if self.n_embed < 1 or self.first_id < 0:
-            raise ConfigError(f"a token format needs first_id >= 0 and n_embed >= 1, not {self.first_id} and "
-                              f"{self.n_embed}")
+            raise ConfigError(
+                f"a token format needs first_id >= 0 and n_embed >= 1, not {self.first_id} and {self.n_embed}"
+            )
         codes = range(self.first_id, self.first_id + self.n_embed)
         for name, value in (("start_id", self.start_id), ("end_id", self.end_id)):
             if value < 0 or value in codes:
-                raise ConfigError(f"{name} is {value}; it must be >= 0 and none of the codes' ids, {codes[0]} to "
-                                  f"{codes[-1]}")
+                raise ConfigError(
+                    f"{name} is {value}; it must be >= 0 and none of the codes' ids, {codes[0]} to {codes[-1]}"
+                )
         if self.start_id == self.end_id:
             raise ConfigError(f"start_id and end_id are both {self.start_id}; give each an id of its own")
         before, braces, after = self.token.partition("{}")
         if not braces or "{" in before + after or "}" in before + after:
             raise ConfigError(f"token is {self.token!r}; it must have {{}} once, where the code's number goes")
         if not before + after or before[-1:].isdigit() or after[:1].isdigit():
-            raise ConfigError(f"token is {self.token!r}; beside {{}} there must be something other than a digit, or "
-                              "numbers would run into each other")
+            raise ConfigError(
+                f"token is {self.token!r}; beside {{}} there must be something other than a digit, or "
+                "numbers would run into each other"
+            )
         codes_word = re.compile(re.escape(before) + "[0-9]+" + re.escape(after))
         for name, word in (("start", self.start), ("end", self.end)):
             if not word.strip() or codes_word.search(word):
@@ -108,8 +112,10 @@ class TokenFormat:
         codes = _integers(ids, "ids")
         for place, code in enumerate(codes):
             if not 0 <= code < self.n_embed:
-                raise DataError(f"id {place} is {code}; ids must lie in [0, {self.n_embed}). Use the format of the "
-                                "tokenizer that made them.")
+                raise DataError(
+                    f"id {place} is {code}; ids must lie in [0, {self.n_embed}). Use the format of the "
+                    "tokenizer that made them."
+                )
         return codes
 
     # --- reading ---
@@ -219,16 +225,24 @@ class TokenFormat:
         """The ids of an object, and what was wrong with it."""
         problems = []
         if foreign := [item for item in items if item.kind == "foreign"]:
-            problems.append(Problem(foreign[0].position, f"{foreign[0].word} stands between the object's words"
-                                    f"{_further(foreign)}; left out"))
+            problems.append(
+                Problem(
+                    foreign[0].position,
+                    f"{foreign[0].word} stands between the object's words{_further(foreign)}; left out",
+                )
+            )
         words = [item for item in items if item.kind in WORDS]
         bad = [item for item in words if item.kind != "code"]
         written = len(words)
         if bad:
             keep = num_tokens is not None and written - len(bad) != num_tokens
             done = "replaced by the id that fills its place" if keep else "left out"
-            problems.append(Problem(bad[0].position, f"{bad[0].word} is not one of the codes 0 to {self.n_embed - 1}"
-                                    f"{_further(bad)}; {done}"))
+            problems.append(
+                Problem(
+                    bad[0].position,
+                    f"{bad[0].word} is not one of the codes 0 to {self.n_embed - 1}{_further(bad)}; {done}",
+                )
+            )
             if not keep:
                 words = [item for item in words if item.kind == "code"]
         if num_tokens is None:
@@ -279,8 +293,12 @@ def _choose(objects: list[list[Item]], num_tokens: int | None, length: int) -> t
         problems.append(Problem(length, "the object has no end"))
     if len(objects) > 1:
         number = next(i for i, items in enumerate(objects) if items is chosen)
-        problems.append(Problem(objects[1][0].position, f"there are {len(objects)} objects, or parts of them; "
-                                f"number {number + 1} is read"))
+        problems.append(
+            Problem(
+                objects[1][0].position,
+                f"there are {len(objects)} objects, or parts of them; number {number + 1} is read",
+            )
+        )
     return chosen, problems
 
 

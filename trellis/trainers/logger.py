@@ -62,8 +62,7 @@ class RunLog:
 def _finite(entry: dict[str, Any]) -> dict[str, Any]:
     """JSON has no infinity, which fp16 gradients may reach; such a value becomes null."""
     return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in entry.items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()
     }
 
 

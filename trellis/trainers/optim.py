@@ -60,7 +60,7 @@ def check_lr_factors(
         if optimizer_spec["name"] not in TRUST_RATIO_FOR:
             raise ConfigError(
                 f'{where}.lr_scaling "trust_ratio" counts on updates of unit RMS, which {optimizer_spec["name"]} does '
-                f"not make; use {' or '.join(TRUST_RATIO_FOR)}, or lr_scaling \"rms\""
+                f'not make; use {" or ".join(TRUST_RATIO_FOR)}, or lr_scaling "rms"'
             )
         chosen = sorted(args.keys() & ONE_OF_FUSED)
         if chosen:
@@ -113,8 +113,15 @@ def build_optimizer(
         for key, parameter in parameters.items():
             multiplier = multipliers.get(key.split(".")[0], 1.0)
             scale = multiplier * max(parameter.detach().float().square().mean().sqrt().item(), RMS_FLOOR)
-            groups.append({"params": [parameter], "lr": args["lr"] * scale, "lr_scale": scale, "name": key,
-                           "lr_multiplier": multiplier})  # fmt: skip
+            groups.append(
+                {
+                    "params": [parameter],
+                    "lr": args["lr"] * scale,
+                    "lr_scale": scale,
+                    "name": key,
+                    "lr_multiplier": multiplier,
+                }
+            )
     elif multipliers:
         by_model: dict[str, list[nn.Parameter]] = {}
         for key, parameter in parameters.items():

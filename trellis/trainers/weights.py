@@ -34,9 +34,7 @@ class WeightPlan:
                 load_weights(model, self.files[name])
 
 
-def plan_weights(
-    config: dict, trainer_class: type, output_dir: str, load_dir: str | None, ckpt: str
-) -> WeightPlan:
+def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: str | None, ckpt: str) -> WeightPlan:
     """Decide where weights come from, downloading from the Hub only what nothing nearer has.
 
     ckpt: "latest", "best", "none" or a step, of output_dir if it has a complete checkpoint, else of load_dir.

@@ -89,8 +89,10 @@ def apply_override(config: dict, assignment: str) -> None:
     for depth, key in enumerate(keys[:-1]):
         if not isinstance(node, dict) or key not in node:
             known = node if isinstance(node, dict) else ()
-            raise ConfigError(f"--set {assignment}: {'.'.join(keys[: depth + 1])} is not in the configuration"
-                              f"{did_you_mean(key, known) if known else ''}")
+            raise ConfigError(
+                f"--set {assignment}: {'.'.join(keys[: depth + 1])} is not in the configuration"
+                f"{did_you_mean(key, known) if known else ''}"
+            )
         node = node[key]
     if not isinstance(node, dict):
         raise ConfigError(f"--set {assignment}: {'.'.join(keys[:-1])} is a {json_type(node)}, not an object")

@@ -7,7 +7,7 @@ from .errors import ConfigError
 
 
 def did_you_mean(name: str, known) -> str:
-    """"; did you mean X?" for the nearest of the known names, or the whole list where none is near."""
+    """ "; did you mean X?" for the nearest of the known names, or the whole list where none is near."""
     known = sorted(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {nearest[0]}?" if nearest else f"; it can be one of: {', '.join(known)}"

@@ -25,8 +25,15 @@ log = logging.getLogger(__name__)
 def create_app(workbench: Workbench, usage: Usage, opener: Opener, host: str = "127.0.0.1") -> Dash:
     """host: where it is served; at a loopback address, only requests to such a name are answered, so that no other
     site's page can reach it through a name of its own."""
-    app = Dash("trellis.viewer", title="Tokens of sparse structures", update_title=None, serve_locally=True,
-               assets_folder=str(Path(__file__).parent / "assets"), on_error=tell_page, enable_mcp=False)  # fmt: skip
+    app = Dash(
+        "trellis.viewer",
+        title="Tokens of sparse structures",
+        update_title=None,
+        serve_locally=True,
+        assets_folder=str(Path(__file__).parent / "assets"),
+        on_error=tell_page,
+        enable_mcp=False,
+    )
     # Beyond an upload, a page sends a few tens of kB.
     app.server.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
     if host in LOOPBACK:
@@ -65,8 +72,10 @@ def add_uploads(app: Dash, workbench: Workbench, opener: Opener) -> None:
             if up_axis not in UP_AXES:
                 raise DataError(f"up_axis {up_axis!r}: must be one of {', '.join(UP_AXES)}")
             if not request.content_length or request.content_length > MAX_BYTES:
-                raise DataError(f"{name}: has {request.content_length or 0:,} bytes; it must have some, and at most "
-                                f"{MAX_BYTES // 2**20} MiB. Simplify the mesh")
+                raise DataError(
+                    f"{name}: has {request.content_length or 0:,} bytes; it must have some, and at most "
+                    f"{MAX_BYTES // 2**20} MiB. Simplify the mesh"
+                )
             with tempfile.TemporaryDirectory(prefix="viewer-") as folder:
                 path = Path(folder, f"upload{suffix}")
                 with open(path, "wb") as file:

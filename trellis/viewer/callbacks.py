@@ -51,8 +51,13 @@ def add_browser_side(app: Dash) -> None:
         if name != "mesh":
             panel = f"panel-{name}"
             own("show", Output(panel, "figure"), Input(f"figure-{name}", "data"), State(panel, "id"))
-    own("showMesh", Output("panel-mesh", "figure"), Output("caption-mesh", "children"), Input("figure-mesh", "data"),
-        Input("object", "data"))
+    own(
+        "showMesh",
+        Output("panel-mesh", "figure"),
+        Output("caption-mesh", "children"),
+        Input("figure-mesh", "data"),
+        Input("object", "data"),
+    )
     own("mark", Output("marked", "data"), Input("chosen", "data"), State("facts", "data"))
     own("resetView", Output("reset-view", "title"), Input("reset-view", "n_clicks"))
     own("setAxes", Output("axes", "data"), Input("up-axis", "value"), State("facts", "data"))
@@ -67,9 +72,15 @@ def add_picking(app: Dash, workbench: Workbench, opener: Opener) -> None:
         note = " (held out)" if dataset.entries[index].split == "val" else ""
         return {"label": names[index] + note, "value": index}
 
-    @app.callback(Output("pick", "options"), Output("pick", "value"), Input("pick", "search_value"),
-                  Input("previous-object", "n_clicks"), Input("next-object", "n_clicks"),
-                  Input("random-object", "n_clicks"), State("pick", "value"))  # fmt: skip
+    @app.callback(
+        Output("pick", "options"),
+        Output("pick", "value"),
+        Input("pick", "search_value"),
+        Input("previous-object", "n_clicks"),
+        Input("next-object", "n_clicks"),
+        Input("random-object", "n_clicks"),
+        State("pick", "value"),
+    )
     def pick(search: str | None, _previous, _next, _random, value: int | None):
         cause = ctx.triggered_id
         if cause == "pick":
@@ -87,8 +98,9 @@ def add_picking(app: Dash, workbench: Workbench, opener: Opener) -> None:
             found.insert(0, value)
         return [option(index) for index in found], no_update if cause == "pick" else value
 
-    @app.callback(Output("object", "data"), Output("message", "children"), Input("pick", "value"),
-                  prevent_initial_call=True)
+    @app.callback(
+        Output("object", "data"), Output("message", "children"), Input("pick", "value"), prevent_initial_call=True
+    )
     def take(index: int | None):
         if index is None:
             return no_update, no_update
@@ -101,8 +113,12 @@ def add_picking(app: Dash, workbench: Workbench, opener: Opener) -> None:
 
 def add_counting(app: Dash, usage: Usage) -> None:
 
-    @app.callback(Output("progress", "children"), Output("counted", "data"), Output("poll", "disabled"),
-                  Input("poll", "n_intervals"))  # fmt: skip
+    @app.callback(
+        Output("progress", "children"),
+        Output("counted", "data"),
+        Output("poll", "disabled"),
+        Input("poll", "n_intervals"),
+    )
     def progress(_):
         text, ended = card.progress_text(usage)
         return text, ended or no_update, ended
@@ -116,36 +132,66 @@ def add_drawing(app: Dash, workbench: Workbench, usage: Usage) -> None:
         ids = visit.ids.reshape(shape)
         occupied = occupied_blocks(torch.from_numpy(workbench.decode(visit.ids))[None, None], workbench.lattice)
         return figures.Tokens(
-            workbench.lattice, ids, occupied.flatten().numpy(),
-            (visit.ids == workbench.empty_ids).reshape(shape).all(1), (visit.ids != visit.before).reshape(shape).any(1),
-            usage.counts(0)[ids[:, 0]] if usage.done == usage.sampled > 0 else None, colours[ids[:, 0]])  # fmt: skip
+            workbench.lattice,
+            ids,
+            occupied.flatten().numpy(),
+            (visit.ids == workbench.empty_ids).reshape(shape).all(1),
+            (visit.ids != visit.before).reshape(shape).any(1),
+            usage.counts(0)[ids[:, 0]] if usage.done == usage.sampled > 0 else None,
+            colours[ids[:, 0]],
+        )
 
-    @app.callback(Output("figure-voxels", "data"), Output("caption-voxels", "children"), Input("object", "data"),
-                  prevent_initial_call=True)
+    @app.callback(
+        Output("figure-voxels", "data"),
+        Output("caption-voxels", "children"),
+        Input("object", "data"),
+        prevent_initial_call=True,
+    )
     def voxels(state: dict):
         grid = open_visit(workbench, state, None).grid
         return figures.voxel_figure(grid), f"{grid.sum():,} of {workbench.resolution}³ are occupied"
 
-    @app.callback(Output("figure-reconstruction", "data"), Output("caption-reconstruction", "children"),
-                  Output("legend-reconstruction", "children"), Output("figure-difference", "data"),
-                  Output("caption-difference", "children"), Output("scores", "children"), Input("object", "data"),
-                  Input("edits", "data"), prevent_initial_call=True)  # fmt: skip
+    @app.callback(
+        Output("figure-reconstruction", "data"),
+        Output("caption-reconstruction", "children"),
+        Output("legend-reconstruction", "children"),
+        Output("figure-difference", "data"),
+        Output("caption-difference", "children"),
+        Output("scores", "children"),
+        Input("object", "data"),
+        Input("edits", "data"),
+        prevent_initial_call=True,
+    )
     def reconstruction(state: dict | None, edits: dict | None):
         if state is None:
             return (no_update,) * 6
         visit = open_visit(workbench, state, edits)
         before, after = workbench.decode(visit.before), workbench.decode(visit.ids)
-        legend = [chip(figures.ADDED, f"{(after & ~before).sum():,} added by edits"),
-                  chip(figures.REMOVED, f"{(before & ~after).sum():,} removed")]
+        legend = [
+            chip(figures.ADDED, f"{(after & ~before).sum():,} added by edits"),
+            chip(figures.REMOVED, f"{(before & ~after).sum():,} removed"),
+        ]
         wrong = f"{(visit.grid & ~after).sum():,} missing, {(after & ~visit.grid).sum():,} extra"
-        return (figures.reconstruction_figure(before, after), f"{after.sum():,} voxels", legend if visit.edits else [],
-                figures.difference_figure(visit.grid, after), wrong, card.score_tiles(workbench, visit))
+        return (
+            figures.reconstruction_figure(before, after),
+            f"{after.sum():,} voxels",
+            legend if visit.edits else [],
+            figures.difference_figure(visit.grid, after),
+            wrong,
+            card.score_tiles(workbench, visit),
+        )
 
-    @app.callback(Output("figure-lattice", "data"), Output("caption-lattice", "children"),
-                  Output("chosen", "data", allow_duplicate=True),
-                  Output("layer-number", "value", allow_duplicate=True), Input("object", "data"),
-                  Input("edits", "data"), Input("counted", "data"), State("chosen", "data"),
-                  prevent_initial_call=True)  # fmt: skip
+    @app.callback(
+        Output("figure-lattice", "data"),
+        Output("caption-lattice", "children"),
+        Output("chosen", "data", allow_duplicate=True),
+        Output("layer-number", "value", allow_duplicate=True),
+        Input("object", "data"),
+        Input("edits", "data"),
+        Input("counted", "data"),
+        State("chosen", "data"),
+        prevent_initial_call=True,
+    )
     def lattice(state: dict | None, edits: dict | None, _, chosen: int | None):
         if state is None:
             return (no_update,) * 4
@@ -159,18 +205,34 @@ def add_drawing(app: Dash, workbench: Workbench, usage: Usage) -> None:
         chosen = int(np.flatnonzero(tokens.occupied)[tokens.occupied.sum() // 2])
         return figure, caption, chosen, chosen % workbench.lattice[2]
 
-    @app.callback(Output("layer", "figure"), Output("caption-layer", "children"), Input("object", "data"),
-                  Input("edits", "data"), Input("chosen", "data"), Input("layer-number", "value"),
-                  Input("counted", "data"), prevent_initial_call=True)  # fmt: skip
+    @app.callback(
+        Output("layer", "figure"),
+        Output("caption-layer", "children"),
+        Input("object", "data"),
+        Input("edits", "data"),
+        Input("chosen", "data"),
+        Input("layer-number", "value"),
+        Input("counted", "data"),
+        prevent_initial_call=True,
+    )
     def layer(state: dict | None, edits: dict | None, chosen: int | None, number: int, _):
         if state is None:
             return no_update, no_update
         figure = figures.layer_figure(tokens_of(open_visit(workbench, state, edits)), number, chosen)
         return figure, f"z = {number} of 0 to {workbench.lattice[2] - 1}"
 
-    @app.callback(Output("token", "children"), Output("caption-token", "children"), Output("code", "value"),
-                  Output("editor", "className"), Input("object", "data"), Input("edits", "data"),
-                  Input("chosen", "data"), Input("part", "value"), Input("counted", "data"), prevent_initial_call=True)
+    @app.callback(
+        Output("token", "children"),
+        Output("caption-token", "children"),
+        Output("code", "value"),
+        Output("editor", "className"),
+        Input("object", "data"),
+        Input("edits", "data"),
+        Input("chosen", "data"),
+        Input("part", "value"),
+        Input("counted", "data"),
+        prevent_initial_call=True,
+    )
     def token(state: dict | None, edits: dict | None, chosen: int | None, part: str, _):
         if state is None or chosen is None:
             return (no_update,) * 4
@@ -184,10 +246,18 @@ def add_drawing(app: Dash, workbench: Workbench, usage: Usage) -> None:
 def add_editing(app: Dash, workbench: Workbench) -> None:
     names = ("set", "similar", "empty", "undo", "reset")
 
-    @app.callback(Output("edits", "data"), Output("message", "children", allow_duplicate=True),
-                  *(Input(f"edit-{name}", "n_clicks") for name in names), Input("code", "n_submit"),
-                  State("object", "data"), State("edits", "data"), State("chosen", "data"), State("part", "value"),
-                  State("code", "value"), prevent_initial_call=True)  # fmt: skip
+    @app.callback(
+        Output("edits", "data"),
+        Output("message", "children", allow_duplicate=True),
+        *(Input(f"edit-{name}", "n_clicks") for name in names),
+        Input("code", "n_submit"),
+        State("object", "data"),
+        State("edits", "data"),
+        State("chosen", "data"),
+        State("part", "value"),
+        State("code", "value"),
+        prevent_initial_call=True,
+    )
     def edit(*args):
         state, edits, chosen, part, code = args[-5:]
         if state is None or chosen is None:
@@ -221,8 +291,13 @@ def similar_code(workbench: Workbench, visit: Visit, place: int) -> int:
 def add_downloads(app: Dash, workbench: Workbench) -> None:
     kinds = ("glb", "ply", "voxels", "tokens")
 
-    @app.callback(Output("download", "data"), *(Input(f"save-{kind}", "n_clicks") for kind in kinds),
-                  State("object", "data"), State("edits", "data"), prevent_initial_call=True)
+    @app.callback(
+        Output("download", "data"),
+        *(Input(f"save-{kind}", "n_clicks") for kind in kinds),
+        State("object", "data"),
+        State("edits", "data"),
+        prevent_initial_call=True,
+    )
     def download(*args):
         state, edits = args[-2:]
         if state is None:

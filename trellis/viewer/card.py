@@ -15,12 +15,16 @@ from .workbench import Workbench
 # key: (title, format, explanation, whether more is better)
 SCORES = {
     "iou": ("IoU", "{:.4f}", "voxels in both, as a share of those in either", True),
-    "f_score": ("F-score", "{:.4f}", "at one voxel: harmonic mean of the shares of voxels at most one voxel from the "
-                                     "other grid", True),
+    "f_score": (
+        "F-score",
+        "{:.4f}",
+        "at one voxel: harmonic mean of the shares of voxels at most one voxel from the other grid",
+        True,
+    ),
     "chamfer": ("chamfer", "{:.4f}", "mean distance to the nearest voxel of the other grid, in voxels", False),
     "precision": ("precision", "{:.4f}", "share of the reconstruction's voxels that are in the input", True),
     "recall": ("recall", "{:.4f}", "share of the input's voxels that are in the reconstruction", True),
-}  # fmt: skip
+}
 SOMETIMES = 0.25  # how often a voxel of a code's block is occupied, to be drawn
 
 
@@ -37,11 +41,15 @@ def score_tiles(workbench: Workbench, visit: Visit) -> list:
     empties, total = workbench.empties(visit.ids), workbench.num_tokens
     tiles += [
         tile("ids", f"{total:,}", "what a language model would read and write for this object"),
-        tile("empty ids", f"{empties:,}", "ids that are those of an empty grid at their place",
-             f"{100 * empties / total:.0f} %"),
+        tile(
+            "empty ids",
+            f"{empties:,}",
+            "ids that are those of an empty grid at their place",
+            f"{100 * empties / total:.0f} %",
+        ),
         tile("different codes", f"{len(np.unique(visit.ids)):,}", "in this object"),
         tile("edited", str(len(visit.edits)), "ids that differ from the encoder's"),
-    ]  # fmt: skip
+    ]
     return tiles
 
 
@@ -56,8 +64,10 @@ def token_card(workbench: Workbench, usage: Usage, visit: Visit, token: int, par
     code, before = int(visit.ids[place]), int(visit.before[place])
     at = np.unravel_index(token, workbench.lattice)
     used = usage.of(code, part)
-    cells = ", ".join(f"{axis} {index * size}–{(index + 1) * size - 1}"
-                      for axis, index, size in zip("xyz", at, workbench.block, strict=True))
+    cells = ", ".join(
+        f"{axis} {index * size}–{(index + 1) * size - 1}"
+        for axis, index, size in zip("xyz", at, workbench.block, strict=True)
+    )
     kind = "empty space" if code == workbench.empty_ids[place] else "not empty space"
     facts = [
         ("code", [html.B(str(code)), f" ({kind}" + (f"; the encoder chose {before})" if code != before else ")")]),
@@ -67,11 +77,19 @@ def token_card(workbench: Workbench, usage: Usage, visit: Visit, token: int, par
     repeated = workbench.code_repeated(code, part)
     missing = "not in the sample" if used.voxels is None else "no voxels"
     pictures = [
-        picture(average_picture(used.voxels), "on average", "its own block, as decoded on average where the code "
-                "occurs in the sample; the paler, the rarer", missing),
-        picture(drawn(repeated, repeated) if repeated.any() else None, "among 26 copies", "its own block, with the "
-                "same code in the 26 tokens around it and empty space farther out", "no voxels"),
-    ]  # fmt: skip
+        picture(
+            average_picture(used.voxels),
+            "on average",
+            "its own block, as decoded on average where the code occurs in the sample; the paler, the rarer",
+            missing,
+        ),
+        picture(
+            drawn(repeated, repeated) if repeated.any() else None,
+            "among 26 copies",
+            "its own block, with the same code in the 26 tokens around it and empty space farther out",
+            "no voxels",
+        ),
+    ]
     table = html.Table([html.Tr([html.Th(name), html.Td(value)]) for name, value in facts])
     return [html.Div([table, html.Div(pictures, className="pictures")], className="facts")]
 
@@ -90,8 +108,10 @@ def usage_text(usage: Usage, used: CodeUsage) -> str:
         return "unknown: there is no data set to count over"
     if not used.tokens:
         return f"never in {usage.done} objects"
-    return (f"{used.tokens:,} times in {usage.done} objects ({100 * used.share:.2g} % of all tokens), in "
-            f"{used.objects} of them; rank {used.rank:,} of {usage.workbench.n_embed:,}")
+    return (
+        f"{used.tokens:,} times in {usage.done} objects ({100 * used.share:.2g} % of all tokens), in "
+        f"{used.objects} of them; rank {used.rank:,} of {usage.workbench.n_embed:,}"
+    )
 
 
 def average_picture(voxels: np.ndarray | None) -> np.ndarray | None:

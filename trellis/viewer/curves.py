@@ -8,7 +8,7 @@ from typing import Any
 from ..utils.errors import DataError
 
 POINTS = 1500  # of a curve; more are thinned out evenly
-COLUMNS = 3                   # plots in a row
+COLUMNS = 3  # plots in a row
 GAP_ACROSS, GAP_DOWN = 0.16, 0.3  # free between two plots, as a share of the way from one to the next
 LOSSES = "losses"
 # What is not named here and carries no "val/" is a term of the loss.
@@ -55,8 +55,13 @@ def curves_figure(series: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
     plots = {title: names for title, names in plots.items() if names}
     rows = max(1, -(-len(plots) // COLUMNS))
     traces, notes = [], []
-    layout = {"height": 360 * rows, "margin": {"l": 50, "r": 16, "t": 56, "b": 44}, "plot_bgcolor": "white",
-              "paper_bgcolor": "white", "font": {"size": 11, "color": "#2d323c"}}  # fmt: skip
+    layout = {
+        "height": 360 * rows,
+        "margin": {"l": 50, "r": 16, "t": 56, "b": 44},
+        "plot_bgcolor": "white",
+        "paper_bgcolor": "white",
+        "font": {"size": 11, "color": "#2d323c"},
+    }
     for place, (title, names) in enumerate(plots.items()):
         number = str(place + 1) if place else ""
         width, height = 1 / (COLUMNS - GAP_ACROSS), 1 / (rows - GAP_DOWN)  # from one plot to the next
@@ -64,20 +69,45 @@ def curves_figure(series: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
         right, bottom = left + (1 - GAP_ACROSS) * width, top - (1 - GAP_DOWN) * height
         kind = {"type": "log", "tickformat": "~g", "dtick": "D2"} if title in LOGARITHMIC else {}
         axis = {"gridcolor": "#eceef2", "zeroline": False, "linecolor": "#c9ced6"}
-        layout[f"xaxis{number}"] = {**axis, "domain": [left, min(1, right)], "anchor": f"y{number}",
-                                    "title": {"text": "step", "standoff": 2}}
+        layout[f"xaxis{number}"] = {
+            **axis,
+            "domain": [left, min(1, right)],
+            "anchor": f"y{number}",
+            "title": {"text": "step", "standoff": 2},
+        }
         layout[f"yaxis{number}"] = {**axis, "domain": [max(0, bottom), top], "anchor": f"x{number}", **kind}
         layout[f"legend{number}"] = {"x": left, "y": top, "yanchor": "bottom", "orientation": "h", "font": {"size": 11}}
-        notes.append({"text": f"<b>{title}</b>", "x": left, "y": top, "xref": "paper", "yref": "paper",
-                      "xanchor": "left", "yanchor": "bottom", "yshift": 20, "showarrow": False})
+        notes.append(
+            {
+                "text": f"<b>{title}</b>",
+                "x": left,
+                "y": top,
+                "xref": "paper",
+                "yref": "paper",
+                "xanchor": "left",
+                "yanchor": "bottom",
+                "yshift": 20,
+                "showarrow": False,
+            }
+        )
         for colour, name in zip(cycle(COLOURS), names, strict=False):
             points = thinned(series[name])
-            traces.append({
-                "type": "scatter", "name": name, "x": [step for step, _ in points], "y": [value for _, value in points],
-                "xaxis": f"x{number}", "yaxis": f"y{number}", "legend": f"legend{number}", "showlegend": True,
-                "mode": "lines+markers" if len(points) < 30 else "lines", "marker": {"size": 5},
-                "line": {"color": colour, "width": 1.7}, "hovertemplate": "step %{x}: %{y:.5g}",
-            })  # fmt: skip
+            traces.append(
+                {
+                    "type": "scatter",
+                    "name": name,
+                    "x": [step for step, _ in points],
+                    "y": [value for _, value in points],
+                    "xaxis": f"x{number}",
+                    "yaxis": f"y{number}",
+                    "legend": f"legend{number}",
+                    "showlegend": True,
+                    "mode": "lines+markers" if len(points) < 30 else "lines",
+                    "marker": {"size": 5},
+                    "line": {"color": colour, "width": 1.7},
+                    "hovertemplate": "step %{x}: %{y:.5g}",
+                }
+            )
     return {"data": traces, "layout": {**layout, "annotations": notes}}
 
 

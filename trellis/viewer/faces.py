@@ -129,8 +129,9 @@ def _shade(occupied: np.ndarray, cells: np.ndarray, sides: np.ndarray) -> np.nda
     normal = np.zeros(cells.shape)
     normal[np.arange(len(cells)), sides // 2] = sides % 2 * 2 - 1
     front = cells + normal.astype(np.int64) + margin
-    slope = np.stack([near[tuple((front - step).T)] - near[tuple((front + step).T)]
-                      for step in np.eye(3, dtype=np.int64)], axis=1)
+    slope = np.stack(
+        [near[tuple((front - step).T)] - near[tuple((front + step).T)] for step in np.eye(3, dtype=np.int64)], axis=1
+    )
     slope /= np.linalg.norm(slope, axis=1, keepdims=True) + 1e-3
     mixed = slope + 1.3 * normal
     mixed /= np.linalg.norm(mixed, axis=1, keepdims=True)

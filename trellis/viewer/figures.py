@@ -18,8 +18,22 @@ HOVER = "token %{customdata[0]}<br>code %{customdata[1]}"
 HOVER_USED = "<br>used %{customdata[2]} times in the sample"
 BACKGROUND = "#fafafb"
 CUBE = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
-CUBE_TRIANGLES = np.array([[0, 1, 3], [0, 3, 2], [4, 6, 7], [4, 7, 5], [0, 4, 5], [0, 5, 1],
-                           [2, 3, 7], [2, 7, 6], [0, 2, 6], [0, 6, 4], [1, 5, 7], [1, 7, 3]])
+CUBE_TRIANGLES = np.array(
+    [
+        [0, 1, 3],
+        [0, 3, 2],
+        [4, 6, 7],
+        [4, 7, 5],
+        [0, 4, 5],
+        [0, 5, 1],
+        [2, 3, 7],
+        [2, 7, 6],
+        [0, 2, 6],
+        [0, 6, 4],
+        [1, 5, 7],
+        [1, 7, 3],
+    ]
+)
 CUBE_EDGES = [(a, b) for a in range(8) for b in range(a) if np.abs(CUBE[a] - CUBE[b]).sum() == 1]
 
 
@@ -114,23 +128,59 @@ def layer_figure(tokens: Tokens, layer: int, chosen: int | None) -> Figure:
     kinds, index = np.unique(tints.reshape(-1, 3), axis=0, return_inverse=True)
     number = len(kinds)
     scale = [[(place + end) / number, css(colour)] for place, colour in enumerate(kinds) for end in (0, 1)]
-    cells = {"type": "heatmap", "z": index.reshape(shown.shape).tolist(), "colorscale": scale, "zmin": -0.5,
-             "zmax": number - 0.5, "showscale": False, "xgap": 1, "ygap": 1, **tokens.facts(shown)}  # fmt: skip
+    cells = {
+        "type": "heatmap",
+        "z": index.reshape(shown.shape).tolist(),
+        "colorscale": scale,
+        "zmin": -0.5,
+        "zmax": number - 0.5,
+        "showscale": False,
+        "xgap": 1,
+        "ygap": 1,
+        **tokens.facts(shown),
+    }
     y, x = np.nonzero(tokens.edited[shown])
-    edited = {"type": "scatter", "x": x.tolist(), "y": y.tolist(), "mode": "markers", "hoverinfo": "skip",
-              "marker": {"symbol": "diamond", "size": 7, "color": "white", "line": {"color": "black", "width": 1}}}
+    edited = {
+        "type": "scatter",
+        "x": x.tolist(),
+        "y": y.tolist(),
+        "mode": "markers",
+        "hoverinfo": "skip",
+        "marker": {"symbol": "diamond", "size": 7, "color": "white", "line": {"color": "black", "width": 1}},
+    }
     shapes = []
     if chosen is not None and chosen in shown:
         (y,), (x,) = (place.tolist() for place in np.nonzero(shown == chosen))
-        shapes = [{"type": "rect", "x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5,
-                   "line": {"color": css(CHOSEN), "width": 3}}]
-    axis = {"showgrid": False, "zeroline": False, "tickfont": {"size": 10, "color": "#667"}, "fixedrange": True,
-            "dtick": max(1, max(lattice[:2]) // 8), "constrain": "domain"}
+        shapes = [
+            {
+                "type": "rect",
+                "x0": x - 0.5,
+                "x1": x + 0.5,
+                "y0": y - 0.5,
+                "y1": y + 0.5,
+                "line": {"color": css(CHOSEN), "width": 3},
+            }
+        ]
+    axis = {
+        "showgrid": False,
+        "zeroline": False,
+        "tickfont": {"size": 10, "color": "#667"},
+        "fixedrange": True,
+        "dtick": max(1, max(lattice[:2]) // 8),
+        "constrain": "domain",
+    }
     names = {name: {"text": name, "standoff": 4} for name in "xy"}
-    layout = {"xaxis": {**axis, "title": names["x"], "range": [-0.5, lattice[0] - 0.5]},
-              "yaxis": {**axis, "title": names["y"], "range": [-0.5, lattice[1] - 0.5], "scaleanchor": "x"},
-              "margin": {"l": 36, "r": 6, "t": 6, "b": 34}, "plot_bgcolor": "white", "paper_bgcolor": "white",
-              "hoverlabel": {"align": "left"}, "dragmode": False, "showlegend": False, "shapes": shapes}
+    layout = {
+        "xaxis": {**axis, "title": names["x"], "range": [-0.5, lattice[0] - 0.5]},
+        "yaxis": {**axis, "title": names["y"], "range": [-0.5, lattice[1] - 0.5], "scaleanchor": "x"},
+        "margin": {"l": 36, "r": 6, "t": 6, "b": 34},
+        "plot_bgcolor": "white",
+        "paper_bgcolor": "white",
+        "hoverlabel": {"align": "left"},
+        "dragmode": False,
+        "showlegend": False,
+        "shapes": shapes,
+    }
     return {"data": [cells, edited], "layout": layout}
 
 
@@ -147,11 +197,17 @@ def _shaded(mesh: Figure, shade: np.ndarray, colour: tuple[int, int, int], opaci
     """A trace in a colour times each triangle's shade, [F] in [0, BRIGHTEST], under no other light."""
     lightest = np.clip(np.array(colour) * BRIGHTEST, 0, 255)
     return {
-        **mesh, "intensity": typed(np.clip(shade * (255 / BRIGHTEST), 0, 255).astype(np.uint8)),
-        "intensitymode": "cell", "cmin": 0, "cmax": 255, "showscale": False, "opacity": opacity,
+        **mesh,
+        "intensity": typed(np.clip(shade * (255 / BRIGHTEST), 0, 255).astype(np.uint8)),
+        "intensitymode": "cell",
+        "cmin": 0,
+        "cmax": 255,
+        "showscale": False,
+        "opacity": opacity,
         "colorscale": [[0, "rgb(0,0,0)"], [1 / BRIGHTEST, css(colour)], [1, css(lightest)]],
-        "lighting": {"ambient": 1, "diffuse": 0, "specular": 0, "fresnel": 0}, "hoverinfo": "skip",
-    }  # fmt: skip
+        "lighting": {"ambient": 1, "diffuse": 0, "specular": 0, "fresnel": 0},
+        "hoverinfo": "skip",
+    }
 
 
 def _voxels(labels: np.ndarray, looks: dict[int, tuple[tuple[int, int, int], float]]) -> list[dict[str, Any]]:
@@ -177,8 +233,20 @@ def _scene(traces: list[dict[str, Any]], resolution: int) -> Figure:
     frame = {**line, "x": x, "y": y, "z": z, "line": {"color": "#d9dce2", "width": 1.5}}
     nowhere = dict.fromkeys("xyz", [None])
     chosen = {**line, **nowhere, "line": {"color": css(CHOSEN), "width": 5}, "name": "chosen"}
-    scene = {"xaxis": side, "yaxis": side, "zaxis": side, "aspectmode": "cube", "dragmode": "turntable",
-             "camera": CAMERA, "bgcolor": BACKGROUND}  # fmt: skip
-    layout = {"scene": scene, "margin": {"l": 0, "r": 0, "t": 0, "b": 0}, "showlegend": False,
-              "paper_bgcolor": BACKGROUND, "hoverlabel": {"align": "left"}}
+    scene = {
+        "xaxis": side,
+        "yaxis": side,
+        "zaxis": side,
+        "aspectmode": "cube",
+        "dragmode": "turntable",
+        "camera": CAMERA,
+        "bgcolor": BACKGROUND,
+    }
+    layout = {
+        "scene": scene,
+        "margin": {"l": 0, "r": 0, "t": 0, "b": 0},
+        "showlegend": False,
+        "paper_bgcolor": BACKGROUND,
+        "hoverlabel": {"align": "left"},
+    }
     return {"data": [*traces, frame, chosen], "layout": layout}

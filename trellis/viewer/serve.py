@@ -21,8 +21,10 @@ def serve(args: argparse.Namespace) -> None:
     try:
         server = make_server(args.host, args.port, app.server, threaded=True)
     except (OSError, SystemExit) as error:  # werkzeug ends the program where the port is taken
-        raise ConfigError(f"--host {args.host} --port {args.port}: cannot be served there ({error}). Give another "
-                          "--port, or 0 for a free one.") from error
+        raise ConfigError(
+            f"--host {args.host} --port {args.port}: cannot be served there ({error}). Give another "
+            "--port, or 0 for a free one."
+        ) from error
     usage.start()
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"http://{host}:{server.server_port}/  (Ctrl-C ends it)", flush=True)

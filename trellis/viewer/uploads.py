@@ -20,9 +20,9 @@ from ..grids.voxels import has_faces, points_to_occupancy, read_ply
 from ..utils.errors import ConfigError, DataError
 
 MAX_BYTES = 64 * 2**20
-SECONDS = 60            # for a file
-MEMORY = 4 * 2**30      # bytes that opening a file may take
-WAITING = 8             # files at work or in line; more are turned away
+SECONDS = 60  # for a file
+MEMORY = 4 * 2**30  # bytes that opening a file may take
+WAITING = 8  # files at work or in line; more are turned away
 SHOWN_TRIANGLES = 60_000
 
 
@@ -72,8 +72,9 @@ def check_content(path: Path) -> None:
             raise DataError("is not plain UTF-8 XML without a document type. Export it anew, or as .glb")
 
 
-def open_shape(path: Path, resolution: int, up_axis: str, normalization: str | None, voxelize: bool,
-               memory: int) -> Shape:
+def open_shape(
+    path: Path, resolution: int, up_axis: str, normalization: str | None, voxelize: bool, memory: int
+) -> Shape:
     """The worker's job, within so many bytes of memory. See `meshes.mesh_cells` for up_axis and normalization.
 
     voxelize: give the cells too; only such a file is an upload. Raises DataError with the reason.
@@ -161,9 +162,13 @@ class Opener:
         if not self._places.acquire(blocking=False):
             raise DataError("too many files are being opened at the moment: try again in a minute")
         try:
-            return self._result(self._started().schedule(
-                open_shape, args=(path, resolution, up_axis, normalization, voxelize, self.memory),
-                timeout=self.seconds))
+            return self._result(
+                self._started().schedule(
+                    open_shape,
+                    args=(path, resolution, up_axis, normalization, voxelize, self.memory),
+                    timeout=self.seconds,
+                )
+            )
         finally:
             self._places.release()
 
@@ -175,8 +180,10 @@ class Opener:
         except concurrent.futures.TimeoutError as error:
             raise DataError(f"took longer than {self.seconds:g} s to open. Give a simpler mesh") from error
         except (ProcessExpired, MemoryError) as error:
-            raise DataError("could not be opened: its process ended, perhaps at the limit of "
-                            f"{self.memory / 2**30:.3g} GiB of memory. Give a simpler mesh") from error
+            raise DataError(
+                "could not be opened: its process ended, perhaps at the limit of "
+                f"{self.memory / 2**30:.3g} GiB of memory. Give a simpler mesh"
+            ) from error
 
     def _started(self):
         with self._lock:

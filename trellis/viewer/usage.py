@@ -38,7 +38,7 @@ class Usage:
         self.indices = np.unique(np.linspace(0, size - 1, min(objects, size)).round().astype(int)) if size else []
         self.sampled, self.done, self.problem = len(self.indices), 0, None
         parts = workbench.codes_per_token, workbench.n_embed
-        self._tokens = np.zeros(parts, dtype=np.int64)   # [Q, K]
+        self._tokens = np.zeros(parts, dtype=np.int64)  # [Q, K]
         self._objects = np.zeros(parts, dtype=np.int64)
         self._voxels = np.zeros((*parts, int(np.prod(workbench.block))), dtype=np.float32)
         self._lock = threading.Lock()

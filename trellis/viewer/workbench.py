@@ -43,8 +43,13 @@ class Workbench:
     calls the tokenizer.
     """
 
-    def __init__(self, tokenizer: "SparseStructureTokenizer", dataset: StandardDatasetBase | None = None,
-                 run_dir: Path | None = None, name: str = "tokenizer"):
+    def __init__(
+        self,
+        tokenizer: "SparseStructureTokenizer",
+        dataset: StandardDatasetBase | None = None,
+        run_dir: Path | None = None,
+        name: str = "tokenizer",
+    ):
         self.tokenizer, self.dataset, self.run_dir, self.name = tokenizer, dataset, run_dir, name
         self.resolution, self.lattice = tokenizer.resolution, tokenizer.lattice
         self.codes_per_token, self.n_embed = tokenizer.codes_per_token, tokenizer.n_embed

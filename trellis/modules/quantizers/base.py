@@ -42,8 +42,9 @@ class Quantizer(nn.Module):
     nearest_of_table = True  # whether an id is that of the row of `table()` nearest to the vector
     code_rows: tuple[str, ...] = ()  # state-dict keys whose rows belong to codes, which `replace_codes` can change
 
-    def __init__(self, n_embed: int, embed_dim: int, latent_channels: int, group: list[int] | None = None,
-                 init: str = "none"):
+    def __init__(
+        self, n_embed: int, embed_dim: int, latent_channels: int, group: list[int] | None = None, init: str = "none"
+    ):
         super().__init__()
         if embed_dim % latent_channels:
             raise ValueError(

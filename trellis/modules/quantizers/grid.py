@@ -49,7 +49,7 @@ class GridQuantizer(Quantizer):
         raise NotImplementedError
 
     def further_losses(self, u: Tensor, points: Tensor) -> dict[str, Tensor]:
-        """"commit" and others. points: [..., d], those that u went to."""
+        """ "commit" and others. points: [..., d], those that u went to."""
         raise NotImplementedError
 
     # --- shared ---

@@ -55,7 +55,7 @@ class LookupFreeQuantizer(GridQuantizer):
         return self.points.new_zeros(len(self.strides), dtype=torch.float64), torch.arange(len(self.strides))
 
     def further_losses(self, u: Tensor, points: Tensor) -> dict[str, Tensor]:
-        """"commit", a mean over numbers, and "entropy" in nats."""
+        """ "commit", a mean over numbers, and "entropy" in nats."""
         u = u.float()
         logits = (4 / self.temperature) * u.flatten(0, -2)
         one = logits.sigmoid()  # [N, d]

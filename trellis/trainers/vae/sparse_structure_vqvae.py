@@ -89,7 +89,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         augmentation = config["dataset"].get("args", {}).get("augmentation", "none")
         if args.get("latent_cache") and augmentation != "none":
             raise ConfigError(
-                'trainer.args.latent_cache keeps one latent of each object, but dataset.args.augmentation is '
+                "trainer.args.latent_cache keeps one latent of each object, but dataset.args.augmentation is "
                 f'"{augmentation}", which shows it in many forms; set latent_cache to false or augmentation to "none"'
             )
         trained = [name for name in ("encoder", "decoder") if name not in freeze]

@@ -1,4 +1,4 @@
-"""Tiny data and configurations: 16³ grids of boxes and balls, networks of a few thousand parameters."""
+"""Fixtures of several test files, and what must be set before anything of the project is imported."""
 
 import json
 import os
@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
-
 # The same in this process and in those that tests start: sums in another order differ in the last bit.
 os.environ["OMP_NUM_THREADS"] = "2"
 torch.set_num_threads(2)
@@ -18,20 +15,7 @@ torch.set_num_threads(2)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-
-def solid_grids(number: int, resolution: int, seed: int) -> np.ndarray:
-    """Shells of random ellipsoids and boxes, bool [number, R, R, R]."""
-    rng = np.random.default_rng(seed)
-    axis = np.arange(resolution) + 0.5
-    points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1)
-    grids = []
-    for i in range(number):
-        centre = rng.uniform(0.4, 0.6, 3) * resolution
-        radius = rng.uniform(0.2, 0.4, 3) * resolution
-        scaled = np.abs(points - centre) / radius
-        distance = scaled.max(-1) if i % 2 else np.linalg.norm(scaled, axis=-1)
-        grids.append((distance < 1) & (distance > 0.7))
-    return np.stack(grids)
+from helpers import run, solid_grids, tiny_config  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -44,32 +28,14 @@ def data_dir(tmp_path_factory) -> str:
     return str(folder)
 
 
-def tiny_config(trainer: str = "SparseStructureVaeTrainer", n_embed: int = 32, embed_dim: int = 4, **args) -> dict:
-    """A configuration of a 16³ run; `args` go to the trainer."""
-    shape = {"latent_channels": 4, "num_res_blocks": 1, "num_res_blocks_middle": 1}
-    models = {
-        "encoder": {"name": "SparseStructureEncoder", "args": {"in_channels": 1, "channels": [4, 8, 8], **shape}},
-        "decoder": {"name": "SparseStructureDecoder", "args": {"out_channels": 1, "channels": [8, 8, 4], **shape}},
-    }
-    if trainer == "SparseStructureVqVaeTrainer":
-        quantizer = {"n_embed": n_embed, "embed_dim": embed_dim, "latent_channels": 4}
-        models["quantizer"] = {"name": "VectorQuantizer", "args": quantizer}
-    defaults = {
-        "max_steps": 6,
-        "batch_size": 4,
-        "optimizer": {"name": "AdamW", "args": {"lr": 1e-2}},
-        "grad_clip": 1.0,
-        "i_print": 2,
-        "i_log": 2,
-        "i_eval": 3,
-        "i_sample": 100,
-        "i_save": 2,
-    }
-    return {
-        "models": models,
-        "dataset": {"name": "SparseStructure", "args": {"resolution": 16}},
-        "trainer": {"name": trainer, "args": {**defaults, **args}},
-    }
+@pytest.fixture(scope="session")
+def vae_run(data_dir, tmp_path_factory) -> Path:
+    """A short KL run, from which stage 1 can start. Tests read it and leave it as it is."""
+    folder = tmp_path_factory.mktemp("vae")
+    config = folder / "config.json"
+    config.write_text(json.dumps(tiny_config(max_steps=4)))
+    assert run("--config", config, "--data_dir", data_dir, "--output_dir", folder / "run") == 0
+    return folder / "run"
 
 
 @pytest.fixture

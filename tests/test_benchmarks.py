@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from helpers import ROOT, tiny_config
 
 from benchmarks import common, data_wait, nearest_code, plain, runs
 from trellis.models import build, load_weights, read_weights

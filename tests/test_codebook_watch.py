@@ -1,12 +1,9 @@
 """Codes that nobody chooses are found, replaced and forgotten by all that remembers them; and what does not revive."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
-from test_train import VQ, assert_equal, checkpoint, free_port, logged, run
+from helpers import VQ, assert_equal, checkpoint, free_port, logged, run, tiny_config
 from torch import Tensor, nn
 
 from trellis.evaluation.metrics import codebook_counts
@@ -196,15 +193,6 @@ def test_a_codebook_in_use_is_left_alone():
 
 
 # --- runs ---
-
-
-@pytest.fixture(scope="module")
-def vae_run(data_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    config = folder / "config.json"
-    config.write_text(json.dumps(tiny_config(max_steps=4, i_eval=100)))
-    assert run("--config", config, "--data_dir", data_dir, "--output_dir", folder / "run") == 0
-    return folder / "run"
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import json
 from typing import Annotated, Literal
 
 import pytest
-from conftest import ROOT, tiny_config
+from helpers import ROOT, tiny_config
 
 import train
 from trellis.trainers import SparseStructureVaeTrainer, SparseStructureVqVaeTrainer

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import solid_grids, tiny_config
+from helpers import solid_grids, tiny_config
 from PIL import Image
 
 import train

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, solid_grids, tiny_config
+from helpers import ROOT, solid_grids, tiny_config
 from safetensors.torch import save_file
 from torch import nn
 

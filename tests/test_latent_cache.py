@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from trellis.models.sparse_structure_vae import SparseStructureEncoder
 from trellis.trainers.vae import latent_cache

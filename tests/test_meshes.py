@@ -1,6 +1,5 @@
 """Mesh files to grids: what is read, which cells are met, both normalizations, and what is refused."""
 
-import csv
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from helpers import BROKEN, ROOT, SHARED, TETRAHEDRON, cells_met, table, tetrahedron
 
 trimesh = pytest.importorskip("trimesh")
 open3d = pytest.importorskip("open3d")
@@ -20,15 +19,6 @@ from trellis.grids.voxels import points_to_occupancy, read_ply  # noqa: E402
 from trellis.utils.errors import ConfigError, DataError  # noqa: E402
 
 SAMPLE = SHARED / "data" / "meshes_sample"
-TETRAHEDRON = (
-    np.array([(0, 0, 0), (4, 0, 0), (0, 2, 0), (1, 0.5, 3)]),
-    np.array([(0, 2, 1), (0, 1, 3), (1, 2, 3), (2, 0, 3)]),
-)
-
-
-def tetrahedron(scale: float = 1.0) -> trimesh.Trimesh:
-    """Coordinates are short in binary, so that every format stores them exactly."""
-    return trimesh.Trimesh(TETRAHEDRON[0] * (1, 1, scale), TETRAHEDRON[1], process=False)
 
 
 def grid_of(path: Path, resolution: int = 16, up_axis: str = "keep") -> np.ndarray:
@@ -38,29 +28,6 @@ def grid_of(path: Path, resolution: int = 16, up_axis: str = "keep") -> np.ndarr
     target.unlink()
     assert grid.sum() == count
     return grid
-
-
-def cells_met(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.ndarray:
-    """Reference: [R, R, R] bool by separating axes of every triangle and every cell, all in float64."""
-    centres = (
-        np.stack(np.meshgrid(*[np.arange(resolution)] * 3, indexing="ij"), -1).reshape(-1, 3) + 0.5
-    ) / resolution - 0.5
-    half = 0.5 / resolution
-    met = np.zeros(len(centres), dtype=bool)
-    for triangle in np.clip(vertices, -0.5 + 1e-6, 0.5 - 1e-6)[faces]:
-        edges = np.roll(triangle, -1, axis=0) - triangle
-        axes = [*np.eye(3), np.cross(edges[0], edges[1]), *np.cross(np.eye(3)[:, None], edges).reshape(-1, 3)]
-        apart = np.zeros(len(centres), dtype=bool)
-        for axis in axes:
-            corners = triangle @ axis - (centres @ axis)[:, None]
-            reach = half * np.abs(axis).sum()
-            apart |= (corners.min(axis=1) > reach) | (corners.max(axis=1) < -reach)
-        met |= ~apart
-    return met.reshape((resolution,) * 3)
-
-
-def table(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.open(newline="")))
 
 
 @pytest.mark.parametrize("shape", ["sphere", "box"])
@@ -136,26 +103,6 @@ def test_up_axis_y_becomes_z(tmp_path):
     assert np.array_equal(grid_of(tmp_path / "mesh.off", up_axis="z"), kept)
     quarter = trimesh.transformations.rotation_matrix(np.pi / 2, (1, 0, 0))
     assert np.allclose(meshes.turn_to_z_up(mesh.vertices), trimesh.transform_points(mesh.vertices, quarter))
-
-
-BROKEN = {
-    "nan.obj": (b"v 0 0 0\nv 1 0 0\nv 0 nan 1\nf 1 2 3\n", "not finite"),
-    "points.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\n", "no triangles"),
-    "nothing.stl": (b"", "0 bytes"),
-    "speck.obj": (b"v 1 1 1\nv 1 1 1\nv 1 1 1\nf 1 2 3\n", "longest edge is 0"),
-    "astray.off": (b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", "face index outside"),
-    "astray.ply": (
-        b"ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\n"
-        b"property float z\nelement face 1\nproperty list uchar int vertex_indices\nend_header\n"
-        b"0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n",
-        "0 to 7 of 3",
-    ),
-    "text.glb": (b"this is no mesh", "cannot be read"),
-    "draco.gltf": (
-        b'{"asset": {"version": "2.0"}, "extensionsRequired": ["EXT_meshopt_compression"]}',
-        "without compression",
-    ),
-}
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import solid_grids, tiny_config
+from helpers import solid_grids, tiny_config
 
 from trellis.evaluation.evaluate import Reconstruction, evaluate, kl_scores, occupancy_scores
 from trellis.evaluation.metrics import (

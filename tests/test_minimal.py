@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import torch
-from conftest import ROOT, tiny_config
+from helpers import ROOT, tiny_config
 
 # Needed for training, data or the Hub, but neither to look at the package nor to run a published model.
 OPTIONAL = (

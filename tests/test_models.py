@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED
+from helpers import SHARED
 
 from trellis.models import build, from_pretrained
 from trellis.modules.blocks3d import ResBlock3d, UpsampleBlock3d

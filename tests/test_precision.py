@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from conftest import solid_grids, tiny_config
+from helpers import solid_grids, tiny_config
 from torch import nn
 
 from trellis.models import build

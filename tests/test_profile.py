@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from conftest import tiny_config
+from helpers import tiny_config
 
 import train
 from trellis.trainers.profile import ACTIVE

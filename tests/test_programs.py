@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 FOLDERS = ("scripts", "dataset_toolkits", "dataset_toolkits/shapes", "benchmarks")
 PROGRAMS = sorted(

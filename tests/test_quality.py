@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from PIL import Image
 
 from benchmarks import ablation, common, quality, rate_distortion

@@ -1,7 +1,6 @@
 """Stage 1 with the latent cache is stage 1 without it, and without a reconstruction loss it runs no decoder."""
 
 import collections
-import json
 import os
 import re
 import signal
@@ -13,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config
-from test_train import VQ, assert_equal, checkpoint, free_port, logged, run
+from helpers import ROOT, VQ, assert_equal, checkpoint, free_port, logged, run, tiny_config
 
 import train
 from trellis.datasets.sparse_structure import SparseStructure
@@ -22,15 +20,6 @@ from trellis.models.sparse_structure_vae import SparseStructureDecoder, SparseSt
 from trellis.trainers.vae import latent_sample, sparse_structure_vqvae
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
 from trellis.utils.random_utils import permutation
-
-
-@pytest.fixture(scope="module")
-def vae_run(data_dir, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("vae")
-    config = folder / "config.json"
-    config.write_text(json.dumps(tiny_config(max_steps=4)))
-    assert run("--config", config, "--data_dir", data_dir, "--output_dir", folder / "run") == 0
-    return folder / "run"
 
 
 @pytest.fixture(autouse=True)

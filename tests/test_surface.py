@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, solid_grids
+from helpers import ROOT, solid_grids
 
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("skimage")

@@ -6,8 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
-from test_train import VQ, assert_equal, checkpoint, run
+from helpers import VQ, assert_equal, checkpoint, run, tiny_config
 
 import train
 from trellis.datasets.batches import endless_batches, to_device

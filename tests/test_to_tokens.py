@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, solid_grids, tiny_config
+from helpers import ROOT, solid_grids, tiny_config
 
 pytest.importorskip("pyarrow")
 import pyarrow as pa

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from helpers import ROOT, tiny_config
 
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import stats

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, solid_grids, tiny_config
+from helpers import ROOT, SHARED, solid_grids, tiny_config
 from safetensors.torch import load_file
 
 from trellis import SparseStructureTokenizer

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from helpers import VQ, assert_equal, checkpoint, command, free_port, logged, run, tiny_config
 
 import train
 from trellis.runs.checkpoint import Checkpoints
 from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
 
-VQ = "SparseStructureVqVaeTrainer"
 ADAPTIVE = {"name": "AdaptiveGradClipper", "args": {"max_norm": 1.0, "clip_percentile": 90, "buffer_size": 4}}
 MUON = {"name": "ConvMuon", "args": {"lr": 1e-2}}
 STAGE2 = {
@@ -28,62 +26,6 @@ STAGE2 = {
     "loss_type": "l1_l2",
     "grad_clip": ADAPTIVE,
 }
-
-
-def run(*flags) -> int:
-    return train.main([*map(str, flags), "--device", "cpu", "--auto_retry", "0"])
-
-
-def command(*flags) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *map(str, flags), "--device", "cpu", "--auto_retry", "0"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def checkpoint(run_dir, step: int) -> dict[str, dict]:
-    """All files of a step, without the wall-clock time and the command's own config."""
-    checkpoints = Checkpoints(run_dir)
-    assert checkpoints.is_complete(step)
-    files = {path.name: torch.load(path, weights_only=True) for path in checkpoints.folder.glob(f"*step{step:07d}.pt")}
-    for key in ("seconds", "files", "config"):
-        files[f"misc_step{step:07d}.pt"].pop(key)
-    return files
-
-
-def assert_equal(a, b, where=""):
-    """Equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7)), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}/{i}")
-    else:
-        assert a == b, where
-
-
-def logged(run_dir) -> list[dict]:
-    """Lines of log.txt without timings."""
-    lines = [json.loads(line) for line in (Path(run_dir) / "log.txt").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
-
-
-@pytest.fixture(scope="module")
-def vae_run(data_dir, tmp_path_factory) -> Path:
-    """A short KL run, from which stage 1 can start."""
-    folder = tmp_path_factory.mktemp("vae")
-    config = folder / "config.json"
-    config.write_text(json.dumps(tiny_config(max_steps=4)))
-    assert run("--config", config, "--data_dir", data_dir, "--output_dir", folder / "run") == 0
-    return folder / "run"
 
 
 @pytest.fixture(scope="module")

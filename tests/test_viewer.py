@@ -6,9 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import solid_grids, tiny_config
+from helpers import RESOLUTION, make_tokenizer, solid_grids
 
-from trellis import SparseStructureTokenizer
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.preview import CORRECT, EXTRA, MISSING
 from trellis.utils.errors import DataError
@@ -16,23 +15,6 @@ from trellis.viewer import card, curves, faces, figures, visit
 from trellis.viewer.callbacks import similar_code
 from trellis.viewer.usage import Usage
 from trellis.viewer.workbench import Workbench, pack_grid, pack_ids, unpack_grid, unpack_ids
-
-RESOLUTION = 16
-
-
-def make_tokenizer(**quantizer) -> SparseStructureTokenizer:
-    """A tokenizer of 16³ grids with random weights, whose reconstructions are half full: every edit shows."""
-    torch.manual_seed(0)
-    models = tiny_config("SparseStructureVqVaeTrainer")["models"]
-    models["quantizer"] = quantizer or models["quantizer"]
-    tokenizer = SparseStructureTokenizer(models, RESOLUTION, up_axis="z")
-    for name, value in tokenizer.quantizer.named_parameters():
-        if name.startswith("embeddings"):
-            value.data.normal_()
-    ids = torch.randint(tokenizer.n_embed, (tokenizer.num_tokens,), generator=torch.Generator().manual_seed(1))
-    *_, bias = (value for name, value in tokenizer.decoder.named_parameters() if name.endswith("bias"))
-    bias.data -= tokenizer.decode(ids).median()
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

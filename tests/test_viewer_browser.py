@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from test_viewer import RESOLUTION, make_tokenizer
+from helpers import RESOLUTION, make_tokenizer
 
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.meshes import mesh_to_grid

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, solid_grids
-from test_viewer import RESOLUTION, make_tokenizer
+from helpers import RESOLUTION, ROOT, make_tokenizer, solid_grids
 
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.meshes import mesh_to_grid

@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import BROKEN, ROOT, cells_met, table, tetrahedron
 
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("open3d")
-
-from test_meshes import BROKEN, cells_met, table, tetrahedron  # noqa: E402
 
 from dataset_toolkits import build_metadata, records, voxelize  # noqa: E402
 from trellis.grids import meshes  # noqa: E402

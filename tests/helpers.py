@@ -2,11 +2,13 @@
 
 import csv
 import json
+import os
 import socket
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import train
@@ -14,7 +16,17 @@ from trellis import SparseStructureTokenizer
 from trellis.runs.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
+DATA = ROOT / "tests" / "data"
+# A folder with what is too large to be kept with the code: real meshes and grids (data/), full-size outputs (parity/).
+TEST_DATA = Path(os.environ.get("TRELLIS_TEST_DATA", ""))
+needs_test_data = pytest.mark.skipif(
+    "TRELLIS_TEST_DATA" not in os.environ, reason="TRELLIS_TEST_DATA is not set: see tests/data/README.md"
+)
+# Outputs of TRELLIS and ShapeLLM-Omni.
+PARITY = [
+    pytest.param(DATA / "parity", id="small"),
+    pytest.param(TEST_DATA / "parity", id="large", marks=needs_test_data),
+]
 VQ = "SparseStructureVqVaeTrainer"
 
 
@@ -111,6 +123,17 @@ def logged(run_dir) -> list[dict]:
     """Lines of log.txt without timings."""
     lines = [json.loads(line) for line in (Path(run_dir) / "log.txt").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+
+
+# --- reference outputs ---
+
+
+def assert_logits(logits: torch.Tensor, expected: dict[str, torch.Tensor], atol: float) -> None:
+    """Close to those of a file of reference outputs, which may keep only every fourth along each axis."""
+    if "logits_every_4th" in expected:
+        torch.testing.assert_close(logits[..., ::4, ::4, ::4], expected["logits_every_4th"], atol=atol, rtol=0)
+    else:
+        torch.testing.assert_close(logits, expected["logits"], atol=atol, rtol=0)
 
 
 # --- viewer ---

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import BROKEN, ROOT, SHARED, TETRAHEDRON, cells_met, table, tetrahedron
+from helpers import BROKEN, ROOT, TEST_DATA, TETRAHEDRON, cells_met, needs_test_data, table, tetrahedron
 
 trimesh = pytest.importorskip("trimesh")
 open3d = pytest.importorskip("open3d")
@@ -18,7 +18,7 @@ from trellis.grids import meshes  # noqa: E402
 from trellis.grids.voxels import points_to_occupancy, read_ply  # noqa: E402
 from trellis.utils.errors import ConfigError, DataError  # noqa: E402
 
-SAMPLE = SHARED / "data" / "meshes_sample"
+SAMPLE = TEST_DATA / "data" / "meshes_sample"
 
 
 def grid_of(path: Path, resolution: int = 16, up_axis: str = "keep") -> np.ndarray:
@@ -44,6 +44,7 @@ def test_grid_equals_an_independent_reference(shape):
     assert np.array_equal(cells, np.argwhere(cells_met(vertices, mesh.faces, 16)))  # the order too
 
 
+@needs_test_data
 @pytest.mark.parametrize(
     "name",
     [
@@ -56,8 +57,6 @@ def test_grid_equals_an_independent_reference(shape):
     ],
 )
 def test_real_meshes_equal_published_grids(name, tmp_path):
-    if not SAMPLE.exists():
-        pytest.skip("no sample meshes here")
     row = next(row for row in table(SAMPLE / "SOURCES.csv") if row["file"] == name)
     shutil.copy(SAMPLE / name, tmp_path)
     grid = grid_of(tmp_path / name, 64)
@@ -144,6 +143,7 @@ def shapellm_reference(mesh: trimesh.Trimesh, resolution: int) -> np.ndarray:
     return grid
 
 
+@needs_test_data
 @pytest.mark.parametrize(
     "name",
     [
@@ -154,8 +154,6 @@ def shapellm_reference(mesh: trimesh.Trimesh, resolution: int) -> np.ndarray:
     ],
 )
 def test_shapellm_normalization_equals_a_reference_on_real_meshes(name):
-    if not SAMPLE.exists():
-        pytest.skip("no sample meshes here")
     grid = meshes.mesh_to_grid(SAMPLE / name, 64, "y", "shapellm")[0].numpy()
     expected = shapellm_reference(trimesh.load(SAMPLE / name, force="mesh", process=False), 64)
     assert np.array_equal(grid, expected)

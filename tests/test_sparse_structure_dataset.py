@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import TEST_DATA, needs_test_data
 from torch.utils.data import DataLoader
 
 from trellis.datasets.batches import endless_batches
@@ -19,7 +20,6 @@ from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import occupancy_to_points, pack_bits, write_ply
 from trellis.utils.errors import DataError
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 R = 4
 
 
@@ -391,9 +391,10 @@ def test_bad_lists_of_roots_are_errors(tmp_path):
 # --- public models ---
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the voxels of public models")
+@needs_test_data
 def test_grids_of_public_models_are_read_as_described():
-    dataset = SparseStructure(f"{SHARED}/voxels64_val.npz,{SHARED}/voxels64_train.npz", split="val")
+    folder = TEST_DATA / "data"
+    dataset = SparseStructure(f"{folder}/voxels64_val.npz,{folder}/voxels64_train.npz", split="val")
     assert dataset.split_sizes() == {"train": 4695, "val": 650}
     grids = [item["ss"][0] for item in dataset]
     counts = [grid.count_nonzero().item() for grid in grids]

@@ -116,8 +116,8 @@ LEVELS = {8192: [8, 8, 8, 4, 4], 1024: [8, 8, 4, 4]}  # of finite scalars, by th
 
 def variants(tokens: int) -> dict[str, Variant]:
     """All of them by name; those of a codebook begin with the number of tokens."""
-    config = f"scratch_{tokens}_stage2"
-    found = {name: Variant("scratch_vae", settings) for name, settings in VAES.items()}
+    config = f"recipe_{tokens}_stage2"
+    found = {name: Variant("recipe_vae", settings) for name, settings in VAES.items()}
     for name, settings in CODEBOOKS.items():
         found[f"{tokens}: {name}"] = Variant(config, settings, BASE_VAE)
     for start in VAES:

@@ -2,9 +2,10 @@
 
     python benchmarks/quality.py --data_dir DATA --output_dir outputs/quality
 
-Every phase is train.py on a shipped configuration, starting from the phase before it; phases that are finished are not
-run again, and one that was cut off goes on from its last checkpoint. scripts/evaluate.py scores the VAE and what stages
-2 and 3 end with, in fp32. Writes results.md into --output_dir after every phase, and the command into its folder.
+Every phase runs train.py on a configuration configs/vae/recipe_*.json and starts from the weights of an earlier phase.
+A finished phase is not run again; one that was cut off continues from its last checkpoint. scripts/evaluate.py scores
+the VAE and the results of both stages 2, in fp32. After every phase results.md is written into --output_dir, and
+phase.json, with the command, into the phase's folder.
 """
 
 import argparse
@@ -24,30 +25,26 @@ from trellis.utils.config import load_config
 
 @dataclass(frozen=True)
 class Phase:
-    """start: the phase whose weights it takes. scored: whether evaluate.py scores what it ends with."""
+    """A training run of the recipe."""
 
-    start: str | None = None
-    scored: bool = False
+    start: str | None = None  # the phase whose weights it starts from
+    scored: bool = False  # whether evaluate.py scores its result
 
 
 PHASES = {
     "vae": Phase(scored=True),
     "4096_stage1": Phase("vae"),
     "4096_stage2": Phase("4096_stage1", scored=True),
-    "4096_stage3": Phase("4096_stage2", scored=True),
     "1024_stage1": Phase("vae"),
     "1024_stage2": Phase("1024_stage1", scored=True),
-    "1024_stage3": Phase("1024_stage2", scored=True),
 }
-TRAINED = {"vae": "VAE", "stage1": "codebook", "stage2": "everything", "stage3": "decoder"}
-# Without stages 3, which bring no more than more steps of a stage 2 do: see results/h200.md.
-RECIPE = ["vae", "4096_stage2", "1024_stage2"]
-# Too few to tell a poor source from poor luck.
+TRAINED = {"vae": "VAE", "stage1": "codebook", "stage2": "everything"}
+# With fewer objects, a source's mean is mostly chance.
 OBJECTS_OF_A_SOURCE = 10
 
 
 def with_ancestors(names: list[str]) -> list[str]:
-    """These phases and all they start from, in the order of PHASES."""
+    """Return these phases and all that they start from, in the order of PHASES."""
     wanted = set()
     for name in names:
         while name is not None and name not in wanted:
@@ -57,14 +54,14 @@ def with_ancestors(names: list[str]) -> list[str]:
 
 
 def train(options: argparse.Namespace, device: str, name: str) -> dict:
-    """Run a phase, unless it is finished. Returns what its log says of it."""
+    """Run a phase unless it is finished. Return its command, its figures (see read_log) and its seconds."""
     folder = options.output_dir / name
     result = folder / "phase.json"
     if not result.exists():
         command = [
             "train.py",
             "--config",
-            f"configs/vae/scratch_{name}.json",
+            f"configs/vae/recipe_{name}.json",
             "--data_dir",
             options.data_dir,
             "--output_dir",
@@ -76,7 +73,7 @@ def train(options: argparse.Namespace, device: str, name: str) -> dict:
         ]
         if PHASES[name].start:
             command += ["--load_dir", str(options.output_dir / PHASES[name].start)]
-        models = load_config(runs.config_path(f"scratch_{name}"))["models"]
+        models = load_config(runs.config_path(f"recipe_{name}"))["models"]
         for setting in options.set:
             section, _, rest = setting.partition(".")
             if section != "models" or rest.split(".")[0] in models:
@@ -84,20 +81,21 @@ def train(options: argparse.Namespace, device: str, name: str) -> dict:
         started = time.monotonic()
         execute(command)
         wall = time.monotonic() - started
-        result.write_text(json.dumps({"command": shlex.join(command), **of_log(folder), "wall": wall}, indent=2) + "\n")
+        found = {"command": shlex.join(command), **read_log(folder), "wall": wall}
+        result.write_text(json.dumps(found, indent=2) + "\n")
     return json.loads(result.read_text())
 
 
 def execute(command: list[str]) -> None:
-    """Run a script of this repository. Raises SystemExit where it fails."""
+    """Run a script of this repository. Raise SystemExit if it fails."""
     print(f"\n$ python {shlex.join(command)}", flush=True)
     code = subprocess.run([sys.executable, *command], cwd=common.ROOT).returncode
     if code:
-        raise SystemExit(f"error: the command above ended with {code}; with that mended, this one goes on from there")
+        raise SystemExit(f"error: the command above ended with exit code {code}; rerun this program to continue")
 
 
-def of_log(folder: Path) -> dict:
-    """Steps, seconds, rate, memory and the first and last validation of a finished run."""
+def read_log(folder: Path) -> dict:
+    """Return steps, seconds, speed, memory, and the first and last validation of a finished run."""
     log = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     scores = [{key[4:]: value for key, value in line.items() if key.startswith("val/")} for line in log]
     scores = [score for score in scores if score]
@@ -113,7 +111,7 @@ def of_log(folder: Path) -> dict:
 
 
 def score(options: argparse.Namespace, device: str, name: str) -> dict:
-    """What evaluate.py says of a phase's averaged weights on the validation split."""
+    """Return evaluate.py's scores of a phase's averaged weights on the validation split."""
     output = options.output_dir / "eval" / name
     if not list(output.glob("val_*.json")):
         execute(
@@ -175,7 +173,10 @@ def phases_table(phases: dict[str, dict]) -> str:
 
 
 def scores_table(scores: dict[str, dict]) -> str:
-    """kbit: of an object's ids. kbit used: by their entropy over all objects; of a VAE, the KL that a sample takes."""
+    """Return the table of scores.
+
+    "kbit" is the length of an object's ids. "kbit used" is their entropy over all objects; for a VAE, the KL.
+    """
     columns = ["model", "IoU", "median", "5 %", "F-score", "chamfer", "usage", "perplexity", "kbit", "kbit used"]
     rows = []
     for name, found in scores.items():
@@ -195,7 +196,7 @@ def scores_table(scores: dict[str, dict]) -> str:
 
 
 def sources_table(scores: dict[str, dict]) -> str:
-    """IoU by source, for those with enough objects."""
+    """Return the table of IoU by source, for sources with enough objects."""
     sources = {
         name: part
         for name, part in next(iter(scores.values()))["sources"].items()
@@ -220,15 +221,15 @@ def main(argv: list[str] | None = None) -> None:
         "--phases",
         nargs="+",
         choices=PHASES,
-        default=RECIPE,
-        help="these and what they start from (default: all but stages 3)",
+        default=list(PHASES),
+        help="run these phases and all that they start from (default: all)",
     )
     flags.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="PATH.TO.KEY=VALUE",
-        help="as of train.py, for every phase that has the model",
+        help="passed on to train.py; a setting of a model only in phases that have the model",
     )
     flags.add_argument("--eval_batch", type=int, default=32)
     options = flags.parse_args(argv)

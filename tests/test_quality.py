@@ -26,10 +26,10 @@ TINY = {
 
 @pytest.mark.parametrize("name", quality.PHASES)
 def test_every_phase_has_a_valid_configuration(name):
-    config = load_config(ROOT / "configs" / "vae" / f"scratch_{name}.json")
+    config = load_config(ROOT / "configs" / "vae" / f"recipe_{name}.json")
     TRAINERS.get(config["trainer"]["name"], "trainer.name").check_config(config, 1)
     args = config["trainer"]["args"]
-    frozen = {"vae": set(), "stage1": {"encoder", "decoder"}, "stage2": set(), "stage3": {"encoder", "quantizer"}}
+    frozen = {"vae": set(), "stage1": {"encoder", "decoder"}, "stage2": set()}
     assert set(args.get("freeze", ())) == frozen[name.split("_")[-1]]
     schedule = args.get("lr_scheduler")
     if schedule is not None:  # the cosine ends with the training
@@ -60,17 +60,17 @@ def scores_of(folder: Path, phase: str) -> dict:
 
 
 def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd):
-    flags = ["--data_dir", data_dir, "--output_dir", str(tmp_path), "--device", "cpu", "--phases", "1024_stage3"]
+    flags = ["--data_dir", data_dir, "--output_dir", str(tmp_path), "--device", "cpu", "--phases", "1024_stage2"]
     for key, value in TINY.items():
         flags += ["--set", f"{key}={json.dumps(value)}"]
     quality.main(flags)
     text = (tmp_path / "results.md").read_text()
-    phases = ["vae", "1024_stage1", "1024_stage2", "1024_stage3"]
+    phases = ["vae", "1024_stage1", "1024_stage2"]
     assert [name for name in quality.PHASES if f"| {name} |" in text.split("## Scores")[0]] == phases
-    for name in ("vae", "1024_stage2", "1024_stage3"):
+    for name in ("vae", "1024_stage2"):
         scores = scores_of(tmp_path, name)
         assert f"| {name} | {scores['iou']:.4f} | {scores['iou_median']:.4f} | {scores['iou_p5']:.4f} |" in text
-    last = json.loads((tmp_path / "1024_stage3" / "phase.json").read_text())
+    last = json.loads((tmp_path / "1024_stage2" / "phase.json").read_text())
     assert last["steps"] == 2 and f"{last['before']['iou']:.4f} | {last['after']['iou']:.4f}" in text
 
     rate_distortion.main(["--quality", str(tmp_path), "--output", str(tmp_path / "picture" / "rate.png")])

@@ -5,7 +5,7 @@ import json
 from typing import Annotated, Literal
 
 import pytest
-from helpers import ROOT, tiny_config
+from helpers import tiny_config
 
 import train
 from trellis.trainers import SparseStructureVaeTrainer, SparseStructureVqVaeTrainer
@@ -221,29 +221,6 @@ def test_differing_keys_are_the_deepest_paths():
 
 
 # --- whole configurations ---
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.json")), ids=lambda path: path.stem)
-def test_every_shipped_configuration_passes(path):
-    config = load_config(str(path))
-    unchanged = copy.deepcopy(config)
-    for world_size in (1, 2):
-        train.check_config(config, world_size)
-    assert config == unchanged
-
-
-def test_the_shipped_stages_are_those_of_the_readme():
-    stage1, stage2 = (load_config(str(ROOT / "configs" / "vae" / f"vqvae_stage{n}.json")) for n in (1, 2))
-    one, two = stage1["trainer"]["args"], stage2["trainer"]["args"]
-    assert stage1["models"] == stage2["models"]
-    assert stage1["models"]["quantizer"]["args"] == {"n_embed": 8192, "embed_dim": 8}
-    assert (one["freeze"], one["loss_type"], one["optimizer"]["args"]["lr"]) == (["encoder", "decoder"], "l1", 1e-3)
-    assert (two["freeze"], two["loss_type"], two["optimizer"]["args"]["lr"]) == ([], "l1_l2", 5e-3)
-    assert two["lr_scaling"] == "rms" and two["lr_scheduler"] == {"name": "ExponentialLR", "args": {"gamma": 0.999}}
-    for number, config in ((1, stage1), (2, stage2)):
-        other = load_config(str(ROOT / "configs" / "vae" / f"vqvae_1024_stage{number}.json"))
-        assert differing_keys(config, other) == ["models.quantizer.args.embed_dim"]
-        assert other["models"]["quantizer"]["args"]["embed_dim"] == 32
 
 
 def trellis_config() -> dict:

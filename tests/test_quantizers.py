@@ -1,7 +1,6 @@
 """What holds for every quantizer."""
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from trellis.models import MODELS, build
 from trellis.modules.quantizers import Quantizer
 from trellis.modules.quantizers.base import nearest_ids
 from trellis.modules.quantizers.kmeans import kmeans
+from trellis.utils.config import config_arguments, describe
 
 K, C = 32, 4
 OWN_ARGS = {
@@ -51,11 +51,29 @@ def test_every_quantizer_of_the_name_table_is_tested():
     assert classes == set(NAMES)
 
 
+SHARED_ARGUMENTS = {
+    "n_embed": ("integer >= 2", 8192),
+    "embed_dim": ("integer >= 1", 8),
+    "latent_channels": ("integer >= 1", 8),
+    "group": ("list of integer >= 1 or null", None),
+    "init": ('"kmeans" or "uniform"', "kmeans"),
+}
+OWN_ARGUMENTS = {
+    "EMAVectorQuantizer": {"decay": ("number >= 0 and <= 1", 0.99), "epsilon": ("number > 0", 1e-5)},
+    "SimVQ": {"init": ('"kmeans" or "normal"', "kmeans")},
+    "FiniteScalarQuantizer": {"levels": ("list of integer >= 3", [8, 8, 8, 4, 4])},
+    "LookupFreeQuantizer": {"temperature": ("number > 0", 1.0)},
+    "IndexBackpropagationQuantizer": {"temperature": ("number > 0", 1.0)},
+    "ResidualVectorQuantizer": {"num_codes": ("integer >= 2", 2)},
+    "ProductVectorQuantizer": {"num_codes": ("integer >= 2", 2)},
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_arguments_defaults_and_sizes(name):
-    arguments = inspect.signature(MODELS.get(name, "").__init__).parameters
-    defaults = {key: arguments[key].default for key in ("n_embed", "embed_dim", "latent_channels", "group", "init")}
-    assert defaults == {"n_embed": 8192, "embed_dim": 8, "latent_channels": 8, "group": None, "init": "kmeans"}
+    arguments = config_arguments(MODELS.get(name, ""))
+    found = {key: (describe(annotation), default) for key, (annotation, default) in arguments.items()}
+    assert found == SHARED_ARGUMENTS | OWN_ARGUMENTS.get(name, {})
     quantizer = build({"name": name, "args": {}})
     assert (quantizer.n_embed, quantizer.cells_per_token, quantizer.init) == (8192, 1, "kmeans")
     table = quantizer.table()
@@ -245,7 +263,7 @@ def test_groups_that_do_not_fit_are_named():
         quantizer_of("VectorQuantizer", [1, 1, 4]).lookup(torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"indices must be \[B, X', Y', Z', 3\]; they are \[1, 4, 4, 4\]"):
         quantizer_of("ResidualVectorQuantizer").lookup(torch.zeros(1, 4, 4, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="in 63 codes, 3 a token, of 1 cells make no cubic latent"):
+    with pytest.raises(ValueError, match="in 63 codes, 3 per token, of 1 cells make no cubic latent"):
         quantizer_of("ResidualVectorQuantizer").lookup(torch.zeros(1, 63, dtype=torch.int64))
 
 

@@ -2,59 +2,54 @@
 
 Each batch, with n_k vectors of sum s_k nearest to code k over all ranks, moves
 N_k ← γ·N_k + (1 - γ)·n_k,   m_k ← γ·m_k + (1 - γ)·s_k,   e_k = m_k / Ñ_k,
-where Ñ_k = (N_k + ε) / (N + K·ε) · N with N = Σ N_k is Laplace smoothing, without which a code that no vector chooses
+where Ñ_k = (N_k + ε) / (N + K·ε) · N with N = Σ N_k is Laplace smoothing. Without it, a code that no vector chooses
 would become 0/0.
 
 Departures: sums and counts start as if each code had one vector, itself; the paper leaves the start open. A vector
-that is not finite counts nowhere, so that a step with an overflow, which fp16 skips, leaves no NaN here. Where a
-batch is worked off in parts, each part moves the codes.
+that is not finite is left out, so that a step with an overflow, which fp16 skips, leaves no NaN here. With gradient
+accumulation, each micro-batch moves the codes.
 
 Axes: N vectors, D channels of a code, K codes.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...utils import dist_utils
-from ...utils.config import Count, Range
+from ...utils.config import Range
 from .base import Quantizer, nearest_ids, straight_through
 
 
 class EMAVectorQuantizer(Quantizer):
-    """A codebook without a gradient, a buffer: in training mode every forward moves it, on all ranks alike.
+    """A codebook without a gradient. In training mode every forward moves it, equally on all ranks.
 
-    The codes of a forward are those from before it moved the codebook. In evaluation mode nothing moves, and no rank
+    A forward returns the codes from before it moved the codebook. In evaluation mode nothing moves, and no rank
     waits for another.
-
-    n_embed, embed_dim, latent_channels, group, init: as for `VectorQuantizer`. decay: γ, the part of the average that
-    stays at each forward. epsilon: ε of the smoothing, in vectors.
     """
 
     code_rows = ("embeddings.weight", "sums", "counts")
+    sums: Tensor  # m, [K, D]
+    counts: Tensor  # N, [K]
 
     def __init__(
         self,
-        n_embed: Annotated[int, Range(min=2)] = 8192,
-        embed_dim: Count = 8,
-        latent_channels: Count = 8,
-        group: list[Count] | None = None,
-        init: Literal["kmeans", "uniform"] = "kmeans",
-        decay: Annotated[float, Range(0, 1)] = 0.99,
-        epsilon: Annotated[float, Range(0, open_min=True)] = 1e-5,
+        *,
+        decay: Annotated[float, Range(0, 1)] = 0.99,  # γ, the part of the average kept at each forward
+        epsilon: Annotated[float, Range(0, open_min=True)] = 1e-5,  # ε of the smoothing, in vectors
+        **kwargs,
     ):
-        super().__init__(n_embed, embed_dim, latent_channels, group, init)
+        super().__init__(**kwargs)
         self.decay, self.epsilon = decay, epsilon
-        self.embeddings = nn.Module()  # the key "embeddings.weight", as in the other quantizers
-        weight = torch.empty(n_embed, embed_dim).uniform_(-1 / n_embed, 1 / n_embed)
-        self.embeddings.register_buffer("weight", weight)
-        self.register_buffer("sums", weight.clone())  # m
-        self.register_buffer("counts", torch.ones(n_embed))  # N
+        weight = torch.empty(self.n_embed, self.embed_dim).uniform_(-1 / self.n_embed, 1 / self.n_embed)
+        self.embeddings = _Codebook(weight)
+        self.register_buffer("sums", weight.clone())
+        self.register_buffer("counts", torch.ones(self.n_embed))
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """losses: "commit" (latents towards codes), a mean over elements; "vq" is zero."""
+        """Quantize as in `Quantizer`. "commit" is a mean over elements, "vq" is zero."""
         indices = nearest_ids(vectors, self.table())
         codes = self.decode(indices)
         losses = {"vq": codes.new_zeros(()), "commit": F.mse_loss(vectors, codes)}
@@ -64,10 +59,10 @@ class EMAVectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def follow(self, vectors: Tensor, indices: Tensor) -> None:
-        """Move the codebook towards the vectors [N, D] of all ranks, with codes `indices` [N]."""
+        """Move the codebook towards the vectors [N, D] of all ranks, which chose the codes `indices` [N]."""
         finite = vectors.isfinite().all(1, keepdim=True)
         values = torch.cat([torch.where(finite, vectors, 0), finite], 1).double()
-        # In fp64, so that neither the order of vectors nor their spread over ranks shows in the fp32 result.
+        # In fp64, so that neither the order of vectors nor their split over ranks changes the fp32 result.
         batch = values.new_zeros(self.n_embed, self.embed_dim + 1).index_add_(0, indices, values)
         batch = dist_utils.all_sum(batch).float()
         self.sums.lerp_(batch[:, :-1], 1 - self.decay)
@@ -80,8 +75,10 @@ class EMAVectorQuantizer(Quantizer):
         return self.embeddings.weight
 
     def completed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict for this quantizer out of a codebook's alone, such as `VectorQuantizer` has, with the
-        statistics of a fresh one; any other as it is."""
+        """Add the statistics of a fresh codebook to a state dict that has the codes alone, as `VectorQuantizer`'s.
+
+        Return any other state dict unchanged.
+        """
         if state.keys() != {"embeddings.weight"}:
             return state
         weight = state["embeddings.weight"]
@@ -96,3 +93,13 @@ class EMAVectorQuantizer(Quantizer):
         self.embeddings.weight[rows] = vectors
         self.sums[rows] = vectors
         self.counts[rows] = 1
+
+
+class _Codebook(nn.Module):
+    """The codes as a buffer, under the state-dict key that they have in the other quantizers."""
+
+    weight: Tensor  # [K, D]
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)

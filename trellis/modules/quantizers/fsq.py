@@ -4,45 +4,48 @@ A dimension with L levels is bounded to f(u) = (L - 1)/2·tanh(u + shift) - offs
 even L and 0 for an odd one, and the shift that makes f(0) = 0, the levels are -⌊L/2⌋ … ⌈L/2⌉ - 1. Divided by ⌊L/2⌋ they
 are the grid's coordinates. The id counts the first dimension fastest.
 
-Departures: the value is exactly the rounded one where the paper's straight-through sum rounds once more, and there
-is the loss "vq" of `grid`, for latents that come from a frozen encoder.
+Departures: the value is exactly the rounded one; the paper's straight-through sum rounds once more. The loss "vq" of
+`grid` is added, for latents from a frozen encoder.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from ...utils.config import Count, Range
+from ...utils.config import Range
 from .grid import GridQuantizer
+
+# Of each dimension, with the default n_embed as their product.
+LEVELS = [8, 8, 8, 4, 4]
 
 
 class FiniteScalarQuantizer(GridQuantizer):
-    """n_embed, embed_dim, latent_channels, group: see `Quantizer`. levels: of each dimension, three or more, since two
-    would need an infinite shift; their product is n_embed. init: "kmeans" to lay the grid along the principal
-    directions of the encoder's latents, "uniform" for random projections. Raises ValueError when the levels make
-    another number of codes."""
+    """A grid of `n_embed` points, the product of the levels. Raises ValueError if the levels make another number."""
+
+    reach: Tensor  # this and the others: [d], one per dimension
+    offset: Tensor
+    shift: Tensor
+    middle: Tensor
+    strides: Tensor
 
     def __init__(
         self,
-        n_embed: Annotated[int, Range(min=2)] = 8192,
-        embed_dim: Count = 8,
-        latent_channels: Count = 8,
-        group: list[Count] | None = None,
-        init: Literal["kmeans", "uniform"] = "kmeans",
-        levels: list[Annotated[int, Range(min=3)]] = (8, 8, 8, 4, 4),
+        *,
+        levels: list[Annotated[int, Range(min=3)]] = LEVELS,  # of each dimension; two would need an infinite shift
+        **kwargs,
     ):
-        if math.prod(levels) != n_embed:
+        super().__init__(**kwargs)
+        if math.prod(levels) != self.n_embed:
             raise ValueError(
-                f"levels {list(levels)} make {math.prod(levels)} codes, but n_embed is {n_embed}; set n_embed to "
-                f"{math.prod(levels)} or choose levels with the product {n_embed}"
+                f"levels {list(levels)} make {math.prod(levels)} codes, but n_embed is {self.n_embed}; set n_embed to "
+                f"{math.prod(levels)} or choose levels with the product {self.n_embed}"
             )
         counts = torch.tensor(levels)
         strides = counts.cumprod(0) // counts
         middle = counts // 2
-        points = (torch.arange(n_embed)[:, None] // strides % counts - middle) / middle
-        super().__init__(n_embed, embed_dim, latent_channels, group, init, points)
+        self.set_grid((torch.arange(self.n_embed)[:, None] // strides % counts - middle) / middle)
         reach = (counts - 1) / 2
         offset = 0.5 * (1 - counts % 2)
         constants = {"reach": reach, "offset": offset, "shift": (offset / reach).atanh(), "middle": middle}
@@ -57,9 +60,9 @@ class FiniteScalarQuantizer(GridQuantizer):
         return (digits * self.strides).sum(-1)
 
     def aim(self) -> tuple[Tensor, Tensor]:
-        """The mean goes to the middle of the range of tanh, which an even number of levels has between two."""
+        """Place the mean in the middle of tanh's range, which for an even number of levels lies between two."""
         return -self.shift.double(), self.middle.argsort(descending=True, stable=True)
 
     def further_losses(self, u: Tensor, points: Tensor) -> dict[str, Tensor]:
-        """None of the paper's: "commit" is zero."""
+        """Return a "commit" of zero: the paper has no such loss."""
         return {"commit": self.proj_in.weight.new_zeros(())}

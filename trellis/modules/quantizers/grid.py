@@ -1,4 +1,4 @@
-"""What quantizers with a fixed grid share: learned projections onto the grid's few dimensions and back.
+"""The base of quantizers with a fixed grid: learned projections onto the grid's few dimensions and back.
 
 Axes: D channels of a token, d dimensions of the grid, K points of it, N vectors.
 """
@@ -11,45 +11,45 @@ from torch import Tensor, nn
 
 from .base import Quantizer, straight_through
 
-# Standard deviation of the projected vectors at a start from the data. It is that of u where tanh(u) is uniform in
-# [-1, 1], about π/√12, so that vectors with a bell's distribution use all levels of a grid alike.
+# Standard deviation of the projected vectors after a fit. If tanh(u) is uniform in [-1, 1], u has about this one,
+# π/√12, so that normally distributed vectors use all levels of a grid equally.
 SPREAD = 0.9
 
 
 class GridQuantizer(Quantizer):
     """u = proj_in(z) goes to a point of the grid; the code is proj_out(point).
 
-    An algorithm has `soft`, `ids_of`, `aim` and `further_losses`. points: [K, d] float32, the grid; row k belongs to
-    id k. "vq" trains both projections to give the latents back, since the decoder's loss may not be there to do it.
+    An algorithm implements `soft`, `ids_of`, `aim` and `further_losses`, and calls `set_grid` in its constructor. "vq"
+    trains both projections to reconstruct the latents, since there may be no decoder's loss to do it. `init` "kmeans"
+    lays the grid along the principal directions of the latents; "uniform" keeps random projections.
     """
 
     nearest_of_table = False
+    points: Tensor  # [K, d] float32, the grid
 
-    def __init__(
-        self, n_embed: int, embed_dim: int, latent_channels: int, group: list[int] | None, init: str, points: Tensor
-    ):
-        super().__init__(n_embed, embed_dim, latent_channels, group, init)
+    def set_grid(self, points: Tensor) -> None:
+        """Add the grid and the projections onto it and back. points: [K, d] float32; row k belongs to id k."""
         self.register_buffer("points", points, persistent=False)
-        self.proj_in = nn.Linear(embed_dim, points.shape[1])
-        self.proj_out = nn.Linear(points.shape[1], embed_dim)
+        self.proj_in = nn.Linear(self.embed_dim, points.shape[1])
+        self.proj_out = nn.Linear(points.shape[1], self.embed_dim)
 
     # --- for algorithms; u: [..., d] float64 ---
 
     def soft(self, u: Tensor) -> Tensor:
-        """What is rounded to the points, on their scale, with a gradient for u."""
+        """Return the values that are rounded to the points, on their scale, with a gradient for u."""
         raise NotImplementedError
 
     def ids_of(self, u: Tensor) -> Tensor:
-        """Ids [...] of the points that u goes to."""
+        """Return the ids [...] of the points that u is rounded to."""
         raise NotImplementedError
 
     def aim(self) -> tuple[Tensor, Tensor]:
-        """Where the vectors' mean shall lie in the grid, as u [d]; and the order [d] of the grid's dimensions, the
-        one that resolves most first."""
+        """Return where `fit` places the vectors' mean in the grid, as u [d], and the order [d] of the grid's
+        dimensions, finest first."""
         raise NotImplementedError
 
     def further_losses(self, u: Tensor, points: Tensor) -> dict[str, Tensor]:
-        """ "commit" and others. points: [..., d], those that u went to."""
+        """Return "commit" and others. points: [..., d], the points that u is rounded to."""
         raise NotImplementedError
 
     # --- shared ---
@@ -63,15 +63,15 @@ class GridQuantizer(Quantizer):
         def with_gradient(u: Tensor) -> Tensor:
             return straight_through(codes, (self.soft(u) @ back).float())
 
-        # Latents are left alone by "vq", so it needs projections of its own.
+        # "vq" must not move the latents, so it projects detached ones.
         constant = vectors.detach()
         losses = {"vq": F.mse_loss(with_gradient(self.project(constant)), constant)}
         losses |= self.further_losses(u, self.points[indices])
         return with_gradient(u), indices, losses
 
     def project(self, vectors: Tensor) -> Tensor:
-        """u [..., d] float64 of vectors [..., D]. In fp64, so that ids depend neither on the device nor on how many
-        vectors come at once."""
+        """Return u [..., d] float64 for vectors [..., D]. In fp64, so that ids depend neither on the device nor on
+        the batch."""
         return F.linear(vectors.double(), self.proj_in.weight.double(), self.proj_in.bias.double())
 
     def table(self) -> Tensor:
@@ -82,13 +82,13 @@ class GridQuantizer(Quantizer):
     def fit(self, vectors: Tensor, kmeans: Callable[[Tensor, int], Tensor]) -> None:
         """Lay the grid along the vectors' principal directions, and project back with the least squared error.
 
-        Where the grid has more dimensions than the vectors have channels, its axes are the rows of a fixed frame
-        that spans all directions alike. vectors: [N, D]; kmeans is not used.
+        If the grid has more dimensions than the vectors have channels, its axes are the rows of a fixed frame that
+        spans all directions equally. vectors: [N, D]; kmeans is not used.
         """
         x = vectors.to(self.points.device).double()
         mean = x.mean(0)
         variance, directions = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-        # Largest first; one in which next to nothing varies is not stretched to the size of the others.
+        # Largest first. A direction with almost no variance is not stretched to the size of the others.
         deviation = variance.flip(0).clamp(min=max(1e-4 * variance[-1].item(), 1e-12)).sqrt()
         whiten = directions.flip(1).T / deviation[:, None]  # [D, D]
         d, D = self.proj_in.weight.shape

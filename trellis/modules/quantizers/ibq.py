@@ -3,24 +3,24 @@
 With p the softmax over all codes, the decoder gets (onehot + p - sg[p])·codes: the value of the nearest code, a
 gradient for that code, and one for the latent and every code through p.
 
-Departures: the logits are -|z - e|²/τ where the paper takes z·e, so that the choice is the nearest code and a k-means
-codebook is a good start. The losses are those of `vq` where the paper also pulls the soft choice to the latents,
-besides "entropy", the mean entropy of a vector's choice less the entropy of the mean choice.
+Departures: the logits are -|z - e|²/τ in place of the paper's z·e, so that the choice is the nearest code and a k-means
+codebook is a good start. The losses are the same as in `vq`, without the paper's pull of the soft choice to the
+latents. Added is "entropy", the mean entropy of a vector's choice minus the entropy of the mean choice.
 
-Memory: p has N·K elements, 1 GiB for 32,768 vectors and 8,192 codes. It only ever exists for some vectors at a time,
-and again in the backward pass, which computes it anew.
+Memory: p has N·K elements, 1 GiB for 32,768 vectors and 8,192 codes. It only ever exists for a chunk of the vectors,
+and the backward pass computes it again.
 
 Axes: N vectors, D channels of a code, K codes.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...utils.config import Count, Range
+from ...utils.config import Range
 from .base import entropy_loss, nearest_ids, straight_through
 from .vq import VectorQuantizer
 
@@ -29,27 +29,22 @@ CHUNK_ELEMENTS = 2**24
 
 
 class IndexBackpropagationQuantizer(VectorQuantizer):
-    """A codebook of `n_embed` vectors that all learn from each vector. A vector gets the nearest code.
-
-    n_embed, embed_dim, latent_channels, group, init: as for `VectorQuantizer`. temperature: τ of the soft choice, in
-    units of a squared distance.
-    """
+    """A codebook of `n_embed` vectors that all learn from each vector. A vector gets the nearest code."""
 
     def __init__(
         self,
-        n_embed: Annotated[int, Range(min=2)] = 8192,
-        embed_dim: Count = 8,
-        latent_channels: Count = 8,
-        group: list[Count] | None = None,
-        init: Literal["kmeans", "uniform"] = "kmeans",
-        temperature: Annotated[float, Range(0, open_min=True)] = 1.0,
+        *,
+        temperature: Annotated[float, Range(0, open_min=True)] = 1.0,  # τ, in units of a squared distance
+        **kwargs,
     ):
-        super().__init__(n_embed, embed_dim, latent_channels, group, init)
+        super().__init__(**kwargs)
         self.temperature = temperature
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """losses: "vq" and "commit" as for `VectorQuantizer`; "entropy" in nats, zero where no gradient is asked for,
-        which spares the soft choice."""
+        """Quantize as in `Quantizer`. "vq" and "commit" are means over elements; "entropy" is in nats.
+
+        Without a gradient to compute, the soft choice is skipped and "entropy" is zero.
+        """
         table = self.table()
         indices = nearest_ids(vectors, table)
         codes = F.embedding(indices, table)
@@ -68,8 +63,8 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
 
 
 def _soft_choice(vectors: Tensor, table: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """p·codes [N, D], the codes here held constant; the sum of p over vectors, [K]; the sum of the entropies of p."""
-    # Without |z|², which is the same for all codes.
+    """Return p·codes [N, D], the codes held constant; the sum of p over vectors [K]; the sum of the entropies of p."""
+    # |z|² is left out: it is the same for all codes.
     logits = (2 * vectors @ table.T - table.square().sum(1)) / temperature
     log_p = logits.log_softmax(1)
     p = log_p.exp()

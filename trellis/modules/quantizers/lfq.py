@@ -1,47 +1,44 @@
 """Lookup-free quantization (MAGVIT-v2, arXiv:2310.05737): a code is the signs of log2 K numbers.
 
 The first sign is the id's lowest bit. A softmax over codes of -|u - code|²/τ makes the bits independent, each set
-with probability σ(4·u/τ). "entropy" is the mean entropy of a vector's choice less the entropy of the mean choice, so
-that each vector is decided and all codes are used. The mean choice of all K codes is exact: with the bits in two
+with probability σ(4·u/τ). "entropy" is the mean entropy of a vector's choice minus the entropy of the mean choice, so
+that each vector is decided and all codes are used. The mean choice over all K codes is exact: with the bits in two
 halves it is a product of two small matrices.
 
-Departure: learned projections onto the signs and back, with the loss "vq" of `grid`, since a latent has as many
-channels as the encoder gives it. "commit" acts on the projected numbers.
+Departure: learned projections onto the signs and back, with the loss "vq" of `grid`, since the encoder decides the
+number of latent channels. "commit" acts on the projected numbers.
 
 Axes: N vectors, d = log2 K bits.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...utils.config import Count, Range
+from ...utils.config import Range
 from .base import entropy_loss
 from .grid import GridQuantizer
 
 
 class LookupFreeQuantizer(GridQuantizer):
-    """n_embed, embed_dim, latent_channels, group: see `Quantizer`; n_embed is a power of two. init: "kmeans" to lay the
-    signs along the principal directions of the encoder's latents, "uniform" for random projections. temperature: τ,
-    in units of the squared numbers. Raises ValueError for another n_embed."""
+    """The signs of log2 `n_embed` numbers. Raises ValueError if n_embed is no power of two."""
+
+    strides: Tensor  # [d], of each bit in the id
 
     def __init__(
         self,
-        n_embed: Annotated[int, Range(min=2)] = 8192,
-        embed_dim: Count = 8,
-        latent_channels: Count = 8,
-        group: list[Count] | None = None,
-        init: Literal["kmeans", "uniform"] = "kmeans",
-        temperature: Annotated[float, Range(0, open_min=True)] = 1.0,
+        *,
+        temperature: Annotated[float, Range(0, open_min=True)] = 1.0,  # τ, in units of the squared numbers
+        **kwargs,
     ):
-        bits = n_embed.bit_length() - 1
-        if 2**bits != n_embed:
-            raise ValueError(f"n_embed {n_embed} is no power of two; use {2**bits} or {2 ** (bits + 1)}")
+        super().__init__(**kwargs)
+        bits = self.n_embed.bit_length() - 1
+        if 2**bits != self.n_embed:
+            raise ValueError(f"n_embed {self.n_embed} is no power of two; use {2**bits} or {2 ** (bits + 1)}")
         strides = 2 ** torch.arange(bits)
-        points = (torch.arange(n_embed)[:, None] // strides % 2 * 2 - 1).float()
-        super().__init__(n_embed, embed_dim, latent_channels, group, init, points)
+        self.set_grid((torch.arange(self.n_embed)[:, None] // strides % 2 * 2 - 1).float())
         self.temperature = temperature
         self.register_buffer("strides", strides, persistent=False)
 
@@ -55,7 +52,7 @@ class LookupFreeQuantizer(GridQuantizer):
         return self.points.new_zeros(len(self.strides), dtype=torch.float64), torch.arange(len(self.strides))
 
     def further_losses(self, u: Tensor, points: Tensor) -> dict[str, Tensor]:
-        """ "commit", a mean over numbers, and "entropy" in nats."""
+        """Return "commit", a mean over numbers, and "entropy" in nats."""
         u = u.float()
         logits = (4 / self.temperature) * u.flatten(0, -2)
         one = logits.sigmoid()  # [N, d]
@@ -67,7 +64,10 @@ class LookupFreeQuantizer(GridQuantizer):
 
 
 def _joint(one: Tensor) -> Tensor:
-    """Probabilities [N, 2^b] of all values of b independent bits, the first the lowest, from those of a one [N, b]."""
+    """Return the probabilities [N, 2^b] of all values of b independent bits, the first the lowest.
+
+    one: [N, b], the probability that a bit is set.
+    """
     joint = one.new_ones(len(one), 1)
     for bit in one.T:
         joint = torch.cat([joint * (1 - bit)[:, None], joint * bit[:, None]], 1)

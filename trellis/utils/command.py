@@ -1,0 +1,45 @@
+"""What every program's `main` does alike: choose a device, and turn errors into one line and an exit code.
+
+Imports torch only when a device is chosen, since worker processes import a program's module again.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from .errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda")
+"""Choices of `--device`; auto takes a GPU if torch finds one."""
+
+Args = TypeVar("Args")
+
+
+def pick_device(name: str) -> "torch.device":
+    """Return the device for one of DEVICES. Raise ConfigError for cuda without a GPU."""
+    import torch
+
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu, or install a CUDA build of torch")
+    return torch.device("cuda" if name != "cpu" and found else "cpu")
+
+
+def run_command(command: Callable[[Args], int | None], args: Args, interrupted: str = "interrupted") -> int:
+    """Call a program's work with its arguments and return the exit code: the call's result, or 0 for None.
+
+    UserError, and OSError such as a full disk, become the line `error: …` on standard error and exit code 1.
+    KeyboardInterrupt becomes the line `interrupted` and exit code 130, which shells use for SIGINT.
+    Other exceptions are bugs and keep their traceback.
+    """
+    try:
+        return command(args) or 0
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

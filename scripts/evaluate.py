@@ -25,7 +25,7 @@ from trellis.datasets import DATASETS
 from trellis.evaluation.evaluate import Scores, codebook_scores, evaluate, kl_scores, occupancy_scores
 from trellis.grids.preview import contact_sheet, save_png
 from trellis.models import build, load_weights
-from trellis.runs.checkpoint import Checkpoints, model_file
+from trellis.runs.open import open_run
 from trellis.trainers import TRAINERS
 from trellis.utils.config import load_config
 from trellis.utils.environment import versions
@@ -110,14 +110,9 @@ class Subject:
 
 
 def run_subject(run_dir: str, ckpt: str) -> Subject:
-    """A step of a run. Raises CheckpointError where there is none."""
-    checkpoints = Checkpoints(run_dir)
-    step = checkpoints.resolve(ckpt)
-    if step is None:
-        raise CheckpointError(f"--run {run_dir}: {checkpoints.folder} has no complete checkpoint")
-    misc = checkpoints.read_misc(step) or {"config": load_config(str(Path(run_dir) / "config.json"))}
-    sets = weight_sets(checkpoints, list(misc["config"]["models"]), step)
-    return Subject(run_dir, step, misc["config"], sets, misc.get("data_dir"), misc.get("seconds"))
+    """Return a checkpoint of a run. Raise CheckpointError if there is none."""
+    run = open_run(run_dir, ckpt, "--run")
+    return Subject(run_dir, run.step, run.config, run.weight_sets(), run.data_dir, run.training_seconds)
 
 
 def pretrained_subject(folder: str, resolution: int) -> Subject:
@@ -133,17 +128,6 @@ def pretrained_subject(folder: str, resolution: int) -> Subject:
         "trainer": {"name": trainer},
     }
     return Subject(folder, 0, config, {"pretrained": {name: Path(folder) / f"{name}.safetensors" for name in names}})
-
-
-def weight_sets(checkpoints: Checkpoints, names: list[str], step: int) -> dict[str, dict[str, Path]]:
-    """{label: {model: weights file}}: one set per EMA rate, then raw. A frozen model has raw weights only."""
-    raw = {name: checkpoints.folder / model_file(name, step) for name in names}
-    rates = {name: checkpoints.ema_rates(name, step) for name in names}
-    sets = {}
-    for rate in sorted(set().union(*rates.values()), reverse=True):
-        averaged = {name: checkpoints.folder / model_file(name, step, rate) for name in names}
-        sets[f"ema{rate}"] = {name: averaged[name] if rate in rates[name] else raw[name] for name in names}
-    return {**sets, "raw": raw}
 
 
 def summarize(scores: Scores, sources: list[str | None]) -> dict:

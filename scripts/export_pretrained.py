@@ -15,8 +15,7 @@ import argparse
 import torch
 
 from trellis.models import build, load_weights, model_spec
-from trellis.runs.checkpoint import Checkpoints, model_file
-from trellis.utils.config import load_config
+from trellis.runs.open import open_run
 from trellis.utils.errors import CheckpointError, UserError
 from trellis.utils.files import written_aside
 
@@ -43,22 +42,18 @@ def export(args: argparse.Namespace) -> list[Path]:
     """Write the pairs. Returns their paths without a suffix."""
     from safetensors.torch import save_file
 
-    checkpoints = Checkpoints(args.run)
-    step = checkpoints.resolve(args.ckpt)
-    if step is None:
-        raise CheckpointError(f"--run {args.run}: {checkpoints.folder} has no complete checkpoint")
-    misc = checkpoints.read_misc(step) or {"config": load_config(str(Path(args.run) / "config.json"))}
+    run = open_run(args.run, args.ckpt, "--run")
     folder = Path(args.output_dir)
-    targets = {name: folder / name for name in misc["config"]["models"]}
+    weights = run.weights(averaged=not args.raw)
+    targets = {name: folder / name for name in weights}
     for target in targets.values():
         if target.with_suffix(".json").exists() or target.with_suffix(".safetensors").exists():
             raise CheckpointError(f"{target}.json or .safetensors exists already; choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, args.dtype)
-    for name, spec in misc["config"]["models"].items():
-        rates = [] if args.raw else checkpoints.ema_rates(name, step)
+    for name, spec in run.config["models"].items():
         model = build(spec, f"models.{name}")
-        load_weights(model, checkpoints.folder / model_file(name, step, rates[0] if rates else None))
+        load_weights(model, weights[name])
         state = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
         with written_aside(targets[name].with_suffix(".safetensors")) as aside:
             save_file(state, aside)

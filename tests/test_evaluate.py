@@ -375,7 +375,8 @@ def test_a_run_of_trellis_is_scored_from_its_config(vae_run, sourced_data, tmp_p
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--run", "{tmp}/gone"], "has no complete checkpoint"),
+        (["--run", "{tmp}/gone"], "--run {tmp}/gone does not exist; give a run folder"),
+        (["--run", "{tmp}"], "--run {tmp} has no complete checkpoint in {tmp}/ckpts; give a run folder"),
         (["--ckpt", "3"], "no complete checkpoint for --ckpt 3; complete steps: 0, 2, 4"),
         (["--data_dir", "{tmp}/gone"], "{tmp}/gone: does not exist"),
         (["--data_dir", "{tmp}/train.npz"], "no object is in split 'val'"),

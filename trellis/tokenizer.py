@@ -316,13 +316,22 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         where the data are still there, else "cube" and "keep".
         Raises CheckpointError where the run has no such checkpoint, or no codebook.
         """
-        from .runs.folder import describe_run
+        from .runs.open import open_run
 
-        run = describe_run(output_dir, ckpt)
-        settings = normalization or run.normalization, up_axis or run.up_axis
-        tokenizer = cls(run.models, run.resolution, *settings, run.info)
+        run = open_run(output_dir, ckpt)
+        data = ", ".join(Path(root).name for root in (run.data_dir or "").split(",") if root)
+        training = {"step": run.step, "objects": run.dataset_size, "data": data}
+        info = {"training": {key: value for key, value in training.items() if value}, "scores": run.scores()}
+        tokenizer = cls(
+            run.config["models"],
+            run.resolution,
+            normalization or run.data_setting("normalization") or "cube",
+            up_axis or run.data_setting("up_axis") or "keep",
+            {key: value for key, value in info.items() if value},
+        )
+        weights = run.weights()
         for name in MODELS:
-            load_weights(getattr(tokenizer, name), run.weights[name])
+            load_weights(getattr(tokenizer, name), weights[name])
         return tokenizer
 
     @classmethod

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..models import load_weights, pretrained_files
 from ..runs.checkpoint import Checkpoints, model_file
+from ..runs.open import open_run
 from ..utils.config import config_arguments, differing_keys
 from ..utils.errors import CheckpointError, ConfigError
 
@@ -52,21 +53,16 @@ def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: s
 
     plan = WeightPlan(dict.fromkeys(names), {})
     if load_dir is not None and ckpt != "none":
-        other = Checkpoints(load_dir)
-        step = other.resolve(ckpt)
-        if step is None:
-            state = "has no complete checkpoint" if Path(load_dir).is_dir() else "does not exist"
-            raise CheckpointError(f"--load_dir {load_dir} {state}; give a run folder")
-        misc = other.read_misc(step)
-        if misc and _same_kind(config, trainer_class, misc["config"]):
-            return _resume(config, trainer_class, other, step)
+        run = open_run(load_dir, ckpt, "--load_dir")
+        if run.misc and _same_kind(config, trainer_class, run.misc["config"]):
+            return _resume(config, trainer_class, run.checkpoints, run.step)
         for name in names:
-            rates = other.ema_rates(name, step)
-            path = other.folder / model_file(name, step, rates[0] if rates else None)
+            path = run.weight_file(name)
             if path.is_file():
-                plan.files[name], plan.origin[name] = path, f"{path} ({'EMA' if rates else 'raw'} weights)"
+                kind = "raw" if path == run.weight_file(name, averaged=False) else "EMA"
+                plan.files[name], plan.origin[name] = path, f"{path} ({kind} weights)"
             else:
-                plan.notes.append(f"{load_dir} at step {step} has no {name}")
+                plan.notes.append(f"{load_dir} at step {run.step} has no {name}")
     elif ckpt not in ("latest", "none"):
         raise CheckpointError(f"--ckpt {ckpt}: {own.folder} has no complete checkpoint; give --load_dir too")
 

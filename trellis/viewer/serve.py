@@ -63,18 +63,17 @@ def build(args: argparse.Namespace):
 def open_data(args: argparse.Namespace, resolution: int):
     """The data of --data_dir or, without it, of the run where they are still there; None without either."""
     from ..datasets.sparse_structure import SparseStructure
-    from ..runs.checkpoint import Checkpoints
+    from ..runs.open import open_run
 
     if args.data_dir:
         return SparseStructure(args.data_dir, resolution=resolution, split="all")
     if not args.run:
         return None
-    checkpoints = Checkpoints(args.run)
-    misc = checkpoints.read_misc(checkpoints.resolve("latest")) or {}
-    if not misc.get("data_dir"):
+    data_dir = open_run(args.run, flag="--run").data_dir
+    if data_dir is None:
         return None
     try:
-        return SparseStructure(misc["data_dir"], resolution=resolution, split="all")
+        return SparseStructure(data_dir, resolution=resolution, split="all")
     except DataError as error:
         print(f"without data: {error}\nGive --data_dir to pick objects and to count codes.", file=sys.stderr)
         return None

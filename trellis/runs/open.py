@@ -1,0 +1,127 @@
+"""A run folder as a reader sees it: one complete checkpoint, its configuration, data and weights."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..datasets.metadata import setting_of_data
+from ..utils.config import load_config
+from ..utils.errors import CheckpointError
+from .checkpoint import Checkpoints, model_file
+
+# Scores that stand in a tokenizer's model card: keys of evaluate.py's report and, after "val/", of the log.
+SCORES = (
+    "objects",
+    "iou",
+    "iou_p5",
+    "f_score",
+    "chamfer",
+    "codebook_usage",
+    "codebook_perplexity",
+    "entropy_bits_per_object",
+)
+
+
+def open_run(folder: str | Path, ckpt: str = "latest", flag: str = "") -> "Run":
+    """Open a run folder at a complete checkpoint.
+
+    folder: written by train.py or by TRELLIS.
+    ckpt: "latest", "best" or a step.
+    flag: the command-line flag that gave the folder, for messages.
+    Raise CheckpointError if the folder has no such checkpoint.
+    """
+    checkpoints = Checkpoints(folder)
+    step = checkpoints.resolve(ckpt)
+    if step is None:
+        state = f"has no complete checkpoint in {checkpoints.folder}" if Path(folder).is_dir() else "does not exist"
+        raise CheckpointError(f"{flag} {folder} {state}; give a run folder".lstrip())
+    return Run(checkpoints, step)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run at one of its complete checkpoints.
+
+    Files are read when they are asked for: weights of a TRELLIS folder can be found without its config.json.
+    """
+
+    checkpoints: Checkpoints
+    step: int
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.checkpoints.run_dir
+
+    @cached_property
+    def misc(self) -> dict | None:
+        """The training state, or None if TRELLIS wrote the folder."""
+        return self.checkpoints.read_misc(self.step)
+
+    @cached_property
+    def config(self) -> dict:
+        """The configuration at this step; the folder's config.json if TRELLIS wrote it."""
+        return self.misc["config"] if self.misc else load_config(str(self.folder / "config.json"))
+
+    @property
+    def data_dir(self) -> str | None:
+        """Data roots separated by commas, as train.py was given them; None if the folder does not say."""
+        return (self.misc or {}).get("data_dir") or None
+
+    @property
+    def dataset_size(self) -> int | None:
+        """Number of training objects; None if the folder does not say."""
+        return (self.misc or {}).get("dataset_size")
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Seconds of training up to this step; None if the folder does not say."""
+        return (self.misc or {}).get("seconds")
+
+    @property
+    def resolution(self) -> int:
+        """Voxels along an axis of the data."""
+        return self.config["dataset"].get("args", {}).get("resolution", 64)
+
+    def data_setting(self, name: str) -> str | None:
+        """Return "normalization" or "up_axis" of the data, or None if the data are gone or do not say."""
+        return setting_of_data([Path(root) for root in (self.data_dir or "").split(",") if root], name)
+
+    def scores(self) -> dict[str, float]:
+        """Return SCORES at this step from evaluate.py's report, else from the log's validation, else {}."""
+        report, log = self.folder / "eval" / f"val_step{self.step:07d}.json", self.folder / "log.txt"
+        found: dict[str, float] = {}
+        if report.is_file():
+            found = next(iter(json.loads(report.read_text(encoding="utf-8"))["weights"].values()))
+        elif log.is_file():
+            for line in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
+                if line["step"] == self.step:
+                    found |= {key[4:]: value for key, value in line.items() if key.startswith("val/")}
+        return {key: found[key] for key in SCORES if found.get(key) is not None}
+
+    # --- weights ---
+
+    def weight_file(self, model: str, averaged: bool = True) -> Path:
+        """Return the file of a model's weights: averaged (EMA) at the highest rate, else raw.
+
+        A frozen model has raw weights only. The file is not there if the run has no such model.
+        averaged: False for raw weights of every model.
+        """
+        rates = self.checkpoints.ema_rates(model, self.step) if averaged else []
+        return self.checkpoints.folder / model_file(model, self.step, rates[0] if rates else None)
+
+    def weights(self, averaged: bool = True) -> dict[str, Path]:
+        """Return {model: weights file} of all models, each chosen as `weight_file` does."""
+        return {model: self.weight_file(model, averaged) for model in self.config["models"]}
+
+    def weight_sets(self) -> dict[str, dict[str, Path]]:
+        """Return all sets of weights, {label: {model: weights file}}: "ema0.9999" and so on, highest rate first, then
+        "raw". A model without an average at a set's rate is there with its raw weights."""
+        raw = self.weights(averaged=False)
+        rates = {model: self.checkpoints.ema_rates(model, self.step) for model in raw}
+        sets = {}
+        for rate in sorted(set().union(*rates.values()), reverse=True):
+            averaged = {model: self.checkpoints.folder / model_file(model, self.step, rate) for model in raw}
+            sets[f"ema{rate}"] = {model: averaged[model] if rate in rates[model] else raw[model] for model in raw}
+        return {**sets, "raw": raw}

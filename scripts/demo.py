@@ -18,7 +18,8 @@ import subprocess
 import time
 
 from dataset_toolkits import records
-from trellis.utils.errors import ConfigError, DataError, UserError
+from trellis.utils.command import DEVICES, run_command
+from trellis.utils.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINED = ROOT / "pretrained" / "demo_vae"
@@ -31,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--meshes", help="folder of meshes (default: the built-in shapes)")
     parser.add_argument("--output_dir", default=str(ROOT / "outputs" / "demo"), help="default: outputs/demo")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
         "--from_scratch", action="store_true", help="train the VAE here instead of starting from pretrained/demo_vae"
     )
@@ -152,7 +153,20 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def demo(args: argparse.Namespace) -> None:
+def demo(args: argparse.Namespace) -> int:
+    """Run all steps. Returns the exit code of the step that failed, or 0."""
+    try:
+        run_steps(args)
+    except subprocess.CalledProcessError as error:
+        print(
+            f"error: the step above ended with exit code {error.returncode}; run the same command again to go on",
+            file=sys.stderr,
+        )
+        return error.returncode if error.returncode > 0 else 1
+    return 0
+
+
+def run_steps(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir).resolve()
     remember_options(args, folder)
     voxels = make_data(args, folder)
@@ -175,21 +189,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        demo(parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except subprocess.CalledProcessError as error:
-        print(
-            f"error: the step above ended with exit code {error.returncode}; the same command goes on from there",
-            file=sys.stderr,
-        )
-        return error.returncode if error.returncode > 0 else 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(demo, parse_args(argv), interrupted="interrupted: run the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,15 @@ import pkgutil
 import re
 
 import trellis
-from trellis.utils.errors import ConfigError, UserError
+from trellis.utils.command import run_command
+from trellis.utils.errors import ConfigError
 
 
-def write_reference(folder: Path) -> int:
-    """Write index.html and a page for each module; those that need a package that is not there are named and left out.
-    Returns how many there are. Raises ConfigError without pdoc."""
+def write_reference(folder: Path) -> None:
+    """Write index.html and a page per module. Modules that need a missing package are left out and named.
+
+    Raise ConfigError without pdoc.
+    """
     try:
         import markdown2
         import pdoc
@@ -45,20 +48,13 @@ def write_reference(folder: Path) -> int:
     )
     pdoc.render.configure(docformat="markdown", footer_text=f"trellis-vqvae {trellis.__version__}")
     pdoc.pdoc("trellis", *(f"!{re.escape(name)}" for name in left_out), output_directory=folder)
-    return len(names) - len(left_out)
+    print(f"{len(names) - len(left_out)} modules: {folder / 'index.html'}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/api"), help="default: outputs/api")
-    args = parser.parse_args(argv)
-    try:
-        count = write_reference(args.output_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{count} modules: {args.output_dir / 'index.html'}")
-    return 0
+    return run_command(write_reference, parser.parse_args(argv).output_dir)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ from trellis.grids.preview import contact_sheet, save_png
 from trellis.models import build, load_weights
 from trellis.runs.open import open_run
 from trellis.trainers import TRAINERS
+from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.config import load_config
 from trellis.utils.environment import versions
-from trellis.utils.errors import CheckpointError, ConfigError, UserError
+from trellis.utils.errors import CheckpointError, ConfigError
 from trellis.utils.files import written_aside
 
 OBJECTS_PER_BLOCK = 3  # of the worst, the median and the best
@@ -84,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="averaged: only those that a later stage would take, in half the time",
     )
     parser.add_argument("--output_dir", help="default: {run}/eval")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--batch_size", type=int, default=8)
     args = parser.parse_args(argv)
     if args.ckpt not in ("latest", "best") and not args.ckpt.isdigit():
@@ -216,9 +217,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     config, data_dir = subject.config, args.data_dir or subject.data_dir
     if data_dir is None:
         raise ConfigError(f"{subject.name} does not say which data it used; give --data_dir")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
     torch.backends.cudnn.allow_tf32 = False
 
     dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
@@ -276,17 +275,15 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     return report, path
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        report, path = score_run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def print_scores(args: argparse.Namespace) -> None:
+    report, path = score_run(args)
     print(f"{report['models']} at step {report['step']}, split {args.split}")
     print(format_report(report["weights"]))
     print(f"written: {path}, {path.with_suffix('.png')}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(print_scores, parse_args(argv))
 
 
 if __name__ == "__main__":

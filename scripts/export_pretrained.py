@@ -16,7 +16,8 @@ import torch
 
 from trellis.models import build, load_weights, model_spec
 from trellis.runs.open import open_run
-from trellis.utils.errors import CheckpointError, UserError
+from trellis.utils.command import run_command
+from trellis.utils.errors import CheckpointError
 from trellis.utils.files import written_aside
 
 
@@ -38,8 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def export(args: argparse.Namespace) -> list[Path]:
-    """Write the pairs. Returns their paths without a suffix."""
+def export(args: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     run = open_run(args.run, args.ckpt, "--run")
@@ -59,18 +59,11 @@ def export(args: argparse.Namespace) -> list[Path]:
             save_file(state, aside)
         with written_aside(targets[name].with_suffix(".json")) as aside:
             aside.write_text(model_spec(spec), encoding="utf-8")
-    return list(targets.values())
+        print(f"written: {targets[name]}.json, {targets[name]}.safetensors")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        for path in export(args):
-            print(f"written: {path}.json, {path}.safetensors")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(export, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from trellis.grids.voxels import occupancy_to_points, write_ply
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet
-from trellis.utils.errors import ConfigError, DataError, UserError
+from trellis.utils.command import DEVICES, pick_device, run_command
+from trellis.utils.errors import DataError
 
 FORMATS = {"glb": ".glb", "obj": ".obj", "ply": ".ply", "stl": ".stl", "voxels": ".ply"}
 ANSWERS = ("predict", "output", "response", "text")
@@ -57,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of a mesh (default: glb), or voxels: a PLY file of their centres, as voxelize.py writes",
     )
     parser.add_argument("--repair", action="store_true", help="repair damaged answers of --text")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args(argv)
     if args.repair and not args.text:
         parser.error("--repair goes with --text")
@@ -129,10 +130,8 @@ def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str,
 
     Raises DataError where a file is there already, before any is written.
     """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
-    tokenizer = SparseStructureTokenizer.load(args.tokenizer)
-    tokenizer.to("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
+    tokenizer = SparseStructureTokenizer.load(args.tokenizer).to(device)
 
     def objects() -> Iterator[tuple[str, Reader]]:
         if args.tokens:
@@ -170,19 +169,18 @@ def write(tokenizer: SparseStructureTokenizer, ids: Tensor, path: Path, kind: st
     write_ply(path, points)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        written, left_out = write_objects(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def report_objects(args: argparse.Namespace) -> int:
+    written, left_out = write_objects(args)
     print(f"{args.output_dir}: {len(written)} {'file' if len(written) == 1 else 'files'} written")
     for name, reason in left_out:
         print(f"left out: {name}: {reason}")
     if left_out:
         print(f"error: {len(left_out)} of {len(written) + len(left_out)} objects could not be written", file=sys.stderr)
     return 1 if left_out else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(report_objects, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from trellis.evaluation.metrics import voxel_metrics
 from trellis.grids.voxels import unpack_bits_on_device
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet, sharegpt
+from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.errors import ConfigError, DataError, UserError
 
 REASONS_SHOWN = 5
@@ -91,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="what asks for a caption, with {mesh} and {name} (default: %(default)r)",
     )
     parser.add_argument("--captions", metavar="FILE", help="CSV or JSON with sha256 and caption")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
         "--num_gpus", type=int, default=-1, help="processes on this machine; -1: one per GPU, or one on a CPU"
     )
@@ -414,9 +415,7 @@ def list_failures(work: Work) -> list[dict[str, str]]:
 def run(args: argparse.Namespace) -> None:
     """Tokenize this machine's share and say what came of it."""
     started = time.perf_counter()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
-    cuda = args.device != "cpu" and torch.cuda.is_available()
+    cuda = pick_device(args.device).type == "cuda"
     there = torch.cuda.device_count() if cuda else 1
     if cuda and args.num_gpus > there:
         raise ConfigError(f"--num_gpus is {args.num_gpus}, but this machine has {there}")
@@ -461,16 +460,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(run, parse_args(argv), interrupted="interrupted: run the same command again to go on")
 
 
 if __name__ == "__main__":

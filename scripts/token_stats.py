@@ -30,8 +30,9 @@ from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet, stats
 from trellis.tokens.stats import COMPRESSORS, ORDERS, TokenSet
 from trellis.tokens.stats_report import draw, reading, require_matplotlib
+from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.environment import versions
-from trellis.utils.errors import ConfigError, DataError, UserError
+from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import written_aside
 
 GRIDS_AT_ONCE = 64
@@ -64,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="of more objects, N at equal distances (default: 5000)",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to encode on")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="to encode on")
     args = parser.parse_args(argv)
     if not args.tokens and not (args.tokenizer and args.data_dir):
         parser.error("give --tokens, or --tokenizer with --data_dir")
@@ -109,11 +110,9 @@ def read_tokens(args: argparse.Namespace, tokenizer: SparseStructureTokenizer | 
     return Subject(tokens, info.resolution, total, about)
 
 
-def encode_grids(args: argparse.Namespace, tokenizer: SparseStructureTokenizer) -> Subject:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
+def encode_grids(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, device: torch.device) -> Subject:
     empty_ids = tokenizer.empty_ids.numpy()
-    tokenizer.to("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    tokenizer.to(device)
     dataset = SparseStructure(args.data_dir, resolution=tokenizer.resolution, split=args.split)
     chosen = spread(len(dataset), args.max_objects)
     parts = []
@@ -164,8 +163,9 @@ def batches(indices: np.ndarray, what: str):
 
 def measure(args: argparse.Namespace) -> dict:
     """Everything that stats.json holds."""
+    device = pick_device(args.device)
     tokenizer = SparseStructureTokenizer.load(args.tokenizer) if args.tokenizer else None
-    subject = read_tokens(args, tokenizer) if args.tokens else encode_grids(args, tokenizer)
+    subject = read_tokens(args, tokenizer) if args.tokens else encode_grids(args, tokenizer, device)
     tokens = subject.tokens
     occupied, grid_sizes = read_grids(args, subject) if args.data_dir else (None, None)
     result = {
@@ -191,26 +191,24 @@ def measure(args: argparse.Namespace) -> dict:
     return {**result, "versions": versions()}
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def write_stats(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
-    try:
-        require_matplotlib()
-        if (folder / "stats.json").exists():
-            raise ConfigError(f"{folder / 'stats.json'} exists already; choose another --output_dir")
-        result = measure(args)
-        folder.mkdir(parents=True, exist_ok=True)
-        pictures = draw(result, folder)
-        text = reading(result, pictures)
-        for name, content in (("stats.md", text), ("stats.json", json.dumps(result, indent=2) + "\n")):
-            with written_aside(folder / name) as aside:
-                aside.write_text(content, encoding="utf-8")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    require_matplotlib()
+    if (folder / "stats.json").exists():
+        raise ConfigError(f"{folder / 'stats.json'} exists already; choose another --output_dir")
+    result = measure(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = draw(result, folder)
+    text = reading(result, pictures)
+    for name, content in (("stats.md", text), ("stats.json", json.dumps(result, indent=2) + "\n")):
+        with written_aside(folder / name) as aside:
+            aside.write_text(content, encoding="utf-8")
     print(text)
     print(f"written: {folder}/stats.json, stats.md, {', '.join(pictures)}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(write_stats, parse_args(argv))
 
 
 if __name__ == "__main__":

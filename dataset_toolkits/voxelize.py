@@ -23,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 from dataset_toolkits import records
-from trellis.grids import meshes
+from trellis.grids import meshes, placing
 from trellis.grids.mesh_pool import run_in_pool
 from trellis.utils.errors import ConfigError, DataError, UserError
 
@@ -89,11 +89,6 @@ def plan_renders(root: Path, rank: int, world_size: int) -> Plan:
     return Plan(jobs, failures, set(share.values()), set(names.values()), base)
 
 
-def default_up_axis(normalization: str) -> str:
-    """Return what a missing --up_axis stands for; "shapellm" turns meshes from y-up to z-up in any case."""
-    return "y" if normalization == "shapellm" else "keep"
-
-
 def is_trellis_root(path: str) -> bool:
     return Path(path, "metadata.csv").is_file() and Path(path, "renders").is_dir()
 
@@ -118,7 +113,7 @@ def voxelize(args: argparse.Namespace) -> int:
     if from_trellis:
         up_axis, normalization = "z", None  # TRELLIS's meshes are z-up and lie in the cube already
     else:
-        up_axis, normalization = args.up_axis or default_up_axis(args.normalization), args.normalization
+        up_axis, normalization = args.up_axis or placing.default_up_axis(args.normalization), args.normalization
     known = records.known_grids(root, up_axis, args.resolution, args.normalization)
     todo = {job.sha256: job for job in plan.jobs if job.sha256 not in known}
     failures = list(plan.failures)
@@ -221,13 +216,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", help="gets voxels/ and metadata.csv; default: the TRELLIS folder")
     parser.add_argument(
         "--up_axis",
-        choices=meshes.UP_AXES,
+        choices=placing.UP_AXES,
         help="the files' up axis: y is rotated to z-up (glTF), z is z-up already, keep "
         "(default) leaves the axes alone without saying what they are",
     )
     parser.add_argument(
         "--normalization",
-        choices=meshes.NORMALIZATIONS,
+        choices=placing.NORMALIZATIONS,
         default="cube",
         help="cube (default): the box is centred and its longest edge made 1; shapellm: one "
         "minimum and maximum for all axes, and y-up turned to z-up, as ShapeLLM-Omni does",
@@ -263,7 +258,7 @@ def check_args(args: argparse.Namespace) -> None:
             f"--normalization {args.normalization}: the meshes in {trellis_roots[0]} are normalised "
             "already. Leave the flag out."
         )
-    meshes.check_settings(args.up_axis or default_up_axis(args.normalization), args.normalization)
+    placing.check_settings(args.up_axis or placing.default_up_axis(args.normalization), args.normalization)
     if not trellis_roots and not args.output_dir:
         raise ConfigError("--output_dir is missing. Only a TRELLIS folder has a default: itself.")
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from trellis.datasets.metadata import setting_of_data
 from trellis.datasets.sparse_structure import SparseStructure
+from trellis.grids.voxels import pack_bits, voxels_to_grid
 from trellis.tokens.sharegpt import read_captions
 from trellis.utils.errors import DataError
 
@@ -203,19 +204,17 @@ class MeshSource:
     ) -> None:
         """finish: gets each path with its grid, [R³ / 8] uint8, or with the reason why there is none."""
         from trellis.grids.mesh_pool import run_in_pool
-        from trellis.grids.meshes import mesh_cells
+        from trellis.grids.meshes import mesh_voxels
 
         resolution = self.settings[0]
 
         def pack(task: tuple, result: np.ndarray | DataError) -> None:
             if not isinstance(result, DataError):
-                grid = np.zeros((resolution,) * 3, np.uint8)
-                grid[tuple(result.T)] = 1
-                result = np.packbits(grid)
+                result = pack_bits(voxels_to_grid(result, resolution)[None])[0]
             finish(task[0], result)
 
         tasks = ((path, *self.settings) for path in paths)
-        run_in_pool(mesh_cells, tasks, pack, min(workers, len(paths)), self.timeout)
+        run_in_pool(mesh_voxels, tasks, pack, min(workers, len(paths)), self.timeout)
 
 
 class _Bits(Dataset):

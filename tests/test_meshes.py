@@ -1,4 +1,4 @@
-"""Mesh files to grids: what is read, which cells are met, both normalizations, and what is refused."""
+"""Mesh files to grids: what is read, which voxels are met, both normalizations, and what is refused."""
 
 import shutil
 import subprocess
@@ -15,6 +15,7 @@ open3d = pytest.importorskip("open3d")
 
 from dataset_toolkits import records  # noqa: E402
 from trellis.grids import meshes  # noqa: E402
+from trellis.grids.placing import normalize_cube, turn_to_z_up  # noqa: E402
 from trellis.grids.voxels import points_to_occupancy, read_ply  # noqa: E402
 from trellis.utils.errors import ConfigError, DataError  # noqa: E402
 
@@ -36,12 +37,12 @@ def test_grid_equals_an_independent_reference(shape):
         mesh = trimesh.creation.icosphere(subdivisions=2)
     else:
         mesh = trimesh.creation.box(extents=(1, 0.61, 0.37))
-    # Turned, so that no face lies in the border of two cells, where rounding decides.
+    # Turned, so that no face lies in the border of two voxels, where rounding decides.
     mesh.apply_transform(trimesh.transformations.euler_matrix(0.3, 0.7, 1.1))
-    vertices = meshes.normalize(mesh.vertices)
+    vertices = normalize_cube(mesh.vertices)
     assert np.allclose(np.ptp(vertices, axis=0).max(), 1) and np.allclose(vertices.max(0), -vertices.min(0))
-    cells = meshes.voxelize_mesh(vertices, mesh.faces, 16)
-    assert np.array_equal(cells, np.argwhere(cells_met(vertices, mesh.faces, 16)))  # the order too
+    voxels = meshes.voxelize_mesh(vertices, mesh.faces, 16)
+    assert np.array_equal(voxels, np.argwhere(cells_met(vertices, mesh.faces, 16)))  # the order too
 
 
 @needs_test_data
@@ -101,7 +102,7 @@ def test_up_axis_y_becomes_z(tmp_path):
     assert np.array_equal(grid_of(tmp_path / "mesh.off", up_axis="y"), kept[:, :, ::-1].transpose(0, 2, 1))
     assert np.array_equal(grid_of(tmp_path / "mesh.off", up_axis="z"), kept)
     quarter = trimesh.transformations.rotation_matrix(np.pi / 2, (1, 0, 0))
-    assert np.allclose(meshes.turn_to_z_up(mesh.vertices), trimesh.transform_points(mesh.vertices, quarter))
+    assert np.allclose(turn_to_z_up(mesh.vertices), trimesh.transform_points(mesh.vertices, quarter))
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -161,7 +162,7 @@ def test_shapellm_normalization_equals_a_reference_on_real_meshes(name):
 
 
 def test_shapellm_normalization_by_separating_axes(tmp_path):
-    """Off the origin, so that one axis alone reaches each end of the cube; turned cell by cell."""
+    """Off the origin, so that one axis alone reaches each end of the cube; turned voxel by voxel."""
     mesh = tetrahedron().apply_transform(trimesh.transformations.euler_matrix(0.3, 0.7, 1.1))
     mesh.apply_translation((5, 1.5, -2)).export(tmp_path / "mesh.off")
     vertices, faces = meshes.load_mesh(tmp_path / "mesh.off")
@@ -171,8 +172,8 @@ def test_shapellm_normalization_by_separating_axes(tmp_path):
         expected[i, 15 - k, j] = True
     grid = meshes.mesh_to_grid(tmp_path / "mesh.off", 16, "y", "shapellm")
     assert np.array_equal(grid[0].numpy(), expected)
-    cells = meshes.mesh_cells(tmp_path / "mesh.off", 16, "y", "shapellm")
-    assert np.array_equal(cells, np.argwhere(expected))  # the order too
+    voxels = meshes.mesh_voxels(tmp_path / "mesh.off", 16, "y", "shapellm")
+    assert np.array_equal(voxels, np.argwhere(expected))  # the order too
     assert expected.any((1, 2))[15] and not expected.any((1, 2))[0]  # x is greatest, and in no way centred
 
 

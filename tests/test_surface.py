@@ -11,6 +11,7 @@ trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("skimage")
 
 from trellis.grids import meshes  # noqa: E402
+from trellis.grids.placing import turn_to_z_up  # noqa: E402
 from trellis.grids.surface import SUFFIXES, save_mesh, surface_mesh  # noqa: E402
 from trellis.utils.errors import ConfigError, DataError  # noqa: E402
 
@@ -99,7 +100,7 @@ def test_files_hold_the_mesh(suffix, to_y_up, tmp_path):
     save_mesh(mesh, str(path), to_y_up)
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
     vertices, faces = meshes.load_mesh(path)
-    read = trimesh.Trimesh(meshes.turn_to_z_up(vertices) if to_y_up else vertices, faces, process=False)
+    read = trimesh.Trimesh(turn_to_z_up(vertices) if to_y_up else vertices, faces, process=False)
     assert np.array_equal(mesh.vertices, before.vertices)  # the caller's mesh is not turned
     if suffix == ".obj":  # as text, with eight digits
         assert np.array_equal(read.faces, mesh.faces)
@@ -133,7 +134,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=f"{name}: a mesh is written as .glb, .obj, .ply, .stl"):
             save_mesh(mesh, tmp_path / name, to_y_up=False)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(DataError, match="no occupied cell"):
+    with pytest.raises(DataError, match="no occupied voxel"):
         surface_mesh(np.zeros((4, 4, 4), dtype=bool))
     with pytest.raises(ValueError, match=r"\[R, R, R\], not \[1, 4, 4, 4\]"):
         surface_mesh(np.ones((1, 4, 4, 4), dtype=bool))

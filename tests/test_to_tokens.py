@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from scripts import to_tokens as script
 from trellis import SparseStructureTokenizer
 from trellis.evaluation.metrics import voxel_metrics
-from trellis.grids.voxels import cell_centres, write_ply
+from trellis.grids.voxels import voxel_centers, write_ply
 from trellis.tokens import parquet, sharegpt
 from trellis.utils.errors import ConfigError, DataError
 
@@ -395,7 +395,7 @@ def captioned(base) -> tuple[Path, dict[str, list[str]]]:
     }
     (root / "voxels").mkdir(parents=True)
     for sha256, grid in zip(captions, solid_grids(4, 16, 5), strict=True):
-        write_ply(root / "voxels" / f"{sha256}.ply", cell_centres(np.argwhere(grid), 16))
+        write_ply(root / "voxels" / f"{sha256}.ply", voxel_centers(np.argwhere(grid), 16))
     with open(root / "metadata.csv", "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["sha256", "captions"])

@@ -340,12 +340,12 @@ def test_ranks_stop_together_and_go_on(data_dir, write_config, tmp_path):
 def test_a_damaged_item_is_one_clear_error(ranks, write_config, tmp_path):
     import numpy as np
 
-    from trellis.grids.voxels import cell_centres, write_ply
+    from trellis.grids.voxels import voxel_centers, write_ply
 
     voxels, names = tmp_path / "data" / "voxels", [f"{i:064x}" for i in range(2**31, 2**31 + 4)]
     voxels.mkdir(parents=True)
     for name in names:
-        write_ply(voxels / f"{name}.ply", cell_centres(np.array([[1, 2, 3]]), 16))
+        write_ply(voxels / f"{name}.ply", voxel_centers(np.array([[1, 2, 3]]), 16))
     (tmp_path / "data" / "metadata.csv").write_text(
         "sha256,voxelized,split\n" + "".join(f"{n},True,train\n" for n in names)
     )

@@ -104,14 +104,38 @@ def test_a_worker_gives_the_tokenizer_s_own_grid(opener, workbench, tmp_path):
     for up_axis in ("z", "y"):
         shape = opener.open(path, RESOLUTION, up_axis, "cube", voxelize=True)
         want = mesh_to_grid(path, RESOLUTION, up_axis)[0].numpy()
-        assert np.array_equal(shape.cells, np.argwhere(want))
+        assert np.array_equal(shape.voxels, np.argwhere(want))
         # The mesh that is shown lies in its voxels: it is turned and scaled as they are.
-        assert np.abs(shape.vertices.min(0) - shape.cells.min(0)).max() <= 1
-        assert np.abs(shape.vertices.max(0) - shape.cells.max(0) - 1).max() <= 1
+        assert np.abs(shape.vertices.min(0) - shape.voxels.min(0)).max() <= 1
+        assert np.abs(shape.vertices.max(0) - shape.voxels.max(0) - 1).max() <= 1
     grid = workbench.object(0)
     write_ply(tmp_path / "b.ply", occupancy_to_points(grid))
     shape = opener.open(tmp_path / "b.ply", RESOLUTION, "z", "cube", voxelize=True)
-    assert np.array_equal(shape.cells, np.argwhere(grid)) and shape.vertices is None
+    assert np.array_equal(shape.voxels, np.argwhere(grid)) and shape.vertices is None
+
+
+@needs_meshes
+@pytest.mark.parametrize("normalization", ["cube", "shapellm"])
+def test_a_file_is_parsed_once_and_its_mesh_lies_in_its_voxels(normalization, tmp_path, monkeypatch):
+    import trimesh
+
+    loaded, load_scene = [], trimesh.load_scene
+
+    def counted(path, **options):
+        loaded.append(path)
+        return load_scene(path, **options)
+
+    monkeypatch.setattr(trimesh, "load_scene", counted)
+    monkeypatch.setattr(uploads, "_limit_memory", lambda memory: None)  # this process is no worker
+    path = box(tmp_path / "a.glb", (1.0, 0.6, 0.3))
+    shape = uploads.open_shape(path, RESOLUTION, "y", normalization, True, uploads.MEMORY)
+    assert loaded == [path]
+    grid = mesh_to_grid(path, RESOLUTION, "y", normalization)[0].numpy()
+    assert np.array_equal(shape.voxels, np.argwhere(grid))
+    assert np.abs(shape.vertices.min(0) - shape.voxels.min(0)).max() <= 1
+    assert np.abs(shape.vertices.max(0) - shape.voxels.max(0) - 1).max() <= 1
+    shown = uploads.open_shape(path, RESOLUTION, "y", normalization, False, uploads.MEMORY)
+    assert shown.voxels is None and np.array_equal(shown.vertices, shape.vertices)
 
 
 @needs_meshes
@@ -120,7 +144,7 @@ def test_limits_of_time_and_memory_end_a_file_and_not_the_server(tmp_path):
 
     path = tmp_path / "ball.stl"
     trimesh.creation.icosphere(6).export(path)
-    for limits, reason in (({"seconds": 0.02}, "longer than 0.02 s"), ({"memory": 2**20}, "memory")):
+    for limits, reason in (({"seconds": 0.02}, "time limit of 0.02 s"), ({"memory": 2**20}, "memory")):
         limited = uploads.Opener(workers=1, **limits)
         try:
             with pytest.raises(DataError, match=reason):

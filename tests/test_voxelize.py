@@ -246,7 +246,7 @@ def test_trellis_folder_is_taken_as_it_is(tmp_path, serial, capsys):
     assert np.array_equal(grid, cells_met(small.vertices, small.faces, 16))
     assert grid.sum() == int(rows[0]["num_voxels"])
     reasons = [row["reason"] for row in table(root / "failed.csv")]
-    assert "not normalised" in reasons[0] and "not there" in reasons[1]
+    assert "not normalized" in reasons[0] and "not there" in reasons[1]
     assert {row["normalization"] for row in rows if row["voxelized"] == "True"} == {"cube"}
     assert run("--input", root, "--up_axis", "y") == 1 and "z-up" in capsys.readouterr().err
     assert run("--input", root, "--normalization", "shapellm") == 1

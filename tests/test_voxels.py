@@ -1,4 +1,4 @@
-"""Voxel files: what is written is read back cell for cell, and nothing damaged is read at all."""
+"""Voxel files: what is written is read back voxel for voxel, and nothing damaged is read at all."""
 
 import subprocess
 import sys
@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from trellis.grids.voxels import (
-    cell_centres,
     occupancy_to_points,
     pack_bits,
     points_to_occupancy,
     read_ply,
     unpack_bits,
     unpack_bits_on_device,
+    voxel_centers,
     write_ply,
 )
 from trellis.utils.errors import DataError
@@ -39,53 +39,53 @@ def test_a_written_grid_is_read_back_cell_for_cell(tmp_path, resolution):
 
 def test_each_cell_alone_is_marked_at_its_own_place():
     cells = all_cells(6)
-    grids = torch.stack([points_to_occupancy(centre[None], 6) for centre in cell_centres(cells, 6)])
+    grids = torch.stack([points_to_occupancy(centre[None], 6) for centre in voxel_centers(cells, 6)])
     assert torch.equal(grids.view(216, 216), torch.eye(216, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("resolution", [64, 100, 256])
 def test_float32_centres_of_every_slice_are_within_the_tolerance(resolution):
     indices = np.repeat(np.arange(resolution)[:, None], 3, axis=1)
-    centres = cell_centres(indices, resolution)
+    centres = voxel_centers(indices, resolution)
     assert centres.dtype == np.float32
     assert np.array_equal(points_to_occupancy(centres, resolution)[0].nonzero().numpy(), indices)
 
 
 def test_points_up_to_the_tolerance_are_taken_and_none_beyond():
-    centre, cell = cell_centres(np.array([[3, 0, 7]]), 8).astype(float), 1 / 8
+    centre, cell = voxel_centers(np.array([[3, 0, 7]]), 8).astype(float), 1 / 8
     for axis in range(3):
         for sign in (-1, 1):
             shift = np.eye(3)[axis] * sign * cell
             assert points_to_occupancy(centre + 0.9e-3 * shift, 8)[0, 3, 0, 7] == 1
-            with pytest.raises(DataError, match="grid.ply: point 0 is .*not the centre.*rerun voxelize"):
+            with pytest.raises(DataError, match="grid.ply: point 0 is .*not the center.*rerun voxelize"):
                 points_to_occupancy(centre + 1.1e-3 * shift, 8, name="grid.ply")
 
 
 @pytest.mark.parametrize("value", [0.5, 0.5000001, -0.50000003, 1e30, np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_points_outside_the_cube_are_refused_by_number_and_value(value, axis):
-    points = cell_centres(all_cells(4), 4).astype(float)
+    points = voxel_centers(all_cells(4), 4).astype(float)
     points[17, axis] = value
     with pytest.raises(DataError, match=r"grid.ply: point 17 is .*in \[-0.5, 0.5\).*voxelize") as error:
         points_to_occupancy(points, 4, name="grid.ply")
     assert f"{value:.7g}" in str(error.value)
 
 
-def test_the_lower_border_is_inside_but_no_centre():
-    with pytest.raises(DataError, match="not the centre of a cell"):
+def test_the_lower_border_is_inside_but_no_center():
+    with pytest.raises(DataError, match="not the center of a voxel"):
         points_to_occupancy(np.array([[-0.5, 0.25, 0.25]]), 2)
 
 
 @pytest.mark.parametrize("made, read", [(32, 64), (64, 32), (256, 16), (16, 100)])
 def test_points_of_another_resolution_say_which(made, read):
-    points = cell_centres(np.random.default_rng(1).integers(0, made, (50, 3)), made)
+    points = voxel_centers(np.random.default_rng(1).integers(0, made, (50, 3)), made)
     with pytest.raises(DataError, match=f"at resolution {read}: the points fit resolution {made}"):
         points_to_occupancy(points, read)
 
 
 @pytest.mark.parametrize("text, order", [(True, "="), (False, "<"), (False, ">")])
 def test_the_format_written_is_plain_and_other_valid_ones_are_read(tmp_path, text, order):
-    points = cell_centres(np.random.default_rng(2).integers(0, 64, (40, 3)), 64)
+    points = voxel_centers(np.random.default_rng(2).integers(0, 64, (40, 3)), 64)
     write_ply(tmp_path / "ours.ply", points)
     ours = plyfile.PlyData.read(str(tmp_path / "ours.ply"))
     assert not ours.text and ours.byte_order == "<" and [e.name for e in ours.elements] == ["vertex"]
@@ -108,7 +108,7 @@ def test_the_format_written_is_plain_and_other_valid_ones_are_read(tmp_path, tex
 
 
 def test_every_truncation_of_a_file_is_an_error_naming_it(tmp_path):
-    write_ply(tmp_path / "whole.ply", cell_centres(all_cells(2)[:3], 2))
+    write_ply(tmp_path / "whole.ply", voxel_centers(all_cells(2)[:3], 2))
     content = (tmp_path / "whole.ply").read_bytes()
     path = tmp_path / "cut.ply"
     for length in range(len(content)):
@@ -224,9 +224,10 @@ def test_every_byte_is_unpacked_and_a_filled_up_one_is_cut():
     every = np.arange(256, dtype=np.uint8)[:, None]
     unpacked = unpack_bits_on_device(torch.from_numpy(every), 2)
     assert np.array_equal(unpacked.flatten(1).numpy(), np.unpackbits(every, axis=1))
-    grids = np.random.default_rng(5).random((4, 5, 5, 5)) < 0.5  # 125 cells in 16 bytes
+    grids = np.random.default_rng(5).random((4, 5, 5, 5)) < 0.5  # 125 voxels in 16 bytes
     rows = torch.from_numpy(np.packbits(grids.reshape(4, -1), axis=1))
     assert np.array_equal(unpack_bits_on_device(rows, 5)[:, 0].numpy(), grids)
+    assert np.array_equal(pack_bits(grids), rows) and np.array_equal(unpack_bits(rows.numpy(), 5).numpy(), grids)
 
 
 def test_rows_of_another_size_are_refused():
@@ -235,8 +236,9 @@ def test_rows_of_another_size_are_refused():
             unpack_bits_on_device(wrong, 8)
     with pytest.raises(ValueError, match="resolution 8"):
         unpack_bits(np.zeros((1, 8), np.uint8), 8)
-    with pytest.raises(ValueError, match="even R"):
-        pack_bits(np.zeros((1, 3, 3, 3)))
+    for shape in ((3, 3, 3), (1, 3, 3, 4), (1, 1, 3, 3, 3)):
+        with pytest.raises(ValueError, match=r"\[N, R, R, R\]"):
+            pack_bits(np.zeros(shape))
 
 
 def test_voxels_are_written_without_torch():

@@ -19,7 +19,8 @@ from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
-from .grids.meshes import check_settings, mesh_to_grid
+from .grids.meshes import mesh_to_grid
+from .grids.placing import check_settings
 from .grids.voxels import has_faces, points_to_occupancy, read_ply
 from .models import build, load_weights
 from .modules.conv import as_the_library_does

@@ -8,7 +8,7 @@ from dash import Dash, set_props
 from flask import Response, request
 from plotly.io.json import to_json_plotly
 
-from ..grids.meshes import UP_AXES
+from ..grids.placing import UP_AXES
 from ..utils.errors import DataError, UserError
 from .callbacks import add_callbacks
 from .layout import page

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..grids.surface import surface_mesh
+from ..grids.voxels import voxels_to_grid
 from ..utils.errors import DataError, UserError
 from .figures import mesh_figure
 from .uploads import Opener, Shape, simplified
@@ -66,8 +67,8 @@ def opened_upload(workbench: Workbench, opener: Opener, path: Path, name: str, u
     except DataError as error:
         reason = str(error).removeprefix(f"{path}: ").replace(str(path), name)
         raise DataError(f"{name}: {reason}") from error
-    grid = np.zeros((workbench.resolution,) * 3, dtype=bool)
-    grid[tuple(shape.cells.T)] = True
+    assert shape.voxels is not None
+    grid = voxels_to_grid(shape.voxels, workbench.resolution) > 0
     state = new_object(workbench, grid, name, f"upload-{uuid.uuid4().hex}")
     mesh = shape_mesh(workbench, shape) if shape.vertices is not None else surface(workbench, grid, "a file of voxels")
     return state, {"of": state["key"], **mesh}

@@ -19,7 +19,7 @@ import torch
 from ..datasets.base import StandardDatasetBase
 from ..datasets.metadata import read_metadata
 from ..evaluation.metrics import distance_metrics, voxel_metrics
-from ..grids.voxels import pack_bits
+from ..grids.voxels import pack_bits, packed_size, unpack_bits
 from ..utils.errors import DataError
 
 if TYPE_CHECKING:
@@ -168,8 +168,8 @@ def pack_grid(grid: np.ndarray) -> str:
 
 def unpack_grid(text: str, resolution: int) -> np.ndarray:
     """The inverse. Raises DataError for a text that is none."""
-    bits = np.frombuffer(_inflate(text, resolution**3 // 8), dtype=np.uint8)
-    return np.unpackbits(bits).reshape((resolution,) * 3).astype(bool)
+    bits = np.frombuffer(_inflate(text, packed_size(resolution)), dtype=np.uint8)
+    return unpack_bits(bits[None], resolution)[0].numpy() > 0
 
 
 def pack_ids(ids: np.ndarray) -> str:

@@ -1,16 +1,19 @@
-"""Grids to ids: how many objects per second the encoder and the codebook tokenize.
+"""Grids to ids: how many grids per second the encoder and the codebook tokenize.
 
     python benchmarks/encode.py                   # GPU: the full-size encoder in bf16 and in fp32
-    python benchmarks/encode.py --device cpu      # the demo's, in fp32
+    python benchmarks/encode.py --device cpu      # the demo's encoder in fp32
 
-Grids are on the device, bit-packed; each batch is unpacked, encoded and quantized. fp32 means fp32: convolutions may
-not use TF32. Plain: the plain network in the same precision with torch.cdist().argmin(). Limit: operations of the
-encoder's convolutions over the product rate in that precision, measured in this run. Equal ids: share of tokens that
-are those of the fp32 encoder.
+Grids are on the device, bit-packed; each batch is unpacked, encoded and quantized. Each row runs in the precision that
+it names: the configuration's `use_fp16` is switched off, TF32 is off in convolutions and products, and the command
+stops if the blocks of an encoder give another dtype. Plain: the plain network in the same precision, with
+torch.cdist().argmin(). Limit: operations of the encoder's convolutions over the product rate in that precision, measured
+in this run. Equal ids: share of the tokens whose id equals the fp32 encoder's.
 """
 
+import contextlib
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,31 +29,72 @@ from trellis.utils.config import load_config
 
 
 def build(models: dict[str, dict], weights: dict[str, str], device: torch.device) -> dict[str, nn.Module]:
-    """Ours and the plain encoder and codebook, with the same weights, frozen on the device."""
+    """Return our and the plain encoder and codebook with the same weights, frozen on the device.
+
+    Our encoder leaves its precision to `arithmetic`, whatever the configuration's `use_fp16` says.
+    """
     built = {}
     for name in ("encoder", "quantizer"):
         built[name] = model_registry.build(models[name], f"models.{name}")
         load_weights(built[name], f"{weights[name]}.safetensors")
         built[f"plain {name}"] = plain.build(models[name])
         built[f"plain {name}"].load_state_dict(read_weights(f"{weights[name]}.safetensors"))
+    built["encoder"].convert_to_fp32()
     return {name: model.to(device).requires_grad_(False).eval() for name, model in built.items()}
+
+
+@contextlib.contextmanager
+def arithmetic(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Run the block in autocast to `dtype`, or for float32 without autocast; TF32 is off either way."""
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
 
 
 @torch.no_grad()
 def tokenize(models: dict[str, nn.Module], bits: Tensor, resolution: int, dtype: torch.dtype) -> Tensor:
-    """bits: [B, R^3 / 8] uint8 on the device. Returns ids, [B·tokens]."""
+    """Return ids, [B·tokens] int64, with the encoder in `dtype`. bits: [B, R^3 / 8] uint8 on the device."""
     grid = unpack_bits_on_device(bits, resolution)
-    with torch.autocast(grid.device.type, dtype, enabled=dtype != torch.float32):
+    with arithmetic(grid.device, dtype):
         z = models["encoder"](grid.float())
     return models["quantizer"](z.float()).indices.flatten()
 
 
 @torch.no_grad()
 def tokenize_plainly(models: dict[str, nn.Module], bits: Tensor, resolution: int, dtype: torch.dtype) -> Tensor:
+    """Do the same with the plain network."""
     grid = unpack_bits_on_device(bits, resolution)
-    with torch.autocast(grid.device.type, dtype, enabled=dtype != torch.float32):
+    with arithmetic(grid.device, dtype):
         mean = models["plain encoder"](grid)[0]
     return models["plain quantizer"](mean.float())[1].flatten()
+
+
+def block_dtypes(models: dict[str, nn.Module], call: Callable[[], object]) -> set[torch.dtype]:
+    """Return the dtypes of what the middle blocks of the encoders give while `call` runs."""
+    seen: set[torch.dtype] = set()
+    blocks = [block for name in ("encoder", "plain encoder") for block in models[name].middle_block]
+    hooks = [block.register_forward_hook(lambda module, args, output: seen.add(output.dtype)) for block in blocks]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def check_precision(models: dict[str, nn.Module], bits: Tensor, resolution: int, dtype: torch.dtype) -> None:
+    """Raise RuntimeError if an encoder does not run in `dtype`."""
+    for function in (tokenize, tokenize_plainly):
+        found = block_dtypes(models, lambda f=function: f(models, bits, resolution, dtype))
+        if found != {dtype}:
+            raise RuntimeError(f"{function.__name__}: the encoder ran in {found}, but {dtype} was to be measured")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,7 +106,6 @@ def main(argv: list[str] | None = None) -> None:
     batch = args.batch_size or (32 if cuda else 4)
     specs = load_config(runs.config_path("vqvae_stage1" if cuda else "demo_stage1"))["models"]
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False
 
     ceilings = common.measure_ceilings(device)
     with tempfile.TemporaryDirectory() as name:
@@ -73,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     reference = tokenize(models, bits, args.resolution, torch.float32)
     table = []
     for dtype in (torch.bfloat16, torch.float32) if cuda else (torch.float32,):
+        check_precision(models, bits, args.resolution, dtype)
         limit = 1 / ceilings.seconds(flops, 0, dtype)
         rates = [
             len(rows)

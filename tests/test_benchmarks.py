@@ -1,5 +1,6 @@
 """The benchmarks: their baselines compute what trellis computes, their counts are right, and each one runs."""
 
+import contextlib
 import importlib
 import json
 import time
@@ -10,8 +11,8 @@ import pytest
 import torch
 from helpers import ROOT, tiny_config
 
-from benchmarks import common, data_wait, nearest_code, plain, runs
-from trellis.models import build, load_weights, read_weights
+from benchmarks import common, data_wait, encode, nearest_code, plain, runs
+from trellis.models import SparseStructureEncoder, build, load_weights, read_weights
 from trellis.utils.config import load_config
 
 SCRIPTS = (
@@ -94,6 +95,55 @@ def test_a_norm_that_the_plain_network_lacks_is_refused():
     }
     with pytest.raises(ValueError, match="norm_type is 'group'"):
         plain.build(spec)
+
+
+# --- precision -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fp16_switch_on_cpu(monkeypatch):
+    """Let `use_fp16` act on a CPU as it does on a GPU: the encoder runs in fp16, whatever surrounds it."""
+    forward = SparseStructureEncoder.forward
+
+    def in_fp16(self, x, *args, **kwargs):
+        with torch.autocast("cpu", torch.float16, enabled=True) if self.use_fp16 else contextlib.nullcontext():
+            return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(SparseStructureEncoder, "forward", in_fp16)
+
+
+@pytest.fixture
+def encoders(rows, tmp_path) -> dict[str, torch.nn.Module]:
+    """Our and the plain encoder and codebook of a configuration that asks for fp16, as the full-size ones do."""
+    models = tiny_config("SparseStructureVqVaeTrainer")["models"]
+    weights = common.random_weights(models, rows, tmp_path, CPU)
+    models["encoder"]["args"]["use_fp16"] = True
+    return encode.build(models, weights, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_encode_measures_the_precision_that_a_row_names(dtype, rows, encoders, fp16_switch_on_cpu):
+    bits = torch.from_numpy(rows)
+    for tokenize in (encode.tokenize, encode.tokenize_plainly):
+        assert encode.block_dtypes(encoders, lambda f=tokenize: f(encoders, bits, 16, dtype)) == {dtype}
+    encode.check_precision(encoders, bits, 16, dtype)
+    encoders["encoder"].convert_to_fp16()
+    with pytest.raises(RuntimeError, match=f"tokenize: the encoder ran in .*float16.*, but {dtype} was to be measured"):
+        encode.check_precision(encoders, bits, 16, dtype)
+
+
+def test_fp32_of_encode_is_without_tf32():
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        with encode.arithmetic(CPU, torch.float32):
+            assert not any(switch.allow_tf32 for switch in switches) and not torch.is_autocast_enabled("cpu")
+        assert all(switch.allow_tf32 for switch in switches)
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
 
 
 # --- counts ----------------------------------------------------------------------------------------------

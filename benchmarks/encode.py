@@ -6,8 +6,8 @@
 Grids are on the device, bit-packed; each batch is unpacked, encoded and quantized. Each row runs in the precision that
 it names: the configuration's `use_fp16` is switched off, TF32 is off in convolutions and products, and the command
 stops if the blocks of an encoder give another dtype. Plain: the plain network in the same precision, with
-torch.cdist().argmin(). Limit: operations of the encoder's convolutions over the product rate in that precision, measured
-in this run. Equal ids: share of the tokens whose id equals the fp32 encoder's.
+torch.cdist().argmin(). Limit: operations of the encoder's convolutions over the product rate in that precision,
+measured in this run. Equal ids: share of the tokens whose id equals the fp32 encoder's.
 """
 
 import contextlib

@@ -4,7 +4,7 @@ import copy
 import re
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import train
 from trellis.utils.config import differing_keys, load_config

@@ -10,7 +10,8 @@ from helpers import ROOT
 
 # From top to bottom. Rooms of one level do not import one another.
 LEVELS = (
-    ("scripts", "trellis.viewer", "train", "benchmarks"),
+    ("benchmarks",),  # they measure the programs
+    ("scripts", "trellis.viewer", "train"),
     ("dataset_toolkits", "trellis.tokenizer", "trellis.trainers"),
     ("trellis.runs", "trellis.tokens"),
     ("trellis.models", "trellis.datasets"),

@@ -310,7 +310,7 @@ def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cud
         source = MeshSource(args.meshes, *settings, args.max_workers, args.timeout, folder)
     else:
         source = DataSource(args.data_dir, args.split, tokenizer.resolution, tokenizer.normalization)
-    info = parquet.TokenInfo.of(tokenizer, args.precision)
+    info = tokenizer.token_info(args.precision)
     starts = range(0, len(source.objects), args.shard_size)
     shards = {number: slice(start, start + args.shard_size) for number, start in enumerate(starts)}
     prompts, captions = plan_conversations(args, source) if args.sharegpt else (None, {})

@@ -35,7 +35,7 @@ def base(tmp_path_factory) -> Path:
     save_tokenizer(folder / "other", 1)
     ids = tokenizer.encode(torch.from_numpy(solid_grids(OBJECTS, 16, 0))[:, None]).numpy()
     assert len(np.unique(ids, axis=0)) == OBJECTS and (tokenizer.decode(torch.from_numpy(ids)) > 0).any()
-    info = parquet.TokenInfo.of(tokenizer, "fp32")
+    info = tokenizer.token_info("fp32")
     (folder / "tokens").mkdir()
     for number, rows in enumerate((slice(0, 2), slice(2, 3))):
         names = [f"{i:064x}" for i in range(OBJECTS)[rows]]
@@ -103,7 +103,7 @@ def test_ids_of_another_tokenizer_are_refused(base, tmp_path, capsys):
 def test_names_that_are_no_hashes_are_refused(base, tokenizer, ids, tmp_path, capsys):
     parquet.write_shard(
         tmp_path / "a.parquet",
-        parquet.TokenInfo.of(tokenizer, "fp32"),
+        tokenizer.token_info("fp32"),
         ["../../x"],
         ["x"],
         [None],

@@ -149,7 +149,7 @@ def test_files_say_how_their_ids_were_made(base, tokens):
             "precision": "fp32",
             "left_out": "[]",
         }
-    assert parquet.read_info(tokens) == parquet.TokenInfo.of(tokenizer, "fp32")
+    assert parquet.read_info(tokens) == tokenizer.token_info("fp32")
 
 
 def test_a_rerun_makes_what_is_missing_and_nothing_else(base, tokens, tmp_path, capsys):

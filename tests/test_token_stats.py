@@ -386,7 +386,7 @@ def test_the_script_reads_parquet_files(run_script, tokenizer_folder, data_dir, 
     dataset = SparseStructure(data_dir, resolution=16, split="all")
     ids = tokenizer.encode(torch.stack([dataset[i]["ss"] for i in range(len(dataset))])).numpy()
     names = [dataset.sha256(i) for i in range(len(dataset))]
-    folder, info = tmp_path / "tokens", parquet.TokenInfo.of(tokenizer, "fp32")
+    folder, info = tmp_path / "tokens", tokenizer.token_info("fp32")
     folder.mkdir()
     for number, part in enumerate((slice(0, 20), slice(20, 30))):
         share = names[part]

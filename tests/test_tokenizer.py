@@ -177,7 +177,7 @@ def test_push_to_hub_sends_the_folder(tmp_path, monkeypatch):
     assert sent["repo"] == "someone/tokens"
     assert sent["files"] == {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()}
     card = sent["files"]["README.md"].decode()
-    for fact in (tokenizer.hash, "4 × 4 × 4", "| up axis | y |", "| normalisation | cube |", "| iou | 0.5000 |"):
+    for fact in (tokenizer.hash, "4 × 4 × 4", "| up axis | y |", "| normalization | cube |", "| iou | 0.5000 |"):
         assert fact in card
 
 
@@ -267,7 +267,7 @@ def test_what_that_layout_cannot_hold_is_refused(tmp_path):
     for kind in ("two codes", "blocks", "a grid"):
         with pytest.raises(ConfigError, match="one table"):
             make(**QUANTIZERS[kind]).export_shapellm(tmp_path / "x.bin")
-    with pytest.warns(UserWarning, match="normalise meshes"):
+    with pytest.warns(UserWarning, match="normalize meshes"):
         make(**QUANTIZERS["along z"]).export_shapellm(tmp_path / "x.bin")
     with pytest.raises(CheckpointError, match="exists already"):
         make().export_shapellm(tmp_path / "x.bin")

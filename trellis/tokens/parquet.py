@@ -27,8 +27,6 @@ from ..utils.files import written_aside
 if TYPE_CHECKING:
     import pyarrow
 
-    from ..tokenizer import SparseStructureTokenizer
-
 MANIFEST = "tokens.json"
 SHARD = re.compile(r"shard-(\d{5})-of-(\d{5})\.parquet")
 LEFT_OUT = "left_out"
@@ -48,20 +46,6 @@ class TokenInfo:
     n_embed: int
     resolution: int
     precision: str
-
-    @classmethod
-    def of(cls, tokenizer: "SparseStructureTokenizer", precision: str) -> "TokenInfo":
-        """What this tokenizer's ids mean."""
-        return cls(
-            tokenizer.hash,
-            tokenizer.normalization,
-            tokenizer.up_axis,
-            tuple(tokenizer.lattice),
-            tokenizer.codes_per_token,
-            tokenizer.n_embed,
-            tokenizer.resolution,
-            precision,
-        )
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,135 @@
+"""Where a tokenizer comes from: which kind of source a path is, and how each kind is read and checked.
+
+`SparseStructureTokenizer` in tokenizer.py builds the networks from what these functions return.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .runs.open import Run
+from .tokens.shapellm import shapellm_state
+from .utils.config import load_config
+from .utils.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .modules.quantizers.base import Quantizer
+
+Kind = Literal["pretrained", "run", "shapellm"]
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of save_pretrained
+WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
+KEYS = {"models", "resolution", "normalization", "up_axis", "info"}
+
+
+def kind_of(source: str | Path) -> Kind:
+    """Return what a source is: "pretrained" for a folder of save_pretrained and for an id on the Hub, "run" for a run
+    folder, "shapellm" for a weights file. Raise CheckpointError for anything else."""
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in WEIGHT_SUFFIXES:
+            raise CheckpointError(
+                f"{path}: is no tokenizer. Give a folder, or a file of ShapeLLM-Omni's layout, "
+                f"whose name ends in {', '.join(WEIGHT_SUFFIXES)}"
+            )
+        return "shapellm"
+    if (path / WEIGHTS).is_file():
+        return "pretrained"
+    if (path / "ckpts").is_dir():
+        return "run"
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path}: has neither {WEIGHTS} of save_pretrained nor ckpts/ of a run. Give a "
+            "folder that has one of them, such as outputs/stage2"
+        )
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise CheckpointError(f"{source}: there is no such file or folder, and it is no id on the Hub (org/name)")
+    if path.parent.is_dir():  # a slip in a path, which the Hub would take long to not know
+        raise CheckpointError(
+            f"{source}: {path.parent}/ has no file or folder {path.name}. For an id on the Hub use from_pretrained"
+        )
+    return "pretrained"
+
+
+# --- folders of save_pretrained, and the Hub ---
+
+
+def check_folder(path: Path) -> None:
+    """Raise CheckpointError if save_pretrained did not write a folder."""
+    missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {missing[0]} is missing, so save_pretrained did not write it. For a run folder use from_run"
+        )
+    check_config(path / CONFIG)
+
+
+def check_config(path: str | Path) -> None:
+    """Raise CheckpointError if a config.json is not a tokenizer's."""
+    config = load_config(str(path))
+    if "models" not in config or not set(config) <= KEYS:
+        strange = sorted(set(config) - KEYS) or ["no models"]
+        raise CheckpointError(f"{path}: has {', '.join(strange)}, so save_pretrained did not write it")
+
+
+def download(model_id: str, **options) -> str:
+    """Return the path of the weights of a tokenizer on the Hub, downloaded after a check of its config.json.
+
+    options: of huggingface_hub's `hf_hub_download`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    check_config(hf_hub_download(model_id, CONFIG, **options))
+    return hf_hub_download(model_id, WEIGHTS, **options)
+
+
+@contextlib.contextmanager
+def hub_errors(source: str | Path) -> Iterator[None]:
+    """Turn errors of the Hub, and of the way there, into a CheckpointError."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{source}: no such folder, and the Hub did not give it ({reason})") from error
+
+
+# --- run folders ---
+
+
+def settings_of_run(run: Run, normalization: str | None, up_axis: str | None) -> dict[str, Any]:
+    """Return the arguments of a run's tokenizer: models, resolution, normalization, up_axis and info.
+
+    normalization, up_axis: None for what the run's data say, or "cube" and "keep" if they do not.
+    """
+    data = ", ".join(Path(root).name for root in (run.data_dir or "").split(",") if root)
+    training = {"step": run.step, "objects": run.dataset_size, "data": data}
+    info = {"training": {key: value for key, value in training.items() if value}, "scores": run.scores()}
+    return {
+        "models": run.config["models"],
+        "resolution": run.resolution,
+        "normalization": normalization or run.data_setting("normalization") or "cube",
+        "up_axis": up_axis or run.data_setting("up_axis") or "keep",
+        "info": {key: value for key, value in info.items() if value},
+    }
+
+
+# --- ShapeLLM-Omni's layout ---
+
+
+def state_for_shapellm(encoder: "nn.Module", quantizer: "Quantizer", decoder: "nn.Module") -> "dict[str, Tensor]":
+    """Return the state dict of these networks in ShapeLLM-Omni's layout (tokens/shapellm.py).
+
+    Raise ConfigError if ids are not the nearest rows of one table over latent cells along z.
+    """
+    table, along_z = quantizer.table(), quantizer.group[:2] == (1, 1)
+    if table is None or not quantizer.nearest_of_table or not along_z:
+        raise ConfigError(
+            f"{type(quantizer).__name__} with group {list(quantizer.group)}: that layout has one table, whose nearest "
+            "row is the id of cells along z. Train a VectorQuantizer or EMAVectorQuantizer without group"
+        )
+    return shapellm_state(encoder.state_dict(), decoder.state_dict(), table)

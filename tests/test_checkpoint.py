@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from helpers import tiny_config
 
 import train
+from trellis import __version__
 from trellis.models import build
 from trellis.runs.checkpoint import Checkpoints, misc_file, model_file
 from trellis.trainers import SparseStructureVaeTrainer, SparseStructureVqVaeTrainer
@@ -119,6 +121,22 @@ def test_a_damaged_misc_file_is_passed_over_aloud(damage, checkpoints):
     path.write_bytes(kinds[damage])
     with pytest.warns(UserWarning, match="passed over: .*misc_step0000006.pt is damaged"):
         assert checkpoints.latest() == 4
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(checkpoints):
+    """Passing over it would start again from an older step, or from nothing."""
+    path = checkpoints.folder / misc_file(6)
+    misc = checkpoints.read_misc(6)
+    assert misc["format"] == "trellis-vqvae-1"
+    for version, message in (
+        ("2", f"its format version is 2, but trellis-vqvae {__version__} reads versions up to 1; install a newer"),
+        ("x", "its format version is 'x', but must be a whole number of at least 1"),
+    ):
+        torch.save({**misc, "format": f"trellis-vqvae-{version}"}, path)
+        for read in (checkpoints.latest, lambda: checkpoints.read_misc(6), lambda: checkpoints.resolve("6")):
+            with pytest.raises(CheckpointError, match=re.escape(f"{path}: {message}")):
+                read()
+    assert checkpoints.read_misc(4) is not None and checkpoints.resolve("4") == 4
 
 
 def test_an_interrupted_save_is_not_a_checkpoint(checkpoints, monkeypatch):

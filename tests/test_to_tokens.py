@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scripts import to_tokens as script
-from trellis import SparseStructureTokenizer
+from trellis import SparseStructureTokenizer, __version__
 from trellis.evaluation.metrics import voxel_metrics
 from trellis.grids.voxels import voxel_centers, write_ply
 from trellis.tokens import parquet, sharegpt
@@ -138,6 +139,7 @@ def test_files_say_how_their_ids_were_made(base, tokens):
             "iou": pa.float32(),
         }
         metadata = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}
+        assert metadata.pop("format_version") == "1"
         assert metadata == {
             "tokenizer_hash": tokenizer.hash,
             "normalization": "cube",
@@ -275,6 +277,38 @@ def test_large_codebooks_take_four_bytes(tmp_path):
 def test_an_empty_shard_is_a_shard(tmp_path):
     write(tmp_path / "shard-00000-of-00001.parquet", info(), np.zeros((0, 4), int))
     assert list(parquet.read_shards(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    "version, message",
+    [
+        (None, None),
+        ("2", f"its format version is 2, but trellis-vqvae {__version__} reads versions up to 1; install a newer"),
+        ("0", "its format version is 0, but must be a whole number of at least 1; the file is damaged"),
+        ("new", "its format version is 'new'"),
+    ],
+)
+def test_a_file_without_a_version_is_version_1_and_a_newer_one_is_refused(version, message, tmp_path):
+    path = tmp_path / "shard-00000-of-00001.parquet"
+    tokens = np.array([[0, 1, 2, 3]])
+    write(path, info(), tokens)
+    table = pq.read_table(path)
+    metadata = {**table.schema.metadata, b"format_version": (version or "").encode()}
+    if version is None:
+        del metadata[b"format_version"]
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    if message is None:
+        assert parquet.read_info(tmp_path) == info()
+        assert [row["tokens"].tolist() for row in parquet.read_shards(path)] == tokens.tolist()
+        return
+    for read in (
+        parquet.read_info,
+        parquet.count_rows,
+        parquet.read_left_out,
+        lambda path: list(parquet.read_shards(path)),
+    ):
+        with pytest.raises(DataError, match=re.escape(f"{path}: {message}")):
+            read(path)
 
 
 @pytest.mark.parametrize("damage", ["id", "count", "cut", "metadata", "mixed", "none", "absent"])

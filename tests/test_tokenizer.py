@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from helpers import PARITY, ROOT, assert_logits, solid_grids, tiny_config
 from safetensors.torch import load_file
 
-from trellis import SparseStructureTokenizer
+from trellis import SparseStructureTokenizer, __version__
 from trellis.grids.voxels import occupancy_to_points, write_ply
 from trellis.models import build
 from trellis.tokens.text import SHAPELLM
@@ -155,6 +156,24 @@ def test_the_hash_is_that_of_settings_and_weights():
     changed.decoder.out_layer[2].bias.data += 1e-3
     assert make().hash not in {others[0].hash, others[2].hash, changed.hash}
     assert make().hash == others[1].hash  # the same settings, written out
+
+
+def test_a_folder_without_a_version_is_version_1_and_a_newer_one_is_refused(tmp_path):
+    tokenizer = make()
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("format_version") == 1
+    path.write_text(json.dumps(config))  # as written before there were versions
+    assert SparseStructureTokenizer.load(tmp_path).hash == tokenizer.hash
+    for version, message in (
+        (2, f"its format version is 2, but trellis-vqvae {__version__} reads versions up to 1; install a newer"),
+        ("1", "its format version is '1', but must be a whole number"),
+        (True, "its format version is True, but must be a whole number"),
+    ):
+        path.write_text(json.dumps({**config, "format_version": version}))
+        with pytest.raises(CheckpointError, match=re.escape(f"{path}: {message}")):
+            SparseStructureTokenizer.load(tmp_path)
 
 
 def test_push_to_hub_sends_the_folder(tmp_path, monkeypatch):

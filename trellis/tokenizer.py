@@ -29,7 +29,7 @@ from .models.sparse_structure_vae import SparseStructureDecoder, SparseStructure
 from .modules.conv import as_the_library_does
 from .modules.quantizers.base import Quantizer
 from .runs.open import open_run
-from .tokenizer_sources import CONFIG, WEIGHTS
+from .tokenizer_sources import CONFIG, FORMAT_VERSION, WEIGHTS
 from .tokens.card import model_card
 from .tokens.parquet import TokenInfo
 from .tokens.shapellm import read_shapellm
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16"]
 MODELS = ("encoder", "quantizer", "decoder")
-FORMAT_VERSION = 1  # of the folders that save_pretrained writes
 # Objects that pass through the networks together. The number never varies, the last part is filled up with empty grids:
 # convolutions of other batch sizes may sum in another order, and rounding decides between two equally near codes.
 OBJECTS_AT_ONCE = {"cpu": 1, "cuda": 16}
@@ -376,7 +375,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
-        config = {**self.settings, "info": self.info}
+        config = {"format_version": FORMAT_VERSION, **self.settings, "info": self.info}
         (save_directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:

@@ -12,6 +12,7 @@ from .runs.open import Run
 from .tokens.shapellm import shapellm_state
 from .utils.config import load_config
 from .utils.errors import CheckpointError, ConfigError
+from .utils.formats import check_version
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,7 +23,8 @@ Kind = Literal["pretrained", "run", "shapellm"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of save_pretrained
 WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
-KEYS = {"models", "resolution", "normalization", "up_axis", "info"}
+KEYS = {"format_version", "models", "resolution", "normalization", "up_axis", "info"}  # of config.json
+FORMAT_VERSION = 1
 
 
 def kind_of(source: str | Path) -> Kind:
@@ -68,8 +70,9 @@ def check_folder(path: Path) -> None:
 
 
 def check_config(path: str | Path) -> None:
-    """Raise CheckpointError if a config.json is not a tokenizer's."""
+    """Raise CheckpointError if a config.json is not a tokenizer's, or of a newer format version."""
     config = load_config(str(path))
+    check_version(config.get("format_version", 1), FORMAT_VERSION, path, CheckpointError)
     if "models" not in config or not set(config) <= KEYS:
         strange = sorted(set(config) - KEYS) or ["no models"]
         raise CheckpointError(f"{path}: has {', '.join(strange)}, so save_pretrained did not write it")

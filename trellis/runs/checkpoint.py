@@ -1,13 +1,13 @@
-"""Checkpoints of a run folder: names, atomic files, and which sets are complete.
+"""Checkpoints of a run folder: file names, atomic writes, and which sets are complete.
 
-A checkpoint of step N is a set of files in `ckpts/`, named as TRELLIS names them:
+The checkpoint of step N is a set of files in `ckpts/`, named as TRELLIS names them:
 
     {model}_step0000100.pt            state dict of each model, frozen ones included
-    {model}_ema0.9999_step0000100.pt  the same of its average, for trained models
-    misc_step0000100.pt               step, optimizer and all else; written last, so it marks completeness
+    {model}_ema0.9999_step0000100.pt  state dict of a trained model's average (EMA)
+    misc_step0000100.pt               step, optimizer and all other state; written last, so it marks completeness
 
-Every file is written aside, synced and renamed. The misc file lists the files of its set, so a set that lost
-one is never picked.
+Every file is written atomically. The misc file lists the sizes of the set's files, so a set that lost or shortened one
+is never picked. Its `format` is "trellis-vqvae-" and the version of the format; TRELLIS's own misc files have none.
 """
 
 import os
@@ -22,22 +22,25 @@ from torch import Tensor
 
 from ..utils.errors import CheckpointError
 from ..utils.files import written_aside
+from ..utils.formats import check_version
 
-FORMAT = "trellis-vqvae-1"
+FORMAT_VERSION = 1
+_FORMAT = "trellis-vqvae-"
 _MISC = re.compile(r"misc_step(\d{7,})\.pt")
 
 
 def model_file(name: str, step: int, ema_rate: float | None = None) -> str:
-    """File name of a model's weights."""
+    """Return the file name of a model's weights; of its average if a rate is given."""
     return f"{name}_step{step:07d}.pt" if ema_rate is None else f"{name}_ema{ema_rate}_step{step:07d}.pt"
 
 
 def misc_file(step: int) -> str:
+    """Return the file name of a step's training state."""
     return f"misc_step{step:07d}.pt"
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, ours or TRELLIS's."""
+    """The checkpoints of one run folder, written by train.py or by TRELLIS."""
 
     def __init__(self, run_dir: str | Path):
         self.run_dir = Path(run_dir)
@@ -46,39 +49,47 @@ class Checkpoints:
     # --- finding ---
 
     def steps(self) -> list[int]:
-        """Steps that have a misc file, ascending, complete or not."""
+        """Return the steps that have a misc file, ascending, complete or not."""
         if not self.folder.is_dir():
             return []
         found = (_MISC.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
     def is_complete(self, step: int) -> bool:
-        """Whether the misc file of this step is readable and all files that it lists are there in full."""
-        if not (self.folder / misc_file(step)).is_file():
+        """Return whether a step's misc file is readable and every file that it lists has its full size.
+
+        Warn about a damaged misc file. Raise CheckpointError for one of a newer format version.
+        """
+        path = self.folder / misc_file(step)
+        if not path.is_file():
             return False
         try:
-            misc = self.read_misc(step)
+            content = _load(path)
         except CheckpointError as error:
             warnings.warn(f"passed over: {error}", stacklevel=2)
             return False
+        misc = _checked(content, path)
         if misc is None:
             return True
         files = ((self.folder / name, size) for name, size in misc["files"].items())
         return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
     def latest(self) -> int | None:
-        """The last complete step, or None."""
+        """Return the last complete step, or None."""
         return next((step for step in reversed(self.steps()) if self.is_complete(step)), None)
 
     def best(self) -> int | None:
-        """The step with the best validation score so far, or None before any validation."""
+        """Return the step with the best validation score so far, or None before any validation."""
         latest = self.latest()
         misc = None if latest is None else self.read_misc(latest)
         return misc["best"]["step"] if misc and misc["best"] else None
 
     def resolve(self, ckpt: str) -> int | None:
-        """The step that `--ckpt` means here: latest, best, none or a number. None where there is none to
-        take. Raises CheckpointError for a step that is not here or not complete."""
+        """Return the step that `--ckpt` means here.
+
+        ckpt: "latest", which is None without a complete checkpoint; "none", which is always None; "best"; or a step.
+        Raise CheckpointError for "best" and for a step if there is no such complete checkpoint.
+        """
         if ckpt == "none":
             return None
         if ckpt == "latest":
@@ -90,7 +101,7 @@ class Checkpoints:
         return step
 
     def ema_rates(self, name: str, step: int) -> list[float]:
-        """Rates of the averages that the step holds of a model, highest first."""
+        """Return the rates of a model's averages at a step, highest first."""
         pattern = re.compile(re.escape(name) + r"_ema(\d[\d.e-]*)_step" + f"{step:07d}" + r"\.pt")
         misc = self.read_misc(step) if step in self.steps() else None
         names = misc["files"] if misc else (path.name for path in self.folder.iterdir())
@@ -99,19 +110,13 @@ class Checkpoints:
     # --- reading ---
 
     def read_misc(self, step: int, mmap: bool = True) -> dict | None:
-        """The training state of a step, or None where another program (TRELLIS) wrote it.
+        """Return the training state of a step, or None if another program (TRELLIS) wrote it.
 
-        mmap: leave tensors on disk until they are used, for a look at the rest.
+        mmap: leave tensors on disk until they are used, which makes looking at the rest cheap.
+        Raise CheckpointError if the file is missing, damaged or of a newer format version.
         """
         path = self.folder / misc_file(step)
-        try:
-            misc = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError:
-            # TRELLIS stores numpy objects in its misc file, which is never unpickled here.
-            return None
-        except (OSError, RuntimeError, EOFError) as error:
-            raise CheckpointError(f"{path} is damaged ({str(error).splitlines()[0]})") from error
-        return misc if isinstance(misc, dict) and misc.get("format") == FORMAT else None
+        return _checked(_load(path, mmap), path)
 
     # --- writing ---
 
@@ -123,7 +128,12 @@ class Checkpoints:
         frozen: dict[str, dict[str, Tensor]],
         misc: dict[str, Any],
     ) -> None:
-        """Write the set of a step. Frozen weights never change, so later sets link the first one's files."""
+        """Write the set of a step. Frozen weights never change, so later sets link the first set's files.
+
+        trained, frozen: {model: state dict}.
+        averages: {EMA rate: {model: state dict}}.
+        misc: the training state. Raise RuntimeError if it holds objects that `read_misc` would refuse to unpickle.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         files = []
         for name, state in trained.items():
@@ -134,7 +144,8 @@ class Checkpoints:
         for name, state in frozen.items():
             files.append(self._link_or_write(model_file(name, step), name, state))
         sizes = {path.name: path.stat().st_size for path in files}
-        self._write(misc_file(step), {"format": FORMAT, "step": step, "files": sizes, **misc})
+        content = {"format": f"{_FORMAT}{FORMAT_VERSION}", "step": step, "files": sizes, **misc}
+        self._write(misc_file(step), content)
         if self.read_misc(step) is None:
             (self.folder / misc_file(step)).unlink()
             raise RuntimeError(
@@ -161,27 +172,29 @@ class Checkpoints:
         return self._write(file, state)
 
     def remove(self, step: int) -> None:
-        """Remove the set of a step, its misc file first, so that what is left never looks complete."""
+        """Remove the set of a step, its misc file first, so that an interruption leaves no set that looks complete."""
         misc = self.read_misc(step)
         (self.folder / misc_file(step)).unlink()
         for name in misc["files"] if misc else ():
             (self.folder / name).unlink(missing_ok=True)
 
     def prune(self, keep_last: int, best: int | None) -> None:
-        """Remove all complete sets but the last `keep_last` and the best."""
+        """Remove all sets except the last `keep_last` and the step `best`."""
         for step in self.steps()[:-keep_last]:
             if step != best:
                 self.remove(step)
 
     def clean(self) -> None:
-        """Remove what an interrupted write left behind."""
+        """Remove the temporary files of interrupted writes."""
         for path in self.folder.glob(".*.tmp"):
             path.unlink()
 
     def set_aside(self, after: int) -> Path | None:
-        """Move the checkpoints after a step into a sub-folder, so that going back to that step loses nothing
-        and nothing later is picked by mistake. Returns the folder, or None where there was no later checkpoint
-        (files without a misc file, left by a crash, are not one: they will be written again)."""
+        """Move the checkpoints after a step into a sub-folder and return it, or None if there is no later checkpoint.
+
+        Going back to a step then loses nothing, and no later checkpoint is picked by mistake. Files without a misc
+        file, left by a crash, do not count as a checkpoint: they will be written again.
+        """
         if not any(step > after for step in self.steps()):
             return None
         later = [path for path in self.folder.glob("*_step*.pt") if int(path.stem.rsplit("_step", 1)[1]) > after]
@@ -193,3 +206,24 @@ class Checkpoints:
         for path in sorted(later, key=lambda path: not path.name.startswith("misc_")):
             path.rename(target / path.name)
         return target
+
+
+def _load(path: Path, mmap: bool = True) -> Any:
+    """Return a misc file's content, or None if it could only be unpickled. Raise CheckpointError if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:
+        # TRELLIS stores numpy objects in its misc file, which is never unpickled here.
+        return None
+    except (OSError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged ({str(error).splitlines()[0]})") from error
+
+
+def _checked(content: Any, path: Path) -> dict | None:
+    """Return a misc file's content, or None if train.py did not write it. Raise CheckpointError if a newer one did."""
+    name = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(name, str) or not name.startswith(_FORMAT):
+        return None
+    version = name.removeprefix(_FORMAT)
+    check_version(int(version) if version.isdecimal() else version, FORMAT_VERSION, path, CheckpointError)
+    return content

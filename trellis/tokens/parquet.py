@@ -1,13 +1,17 @@
-"""Ids of many objects in Parquet files, as scripts/to_tokens.py writes them and others read them.
+"""Ids of many objects in Parquet files, written by scripts/to_tokens.py.
 
-A folder holds `tokens.json` (what its ids follow from) and shards of so many objects each,
+A folder holds `tokens.json`, which records everything that its ids depend on, and shards of equal numbers of objects,
 shard-00003-of-00012.parquet. A row is an object:
 
-    sha256 string, name string, source string or null, tokens list<uint16> (int32 where ids need it), num_voxels int32,
-    and iou float32 where it was asked for
+    sha256      string
+    name        string
+    source      string or null
+    tokens      list<uint16>, or list<int32> for more than 65536 codes
+    num_voxels  int32
+    iou         float32, if it was asked for
 
-and every file's metadata say how its ids were made (`TokenInfo`; text as it is, other values as JSON), and in
-`left_out` which objects of its share have no row, and why.
+The metadata of every file say how its ids were made: the fields of `TokenInfo` (text as it is, other values as JSON),
+`format_version` (see utils/formats.py), and `left_out`, the objects of its share that have no row, with the reasons.
 Axes: n rows, T ids of an object, K codes.
 """
 
@@ -23,29 +27,30 @@ import numpy as np
 from ..utils.config import differing_keys
 from ..utils.errors import ConfigError, DataError
 from ..utils.files import written_aside
+from ..utils.formats import check_version
 
 if TYPE_CHECKING:
     import pyarrow
 
 MANIFEST = "tokens.json"
 SHARD = re.compile(r"shard-(\d{5})-of-(\d{5})\.parquet")
-LEFT_OUT = "left_out"
+FORMAT_VERSION = 1
+VERSION_KEY, LEFT_OUT = "format_version", "left_out"  # keys of a file's metadata, beside those of TokenInfo
 ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """What ids mean. lattice: (X', Y', Z'), tokens along each axis; codes_per_token: Q ids of a token, one after the
-    other; n_embed: K; resolution: R, voxels along an axis; precision: that they were computed in."""
+    """What ids mean."""
 
     tokenizer_hash: str
-    normalization: str
-    up_axis: str
-    lattice: tuple[int, int, int]
-    codes_per_token: int
-    n_embed: int
-    resolution: int
-    precision: str
+    normalization: str  # how meshes became grids, as voxelize.py's flag
+    up_axis: str  # likewise
+    lattice: tuple[int, int, int]  # X' Y' Z', tokens along each axis
+    codes_per_token: int  # Q, consecutive ids of a token
+    n_embed: int  # K
+    resolution: int  # R, voxels along an axis
+    precision: str  # that ids were computed in
 
     @property
     def num_tokens(self) -> int:
@@ -53,13 +58,14 @@ class TokenInfo:
         return int(np.prod(self.lattice)) * self.codes_per_token
 
     def to_metadata(self) -> dict[str, str]:
-        """As texts, for a file's metadata."""
-        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(self).items()}
+        """Return a file's metadata: these fields as texts, and the version of the format."""
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(self).items()}
+        return {**texts, VERSION_KEY: str(FORMAT_VERSION)}
 
     @classmethod
     def from_metadata(cls, metadata: dict[bytes, bytes] | None, path: Path) -> "TokenInfo":
-        """Raises DataError naming what a file's metadata lack."""
-        values = {}
+        """Read a file's metadata. Raise DataError naming the field that is missing or damaged."""
+        values: dict[str, Any] = {}
         for field in fields(cls):
             try:
                 text = (metadata or {})[field.name.encode()].decode()
@@ -72,7 +78,7 @@ class TokenInfo:
 
 
 def require_pyarrow() -> None:
-    """Raise ConfigError with the command that mends it where pyarrow cannot be loaded."""
+    """Raise ConfigError, with the command that installs it, if pyarrow cannot be loaded."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
@@ -80,7 +86,7 @@ def require_pyarrow() -> None:
 
 
 def claim(path: Path, settings: dict[str, Any]) -> None:
-    """Write settings as JSON, or compare them with those of an earlier run. Raises ConfigError where they differ."""
+    """Write settings as JSON, or compare them with the file that is there. Raise ConfigError if they differ."""
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         with written_aside(path) as aside:
@@ -92,18 +98,17 @@ def claim(path: Path, settings: dict[str, Any]) -> None:
     if found != settings:
         raise ConfigError(
             f"{path.parent}: what is there was made otherwise. {path.name} has other values of "
-            f"{', '.join(differing_keys(found, settings))}. Give the same as before, or another "
-            "--output_dir."
+            f"{', '.join(differing_keys(found, settings))}. Give the same as before, or another --output_dir."
         )
 
 
 def shard_name(number: int, shards: int) -> str:
-    """The file name of shard `number` of so many."""
+    """Return the file name of one shard."""
     return f"shard-{number:05d}-of-{shards:05d}.parquet"
 
 
 def schema(info: TokenInfo, iou: bool) -> "pyarrow.Schema":
-    """Of a shard, with or without the column iou; its metadata are those of `info` alone."""
+    """Return a shard's schema, with or without the column iou. Its metadata lack `left_out`."""
     import pyarrow as pa
 
     ids = pa.uint16() if info.n_embed <= 2**16 else pa.int32()
@@ -128,10 +133,13 @@ def write_shard(
     iou: np.ndarray | None = None,
     left_out: list[dict[str, str]] | None = None,
 ) -> None:
-    """Write a shard whole, aside and renamed.
+    """Write a shard atomically.
 
-    tokens: [n, T] integers in [0, K); num_voxels: [n]; iou: [n] or None. n may be 0. left_out: rows {"file", "sha256",
-    "reason"} of objects without ids. Raises ConfigError without pyarrow.
+    tokens: [n, T] integers in [0, K); n may be 0.
+    num_voxels: [n].
+    iou: [n] or None.
+    left_out: {"file", "sha256", "reason"} of each object without ids.
+    Raise ConfigError without pyarrow, ValueError for tokens of another shape.
     """
     require_pyarrow()
     import pyarrow as pa
@@ -156,9 +164,9 @@ def write_shard(
 
 
 def shard_files(source: str | Path) -> list[Path]:
-    """The shards of a folder in their order, or the one Parquet file given.
+    """Return a folder's shards in order, or the one Parquet file given.
 
-    Raises DataError where there is none, where some are missing, and where shards of two divisions lie together.
+    Raise DataError if there are none, if some are missing, and if their names give different totals.
     """
     source = Path(source)
     if source.is_file():
@@ -184,8 +192,10 @@ def shard_files(source: str | Path) -> list[Path]:
 
 
 def read_info(source: str | Path) -> TokenInfo:
-    """How the ids of a folder, or of one file, were made. Raises DataError as `shard_files`, and where the shards of
-    a folder were made in different ways."""
+    """Return how the ids of a folder, or of one file, were made.
+
+    Raise DataError as `shard_files` does, for shards made in different ways, and for a newer format version.
+    """
     infos = {path: TokenInfo.from_metadata(_open(path).schema_arrow.metadata, path) for path in shard_files(source)}
     first, info = next(iter(infos.items()))
     for path, other in infos.items():
@@ -196,26 +206,27 @@ def read_info(source: str | Path) -> TokenInfo:
 
 
 def count_rows(path: Path) -> int:
-    """How many objects a file has; reads its footer alone."""
+    """Return how many objects a file has. Read its footer alone."""
     return _open(path).metadata.num_rows
 
 
 def read_column(path: Path, name: str) -> np.ndarray:
-    """A column of numbers of a file, [n]."""
+    """Return a column of numbers, [n]."""
     return _open(path).read([name]).column(name).to_numpy()
 
 
 def read_left_out(path: Path) -> list[dict[str, str]]:
-    """The objects of a shard's share that have no row: {"file", "sha256", "reason"}."""
+    """Return {"file", "sha256", "reason"} of each object in a shard's share that has no row."""
     return json.loads((_open(path).schema_arrow.metadata or {}).get(LEFT_OUT.encode(), b"[]"))
 
 
 def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a folder's shards, or of one file, in their order.
+    """Yield the rows of a folder's shards, or of one file, in order.
 
     A row is {"sha256": str, "name": str, "source": str or None, "tokens": int64 array [T], "num_voxels": int}, with
-    "iou": float where the file has it. Raises DataError where shards are missing or damaged, where an object has
-    another number of ids than its file's lattice, and for an id outside [0, K).
+    "iou": float if the file has it.
+    Raise DataError for missing or damaged shards, for an object whose number of ids is not T, and for an id outside
+    [0, K).
     """
     import pyarrow as pa
 
@@ -257,14 +268,18 @@ def _rows(batch: "pyarrow.RecordBatch", info: TokenInfo, path: Path) -> Iterator
 
 
 def _open(path: Path) -> "pyarrow.parquet.ParquetFile":
+    """Open a Parquet file. Raise DataError if it is damaged or of a newer format version."""
     require_pyarrow()
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
-        return pa.parquet.ParquetFile(path)
+        file = pa.parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
+    version = (file.schema_arrow.metadata or {}).get(VERSION_KEY.encode(), b"1").decode(errors="replace")
+    check_version(int(version) if version.isdecimal() else version, FORMAT_VERSION, path, DataError)
+    return file
 
 
 def _damaged(path: Path, error: Exception) -> DataError:

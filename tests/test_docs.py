@@ -1,6 +1,11 @@
-"""What is in docs/: notebook and recipes run, the reference builds, and what is public has a docstring."""
+"""The documents: commands, snippets and the notebook run; paths, flags, settings, tables and figures are right; the
+reference builds, and everything public has a docstring."""
 
+import argparse
 import ast
+import fnmatch
+import functools
+import hashlib
 import importlib
 import inspect
 import json
@@ -17,12 +22,26 @@ import pytest
 import torch
 from helpers import ROOT
 
+import train
 import trellis.modules.quantizers
 import trellis.tokens
+from trellis.datasets import DATASETS
+from trellis.models import MODELS
+from trellis.trainers import TRAINERS
+from trellis.utils.config import apply_override, config_arguments, describe, load_config
+from trellis.utils.errors import ConfigError
 
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path
+    for folder in (ROOT, DOCS, ROOT / "configs", ROOT / "benchmarks", ROOT / "pretrained/demo_vae")
+    for path in sorted(folder.glob("*.md"))
+}
+CONFIGS = sorted((ROOT / "configs/vae").glob("*.json"))
 NOTEBOOK = DOCS / "mesh_to_tokens.ipynb"
 LARGEST_NOTEBOOK = 200_000  # bytes
+LARGEST_README = 10_000  # bytes
 
 # What a comment before a block of a document, <!-- run: one step, … -->, adds to its calls of train.py.
 ADDED = {
@@ -42,16 +61,17 @@ MARK = re.compile(r"<!-- run(?:: (.*))? -->\n\Z")
 
 
 class Block(NamedTuple):
-    """A fenced block of a document. added: flags for train.py, or None where it is not to be run."""
+    """A fenced block of a document."""
 
     line: int
     language: str
     code: str
-    added: str | None
+    added: str | None  # flags for train.py; None if the block is not to be run
     text_before: str
 
 
 def blocks(path: Path) -> Iterator[Block]:
+    """Yield a document's blocks that name a language."""
     text, done = path.read_text(encoding="utf-8"), 0
     for found in BLOCK.finditer(text):
         before = text[done : found.start()]
@@ -64,17 +84,36 @@ def blocks(path: Path) -> Iterator[Block]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """What the recipes take for granted: configurations, meshes, a run, a tokenizer file, two scans."""
+    """An empty folder in which documents run: with the configurations, the demo's VAE, and no GPU."""
     for package in ("trimesh", "open3d", "pebble", "skimage", "pyarrow", "matplotlib"):
         pytest.importorskip(package)
-    (tmp_path / "pretrained").mkdir()  # where the recipes write too
+    (tmp_path / "pretrained").mkdir()  # documents write here too
     for name in ("configs", "pretrained/demo_vae"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for folder in ("meshes/chairs", "meshes/chairs_val", "meshes/organs"):
-        (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # small enough for a CPU
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    return tmp_path
+
+
+def prepare_readme() -> None:
+    """Write two meshes, one of which is held out by its sha256."""
+    from dataset_toolkits.shapes.make_shapes import make_shape, write_shape
+    from trellis.datasets.metadata import split_of
+
+    Path("meshes").mkdir()
+    chair = Path("meshes/chair.obj")
+    write_shape(make_shape(0, "train", 0), chair)
+    text = chair.read_text()
+    variants = (f"{text}# {number}\n" for number in range(1000))
+    held_out = next(other for other in variants if split_of(hashlib.sha256(other.encode()).hexdigest()) == "val")
+    Path("meshes/stool.obj").write_text(held_out)
+
+
+def prepare_recipes() -> None:
+    """Make what the recipes take for granted: meshes, a run, a tokenizer file, two scans."""
+    for folder in ("meshes/chairs", "meshes/chairs_val", "meshes/organs"):
+        Path(folder).mkdir(parents=True)
     grids = make_meshes()
     make_run(grids)
     make_shapellm_file(grids)
@@ -83,11 +122,10 @@ def workplace(tmp_path, monkeypatch) -> Path:
         liver = (x / edge) ** 2 + (y / 8) ** 2 + (z / 4) ** 2 < 1
         spleen = (abs(x - 18) < 4) & (abs(y) < edge / 2) & (abs(z) < 3)
         np.save(f"{case}.npy", np.where(liver, 1, np.where(spleen, 2, 0)))
-    return tmp_path
 
 
 def make_meshes() -> torch.Tensor:
-    """Write chairs; returns the grids of some, uint8 [2, 1, 64, 64, 64]."""
+    """Write chairs and return the grids of two, uint8 [2, 1, 64, 64, 64]."""
     from dataset_toolkits.shapes.make_shapes import make_shape, write_shape
     from trellis.grids.meshes import mesh_to_grid
 
@@ -128,28 +166,47 @@ def make_shapellm_file(grids: torch.Tensor) -> None:
 
 
 def run_bash(code: str, added: str) -> None:
-    """Let bash read the commands, and run what they call Python for in this process, which has loaded torch."""
-    found = subprocess.run(["bash", "-euo", "pipefail", "-c", f"{RECORD}\n{code}"], capture_output=True, check=True)
-    calls = [call.decode().split("\0") for call in found.stdout.split(b"\0\n")[:-1]]
-    assert len(calls) == len(re.findall(r"^python ", code, re.MULTILINE)) > 0
-    for path, *flags in calls:
+    """Let bash read the commands, and run the Python programs in this process, which has loaded torch."""
+    for path, *flags in python_calls(code):
         program = importlib.import_module(path.removesuffix(".py").replace("/", "."))
         if path == "train.py":
             flags += [*added.split(), "--auto_retry", "0"]
         assert program.main(flags) == 0, f"{path} {' '.join(flags)}"
 
 
-def test_the_recipes_run(workplace):
-    for block in blocks(DOCS / "recipes.md"):
+def python_calls(code: str) -> list[list[str]]:
+    """Return the arguments of each call of Python in a bash script, as bash expands them."""
+    found = subprocess.run(["bash", "-euo", "pipefail", "-c", f"{RECORD}\n{code}"], capture_output=True, check=True)
+    calls = [call.decode().split("\0") for call in found.stdout.split(b"\0\n")[:-1]]
+    assert len(calls) == len(re.findall(r"^python ", code, re.MULTILINE)) > 0
+    return calls
+
+
+def run_document(path: Path) -> None:
+    """Run the blocks of a document that are marked so."""
+    for block in blocks(path):
         if block.added is None:
             continue
         try:
             if block.language == "bash":
                 run_bash(block.code, block.added)
             else:
-                exec(compile(block.code, "recipes.md", "exec"), {"__name__": "__main__"})
+                exec(compile(block.code, path.name, "exec"), {"__name__": "__main__"})
         except Exception as error:
-            raise AssertionError(f"docs/recipes.md, line {block.line}: {error}") from error
+            raise AssertionError(f"{path.name}, line {block.line}: {error}") from error
+
+
+def test_the_readme_runs(workplace):
+    prepare_readme()
+    run_document(README)
+    made = [*Path("outputs/tokens").glob("*.parquet"), *Path("outputs/meshes").glob("*.glb"), Path("chair_back.glb")]
+    assert len(made) == 4 and Path("tokenizers/mine/model.safetensors").is_file()
+    assert list(Path("outputs/stage2/eval").glob("val_*.png"))
+
+
+def test_the_recipes_run(workplace):
+    prepare_recipes()
+    run_document(DOCS / "recipes.md")
     check_what_the_recipes_made()
 
 
@@ -180,35 +237,314 @@ def check_what_the_recipes_made() -> None:
             others = tuple({0, 1, 2} - {axis})
             extents = [grid.amax(others).nonzero() for grid in (mine, meshed)]
             assert abs(extents[0].min() - extents[1].min()) <= 2 and abs(extents[0].max() - extents[1].max()) <= 2
-        # Their surfaces meet: a cell of one is near a cell of the other.
+        # Their surfaces meet: a voxel of one is near a voxel of the other.
         near = torch.nn.functional.max_pool3d(meshed[None, None].float(), 5, stride=1, padding=2)[0, 0] > 0
         assert near[mine > 0].float().mean() > 0.95
 
 
-@pytest.mark.parametrize("name", ["recipes.md", "api.md"])
+# Commands of the README that other tests run: the demo's steps, the suite, the page, the recipe.
+RUN_ELSEWHERE = ("bash scripts/", "python3 -m venv", "pip install", "python -m trellis.viewer", "python benchmarks/")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/recipes.md", "docs/api.md"])
 def test_every_block_is_run_or_says_that_it_is_not(name):
-    found = [block for block in blocks(DOCS / name) if block.language in ("python", "bash")]
+    found = [block for block in blocks(DOCUMENTS[name]) if block.language in ("python", "bash")]
     assert found
     for block in found:
         if block.language == "python":
             ast.parse(block.code, f"{name}:{block.line}")
         paragraph = block.text_before.strip().split("\n\n")[-1]
         said = "scripts/docs.py" in block.code or "**not run here**" in paragraph.lower()  # that script runs below
+        if name == "README.md":
+            said = all(line.startswith(RUN_ELSEWHERE) for line in block.code.splitlines())
         assert block.added is not None or said, f"{name}, line {block.line}"
 
 
-@pytest.mark.parametrize("name", ["recipes.md", "api.md", "mesh_to_tokens.ipynb"])
+# --- links and paths --------------------------------------------------------------------------------------
+
+FOLDERS = ("benchmarks", "configs", "dataset_toolkits", "docs", "pretrained/demo_vae", "scripts", "tests", "trellis")
+PATH = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/(?:[\w./-]*\w\.(?:py|json|md|sh|png|ipynb)\b|[\w./-]*/)?")
+# Files that the documents name and the programs write.
+WRITTEN = {
+    *("best.json", "config.json", "dataset_info.json", "encoder.json", "generated_predictions.json", "key.json"),
+    *("name.json", "phase.json", "results.md", "stats.json", "stats.md"),
+}
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a document's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "docs/mesh_to_tokens.ipynb"])
 def test_links_and_paths_lead_somewhere(name):
-    text = (DOCS / name).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
-        assert (DOCS / target).is_file(), target
-    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
-    for path in re.findall(r"\b(?:configs|dataset_toolkits|scripts|tests|trellis)/[\w/]+\.\w+", text):
-        assert (ROOT / path).is_file(), path
-    for config in re.findall(r"`(\w+\.json)`", text):
-        assert (ROOT / "configs/vae" / config).is_file() or config == "dataset_info.json", config
+    path = ROOT / name
+    text = path.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)]*)\)", text):
+        file = (path.parent / target).resolve() if target else path
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{target}#{anchor}"
+    for found in PATH.findall(text):
+        assert (ROOT / found).exists(), found
+    files = {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*.*")} | WRITTEN
+    for file in re.findall(r"`([\w/]+\.(?:py|json|md|sh))`", text):
+        assert (ROOT / file).is_file() or file.rpartition("/")[2] in files, file
+
+
+def test_the_tree_of_the_readme():
+    """Each path in it exists, with the files that its line names; every room is in it."""
+    tree = re.search(r"^```\n(train\.py .*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[1]
+    rooms, above = set(), ROOT
+    for line in tree.splitlines():
+        entry, _, words = line.strip().partition(" ")
+        above = ROOT / "trellis" if line.startswith("  ") else ROOT
+        path = above / entry
+        assert path.exists(), entry
+        rooms.add(entry.partition("/")[0])
+        folder = path if path.is_dir() else path.parent
+        for name in re.findall(r"\b(\w+\.(?:py|md)|\w+/)", words):
+            assert (folder / name).exists(), f"{entry}: {name}"
+    packages = [path.parent for path in (ROOT / "trellis").glob("*/__init__.py")]
+    assert {path.name for path in packages} - {"utils"} <= rooms
+
+
+# --- commands ---------------------------------------------------------------------------------------------
+
+
+class Parsed(Exception):
+    """Raised in place of parsing."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        self.parser = parser
+
+
+@functools.cache
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """Return the parser of a program, a path or a module after -m, without running it."""
+
+    def stop(parser, *args, **kwargs):
+        raise Parsed(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(Parsed) as found:
+            importlib.import_module(program.removesuffix(".py").replace("/", ".")).main()
+    return found.value.parser
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--\w+", parser.format_help()))
+
+
+def program_of(name: str) -> str | None:
+    """Return the path of a program that a document names, perhaps without its folder."""
+    folders = ("", "scripts/", "dataset_toolkits/", "benchmarks/")
+    return next((folder + name for folder in folders if (ROOT / folder / name).is_file()), None)
+
+
+def check_set(assignment: str, config: dict) -> None:
+    """Raise ConfigError unless the configuration is valid with an assignment of --set."""
+    apply_override(config, assignment)
+    train.check_config(config, 1)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_commands_have_flags_and_settings_that_exist(name, capsys):
+    text = DOCUMENTS[name].read_text(encoding="utf-8")
+    for block in blocks(DOCUMENTS[name]):
+        lines = block.code.replace("\\\n", " ").splitlines()
+        lines = [line for line in lines if re.match(r"python |[A-Z]+=", line)]
+        if block.language != "bash" or not any(line.startswith("python ") for line in lines):
+            continue
+        for program, *flags in python_calls("\n".join(lines)):
+            if program == "-m":
+                program, flags = flags[0] + ".__main__", flags[1:]
+            try:
+                args = parser_of(program).parse_args(flags)
+            except SystemExit:
+                pytest.fail(f"{name}, line {block.line}: {capsys.readouterr().err}")
+            if program == "train.py":
+                config = load_config(str(ROOT / args.config))
+                for assignment in args.overrides:
+                    check_set(assignment, config)
+                train.check_config(config, 1)
+
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    everything = {flag for program in PROGRAMS for flag in flags_of(parser_of(program))}
+    for code in inline:
+        found = re.match(r"(?:python )?([\w/]+\.py) ", code)
+        program = program_of(found[1]) if found else None
+        known = flags_of(parser_of(program)) if program in PROGRAMS else everything
+        for flag in re.findall(r"(?<!\S)--\w+", code):
+            assert flag in known or not found and code.startswith(OTHER_PROGRAMS), f"{name}: {code}"
+        for assignment in re.findall(r"--set ([\w.]+=[^\s…]+)$", code):
+            if assignment == "path.to.key=value":
+                continue
+            assert any(accepts(path, assignment) for path in CONFIGS), f"{name}: {code}"
+
+
+def accepts(path: Path, assignment: str) -> bool:
+    try:
+        check_set(assignment, load_config(str(path)))
+    except ConfigError:
+        return False
+    return True
+
+
+PROGRAMS = [
+    "train.py",
+    "trellis.viewer.__main__",
+    *(
+        str(path.relative_to(ROOT))
+        for folder in ("scripts", "dataset_toolkits", "dataset_toolkits/shapes", "benchmarks")
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if "__main__" in path.read_text(encoding="utf-8")
+    ),
+]
+OTHER_PROGRAMS = ("pip ", "ssh ", "jupyter ", "torchrun ", "tensorboard ", "pytest ", "ruff ", "mypy ", "bash ")
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """A table of a document."""
+
+    header: list[str]
+    rows: list[list[str]]
+    text_before: str
+
+    def column(self, name: str, key: str | None = None) -> dict[str, str]:
+        """Return {first cell, or cell of column `key`: cell}."""
+        place, first = self.header.index(name), self.header.index(key) if key else 0
+        return {row[first]: row[place] for row in self.rows}
+
+
+def tables(path: Path) -> list[Table]:
+    found, text = [], path.read_text(encoding="utf-8")
+    for match in re.finditer(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        lines = match[0].replace(r"\|", "/").splitlines()
+        cells = [
+            [cell.strip(" `").removeprefix("**").removesuffix("**") for cell in line.strip("|").split("|")]
+            for line in lines
+        ]
+        found.append(Table(cells[0], cells[2:], text[: match.start()]))
+    return found
+
+
+def table(path: Path, *header: str) -> Table:
+    """Return the document's first table that has these columns."""
+    return next(found for found in tables(path) if set(header) <= set(found.header))
+
+
+COMPONENTS = {name: registry.get(name, name) for registry in (MODELS, DATASETS, TRAINERS) for name in registry.classes}
+
+
+def documented_arguments(component: str) -> list[tuple[str, str, str]]:
+    """Return (name, type, default) of each row in docs/configuration.md that is about a class."""
+    found = []
+    for part in tables(DOCS / "configuration.md"):
+        if not {"argument", "type", "default"} <= set(part.header):
+            continue
+        classes = re.search(r"<!-- arguments: (.*) -->\n\n\Z", part.text_before)
+        for row in part.rows:
+            cells = dict(zip(part.header, row, strict=True))
+            patterns = [cells["class"]] if "class" in cells else classes[1].split()
+            assert all(fnmatch.filter(COMPONENTS, pattern) for pattern in patterns), patterns
+            if any(fnmatch.fnmatch(component, pattern) for pattern in patterns):
+                found.append((cells["argument"], cells["type"], cells["default"]))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_tables_of_arguments_are_the_constructors(component):
+    expected = []
+    for name, (annotation, default) in config_arguments(COMPONENTS[component]).items():
+        required = default is inspect.Parameter.empty
+        expected.append((name, describe(annotation), "required" if required else json.dumps(default)))
+    assert documented_arguments(component) == sorted(expected)
+
+
+def test_other_tables_of_the_configuration():
+    path = DOCS / "configuration.md"
+    quantizers = [name for name, cls in COMPONENTS.items() if issubclass(cls, trellis.modules.quantizers.Quantizer)]
+    assert sorted(table(path, "class", "how its codes come about").column("class")) == sorted(quantizers)
+    flags = {flag for row in table(path, "flag").rows for flag in re.findall(r"--\w+", row[0])}
+    assert flags == flags_of(parser_of("train.py")) - {"--help"}
+
+
+# --- figures ----------------------------------------------------------------------------------------------
+
+RESULTS = ROOT / "benchmarks/results"
+# Labels in the tables of results -> phases of benchmarks/quality.py.
+PHASES = {
+    f"{tokens} tokens, {label}": f"{tokens}_{stage}"
+    for tokens in (4096, 1024)
+    for label, stage in (("right after k-means / after stage 1", "stage1"), ("after stage 2", "stage2"))
+}
+
+
+def test_the_results_are_the_measured_ones():
+    results = table(DOCS / "results.md", "held-out objects", "IoU")
+    for file, column in (("h100.md", "IoU"), ("h200.md", "with AdamW")):
+        shown = results.column(column)
+        phases, scores = table(RESULTS / file, "phase"), table(RESULTS / file, "IoU", "median", "kbit")
+        before, after = phases.column("IoU before"), phases.column("IoU after")
+        for label, phase in PHASES.items():
+            pair = f"{before[phase]} / {after[phase]}"
+            assert shown[label] == (pair if " / " in label else after[phase]), (file, label)
+        for label, score in (
+            ("VAE, mean of the posterior", "VAE, mean"),
+            ("VAE, a sample of the posterior", "VAE, sampled"),
+        ):
+            assert shown[label] == scores.column("IoU")[score], (file, label)
+    usage, found = results.column("usage"), table(RESULTS / "h100.md", "phase").column("usage")
+    assert {label: usage[label] for label in PHASES} == {
+        label: f"{float(found[phase]):.0%}".replace("%", " %") for label, phase in PHASES.items()
+    }
+
+
+def test_the_readme_has_the_results_of_the_lab_book():
+    shown, results = (table(path, "held-out objects", "IoU") for path in (README, DOCS / "results.md"))
+    assert len(shown.rows) == 6
+    for column in ("IoU", "usage", "kbit per object"):
+        known = results.column(column)
+        for label, cell in shown.column(column).items():
+            label = label.replace("after stage 1", "right after k-means / after stage 1")
+            assert cell == known[label].split(" / ")[-1], (label, column)
+
+
+def test_the_table_of_configurations_has_the_results():
+    shown = table(ROOT / "configs/README.md", "file").column("IoU reached")
+    measured = table(RESULTS / "h100.md", "phase").column("IoU after")
+    assert {name: iou for name, iou in shown.items() if name.startswith("recipe_")} == {
+        f"recipe_{phase}.json": iou for phase, iou in measured.items()
+    }
+    demo = dict(re.findall(r"^ *(VAE|stage \d) +(\S+)", demo_output(), re.MULTILINE))
+    for stage, name in (("VAE", "demo_vae_finetune"), ("stage 1", "demo_stage1"), ("stage 2", "demo_stage2")):
+        assert f"{demo[stage]} (24 shapes)" in shown[f"{name}.json"]
+
+
+def demo_output() -> str:
+    return re.search(r"^```\n( +IoU .*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_score_was_measured(name):
+    """Figures of four decimals are in benchmarks/results, the demo's output, or the pretrained VAE's report."""
+    sources = [*RESULTS.glob("*.md"), ROOT / "pretrained/demo_vae/README.md"]
+    measured = " ".join([demo_output(), *(path.read_text(encoding="utf-8") for path in sources)])
+    text = DOCUMENTS[name].read_text(encoding="utf-8")
+    if name == "README.md":
+        text = text.replace(demo_output(), "")
+    scores = set(re.findall(r"(?<![\w.])0\.\d{4}(?!\d)", text)) - {"0.0001", "0.9999"}  # settings
+    assert scores <= set(re.findall(r"0\.\d{4}(?!\d)", measured))
+
+
+def test_the_readme_is_short():
+    assert README.stat().st_size <= LARGEST_README
 
 
 # --- the notebook -----------------------------------------------------------------------------------------

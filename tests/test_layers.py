@@ -24,8 +24,6 @@ TOPS = {room.partition(".")[0] for room in HEIGHT}
 DOOR = "trellis"
 # What the door hands out by name; anything else in `from trellis import name` is a room, or the version.
 HANDED_OUT = {"trellis.SparseStructureTokenizer": "trellis.tokenizer"}
-# Files that lie beside the file whose room they belong to.
-BESIDE = {"trellis.tokenizer_sources": "trellis.tokenizer"}
 
 
 def sources(root: Path) -> list[Path]:
@@ -42,7 +40,6 @@ def room_of(module: str) -> str:
     """The room of a module of the project. Raises KeyError for one without a level."""
     parts = HANDED_OUT.get(module, module).split(".")
     room = ".".join(parts[:2]) if parts[0] == "trellis" else parts[0]
-    room = BESIDE.get(room, room)
     if room in ("trellis", "trellis.__version__"):
         return DOOR
     HEIGHT[room]

@@ -302,7 +302,7 @@ def test_a_block_is_occupied_where_a_cell_of_its_token_is():
     ss = (torch.rand(3, 1, 16, 16, 16, generator=generator) < 0.02).to(torch.uint8)
     cells = ss.view(3, 8, 2, 8, 2, 8, 2).amax((2, 4, 6))[:, None]
     for group in ([1, 1, 1], [1, 1, 4], [2, 2, 1], [2, 4, 8]):
-        quantizer = VectorQuantizer(4, 2 * math.prod(group), 2, group=group)
+        quantizer = VectorQuantizer(n_embed=4, embed_dim=2 * math.prod(group), latent_channels=2, group=group)
         want = quantizer.group_cells(cells).amax(-1) > 0
         assert 0 < want.float().mean()
         assert torch.equal(occupied_blocks(ss, quantizer.lattice((8, 8, 8))), want)

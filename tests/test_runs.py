@@ -136,6 +136,7 @@ def test_a_run_of_ours_says_what_it_was_trained_on(tmp_path):
     run = open_run(tmp_path)
     assert run.config == CONFIG and run.resolution == 32
     assert (run.data_dir, run.dataset_size, run.training_seconds) == ("data/a,data/b", 12, 3.5)
+    assert run.about() == {"training": {"step": 4, "objects": 12, "data": "a, b"}}
 
 
 def test_a_folder_of_trellis_says_what_its_config_says(tmp_path):
@@ -172,3 +173,4 @@ def test_scores_come_from_the_report_else_from_the_log_at_this_step(tmp_path):
     report = {"weights": {"ema0.9": {"iou": 0.6, "objects": 3, "f_score": None, "tokens": 64}, "raw": {"iou": 0.1}}}
     (tmp_path / "eval" / "val_step0000004.json").write_text(json.dumps(report))
     assert run.scores() == {"objects": 3, "iou": 0.6}
+    assert run.about() == {"training": {"step": 4}, "scores": {"objects": 3, "iou": 0.6}}

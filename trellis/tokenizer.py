@@ -1,6 +1,7 @@
 """Encoder, codebook and decoder as one object: from grids and meshes to ids, and from ids to grids, meshes and text.
 
-Its sources (folders, runs, files, the Hub) are read in tokenizer_sources.py; its model card is tokens/card.py.
+Folders of save_pretrained are checked in tokens/sources.py, runs opened in runs/open.py; tokens/card.py is the model
+card, tokens/shapellm.py the layout of ShapeLLM-Omni's files.
 
 Axes: B batch, R voxels along an axis, X' Y' Z' the lattice of tokens, Q codes of a token, T = X'·Y'·Z'·Q ids of an
 object, K codes.
@@ -20,7 +21,6 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from . import tokenizer_sources as sources
 from .grids.meshes import mesh_to_grid
 from .grids.placing import check_settings
 from .grids.voxels import has_faces, points_to_occupancy, read_ply
@@ -29,10 +29,11 @@ from .models.sparse_structure_vae import SparseStructureDecoder, SparseStructure
 from .modules.conv import as_the_library_does
 from .modules.quantizers.base import Quantizer
 from .runs.open import open_run
-from .tokenizer_sources import CONFIG, FORMAT_VERSION, WEIGHTS
+from .tokens import sources
 from .tokens.card import model_card
 from .tokens.parquet import TokenInfo
-from .tokens.shapellm import read_shapellm
+from .tokens.shapellm import read_shapellm, shapellm_state
+from .tokens.sources import CONFIG, FORMAT_VERSION, WEIGHTS
 from .tokens.text import TokenFormat
 from .utils.errors import CheckpointError, ConfigError, DataError
 from .utils.files import written_aside
@@ -318,7 +319,13 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         Raise CheckpointError if the run has no such checkpoint, ConfigError if it has no codebook.
         """
         run = open_run(output_dir, ckpt)
-        tokenizer = cls(**sources.settings_of_run(run, normalization, up_axis))
+        tokenizer = cls(
+            run.config["models"],
+            run.resolution,
+            normalization or run.data_setting("normalization") or "cube",
+            up_axis or run.data_setting("up_axis") or "keep",
+            run.about(),
+        )
         for name in MODELS:
             load_weights(getattr(tokenizer, name), run.weight_file(name))
         return tokenizer
@@ -349,7 +356,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         Raise ConfigError if ids are not the nearest rows of one table over latent cells along z, CheckpointError if the
         file exists.
         """
-        state = sources.state_for_shapellm(self.encoder, self.quantizer, self.decoder)
+        state = shapellm_state(self.encoder, self.quantizer, self.decoder)
         if Path(path).exists():
             raise CheckpointError(f"{path} exists already; choose another file")
         if self.normalization != "shapellm":

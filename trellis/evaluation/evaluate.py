@@ -1,12 +1,13 @@
-"""Reconstruction quality over a dataset, for training's validation and for scripts/evaluate.py.
+"""Reconstruction quality over a dataset, for validation during training and for scripts/evaluate.py.
 
-Axes: B batch, n objects, R voxels along an axis, X Y Z latent cells, X' Y' Z' tokens, Q codes of a token, K codes.
+Axes: B batch, n objects, R voxels along an axis, X Y Z latent cells, X' Y' Z' tokens, T = X'·Y'·Z', Q codes of a
+token, K codes.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,13 +24,28 @@ from .metrics import (
     voxel_metrics,
 )
 
-# Latent cells along z that a token of ShapeLLM-Omni stands for: the KL of as many is what its id compares with.
+# Latent cells along z that a token of ShapeLLM-Omni covers; its id is compared with the KL of as many cells.
 CELLS_PER_GROUP = 4
 
 
+class GridDataset(Protocol):
+    """A dataset of occupancy grids, such as trellis.datasets.SparseStructure."""
+
+    def get_batch(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """Return the stored form of these objects, on the CPU."""
+        ...
+
+    def unpack_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return {"ss": [B, 1, R, R, R]} of a stored form, on its device."""
+        ...
+
+
 class Reconstruction(NamedTuple):
-    """What models make of a batch of grids. Without a codebook the next three are None, without a sample of the
-    posterior the last two."""
+    """The output of the models for a batch of grids.
+
+    `indices`, `counts` and `quantization_error` are None without a codebook, `sampled` and `kl_bits` without a sample
+    of the posterior.
+    """
 
     logits: Tensor  # [B, 1, R, R, R]
     indices: Tensor | None = None  # [B, X', Y', Z'] int64 tokens, or [B, X', Y', Z', Q]
@@ -41,37 +57,39 @@ class Reconstruction(NamedTuple):
 
 @dataclass
 class Scores:
-    """objects: {metric: [n] float64} in the order of the indices given. counts: [K] or [Q, K] int64 over all of
-    them, tokens: per object; both None without a codebook. Of a detailed evaluation too, counts_occupied: `counts`
-    over the tokens in whose part of the grid a voxel is occupied; groups: groups of latent cells that an object
-    has, group_cells: cells of a group, both where there is a KL."""
+    """Scores of each object, and counts over all objects. The last three are of a detailed evaluation only."""
 
-    objects: dict[str, Tensor]
-    counts: Tensor | None = None
-    tokens: int | None = None
-    counts_occupied: Tensor | None = None
-    groups: int | None = None
-    group_cells: int | None = None
+    objects: dict[str, Tensor]  # {metric: [n] float64} in the order of the indices given
+    counts: Tensor | None = None  # [K] or [Q, K] int64: how often each code was chosen; None without a codebook
+    tokens: int | None = None  # of an object; None without a codebook
+    counts_occupied: Tensor | None = None  # the same counts over tokens whose block of the grid has an occupied voxel
+    groups: int | None = None  # groups of latent cells in an object; None without a KL
+    group_cells: int | None = None  # latent cells of a group; None without a KL
 
     def means(self, all_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, float]:
-        """Mean of each metric, and what the codebook does over all objects.
+        """Return the mean of each metric, and the scores of the codebook over all objects.
 
         all_sum: adds up a tensor over ranks, each of which has scored a share of the objects.
         """
         sums = torch.stack([value.sum() for value in self.objects.values()])
         number = all_sum(torch.tensor(float(self.number), dtype=torch.float64, device=sums.device))
         means = dict(zip(self.objects, (all_sum(sums) / number).tolist(), strict=True))
-        if self.counts is not None:
+        if self.counts is not None and self.tokens is not None:
             means.update(codebook_scores(all_sum(self.counts), self.tokens))
         return means
 
     @property
     def number(self) -> int:
+        """n, number of objects."""
         return len(self.objects["iou"])
 
 
 def codebook_scores(counts: Tensor, tokens: int) -> dict[str, float]:
-    """Usage, perplexity and bits per object, as tokens·Q·log2 K and as tokens·entropy. counts: [K] or [Q, K]."""
+    """Return usage, perplexity and bits per object: tokens·Q·log2 K, and tokens·entropy.
+
+    counts: [K] or [Q, K], over all objects.
+    tokens: T of an object.
+    """
     codes_per_token = counts.numel() // counts.shape[-1]
     return {
         "codebook_usage": usage(counts),
@@ -82,12 +100,15 @@ def codebook_scores(counts: Tensor, tokens: int) -> dict[str, float]:
 
 
 def occupancy_scores(scores: Scores) -> dict[str, float]:
-    """What the codebook does in tokens with occupied voxels, and in empty ones. scores: of a detailed evaluation.
+    """Return how the codebook is used by tokens with occupied voxels, and by empty tokens.
 
-    tokens: of a mean object. entropy_bits_per_object_occupied and …_empty: tokens of that kind times their entropy.
-    Their sum is what the ids cost one who knows which tokens are empty.
+    scores: of a detailed evaluation of models with a codebook; ValueError for others.
+    entropy_bits_per_object_occupied and …_empty: tokens of that kind in the mean object, times their entropy. The sum
+    is the expected code length of the ids for a reader who knows which tokens are empty.
     """
-    result = {"tokens": scores.tokens}
+    if scores.counts is None or scores.counts_occupied is None or scores.tokens is None:
+        raise ValueError("the scores must be of a detailed evaluation of models with a codebook")
+    result: dict[str, float] = {"tokens": scores.tokens}
     occupied = scores.objects["tokens_occupied"].mean().item()
     for kind, tokens, counts in (
         ("occupied", occupied, scores.counts_occupied),
@@ -103,13 +124,18 @@ def occupancy_scores(scores: Scores) -> dict[str, float]:
 
 
 def kl_scores(scores: Scores) -> dict[str, float | None]:
-    """The rate of a posterior in bits, as means over cells, over groups of cells, over the groups with occupied
-    voxels and the empty ones (None where there are none), and over objects. scores: of a detailed evaluation."""
+    """Return the rate of a posterior in bits: means over latent cells, groups of cells and objects.
+
+    Groups with occupied voxels and empty groups have means of their own, None if there is no such group.
+    scores: of a detailed evaluation of models with a posterior; ValueError for others.
+    """
+    if scores.groups is None or scores.group_cells is None:
+        raise ValueError("the scores must be of a detailed evaluation of models with a posterior")
     occupied, total, inside = (
         scores.objects[name].mean().item()
         for name in ("groups_occupied", "kl_bits_per_object", "kl_bits_per_object_occupied")
     )
-    result = {
+    result: dict[str, float | None] = {
         "kl_cells_per_group": scores.group_cells,
         "kl_bits_per_cell": total / (scores.groups * scores.group_cells),
     }
@@ -129,7 +155,7 @@ def kl_scores(scores: Scores) -> dict[str, float | None]:
 @torch.no_grad()
 def evaluate(
     reconstruct: Callable[[Tensor, Sequence[int]], Reconstruction],
-    dataset,
+    dataset: GridDataset,
     indices: Sequence[int],
     *,
     batch_size: int,
@@ -139,9 +165,10 @@ def evaluate(
 ) -> Scores:
     """Reconstruct the objects of a dataset at these indices and score each.
 
-    reconstruct: from grids [B, 1, R, R, R] on the device, and their indices. detailed: measure distances between
-    voxels, the reconstruction from a sample, the KL, and the codes of occupied and of empty tokens too. progress:
-    called with the objects done so far.
+    reconstruct: gets grids [B, 1, R, R, R] on the device, and their indices.
+    detailed: also measure distances between voxels, the reconstruction from a sample, the KL, and the codes of occupied
+        and of empty tokens.
+    progress: called with the number of objects done so far.
     """
     parts: dict[str, list[Tensor]] = {}
     total: dict[str, Tensor] = {}
@@ -153,15 +180,15 @@ def evaluate(
         result = reconstruct(ss, batch)
         scores = voxel_metrics(result.logits, ss)
         counts = {}
-        if result.counts is not None:
+        if result.counts is not None and result.indices is not None and result.quantization_error is not None:
             counts["counts"] = result.counts
             fixed["tokens"] = result.indices.shape[1:4].numel()
             scores["quantization_error"] = result.quantization_error
+            if detailed:
+                details, counts["counts_occupied"] = _token_details(result.indices, result.counts, ss)
+                scores.update(details)
         if detailed:
             scores.update(distance_metrics(result.logits, ss))
-            if result.counts is not None:
-                details, counts["counts_occupied"] = _token_details(result, ss)
-                scores.update(details)
             if result.sampled is not None:
                 sampled = voxel_metrics(result.sampled, ss) | distance_metrics(result.sampled, ss)
                 scores.update({f"sampled_{name}": value for name, value in sampled.items()})
@@ -175,27 +202,37 @@ def evaluate(
         for name, value in counts.items():
             total[name] = total[name] + value if name in total else value
         progress(min(start + batch_size, len(indices)))
-    return Scores({name: torch.cat(values) for name, values in parts.items()}, **total, **fixed)
+    return Scores(
+        {name: torch.cat(values) for name, values in parts.items()},
+        counts=total.get("counts"),
+        tokens=fixed.get("tokens"),
+        counts_occupied=total.get("counts_occupied"),
+        groups=fixed.get("groups"),
+        group_cells=fixed.get("group_cells"),
+    )
 
 
-def _token_details(result: Reconstruction, ss: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Usage and perplexity of the codebook within each object, over all tokens and over the occupied ones: shares
-    of its codes in [0, 1], and perplexities as of `metrics.perplexity`. Then the counts over occupied tokens."""
-    lattice = result.indices.shape[1:4]
-    occupied = occupied_blocks(ss, lattice).flatten(1)  # [B, T]
-    tokens = result.indices.reshape(*occupied.shape, -1)  # [B, T, Q]
+def _token_details(indices: Tensor, counts: Tensor, ss: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return usage and perplexity of the codebook within each object, and the counts over occupied tokens.
+
+    Usage is a share of the codes in [0, 1], perplexity as `metrics.perplexity` defines it; both over all tokens and
+    over those whose block of the grid has an occupied voxel.
+    indices, counts: as in `Reconstruction`.
+    """
+    occupied = occupied_blocks(ss, indices.shape[1:4]).flatten(1)  # [B, T]
+    tokens = indices.reshape(*occupied.shape, -1)  # [B, T, Q]
     details = {"tokens_occupied": occupied.sum(1)}
-    n_embed = result.counts.shape[-1]
+    n_embed = counts.shape[-1]
     for suffix, chosen in (("", None), ("_occupied", occupied)):
-        counts = object_counts(tokens, n_embed, chosen)  # [B, Q, K]
-        details[f"object_usage{suffix}"] = (counts > 0).double().mean((1, 2))
-        details[f"object_perplexity{suffix}"] = 2 ** code_entropy(counts).mean(1)
-    return details, counts.sum(0).view_as(result.counts)
+        own = object_counts(tokens, n_embed, chosen)  # [B, Q, K]
+        details[f"object_usage{suffix}"] = (own > 0).double().mean((1, 2))
+        details[f"object_perplexity{suffix}"] = 2 ** code_entropy(own).mean(1)
+    return details, own.sum(0).view_as(counts)
 
 
 def _kl_details(kl_bits: Tensor, ss: Tensor) -> dict[str, Tensor]:
-    """Per object: the KL in bits, that of the groups with occupied voxels, and their number. kl_bits: of each group,
-    [B, X', Y', Z']."""
+    """Return, for each object, the KL in bits over all groups and over groups with occupied voxels, and the number of
+    the latter. kl_bits: of each group, [B, X', Y', Z']."""
     occupied = occupied_blocks(ss, kl_bits.shape[1:])
     return {
         "kl_bits_per_object": kl_bits.flatten(1).sum(1),

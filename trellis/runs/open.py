@@ -100,6 +100,13 @@ class Run:
                     found |= {key[4:]: value for key, value in line.items() if key.startswith("val/")}
         return {key: found[key] for key in SCORES if found.get(key) is not None}
 
+    def about(self) -> dict[str, dict]:
+        """Return what a tokenizer's model card says of the run: {"training": facts, "scores": numbers}, those known."""
+        data = ", ".join(Path(root).name for root in (self.data_dir or "").split(",") if root)
+        training = {"step": self.step, "objects": self.dataset_size, "data": data}
+        about: dict[str, dict] = {"training": {key: value for key, value in training.items() if value}}
+        return about | ({"scores": scores} if (scores := self.scores()) else {})
+
     # --- weights ---
 
     def weight_file(self, model: str, averaged: bool = True) -> Path:

@@ -1,26 +1,29 @@
 """The file layout of ShapeLLM-Omni's tokenizer, `3DVQVAE.bin` (arXiv:2506.01853).
 
-One state dict: `Encoder.*` and `Decoder.*` as in TRELLIS's sparse-structure VAE, `vq.embeddings.weight` [K, D]. Nothing
-in it says how wide or deep the networks are; the shapes of its tensors do.
+One state dict: `Encoder.*` and `Decoder.*` as in TRELLIS's sparse-structure VAE, `vq.embeddings.weight` [K, D]. Width
+and depth of the networks follow from the shapes of the tensors.
 """
 
 import re
 from collections import Counter
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models import read_weights
-from ..utils.errors import CheckpointError
+from ..modules.quantizers.base import Quantizer
+from ..utils.errors import CheckpointError, ConfigError
 
 PREFIXES = {"encoder": "Encoder.", "decoder": "Decoder."}
 TABLE = "vq.embeddings.weight"
 
 
 def read_shapellm(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Returns the models of a configuration, {"encoder" | "quantizer" | "decoder": {"name", "args"}}, and their state
-    dict with the keys `encoder.*`, `quantizer.*` and `decoder.*`. Raises CheckpointError where the file is none of
-    this layout."""
+    """Read such a file. Raise CheckpointError if it has another layout.
+
+    Return the models of a configuration, {"encoder" | "quantizer" | "decoder": {"name", "args"}}, and their state dict
+    with the keys `encoder.*`, `quantizer.*` and `decoder.*`.
+    """
     state = read_weights(path)
     groups = {
         name: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -54,7 +57,7 @@ def read_shapellm(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _network(state: dict[str, Tensor], where: str) -> dict:
-    """Sizes of an encoder or a decoder: {"in", "out", "args"}, of its first and last convolution."""
+    """Return the sizes of an encoder or a decoder: {"in", "out": channels, "args": of its constructor}."""
     for key in ("input_layer.weight", "out_layer.2.weight"):
         if key not in state:
             raise CheckpointError(f"{where}{key} is missing: no encoder or decoder of TRELLIS's sparse structures")
@@ -76,11 +79,21 @@ def _network(state: dict[str, Tensor], where: str) -> dict:
     return {"in": first.shape[1], "out": len(state["out_layer.2.weight"]), "args": args}
 
 
-def shapellm_state(encoder: dict[str, Tensor], decoder: dict[str, Tensor], table: Tensor) -> dict[str, Tensor]:
-    """The state dict of that layout, in float32. table: [K, D]."""
+def shapellm_state(encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of this layout, in float32.
+
+    Raise ConfigError if ids are not the nearest rows of one table over latent cells along z.
+    """
+    table, along_z = quantizer.table(), quantizer.group[:2] == (1, 1)
+    if table is None or not quantizer.nearest_of_table or not along_z:
+        raise ConfigError(
+            f"{type(quantizer).__name__} with group {list(quantizer.group)}: ShapeLLM-Omni's layout has one table, "
+            "whose nearest row is the id of cells along z. Train a VectorQuantizer or EMAVectorQuantizer without group"
+        )
+    networks = {"encoder": encoder, "decoder": decoder}
     state = {
         f"{prefix}{key}": value
-        for prefix, part in (("Encoder.", encoder), ("Decoder.", decoder))
-        for key, value in part.items()
+        for name, prefix in PREFIXES.items()
+        for key, value in networks[name].state_dict().items()
     }
     return {key: value.detach().float().cpu().contiguous() for key, value in {**state, TABLE: table}.items()}

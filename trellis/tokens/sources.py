@@ -1,23 +1,13 @@
-"""Where a tokenizer comes from: which kind of source a path is, and how each kind is read and checked.
-
-`SparseStructureTokenizer` in tokenizer.py builds the networks from what these functions return.
-"""
+"""Where a tokenizer comes from: which kind of source a path is, and checks of saved folders and of the Hub."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from .runs.open import Run
-from .tokens.shapellm import shapellm_state
-from .utils.config import load_config
-from .utils.errors import CheckpointError, ConfigError
-from .utils.formats import check_version
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from .modules.quantizers.base import Quantizer
+from ..utils.config import load_config
+from ..utils.errors import CheckpointError
+from ..utils.formats import check_version
 
 Kind = Literal["pretrained", "run", "shapellm"]
 
@@ -54,9 +44,6 @@ def kind_of(source: str | Path) -> Kind:
             f"{source}: {path.parent}/ has no file or folder {path.name}. For an id on the Hub use from_pretrained"
         )
     return "pretrained"
-
-
-# --- folders of save_pretrained, and the Hub ---
 
 
 def check_folder(path: Path) -> None:
@@ -99,40 +86,3 @@ def hub_errors(source: str | Path) -> Iterator[None]:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{source}: no such folder, and the Hub did not give it ({reason})") from error
-
-
-# --- run folders ---
-
-
-def settings_of_run(run: Run, normalization: str | None, up_axis: str | None) -> dict[str, Any]:
-    """Return the arguments of a run's tokenizer: models, resolution, normalization, up_axis and info.
-
-    normalization, up_axis: None for what the run's data say, or "cube" and "keep" if they do not.
-    """
-    data = ", ".join(Path(root).name for root in (run.data_dir or "").split(",") if root)
-    training = {"step": run.step, "objects": run.dataset_size, "data": data}
-    info = {"training": {key: value for key, value in training.items() if value}, "scores": run.scores()}
-    return {
-        "models": run.config["models"],
-        "resolution": run.resolution,
-        "normalization": normalization or run.data_setting("normalization") or "cube",
-        "up_axis": up_axis or run.data_setting("up_axis") or "keep",
-        "info": {key: value for key, value in info.items() if value},
-    }
-
-
-# --- ShapeLLM-Omni's layout ---
-
-
-def state_for_shapellm(encoder: "nn.Module", quantizer: "Quantizer", decoder: "nn.Module") -> "dict[str, Tensor]":
-    """Return the state dict of these networks in ShapeLLM-Omni's layout (tokens/shapellm.py).
-
-    Raise ConfigError if ids are not the nearest rows of one table over latent cells along z.
-    """
-    table, along_z = quantizer.table(), quantizer.group[:2] == (1, 1)
-    if table is None or not quantizer.nearest_of_table or not along_z:
-        raise ConfigError(
-            f"{type(quantizer).__name__} with group {list(quantizer.group)}: that layout has one table, whose nearest "
-            "row is the id of cells along z. Train a VectorQuantizer or EMAVectorQuantizer without group"
-        )
-    return shapellm_state(encoder.state_dict(), decoder.state_dict(), table)

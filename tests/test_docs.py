@@ -286,6 +286,8 @@ def test_links_and_paths_lead_somewhere(name):
         assert file.exists(), target
         if anchor:
             assert anchor in anchors(file.read_text(encoding="utf-8")), f"{target}#{anchor}"
+    if name == "CHANGELOG.md":  # names what is gone, too
+        return
     for found in PATH.findall(text):
         assert (ROOT / found).exists(), found
     files = {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*.*")} | WRITTEN

@@ -3,7 +3,7 @@
     python dataset_toolkits/pack.py --input data/voxels --output data/voxels.npz
     python dataset_toolkits/pack.py --unpack data/voxels.npz --output_dir data/voxels
 
-A packed file keeps of each object its grid, sha256, name, source and split, and how all were normalised and
+A packed file keeps the grid, sha256, name, source and split of each object, and how the meshes were normalized and
 turned. Training loads it as a whole, which is fast and takes R^3 / 8 bytes of memory per object. Nothing is ever
 overwritten.
 """
@@ -21,27 +21,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from dataset_toolkits import records
 from trellis.datasets.metadata import setting_of_data
-from trellis.datasets.packed import load_packed, packed_resolution
+from trellis.datasets.packed import load_packed, packed_resolution, save_packed
 from trellis.datasets.sparse_structure import SparseStructure
-from trellis.grids.voxels import occupancy_to_points, pack_bits, write_ply
-from trellis.utils.errors import DataError, UserError
-from trellis.utils.files import written_aside
+from trellis.grids.voxels import occupancy_to_points, pack_bits, packed_size, write_ply
+from trellis.utils.command import run_command
+from trellis.utils.errors import DataError
 
-# Columns of metadata.csv that all objects of a file share; ids depend on them.
-SETTINGS = ("up_axis", "normalization")
+SETTINGS = ("up_axis", "normalization")  # columns of metadata.csv that all objects share; ids depend on them
 
 
 def pack(root: str, output: Path, resolution: int) -> int:
     """Write all objects of a voxel folder, or of several separated by commas, into one .npz file.
 
-    Returns their number. Raises DataError where a root cannot be read in full or `output` exists.
+    Return their number. Raise DataError if a root cannot be read in full or `output` exists.
     """
+    if resolution % 2:
+        raise DataError(f"--resolution {resolution}: a packed file holds grids of an even resolution.")
     if output.suffix != ".npz":
         raise DataError(f"{output}: the name of a packed file ends in .npz")
     _refuse_existing(output)
     dataset = SparseStructure(root, resolution=resolution, split="all")
     print(dataset.summary())
-    bits = np.empty((len(dataset), -(-(resolution**3) // 8)), dtype=np.uint8)
+    bits = np.empty((len(dataset), packed_size(resolution)), dtype=np.uint8)
     for index in tqdm(range(len(dataset)), desc="packing", unit="grid", disable=None):
         bits[index] = pack_bits(dataset[index]["ss"])[0]
     texts = {
@@ -53,21 +54,20 @@ def pack(root: str, output: Path, resolution: int) -> int:
         if value is not None:
             texts[name] = np.full(len(dataset), value)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(output) as aside, open(aside, "wb") as file:
-        np.savez_compressed(file, bits=bits, **texts)
+    save_packed(output, bits, texts)
     return len(dataset)
 
 
 def unpack(packed: Path, output_dir: Path) -> int:
     """Write the objects of an .npz file as `voxels/<sha256>.ply` and `metadata.csv` into a new folder.
 
-    Returns their number. Raises DataError where the file cannot be read in full or `output_dir` exists.
+    Return their number. Raise DataError if the file cannot be read in full or `output_dir` exists.
     """
     _refuse_existing(output_dir)
     bits = load_packed(packed)["bits"]
     resolution = packed_resolution(bits)
     if resolution is None:
-        raise DataError(f"{packed}: rows of {bits.shape[1]} bytes are no cube of cells")
+        raise DataError(f"{packed}: rows of {bits.shape[1]} bytes are no cube of voxels")
     dataset = SparseStructure(str(packed), resolution=resolution, split="all")
     aside = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     (aside / "voxels").mkdir(parents=True)
@@ -100,25 +100,27 @@ def _refuse_existing(path: Path) -> None:
         raise DataError(f"{path}: exists already. Delete it or choose another name.")
 
 
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
+    """Pack or unpack, and print how many grids."""
+    if args.unpack is None:
+        print(f"{args.output}: {pack(args.input, args.output, args.resolution)} grids")
+    else:
+        print(f"{args.output_dir}: {unpack(args.unpack, args.output_dir)} grids")
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", metavar="ROOT", help="folder of voxel files to pack; needs --output")
     source.add_argument("--unpack", type=Path, metavar="FILE.npz", help="packed file to unpack; needs --output_dir")
     parser.add_argument("--output", type=Path, metavar="FILE.npz", help="packed file to write")
     parser.add_argument("--output_dir", type=Path, metavar="ROOT", help="folder to write")
-    parser.add_argument("--resolution", type=int, default=64, help="cells per axis of --input (default 64)")
-    args = parser.parse_args()
+    parser.add_argument("--resolution", type=int, default=64, help="voxels per axis of --input (default 64)")
+    args = parser.parse_args(argv)
     if (args.input is None) != (args.output is None) or (args.unpack is None) != (args.output_dir is None):
         parser.error("--input goes with --output, --unpack with --output_dir")
-    try:
-        if args.unpack is None:
-            print(f"{args.output}: {pack(args.input, args.output, args.resolution)} grids")
-        else:
-            print(f"{args.output_dir}: {unpack(args.unpack, args.output_dir)} grids")
-    except (UserError, OSError) as error:  # an OSError names the file: no space, no permission
-        sys.exit(f"error: {error}")
+    return run_command(run, args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,12 +9,12 @@ import csv
 import fcntl
 import hashlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trellis.datasets.metadata import is_sha256
 from trellis.grids.meshes import MESH_SUFFIXES
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import written_aside
@@ -118,10 +118,11 @@ def write_table(path: Path, fields: Iterable[str], rows: Iterable[Row]) -> None:
         writer.writerows(rows)
 
 
-def read_metadata(root: Path) -> tuple[list[str], dict[str, Row]]:
-    """Read `metadata.csv`: the column names, and the rows by sha256. Both are empty where there is no file.
+def read_rows(root: Path) -> tuple[list[str], dict[str, Row]]:
+    """Read `metadata.csv` to write it back: the column names, and the rows by sha256. Both are empty without a file.
 
-    Raises DataError where sha256 is missing, empty, given twice, or cannot be a file name.
+    Every value is the text that is there, so that nothing which others wrote is changed.
+    Raise DataError if sha256 is missing, given twice or no sha256.
     """
     path = root / "metadata.csv"
     if not path.exists():
@@ -132,8 +133,10 @@ def read_metadata(root: Path) -> tuple[list[str], dict[str, Row]]:
     by_sha = {}
     for row in rows:
         sha256 = row["sha256"]
-        if not re.fullmatch(r"[\w-]+", sha256):
-            raise DataError(f"{path}: sha256 {sha256!r} is not a hash. Mend or delete that line.")
+        if not is_sha256(sha256):
+            raise DataError(
+                f"{path}: sha256 {sha256!r} is not 64 lower-case hexadecimal digits. Mend or delete that line."
+            )
         if sha256 in by_sha:
             raise DataError(f"{path}: sha256 {sha256} is given twice. Delete one of the two lines.")
         by_sha[sha256] = row
@@ -198,7 +201,7 @@ def known_grids(root: Path, up_axis: str, resolution: int, normalization: str) -
 
     Raises DataError where the folder was made with other settings.
     """
-    _, rows = read_metadata(root)
+    _, rows = read_rows(root)
     for sha256, record in read_records(root).items():
         split = rows.get(sha256, {}).get("split") or record["split"]
         rows[sha256] = {**rows.get(sha256, {}), **record, "split": split, "voxelized": "True"}
@@ -224,7 +227,7 @@ def update_metadata(
     Sorted by sha256. Raises DataError where rows were made with different settings.
     """
     with locked(root):
-        fields, rows = read_metadata(root)
+        fields, rows = read_rows(root)
         for sha256, row in (base or {}).items():
             own = rows.setdefault(sha256, {})
             own.update({key: value for key, value in row.items() if not own.get(key)})

@@ -75,7 +75,7 @@ def plan_meshes(inputs: list[str], output_dir: Path, rank: int, world_size: int,
 
 def plan_renders(root: Path, rank: int, world_size: int) -> Plan:
     """List this rank's share of `renders/<sha256>/mesh.ply` in a folder of TRELLIS's."""
-    _, base = records.read_metadata(root)
+    _, base = records.read_rows(root)
     if not base:
         raise DataError(f"{root / 'metadata.csv'}: lists no object. Make it with TRELLIS's toolkit.")
     names = {sha256: f"renders/{sha256}/mesh.ply" for sha256 in sorted(base)}

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset_toolkits.pack import pack, unpack  # noqa: E402
 from trellis.datasets.metadata import setting_of_data  # noqa: E402
+from trellis.datasets.packed import FORMAT, TEXT_ARRAYS, load_packed, save_packed  # noqa: E402
 from trellis.datasets.sparse_structure import SparseStructure  # noqa: E402
 from trellis.grids.voxels import pack_bits  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
@@ -42,7 +43,8 @@ def test_packed_to_folder_and_back_is_the_identity(packed, tmp_path):
     assert unpack(packed, tmp_path / "root") == 7
     assert pack(str(tmp_path / "root"), tmp_path / "b.npz", R) == 7
     with np.load(tmp_path / "b.npz", allow_pickle=False) as file:
-        assert sorted(file.files) == sorted(arrays())
+        assert sorted(file.files) == sorted([*arrays(), "format"])
+        assert file["format"].shape == () and file["format"] == 1
         for key, array in arrays().items():
             assert file[key].dtype.kind == array.dtype.kind and np.array_equal(file[key], array), key
 
@@ -102,6 +104,47 @@ def test_the_split_of_a_file_name_or_hash_is_kept(tmp_path):
         assert [entry.split for entry in before.entries] == [entry.split for entry in after.entries]
         assert [entry.name for entry in after.entries] == SHA256
         (tmp_path / "again_train.npz").unlink()
+
+
+def test_files_of_before_there_was_a_format_are_format_1_and_newer_ones_are_refused(packed, tmp_path):
+    """`packed` has no array `format`, as the files of earlier versions."""
+    old = load_packed(packed)
+    save_packed(tmp_path / "new.npz", old["bits"], {name: old[name] for name in TEXT_ARRAYS if name in old})
+    new = load_packed(tmp_path / "new.npz")
+    assert old.keys() == new.keys() == arrays().keys()
+    assert all(np.array_equal(old[key], new[key]) for key in old)
+
+    newer = tmp_path / "newer.npz"
+    np.savez(newer, format=FORMAT + 1, **arrays())
+    readers = [
+        lambda: load_packed(newer),
+        lambda: setting_of_data([newer], "up_axis"),
+        lambda: SparseStructure(str(newer), resolution=R),
+        lambda: unpack(newer, tmp_path / "root"),
+    ]
+    for read in readers:
+        with pytest.raises(DataError, match=f"newer.npz: has format {FORMAT + 1}, .*up to format {FORMAT}.*Update"):
+            read()
+    assert not (tmp_path / "root").exists()
+    for wrong in (0, -1, 1.0, [1], "1", True):
+        np.savez(newer, format=wrong, **arrays())
+        with pytest.raises(DataError, match="newer.npz: format is .* whole number from 1"):
+            load_packed(newer)
+
+
+def test_what_would_not_be_read_is_not_written(tmp_path):
+    bits = arrays()["bits"]
+    for wrong, texts, message in (
+        (bits.astype(bool), {}, "bits is bool"),
+        (np.concatenate([bits, 0 * bits[:1]]), {}, "row 7 of bits has no occupied voxel"),
+        (bits, {"name": np.array(["a", "b"])}, r"name is .*text \[7\]"),
+        (bits, {"name": np.arange(7)}, "name is int64"),
+    ):
+        with pytest.raises(DataError, match=f"a.npz: {message}"):
+            save_packed(tmp_path / "a.npz", wrong, texts)
+    with pytest.raises(DataError, match="--resolution 5: .*even"):
+        pack(str(tmp_path), tmp_path / "a.npz", 5)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten(packed, tmp_path):

@@ -294,7 +294,7 @@ def test_wrong_input_is_one_error(args, message, tmp_path, monkeypatch, serial, 
         ("name\nx\n", "no column sha256"),
         ("sha256,file\n" + "a" * 64 + "\n", "line 2"),
         ("sha256\n" + 2 * ("a" * 64 + "\n"), "given twice"),
-        ("sha256\n../../x\n", "not a hash"),
+        ("sha256\n../../x\n", "64 lower-case hexadecimal digits"),
     ],
 )
 def test_damaged_metadata_is_one_error(content, message, tmp_path, serial, capsys):

@@ -1,4 +1,9 @@
-"""What a data root says of its objects: metadata.csv, and the text arrays of packed files that stand for it."""
+"""What a data root says about its objects: metadata.csv, or the text arrays of packed files in its place.
+
+metadata.csv has no version: a column may be missing, and unknown columns are kept and ignored. `sha256` alone is
+required. A missing `voxelized` means that every object has a grid, a missing `split` that the hash decides, a missing
+`normalization` of grids that voxelize.py made "cube", and a missing `up_axis` or `resolution` that it is not known.
+"""
 
 import os
 import re
@@ -6,9 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from ..utils.errors import DataError
+from .packed import load_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -24,13 +28,16 @@ class Entry(NamedTuple):
 
     root: str
     sha256: str
-    name: str  # the mesh file where known, else the sha256
-    source: str | None  # the collection it comes from, where known
+    name: str  # the mesh file if known, else the sha256
+    source: str | None  # the collection it comes from, if known
     split: str
 
 
 def read_metadata(root: str) -> "DataFrame":
-    """Read `root/metadata.csv`. Raises DataError where it cannot be read or has no sha256 column."""
+    """Read `root/metadata.csv` as a table to filter; `attrs["path"]` is what errors call it.
+
+    Raise DataError if it cannot be read or has no sha256 column.
+    """
     import pandas as pd
 
     path = Path(root, "metadata.csv")
@@ -51,14 +58,16 @@ def read_metadata(root: str) -> "DataFrame":
 
 
 def setting_of_data(roots: Iterable[str | os.PathLike], name: str) -> str | None:
-    """What the objects of all these roots have in a column of metadata.csv or a text array of a packed file, such as
-    up_axis or normalization; None where a root does not say, or where they differ. Roots that are gone do not say."""
+    """Return the value that all objects of these roots share, None if they differ or a root does not say.
+
+    name: a column of metadata.csv or a text array of a packed file, such as up_axis or normalization.
+    Missing roots are skipped. Raise DataError for a root that cannot be read.
+    """
     found: set[str | None] = set()
     for root in map(Path, roots):
         packed = [root] if root.suffix == ".npz" else sorted(root.glob("*.npz"))
         for path in packed if all(map(Path.is_file, packed)) else ():
-            with np.load(path, allow_pickle=False) as file:
-                found |= set(file[name].tolist()) if name in file.files else {None}
+            found |= set(load_text(path, name) or [None])
         if not packed and (root / "metadata.csv").is_file():
             metadata = read_metadata(str(root))
             found |= set(metadata[name].dropna().astype(str)) if name in metadata else {None}
@@ -66,9 +75,9 @@ def setting_of_data(roots: Iterable[str | os.PathLike], name: str) -> str | None
 
 
 def read_flags(metadata: "DataFrame", column: str) -> "Series":
-    """Return a column of true and false as bool, [N]; a blank is false: merged records leave one behind.
+    """Return a column of true and false as bool, [N]. A blank is false: merged records leave blanks behind.
 
-    Raises DataError naming the first other value.
+    Raise DataError naming the first other value.
     """
     text = metadata[column].astype(object).where(metadata[column].notna(), "").astype(str).str.lower()
     true, false = text.isin(["true", "1", "1.0"]), text.isin(["false", "0", "0.0", ""])
@@ -82,7 +91,7 @@ def read_flags(metadata: "DataFrame", column: str) -> "Series":
 
 
 def require_files(folder: str | os.PathLike, names: list[str]) -> None:
-    """Check that a folder has all the named files, by listing it once. Raises DataError naming the first."""
+    """Check that a folder has all the named files, by listing it once. Raise DataError naming the first missing."""
     try:
         present = set(os.listdir(folder))
     except OSError as error:
@@ -101,9 +110,14 @@ def split_of(sha256: str) -> str:
     return "val" if int(sha256[:8], 16) / 2**32 < VAL_FRACTION else "train"
 
 
+def is_sha256(value: object) -> bool:
+    """Return whether a value can name an object: a string of 64 lower-case hexadecimal digits."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
 def check_sha256(where: str, column: "Series") -> None:
-    valid = column.map(lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)))
-    valid = valid.astype(bool)
+    """Raise DataError for a name that is no sha256, or given twice. where: what errors call the table."""
+    valid = column.map(is_sha256).astype(bool)
     if not valid.all():
         first = column[~valid].iloc[0]
         raise DataError(f"{where}: sha256 {first!r} is not 64 lower-case hexadecimal digits")
@@ -116,10 +130,10 @@ def check_sha256(where: str, column: "Series") -> None:
 
 
 def entries_of(root: str, where: str, metadata: "DataFrame") -> list[Entry]:
-    """Make the entries of a root; raises DataError for a split that does not exist."""
+    """Return the entries of a root. Raise DataError for a split that does not exist."""
 
     def texts(*columns: str) -> list[str | None]:
-        """The first of these columns that there is; None for a blank."""
+        """Return the first of these columns that exists, with None for a blank."""
         for column in columns:
             if column in metadata:
                 return [

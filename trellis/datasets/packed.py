@@ -1,37 +1,94 @@
-"""Packed files: the grids of many objects as bits in one .npz file.
+"""Packed files: the grids of many objects as bits in one .npz file. This is format 1.
 
-`bits` uint8 [N, R^3 / 8] (see grids.voxels.unpack_bits) and optional [N] text arrays `name`, `source`, `sha256`
-(default: of the row's bytes), `split`, `up_axis` and `normalization`.
+Arrays of a file with N grids of resolution R:
+
+    bits           uint8 [N, R^3 / 8]: the grids, see grids.voxels.pack_bits
+    sha256         text [N], optional: names of the objects; default: sha256 of each row of bits
+    name           text [N], optional: mesh file
+    source         text [N], optional: collection that an object comes from
+    split          text [N], optional: "train" or "val"
+    up_axis        text [N], optional: how mesh files were turned, see grids.placing
+    normalization  text [N], optional: how meshes were scaled, see grids.placing
+    format         integer, optional: the format; default: 1
+
+A blank text says that the object has none. Other arrays are ignored. Every program reads its own format and all older
+ones; it refuses a newer one, which it could misread.
 """
 
 import hashlib
 import zipfile
 import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from ..utils.errors import DataError
+from ..utils.files import written_aside
 
+FORMAT = 1
 TEXT_ARRAYS = ("name", "source", "sha256", "split", "up_axis", "normalization")
 
 
 def load_packed(path: Path) -> dict[str, np.ndarray]:
-    """Load `bits` uint8 [N, R^3 / 8], `sha256` [N], and those of the other TEXT_ARRAYS that a file has.
+    """Load `bits`, `sha256` and the other TEXT_ARRAYS that a file has.
 
-    Nothing is unpickled. Raises DataError where the file is missing, damaged or without `bits`, where an
-    array has another type or length, and where a grid is empty.
+    Raise DataError if the file is missing, damaged, of a newer format or without `bits`, if an array has another type
+    or length, or if a grid is empty.
     """
+    arrays = _read(path, ("bits", *TEXT_ARRAYS))
+    if "bits" not in arrays:
+        raise DataError(f"{path}: has no array `bits`. pack.py writes packed files.")
+    _check(path, arrays)
+    if "sha256" not in arrays:
+        arrays["sha256"] = np.array([hashlib.sha256(row).hexdigest() for row in arrays["bits"]])
+    return arrays
+
+
+def load_text(path: Path, name: str) -> list[str] | None:
+    """Load one of TEXT_ARRAYS without the grids, None if the file lacks it. Raise DataError as `load_packed`."""
+    arrays = _read(path, (name,))
+    return arrays[name].tolist() if name in arrays else None
+
+
+def save_packed(path: Path, bits: np.ndarray, texts: Mapping[str, np.ndarray]) -> None:
+    """Write a packed file, compressed and atomically.
+
+    bits: [N, R^3 / 8] uint8.
+    texts: some of TEXT_ARRAYS, [N] text each.
+    Raise DataError for what `load_packed` would refuse.
+    """
+    _check(path, {"bits": bits, **texts})
+    with written_aside(path) as aside, open(aside, "wb") as file:
+        np.savez_compressed(file, format=np.array(FORMAT), bits=bits, **texts)
+
+
+def _read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return the arrays of these names that a file has. Unpickle nothing."""
     try:
         with open(path, "rb") as stream:
             file = np.load(stream, allow_pickle=False)
-            arrays = {key: file[key] for key in ("bits", *TEXT_ARRAYS) if key in getattr(file, "files", ())}
+            present = getattr(file, "files", ())  # a single array has none
+            if "format" in present:
+                _check_format(path, file["format"])
+            return {name: file[name] for name in names if name in present}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except (ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: is not a readable .npz file ({error}). Make it anew by pack.py.") from error
-    if "bits" not in arrays:
-        raise DataError(f"{path}: has no array `bits`. pack.py writes packed files.")
+
+
+def _check_format(path: Path, found: np.ndarray) -> None:
+    if found.shape != () or found.dtype.kind not in "iu" or found < 1:
+        raise DataError(f"{path}: format is {found.dtype} {found.tolist()}; it must be a whole number from 1 upwards.")
+    if found > FORMAT:
+        raise DataError(
+            f"{path}: has format {found}, but this version reads packed files up to format {FORMAT}. "
+            "Update the program, or make the file anew by this version's pack.py."
+        )
+
+
+def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     bits = arrays["bits"]
     if bits.dtype != np.uint8 or bits.ndim != 2 or not bits.size:
         raise DataError(
@@ -47,21 +104,19 @@ def load_packed(path: Path) -> dict[str, np.ndarray]:
     empty = ~bits.any(axis=1)
     if empty.any():
         raise DataError(
-            f"{path}: row {int(np.argmax(empty))} of bits has no occupied cell "
+            f"{path}: row {int(np.argmax(empty))} of bits has no occupied voxel "
             f"({int(empty.sum())} such rows in all). Remove them."
         )
-    if "sha256" not in arrays:
-        arrays["sha256"] = np.array([hashlib.sha256(row).hexdigest() for row in bits])
-    return arrays
 
 
 def packed_resolution(bits: np.ndarray) -> int | None:
-    """Return the R of rows [N, R^3 / 8], None where no R fits."""
+    """Return the R of rows [N, R^3 / 8], None if no R fits."""
     resolution = round((bits.shape[1] * 8) ** (1 / 3))
     return resolution if resolution**3 == bits.shape[1] * 8 else None
 
 
 def check_resolution(path: Path, bits: np.ndarray, resolution: int) -> None:
+    """Raise DataError if rows [N, R^3 / 8] have another resolution."""
     found = packed_resolution(bits)
     if found != resolution:
         what = f"hold grids of resolution {found}" if found else "are no cube"

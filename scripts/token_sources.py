@@ -1,11 +1,10 @@
-"""Where scripts/to_tokens.py takes grids from: data roots of train.py, or mesh files that are voxelised on the way.
+"""Where scripts/to_tokens.py takes grids from: data roots of train.py, or mesh files, voxelized as they are needed.
 
-Both hand out shards, runs of their objects, with grids as packed bits (trellis.grids.voxels.unpack_bits).
+Both give out shards, which are runs of their objects, with grids as packed bits (trellis.grids.voxels.pack_bits).
 Axes: B objects of a batch, R voxels along an axis.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -15,34 +14,34 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from trellis.datasets.batches import load_batches
 from trellis.datasets.metadata import setting_of_data
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import pack_bits, voxels_to_grid
 from trellis.tokens.sharegpt import read_captions
 from trellis.utils.errors import DataError
 
-# Objects that go to a device together: many enough that it need not wait. Ids do not depend on it.
-BATCH = {"cpu": 8, "cuda": 64}
-LOADERS = 8  # processes that read PLY files, at most
+BATCH = {"cpu": 8, "cuda": 64}  # objects per batch, enough to keep a device busy; ids do not depend on it
 
 
 class Shard(NamedTuple):
-    """The objects of a shard that have a grid, and their grids in that order, [B, R³ / 8] uint8 on the CPU.
-    left_out: {"file", "sha256", "reason"} of the others."""
+    """A run of objects with their grids."""
 
     number: int
-    objects: list[tuple[str, str, str | None]]  # sha256, name, source
-    batches: Iterable[Tensor]
-    left_out: list[dict[str, str]]
+    objects: list[tuple[str, str, str | None]]  # sha256, name, source of the objects that have a grid
+    batches: Iterable[Tensor]  # [B, ceil(R³ / 8)] uint8 on the CPU, in the order of `objects`
+    left_out: list[dict[str, str]]  # {"file", "sha256", "reason"} of the objects without a grid
 
 
 class DataSource:
-    """Grids of data roots, in the order of the data set.
+    """Grids of data roots, in the order of the dataset.
 
-    roots, split: as of train.py. Raises DataError where a root cannot be read, is of another resolution, or says that
-    its grids are normalised in another way than this.
+    roots: comma-separated, as the --data_dir of train.py.
+    split: "train", "val" or "all".
+    resolution, normalization: the tokenizer's.
+    Raise DataError if a root cannot be read, has another resolution, or says that its grids have another
+    normalization.
     """
 
     def __init__(self, roots: str, split: str, resolution: int, normalization: str):
@@ -53,7 +52,7 @@ class DataSource:
         for root in self.dataset.roots:
             found = setting_of_data([root], "normalization")
             if found is None and Path(root, "metadata.csv").is_file():
-                found = "cube"  # what folders that do not say hold; packed files may hold anything
+                found = "cube"  # the only one when folders did not say; packed files may hold any
             if found not in (None, normalization):
                 raise DataError(
                     f"{root}: its grids have normalization {found}, but the tokenizer's is {normalization}."
@@ -64,11 +63,11 @@ class DataSource:
         return type(self), self.given  # each process reads the data itself
 
     def key(self) -> dict[str, str | int]:
-        """What identifies the grids."""
+        """Return what identifies the grids."""
         return self.dataset.content_key()
 
     def captions(self) -> dict[str, list[str]]:
-        """Captions by sha256, where metadata.csv has any."""
+        """Return captions by sha256, if metadata.csv has any."""
         captions = {}
         for root in self.dataset.roots:
             if (path := Path(root, "metadata.csv")).is_file():
@@ -83,39 +82,41 @@ class DataSource:
         tokenize: Callable[[Shard], None],
         progress: Callable[[int], object],
     ) -> None:
-        """Call tokenize for each shard, {number: its objects}, one after the other. processes: how many share this
-        machine. progress: called with a number of objects as they are read. Raises DataError for a grid that cannot be
-        read, and what tokenize raises."""
+        """Call tokenize for each shard, one after the other.
+
+        shards: {number: slice of the objects}.
+        processes: how many programs share this machine.
+        progress: called with a number of objects as they are read.
+        Raise DataError for a grid that cannot be read, and what tokenize raises.
+        """
         size = BATCH[device.type]
-        places = {number: np.arange(len(self.objects))[objects] for number, objects in shards.items()}
-        batches = [part for whole in places.values() for part in np.split(whole, range(size, len(whole), size))]
-        # On a CPU the model itself needs every core; rows in memory only have to be put together.
-        processes_pay = device.type == "cuda" and not self.dataset.in_memory
-        workers = min(LOADERS, (os.cpu_count() or 1) // processes) if processes_pay else 0
-        loader = DataLoader(
-            _Bits(self.dataset),
-            batch_sampler=batches,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            pin_memory=device.type == "cuda",
-        )
-        loaded = _watched(loader, progress)
-        for number, whole in places.items():
-            tokenize(Shard(number, self.objects[shards[number]], islice(loaded, -(-len(whole) // size)), []))
+        indices = {number: np.arange(len(self.objects))[objects] for number, objects in shards.items()}
+        batches = [part for whole in indices.values() for part in np.split(whole, range(size, len(whole), size))]
+
+        def loaded() -> Iterator[Tensor]:
+            for batch in load_batches(self.dataset, batches, device, processes=processes):
+                progress(len(batch["bits"]))
+                yield batch["bits"]
+
+        bits = loaded()
+        for number, whole in indices.items():
+            tokenize(Shard(number, self.objects[shards[number]], islice(bits, -(-len(whole) // size)), []))
 
     def grids(self, sha256: list[str]) -> Tensor:
-        """The grids of these objects, [n, R³ / 8] uint8."""
-        places = {entry.sha256: i for i, entry in enumerate(self.dataset.entries)}
-        return self.dataset.get_batch(np.array([places[each] for each in sha256]))["bits"]
+        """Return the grids of these objects, [n, ceil(R³ / 8)] uint8."""
+        index_of = {entry.sha256: index for index, entry in enumerate(self.dataset.entries)}
+        return self.dataset.get_batch(np.array([index_of[each] for each in sha256]))["bits"]
 
 
 class MeshSource:
-    """Grids of mesh files, voxelised in processes of their own. Files with the same bytes are one object.
+    """Grids of mesh files, voxelized in worker processes. Files with the same bytes are one object.
 
-    inputs: files, and folders that are searched with all below. resolution, up_axis, normalization: the tokenizer's.
-    max_workers: processes of this machine; timeout: seconds for a file.
-    Raises DataError where there is no mesh, ConfigError where trimesh, open3d or Pebble is missing.
+    inputs: files and folders, which are searched recursively.
+    resolution, up_axis, normalization: the tokenizer's.
+    max_workers: worker processes of this machine.
+    timeout: seconds for a file.
+    output_dir: its folder `voxels` is not searched: grids are PLY files too.
+    Raise DataError if there is no mesh, ConfigError if trimesh or open3d is missing.
     """
 
     def __init__(
@@ -134,18 +135,19 @@ class MeshSource:
         require_trimesh()
         require_open3d()
         plan = plan_meshes(inputs, output_dir, 0, 1, max_workers)
-        self.jobs = sorted(plan.jobs)  # by sha256, so that it does not matter how paths are written
+        self.jobs = sorted(plan.jobs)  # by sha256, so that the spelling of paths does not matter
         self.objects = [(job.sha256, job.names[0], None) for job in self.jobs]
         self.failures = plan.failures
         self.settings = resolution, up_axis, normalization
         self.max_workers, self.timeout = max_workers, timeout
 
     def key(self) -> dict[str, str | int]:
-        """What identifies the grids."""
+        """Return what identifies the grids."""
         digest = hashlib.sha256("\n".join(job.sha256 for job in self.jobs).encode())
         return {"dataset": "meshes", "objects": len(self.jobs), "data": digest.hexdigest()}
 
     def captions(self) -> dict[str, list[str]]:
+        """Return no captions: mesh files have none."""
         return {}
 
     def feed(
@@ -156,7 +158,7 @@ class MeshSource:
         tokenize: Callable[[Shard], None],
         progress: Callable[[int], object],
     ) -> None:
-        """As of `DataSource`; tokenize runs in a thread, while the meshes of the next shards are voxelised."""
+        """As `DataSource.feed`. tokenize runs in a thread while the meshes of the next shards are voxelized."""
         jobs = {number: self.jobs[objects] for number, objects in shards.items()}
         number_of = {job.path: number for number, part in jobs.items() for job in part}
         unfinished = {number: len(part) for number, part in jobs.items()}
@@ -190,7 +192,7 @@ class MeshSource:
                 running.result()
 
     def grids(self, sha256: list[str]) -> Tensor:
-        """The grids of these objects, [n, R³ / 8] uint8. Raises DataError for one that cannot be voxelised now."""
+        """Return the grids of these objects, [n, ceil(R³ / 8)] uint8. Raise DataError for one without a grid."""
         paths = {job.sha256: job.path for job in self.jobs}
         results: dict[Path, np.ndarray | DataError] = {}
         self._voxelize([paths[each] for each in sha256], results.__setitem__, self.max_workers)
@@ -202,7 +204,7 @@ class MeshSource:
     def _voxelize(
         self, paths: list[Path], finish: Callable[[Path, np.ndarray | DataError], None], workers: int
     ) -> None:
-        """finish: gets each path with its grid, [R³ / 8] uint8, or with the reason why there is none."""
+        """Call finish with each path and its grid, [ceil(R³ / 8)] uint8, or the reason why there is none."""
         from trellis.grids.mesh_pool import run_in_pool
         from trellis.grids.meshes import mesh_voxels
 
@@ -215,24 +217,3 @@ class MeshSource:
 
         tasks = ((path, *self.settings) for path in paths)
         run_in_pool(mesh_voxels, tasks, pack, min(workers, len(paths)), self.timeout)
-
-
-class _Bits(Dataset):
-    def __init__(self, dataset: SparseStructure):
-        self.dataset = dataset
-
-    def __getitems__(self, indices: np.ndarray) -> Tensor:  # torch's name for what takes a whole batch
-        return self.dataset.get_batch(indices)["bits"]
-
-
-def _as_it_is(batch: Tensor) -> Tensor:
-    return batch
-
-
-def _watched(loader: DataLoader, progress: Callable[[int], object]) -> Iterator[Tensor]:
-    try:
-        for batch in loader:
-            progress(len(batch))
-            yield batch
-    except DataError as error:  # a loading process wraps the message in its traceback
-        raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None

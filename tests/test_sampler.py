@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from trellis.datasets.batches import endless_batches
+from trellis.datasets.batches import endless_batches, load_batches
 from trellis.datasets.sampler import ResumableSampler
+from trellis.utils.errors import DataError
 from trellis.utils.random_utils import derive_seed, permutation, sample_noise
 
 SIZE = 7
@@ -104,6 +105,16 @@ def test_the_order_goes_on_where_items_are_no_longer_needed(workers, loaded):
         assert data.loads == loaded
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_item_that_cannot_be_read_is_its_own_message(workers):
+    """Not the traceback that a loading process wraps it in; the batches before it arrive."""
+    loaded = load_batches(_Damaged(), np.arange(4)[:, None], torch.device("cpu"), num_workers=workers)
+    assert [next(loaded)["square"].item() for _ in range(2)] == [0, 1]
+    with pytest.raises(DataError) as error:
+        next(loaded)
+    assert str(error.value) == "2.ply: is damaged. Rerun voxelize.py."
+
+
 class _Squares(Dataset):
     in_memory = True
 
@@ -123,6 +134,13 @@ class _Squares(Dataset):
     def augment(self, batch, seed):
         ids = batch["sample_ids"]
         return {**batch, "form": torch.stack([torch.full_like(ids, seed), ids], 1)}
+
+
+class _Damaged(_Squares):
+    def get_batch(self, indices):
+        if 2 in indices:
+            raise DataError("2.ply: is damaged. Rerun voxelize.py.")
+        return super().get_batch(indices)
 
 
 # --- noise ---

@@ -1,6 +1,6 @@
-"""What every dataset shares: roots, metadata, filters, the split, and what to do about a bad item.
+"""What every dataset shares: roots, metadata, filters, the split, and what happens with a bad item.
 
-A bad item is an error. It is never replaced by another one: a damaged folder would otherwise train unnoticed.
+A bad item is an error. It is never replaced by another one: a damaged folder would train unnoticed.
 """
 
 import copy
@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 class StandardDatasetBase(Dataset, ABC):
     """Objects of one or several roots, named by sha256, filtered by their metadata, in one split.
 
-    A subclass says how a root lists its objects (`read_root`), which of them it wants (`filter_metadata`) and
-    what an item is (`get_instance`). Where items are larger than need be between file and device, it says how
-    a batch of them travels (`get_batch`, `unpack_batch`). Where training sees items in several forms, it says
-    which (`augment`).
+    A subclass says how a root lists its objects (`read_root`), which of them it keeps (`filter_metadata`) and
+    what an item is (`get_instance`). It may give batches a compact form on their way to the device (`get_batch`,
+    `unpack_batch`), and show training items in several forms (`augment`).
 
     roots: comma-separated paths.
-    split: "train", "val" or "all". Where the metadata do not say, 5 % of all sha256 are validation, so that
-        objects added later do not move the others.
-    instances: list of (root, sha256), in the order of the roots and of their metadata.
-    entries: what is known of each instance.
-    Raises DataError for an unusable root, and where no object is left.
+    split: "train", "val" or "all". If the metadata do not say, 5 % of all sha256 are validation, so objects that
+        are added later do not move the others.
+    Raise DataError for an unusable root, or if no object is left.
+
+    Attributes:
+        instances: list of (root, sha256), in the order of the roots and of their metadata.
+        entries: what is known about each instance.
     """
 
     runtime_args = ("roots", "split")  # given by the program, not by a configuration
@@ -49,7 +50,7 @@ class StandardDatasetBase(Dataset, ABC):
 
     @abstractmethod
     def read_root(self, root: str) -> "DataFrame":
-        """Return one row per object of a root: `sha256` and, where known, `name`, `source`, `split`.
+        """Return one row per object of a root: `sha256` and, if known, `name`, `source`, `split`.
 
         `attrs["path"]` of the result is what errors call it.
         """
@@ -59,14 +60,14 @@ class StandardDatasetBase(Dataset, ABC):
         """Return the item of an object."""
 
     def filter_metadata(self, metadata: "DataFrame") -> tuple["DataFrame", dict[str, int | None]]:
-        """Return the rows to keep and how many rows each filter removed; None: it could not be applied.
+        """Return the rows to keep, and how many rows each filter removed, or None if it could not be applied.
 
         Subclasses extend the result of super().
         """
         return metadata, {}
 
     def check_files(self, root: str, metadata: "DataFrame") -> None:  # noqa: B027 - optional hook
-        """Raise DataError where files of the rows that passed the filters are missing."""
+        """Raise DataError if files of the rows that passed the filters are missing."""
 
     def _add_root(self, root: str) -> None:
         if root in self._report:
@@ -115,7 +116,7 @@ class StandardDatasetBase(Dataset, ABC):
     def for_split(self, split: Literal["train", "val", "all"]) -> "StandardDatasetBase":
         """Return the same data restricted to another split; nothing is read again.
 
-        Raises DataError where that split is empty; `split_sizes` tells beforehand.
+        Raise DataError if that split is empty; `split_sizes` tells beforehand.
         """
         other = copy.copy(self)
         other._select(split)
@@ -133,30 +134,30 @@ class StandardDatasetBase(Dataset, ABC):
 
     @property
     def in_memory(self) -> bool:
-        """Whether no item has to be read from a file, so that loading processes would only cost."""
+        """Whether all items are in memory, so that loading processes would only cost time."""
         return False
 
     def get_batch(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """Return the items at these indices, [B] int64, stacked and in the form that travels to the device."""
+        """Return the items at these indices, [B] int64, stacked and in the form that is moved to the device."""
         return default_collate([self[index] for index in indices.tolist()])
 
     def unpack_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a batch of `get_batch`, on any device, as stacked items there; other entries stay."""
+        """Return a batch of `get_batch`, on any device, as stacked items there. Leave other entries as they are."""
         return batch
 
     def augment(self, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        """Return an unpacked batch of the training loop with its items in the forms that are trained on.
+        """Return an unpacked batch with its items in the forms that are trained on.
 
-        The form of an item may depend on `seed` and on its number in `sample_ids`, [B] int64 on the CPU, alone:
-        then neither the number of ranks nor an interruption changes it. Items for anything but a training step
-        (validation, pictures) do not pass through here.
+        The form of an item may depend only on `seed` and on its number in `sample_ids`, [B] int64 on the CPU:
+        then neither the number of ranks nor an interruption changes it. Validation and pictures take items as they
+        are stored.
         """
         return batch
 
     def content_key(self) -> dict[str, str | int]:
         """Return what identifies the items of this split in their order, for files that are made from them.
 
-        A subclass adds its arguments that change an item.
+        A subclass adds those of its arguments that change an item.
         """
         digest = hashlib.sha256()
         for root, sha256 in self.instances:
@@ -164,23 +165,26 @@ class StandardDatasetBase(Dataset, ABC):
         return {"dataset": type(self).__name__, "objects": len(self), "data": digest.hexdigest()}
 
     def item_version(self, root: str, instance: str) -> str:
-        """Return what differs where an object's item was made anew: the sha256 is often that of a mesh, which
-        gives another grid along other axes. Cheap, for it is asked of every object."""
+        """Return text that changes if an object's item is made anew. Cheap: it is called for every object.
+
+        The sha256 does not suffice. It often belongs to a mesh, which gives another grid with another up axis.
+        """
         return ""
 
     def sha256(self, index: int) -> str:
+        """Return the sha256 that names an object."""
         return self.entries[index].sha256
 
     def name(self, index: int) -> str:
-        """Return the mesh file's name where the root has it, else the sha256."""
+        """Return the name of the mesh file if the root has it, else the sha256."""
         return self.entries[index].name
 
     def source(self, index: int) -> str | None:
-        """Return the collection an object comes from, None where the root does not say."""
+        """Return the collection an object comes from, None if the root does not say."""
         return self.entries[index].source
 
     def summary(self) -> str:
-        """Return a line for the whole and a line per root: counts, and what each filter removed."""
+        """Return a line for the whole dataset and a line per root: counts, and what each filter removed."""
         total = len(self._all_entries)
         lines = [f"{type(self).__name__}, split {self.split}: {len(self)} of {total} objects"]
         return "\n".join(lines + [f"  {root}: {report}" for root, report in self._report.items()])

@@ -1,26 +1,24 @@
-"""The batches of one rank, on its device."""
+"""Batches of one rank: loaded in the order of the sampler, and put onto the device.
+
+A grid's way: `dataset.get_batch` reads files and packs bits, in a loading process if there are any; `to_device` moves
+the bits, and `dataset.unpack_batch` makes grids of them there; `dataset.augment` turns grids for training.
+"""
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..utils import dist_utils
 from ..utils.errors import DataError
 from .base import StandardDatasetBase
-from .sampler import Numbered, ResumableSampler, Samples
+from .sampler import ResumableSampler
 
-
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches loading processes too; training finishes its step and needs them until then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch
+MOST_WORKERS = 8
 
 
 def endless_batches(
@@ -37,64 +35,92 @@ def endless_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield this rank's batches without end: stacked items on the device, and `sample_ids` [B] int64 on the CPU.
 
-    seed: of the samples' order and of their augmentation. start: samples that all ranks together have seen.
-    num_workers: loading processes; None chooses. prefetch: whether they work several batches ahead.
-    needs_items: asked before each batch; from the first no on, batches are `sample_ids` alone, in the same
-    order, and nothing is loaded. prepare: makes what is yielded of a batch and of the places of its items in the
-    dataset, [B] int64 on the CPU. Raises DataError for an item that cannot be read.
+    seed: decides the order of samples and their augmentation.
+    start: samples that all ranks together have seen.
+    num_workers, prefetch: see `load_batches`.
+    needs_items: called before each batch. After it has returned False, batches are `sample_ids` alone, in the same
+        order, and nothing is loaded any more.
+    prepare: called with each batch and the indices of its items in the dataset, [B] int64 on the CPU; returns what is
+        yielded.
+    Raise DataError for an item that cannot be read.
     """
     world = dist_utils.world_size()
-
-    def sampler() -> ResumableSampler:
-        return ResumableSampler(
-            len(dataset), batch_size, rank=dist_utils.rank(), world_size=world, seed=seed, start=start
-        )
-
-    if needs_items():
-        for batch in _loaded(dataset, sampler(), device, num_workers, prefetch):
-            start += batch_size * world
-            batch = dataset.augment(batch, seed)
-            yield prepare(batch, batch.pop("indices"))
-            if not needs_items():
-                break
-    for sample_ids, indices in sampler():
-        yield prepare({"sample_ids": torch.from_numpy(sample_ids)}, torch.from_numpy(indices))
-
-
-def _loaded(
-    dataset: StandardDatasetBase,
-    sampler: ResumableSampler,
-    device: torch.device,
-    num_workers: int | None,
-    prefetch: bool,
-) -> Iterator[dict[str, Tensor]]:
-    if num_workers is None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", dist_utils.world_size()))
-        # On a CPU the model itself needs every core; rows in memory only have to be put together.
-        processes_pay = device.type == "cuda" and not dataset.in_memory
-        num_workers = min(8, (os.cpu_count() or 1) // local) if processes_pay else 0
-    loader = DataLoader(
-        Numbered(dataset),
-        batch_sampler=sampler,
+    sampler = ResumableSampler(
+        len(dataset), batch_size, rank=dist_utils.rank(), world_size=world, seed=seed, start=start
+    )
+    loaded = load_batches(
+        dataset,
+        (indices for _, indices in sampler),
+        device,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        prefetch=prefetch,
+        processes=int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+    )
+    loading = True
+    for sample_ids, indices in sampler:
+        batch = {"sample_ids": torch.from_numpy(sample_ids)}
+        loading = loading and needs_items()
+        if loading:
+            batch = dataset.augment({**to_device(dataset, next(loaded), device), **batch}, seed)
+        else:
+            loaded.close()  # ends the loading processes
+        yield prepare(batch, torch.from_numpy(indices))
+
+
+def load_batches(
+    dataset: StandardDatasetBase,
+    batches: Iterable[np.ndarray],
+    device: torch.device,
+    *,
+    num_workers: int | None = None,
+    prefetch: bool = True,
+    processes: int = 1,
+) -> Generator[dict[str, Tensor], None, None]:
+    """Yield `dataset.get_batch(indices)` for each of the batches' indices, in order, pinned for a GPU.
+
+    num_workers: loading processes; None chooses by the device and the cores, which `processes` programs share.
+    prefetch: let loading processes work several batches ahead.
+    Raise DataError for an item that cannot be read.
+    """
+    if num_workers is None:
+        # On a CPU the model itself needs every core; rows in memory only have to be put together.
+        workers_pay = device.type == "cuda" and not dataset.in_memory
+        num_workers = min(MOST_WORKERS, (os.cpu_count() or 1) // processes) if workers_pay else 0
+    loader = DataLoader(
+        _Batches(dataset),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_collated,
         pin_memory=device.type == "cuda",
         prefetch_factor=(4 if prefetch else 1) if num_workers else None,
         worker_init_fn=_ignore_interrupt,
     )
-    loaded = iter(loader)
-    while True:
-        try:
-            batch = next(loaded)
-        except DataError as error:
-            # A loading process wraps the message in its traceback; the message is what the user needs.
-            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
-        yield to_device(dataset, batch, device)
+    try:
+        yield from loader
+    except DataError as error:
+        # A loading process wraps the message in its traceback; the message is what the user needs.
+        raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+
+
+class _Batches(Dataset):
+    """A dataset that is asked for whole batches."""
+
+    def __init__(self, dataset: StandardDatasetBase):
+        self.dataset = dataset
+
+    def __getitems__(self, indices: np.ndarray) -> dict[str, Tensor]:  # torch's name for reading a whole batch
+        return self.dataset.get_batch(indices)
+
+
+def _collated(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ignore Ctrl-C, which reaches loading processes too: training finishes its step and needs them until then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_device(dataset: StandardDatasetBase, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A batch of `dataset.get_batch` as stacked items on the device; `sample_ids` and `indices` stay on the CPU."""
-    moved = {
-        name: value if name in Samples._fields else value.to(device, non_blocking=True) for name, value in batch.items()
-    }
-    return dataset.unpack_batch(moved)
+    """Return a batch of `dataset.get_batch` as stacked items on the device. Does not wait for the device."""
+    return dataset.unpack_batch({name: value.to(device, non_blocking=True) for name, value in batch.items()})

@@ -1,7 +1,7 @@
 """Sparse structures: occupancy grids of PLY roots and of packed roots.
 
 PLY root, as TRELLIS makes it: `metadata.csv` and `voxels/<sha256>.ply`.
-Packed root: an .npz file as packed.py describes it, or a folder of them.
+Packed root: an .npz file as packed.py describes it, or a folder of such files.
 """
 
 import os
@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from ..grids.symmetries import Augmentation, augment_grids
-from ..grids.voxels import points_to_occupancy, read_ply, unpack_bits, unpack_bits_on_device
+from ..grids.voxels import (
+    pack_bits,
+    points_to_voxels,
+    read_ply,
+    unpack_bits,
+    unpack_bits_on_device,
+    voxels_to_grid,
+)
 from ..utils.config import Count
 from ..utils.errors import DataError
 from .base import StandardDatasetBase
@@ -32,14 +39,13 @@ class SparseStructure(StandardDatasetBase):
     """Occupancy grids; an item is {"ss": uint8 [1, R, R, R], 0 or 1, axes x y z}.
 
     roots: comma-separated folders or .npz files.
-    resolution: R, cells per axis.
+    resolution: R, voxels per axis.
     min_aesthetic_score: keep objects whose `aesthetic_score` is at least this, in roots with that column.
-    augmentation: the symmetries of the cube that training sees the grids of the training split in, one of them
-        drawn for each sample: "none"; "z", the 8 that keep the z axis and its direction; "all" 48. Items and
-        batches are as stored, and so is every other split.
+    augmentation: symmetries of the cube to draw from for each training sample: "none"; "z", the 8 that keep the z
+        axis and its direction; "all" 48. Items, batches and the other splits are as stored.
     split: "train", "val" or "all": by the `split` column or array; else, for an .npz, by a file name that
         ends in train or val; else by sha256.
-    Packed rows stay packed in memory; PLY files are read item by item. Batches of either travel packed.
+    Packed rows stay packed in memory; PLY files are read item by item. Batches of either are packed.
     """
 
     def __init__(
@@ -95,7 +101,7 @@ class SparseStructure(StandardDatasetBase):
     def check_files(self, root: str, metadata: "DataFrame") -> None:
         if (root, metadata["sha256"].iloc[0]) in self._packed:
             return
-        if "resolution" in metadata:  # TRELLIS's metadata do not say; there the points tell, as they are read
+        if "resolution" in metadata:  # TRELLIS's metadata lack it; reading the points tells
             other = metadata[metadata["resolution"].notna() & (metadata["resolution"] != self.resolution)]
             if len(other):
                 raise DataError(
@@ -106,10 +112,15 @@ class SparseStructure(StandardDatasetBase):
         require_files(Path(root, "voxels"), [f"{sha256}.ply" for sha256 in metadata["sha256"]])
 
     def get_instance(self, root: str, instance: str) -> dict[str, Tensor]:
+        return {"ss": unpack_bits(self._bits(root, instance)[None], self.resolution)}
+
+    def _bits(self, root: str, instance: str) -> np.ndarray:
+        """Return a grid as bits, uint8 [ceil(R^3 / 8)]."""
         if (root, instance) in self._packed:
-            return {"ss": unpack_bits(self._packed[root, instance][None], self.resolution)}
+            return self._packed[root, instance]
         path = _ply_path(root, instance)
-        return {"ss": points_to_occupancy(read_ply(path), self.resolution, name=str(path))}
+        voxels = points_to_voxels(read_ply(path), self.resolution, name=str(path))
+        return pack_bits(voxels_to_grid(voxels, self.resolution)[None])[0]
 
     @property
     def in_memory(self) -> bool:
@@ -125,21 +136,19 @@ class SparseStructure(StandardDatasetBase):
         return {"ss": unpack_bits_on_device(batch["bits"], self.resolution), **others}
 
     def augment(self, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        """Return the batch with each grid of `ss` turned and mirrored as its sample's number says."""
+        """Return the batch with each grid of `ss` under the symmetry that its sample number draws."""
         if self.augmentation == "none" or self.split != "train":
             return batch
         return {**batch, "ss": augment_grids(batch["ss"], self.augmentation, seed, batch["sample_ids"])}
-
-    def _bits(self, root: str, instance: str) -> np.ndarray:
-        row = self._packed.get((root, instance))
-        return np.packbits(self.get_instance(root, instance)["ss"].numpy()) if row is None else row
 
     def content_key(self) -> dict[str, str | int]:
         return {**super().content_key(), "resolution": self.resolution}
 
     def item_version(self, root: str, instance: str) -> str:
-        """Return the checksum of a packed row; size and time of change of a PLY file, which copying keeps only
-        where it is told to (cp -p, rsync -t)."""
+        """Return the checksum of a packed row, or the size and modification time of a PLY file.
+
+        Copying keeps that time only on request (cp -p, rsync -t).
+        """
         if (root, instance) in self._packed:
             return f"{zlib.crc32(self._packed[root, instance]):08x}"
         path = _ply_path(root, instance)
@@ -173,7 +182,7 @@ def _ply_path(root: str, instance: str) -> Path:
 
 
 def _scores(metadata: "DataFrame") -> "Series":
-    """Return aesthetic_score as float64 [N]. Raises DataError for one that is blank or no number."""
+    """Return aesthetic_score as float64 [N]. Raise DataError for one that is blank or no number."""
     import pandas as pd
 
     scores = pd.to_numeric(metadata["aesthetic_score"], errors="coerce").astype("float64")

@@ -11,15 +11,15 @@ from helpers import RESOLUTION, make_tokenizer, solid_grids
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.preview import CORRECT, EXTRA, MISSING
 from trellis.utils.errors import DataError
-from trellis.viewer import card, curves, faces, figures, visit
+from trellis.viewer import curves, details, faces, figures, page_state
+from trellis.viewer.backend import Backend, pack_grid, pack_ids, unpack_grid, unpack_ids
 from trellis.viewer.callbacks import similar_code
-from trellis.viewer.usage import Usage
-from trellis.viewer.workbench import Workbench, pack_grid, pack_ids, unpack_grid, unpack_ids
+from trellis.viewer.code_usage import UsageCounter
 
 
 @pytest.fixture(scope="module")
-def workbench(data_dir) -> Workbench:
-    return Workbench(make_tokenizer(), SparseStructure(data_dir, resolution=RESOLUTION, split="all"), name="tiny")
+def backend(data_dir) -> Backend:
+    return Backend(make_tokenizer(), SparseStructure(data_dir, resolution=RESOLUTION, split="all"), name="tiny")
 
 
 # --- faces ---
@@ -111,19 +111,19 @@ def test_difference_shows_missing_extra_and_correct_cells_in_the_colours_of_the_
     traces = [trace for trace in figures.difference_figure(target, reconstruction)["data"] if trace["type"] == "mesh3d"]
     wanted = {MISSING: target & ~reconstruction, EXTRA: reconstruction & ~target, CORRECT: target & reconstruction}
     found = {trace["colorscale"][1][1]: trace for trace in traces}
-    assert set(found) == {figures.css(colour) for colour in wanted}
+    assert set(found) == {figures.css(color) for color in wanted}
     wrong = np.where(wanted[MISSING], 1, np.where(wanted[EXTRA], 2, 0))
-    for colour, label in ((MISSING, 1), (EXTRA, 2)):
+    for color, label in ((MISSING, 1), (EXTRA, 2)):
         number = sum(square[-1] == label for square in exposed(wrong))
-        assert len(array(found[figures.css(colour)]["i"])) == 2 * number
+        assert len(array(found[figures.css(color)]["i"])) == 2 * number
     assert len(array(found[figures.css(CORRECT)]["i"])) == 2 * len(exposed(wanted[CORRECT].astype(int)))
 
 
-def test_a_layer_and_the_lattice_say_which_token_is_where(workbench):
-    lattice, colours = (3, 4, 2), np.arange(72).reshape(24, 3)
+def test_a_layer_and_the_lattice_say_which_token_is_where(backend):
+    lattice, colors = (3, 4, 2), np.arange(72).reshape(24, 3)
     ids = np.arange(100, 124)[:, None]
     occupied = np.arange(24) % 5 == 0
-    tokens = figures.Tokens(lattice, ids, occupied, ~occupied, np.arange(24) == 7, np.arange(24) * 10, colours)
+    tokens = figures.Tokens(lattice, ids, occupied, ~occupied, np.arange(24) == 7, np.arange(24) * 10, colors)
     heat, edited = figures.layer_figure(tokens, 1, chosen=7)["data"]
     want = np.arange(24).reshape(lattice)[:, :, 1].T
     assert np.array_equal(array(heat["customdata"]), np.stack([want, want + 100, want * 10], -1))
@@ -138,31 +138,31 @@ def test_a_layer_and_the_lattice_say_which_token_is_where(workbench):
 # --- what travels ---
 
 
-def test_grids_and_ids_come_back_as_they_were(workbench):
-    grid = workbench.object(3)
-    ids = workbench.encode(grid)
+def test_grids_and_ids_come_back_as_they_were(backend):
+    grid = backend.object(3)
+    ids = backend.encode(grid)
     assert np.array_equal(unpack_grid(pack_grid(grid), RESOLUTION), grid)
-    assert np.array_equal(unpack_ids(pack_ids(ids), workbench.num_tokens, workbench.n_embed), ids)
+    assert np.array_equal(unpack_ids(pack_ids(ids), backend.num_tokens, backend.n_embed), ids)
     bomb = pack_ids(np.zeros(10**7, dtype=np.int64))
-    for damaged in ("", "?", pack_grid(grid), pack_ids(ids[:-1]), pack_ids(ids + workbench.n_embed), bomb, None):
+    for damaged in ("", "?", pack_grid(grid), pack_ids(ids[:-1]), pack_ids(ids + backend.n_embed), bomb, None):
         with pytest.raises(DataError):
-            unpack_ids(damaged, workbench.num_tokens, workbench.n_embed)
+            unpack_ids(damaged, backend.num_tokens, backend.n_embed)
 
 
-def test_edits_change_their_ids_and_no_other_object(workbench):
-    grid = workbench.object(0)
-    state = visit.new_object(workbench, grid, "a", "object-0")
-    ids = workbench.tokenizer.encode(torch.from_numpy(grid))[0].numpy()
-    code = (int(ids[5]) + 1) % workbench.n_embed
+def test_edits_change_their_ids_and_no_other_object(backend):
+    grid = backend.object(0)
+    state = page_state.new_object(backend, grid, "a", "object-0")
+    ids = backend.tokenizer.encode(torch.from_numpy(grid))[0].numpy()
+    code = (int(ids[5]) + 1) % backend.n_embed
     edits = {"of": "object-0", "list": [[3, 1], [5, code], [3, int(ids[3])]]}
-    opened = visit.open_visit(workbench, state, edits)
+    opened = page_state.open_object(backend, state, edits)
     want = ids.copy()
     want[5] = code
     assert np.array_equal(opened.ids, want) and np.array_equal(opened.before, ids) and opened.edits == {5: code}
-    assert visit.open_visit(workbench, state, {**edits, "of": "object-1"}).edits == {}
-    for place, value in ((workbench.num_tokens, 0), (0, workbench.n_embed), (0, -1), (0, None), (0, 1.5)):
+    assert page_state.open_object(backend, state, {**edits, "of": "object-1"}).edits == {}
+    for place, value in ((backend.num_tokens, 0), (0, backend.n_embed), (0, -1), (0, None), (0, 1.5)):
         with pytest.raises(DataError):
-            visit.open_visit(workbench, state, {"of": "object-0", "list": [[place, value]]})
+            page_state.open_object(backend, state, {"of": "object-0", "list": [[place, value]]})
 
 
 # --- codes ---
@@ -180,17 +180,17 @@ def test_edits_change_their_ids_and_no_other_object(workbench):
     ids=["one code", "two codes"],
 )
 def test_usage_is_counted_over_the_sample(quantizer, data_dir):
-    workbench = Workbench(make_tokenizer(**quantizer), SparseStructure(data_dir, resolution=RESOLUTION, split="all"))
-    usage = Usage(workbench, 5).start()
+    backend = Backend(make_tokenizer(**quantizer), SparseStructure(data_dir, resolution=RESOLUTION, split="all"))
+    usage = UsageCounter(backend, 5).start()
     usage.wait()
     assert usage.done == usage.sampled == 5 and usage.problem is None
-    grids = torch.from_numpy(np.stack([workbench.object(int(i)) for i in usage.indices]))[:, None]
-    ids = workbench.tokenizer.encode(grids).view(5, *workbench.lattice, workbench.codes_per_token)
-    voxels = (workbench.tokenizer.decode(ids.flatten(1)) > 0)[:, 0]
-    bx, by, bz = workbench.block
-    for part in range(workbench.codes_per_token):
+    grids = torch.from_numpy(np.stack([backend.object(int(i)) for i in usage.indices]))[:, None]
+    ids = backend.tokenizer.encode(grids).view(5, *backend.lattice, backend.codes_per_token)
+    voxels = (backend.tokenizer.decode(ids.flatten(1)) > 0)[:, 0]
+    bx, by, bz = backend.block
+    for part in range(backend.codes_per_token):
         own = ids[..., part]
-        assert usage.counts(part).tolist() == torch.bincount(own.flatten(), minlength=workbench.n_embed).tolist()
+        assert usage.counts(part).tolist() == torch.bincount(own.flatten(), minlength=backend.n_embed).tolist()
         code = int(own.flatten().mode().values)
         places = (own == code).nonzero().tolist()
         blocks = [
@@ -204,31 +204,31 @@ def test_usage_is_counted_over_the_sample(quantizer, data_dir):
     assert all(usage.of(int(code)).voxels is None for code in absent)
 
 
-def test_similar_codes_are_gone_through_by_distance(workbench):
-    state = visit.new_object(workbench, workbench.object(0), "a", "k")
-    table = workbench.tokenizer.quantizer.table().detach()
-    first = visit.open_visit(workbench, state, None)
+def test_similar_codes_are_gone_through_by_distance(backend):
+    state = page_state.new_object(backend, backend.object(0), "a", "k")
+    table = backend.tokenizer.quantizer.table().detach()
+    first = page_state.open_object(backend, state, None)
     order = torch.cdist(table[first.before[2]][None].double(), table.double())[0].argsort().tolist()
     edits = []
     for wanted in order[1:5]:
-        code = similar_code(workbench, visit.open_visit(workbench, state, {"of": "k", "list": edits}), 2)
+        code = similar_code(backend, page_state.open_object(backend, state, {"of": "k", "list": edits}), 2)
         assert code == wanted
         edits.append([2, code])
 
 
-def test_code_repeated_is_the_decoder_s(workbench):
-    ids = workbench.tokenizer.empty_ids.view(4, 4, 4).clone()
+def test_code_repeated_is_the_decoder_s(backend):
+    ids = backend.tokenizer.empty_ids.view(4, 4, 4).clone()
     ids[1:4, 1:4, 1:4] = 7
-    want = (workbench.tokenizer.decode(ids.flatten())[0, 0] > 0).numpy()[8:12, 8:12, 8:12]
-    assert want.any() and np.array_equal(workbench.code_repeated(7), want)
+    want = (backend.tokenizer.decode(ids.flatten())[0, 0] > 0).numpy()[8:12, 8:12, 8:12]
+    assert want.any() and np.array_equal(backend.code_repeated(7), want)
 
 
-def test_colours_of_codes_are_distinct_and_fit_any_quantizer(workbench):
-    assert len(np.unique(workbench.colours(), axis=0)) == workbench.n_embed
-    several = Workbench(
+def test_colors_of_codes_are_distinct_and_fit_any_quantizer(backend):
+    assert len(np.unique(backend.colors(), axis=0)) == backend.n_embed
+    several = Backend(
         make_tokenizer(name="ResidualVectorQuantizer", args={"n_embed": 16, "embed_dim": 4, "latent_channels": 4})
     )
-    assert several.colours().shape == (16, 3)
+    assert several.colors().shape == (16, 3)
 
 
 # --- curves ---
@@ -250,11 +250,11 @@ def test_curves_are_those_of_the_log(tmp_path):
         curves.read_log(tmp_path / "none.txt")
 
 
-def test_score_tiles_hold_the_metrics(workbench):
+def test_score_tiles_hold_the_metrics(backend):
     pytest.importorskip("dash")
-    state = visit.new_object(workbench, workbench.object(0), "a", "k")
-    tiles = card.score_tiles(workbench, visit.open_visit(workbench, state, None))
+    state = page_state.new_object(backend, backend.object(0), "a", "k")
+    tiles = details.score_tiles(backend, page_state.open_object(backend, state, None))
     shown = {tile.children[0].children: tile.children[1].children for tile in tiles}
-    grid, back = workbench.object(0), workbench.decode(workbench.encode(workbench.object(0)))
+    grid, back = backend.object(0), backend.decode(backend.encode(backend.object(0)))
     assert shown["IoU"] == f"{(grid & back).sum() / (grid | back).sum():.4f}"
     assert shown["ids"] == "64" and shown["edited"] == "0"

@@ -18,10 +18,10 @@ from helpers import RESOLUTION, make_tokenizer
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.meshes import mesh_to_grid
 from trellis.grids.voxels import points_to_occupancy, read_ply
-from trellis.viewer import visit
+from trellis.viewer import page_state
+from trellis.viewer.backend import Backend
+from trellis.viewer.code_usage import UsageCounter
 from trellis.viewer.uploads import Opener
-from trellis.viewer.usage import Usage
-from trellis.viewer.workbench import Workbench
 
 for name in ("selenium", "dash", "open3d", "trimesh", "pebble", "skimage"):
     pytest.importorskip(name)
@@ -130,22 +130,22 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def workbench(data_dir, tmp_path_factory) -> Workbench:
+def backend(data_dir, tmp_path_factory) -> Backend:
     run = tmp_path_factory.mktemp("run")
     (run / "log.txt").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25, "lr": 0.1}\n')
     data = SparseStructure(data_dir, resolution=RESOLUTION, split="all")
-    return Workbench(make_tokenizer(), data, run, "tiny")
+    return Backend(make_tokenizer(), data, run, "tiny")
 
 
 @contextmanager
-def served(workbench: Workbench) -> Iterator[str]:
+def served(backend: Backend) -> Iterator[str]:
     """The address of a page."""
     from werkzeug.serving import make_server
 
     from trellis.viewer.app import create_app
 
-    opener, usage = Opener(workers=1), Usage(workbench, 5).start()
-    server = make_server("127.0.0.1", 0, create_app(workbench, usage, opener).server, threaded=True)
+    opener, usage = Opener(workers=1), UsageCounter(backend, 5).start()
+    server = make_server("127.0.0.1", 0, create_app(backend, usage, opener).server, threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -155,8 +155,8 @@ def served(workbench: Workbench) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def url(workbench):
-    with served(workbench) as address:
+def url(backend):
+    with served(backend) as address:
         yield address
 
 
@@ -177,31 +177,31 @@ def bracket(path: Path) -> Path:
     return path
 
 
-def test_a_visit(page, url, workbench, tmp_path):
+def test_a_visit(page, url, backend, tmp_path):
     """One visit from the first look to the downloads: the parts build on each other, and a browser is slow to start."""
     from selenium.webdriver.common.action_chains import ActionChains
 
     # It starts with an object of the data set.
     page.wait_for_panels()
-    held_out = next(i for i in range(30) if workbench.dataset.entries[i].split == "val")
-    assert page.text("caption-voxels").startswith(f"{workbench.object(held_out).sum():,} of ")
+    held_out = next(i for i in range(30) if backend.dataset.entries[i].split == "val")
+    assert page.text("caption-voxels").startswith(f"{backend.object(held_out).sum():,} of ")
     page.wait(lambda: "over 5 objects" in page.text("progress"), "codes are not counted")
 
     # A mesh is dropped.
     path = bracket(tmp_path / "bracket.glb")
     grid = mesh_to_grid(path, RESOLUTION, "z")[0].numpy() > 0
-    ids = workbench.encode(grid)
+    ids = backend.encode(grid)
     page.drop(path)
     page.wait(lambda: page.text("caption-mesh") == "bracket.glb: 24 triangles", "the mesh is not shown")
     page.wait(lambda: page.text("caption-voxels").startswith(f"{grid.sum():,} of "), "its voxels are not shown")
-    before = workbench.decode(ids)
+    before = backend.decode(ids)
     page.wait(lambda: page.text("caption-reconstruction") == f"{before.sum():,} voxels", "no reconstruction")
     wrong = f"{(grid & ~before).sum():,} missing, {(before & ~grid).sum():,} extra"
     page.wait(lambda: page.text("caption-difference") == wrong, "no difference")
     page.wait_for_panels()
     assert [page.meshes(name) for name in PANELS] == [1, 1, 1, 3]
     scores = page.text("scores")
-    assert f"{workbench.scores(grid, before)['iou']:.4f}" in scores and f"{len(ids)}" in scores
+    assert f"{backend.scores(grid, before)['iou']:.4f}" in scores and f"{len(ids)}" in scores
 
     # One panel is turned, and all follow.
     assert len(set(page.cameras())) == 1
@@ -214,7 +214,7 @@ def test_a_visit(page, url, workbench, tmp_path):
 
     # A token is clicked in the layer, and gets the code that changes most.
     layer = int(page.text("caption-layer").split()[2])
-    token = int(np.ravel_multi_index((1, 2, layer), workbench.lattice))
+    token = int(np.ravel_multi_index((1, 2, layer), backend.lattice))
     x, y = page.driver.execute_script(
         PLOT
         + """const gd = plot('layer'), box = gd.getBoundingClientRect();
@@ -231,8 +231,8 @@ def test_a_visit(page, url, workbench, tmp_path):
         changed[token] = code
         return changed
 
-    code = max(range(workbench.n_embed), key=lambda code: (workbench.decode(edited(code)) ^ before).sum())
-    after = workbench.decode(edited(code))
+    code = max(range(backend.n_embed), key=lambda code: (backend.decode(edited(code)) ^ before).sum())
+    after = backend.decode(edited(code))
     assert (after ^ before).any()
     field = page.wait(lambda: (item := page.find("code")).is_displayed() and item, "no field for the code")
     field.send_keys("\ue009a\ue000", str(code))  # control a
@@ -248,7 +248,7 @@ def test_a_visit(page, url, workbench, tmp_path):
     page.driver.switch_to.new_window("tab")
     page.driver.get(url)
     page.wait(lambda: page.text("caption-reconstruction"), "the second tab is empty")
-    assert page.text("caption-voxels").startswith(f"{workbench.object(held_out).sum():,} of ")
+    assert page.text("caption-voxels").startswith(f"{backend.object(held_out).sum():,} of ")
     assert page.text("legend-reconstruction") == ""
     page.driver.close()
     page.driver.switch_to.window(first)
@@ -260,7 +260,7 @@ def test_a_visit(page, url, workbench, tmp_path):
     assert facts["tokens"] == edited(code).tolist()
     voxels = points_to_occupancy(read_ply(page.saved("voxels", "bracket_voxels.ply")), RESOLUTION)[0].numpy() > 0
     assert np.array_equal(voxels, after)
-    faces = len(workbench.tokenizer.to_mesh(torch.from_numpy(edited(code))).faces)
+    faces = len(backend.tokenizer.to_mesh(torch.from_numpy(edited(code))).faces)
     for kind in ("glb", "ply"):
         assert len(trimesh.load(page.saved(kind, f"bracket_decoded.{kind}"), force="mesh").faces) == faces
 
@@ -279,8 +279,8 @@ def test_a_visit(page, url, workbench, tmp_path):
         page.wait(lambda words=words: page.text("message").startswith(words), f"{name} goes unanswered")
         assert "Traceback" not in page.text("message")
     page.find("next-object").click()
-    second = visit.new_object(workbench, workbench.object(held_out), "", "")
-    count = visit.open_visit(workbench, second, None).grid.sum()
+    second = page_state.new_object(backend, backend.object(held_out), "", "")
+    count = page_state.open_object(backend, second, None).grid.sum()
     page.wait(lambda: page.text("caption-voxels").startswith(f"{count:,} of "), "no object after the upload")
     assert page.text("message") == ""
 
@@ -293,7 +293,7 @@ def test_a_visit(page, url, workbench, tmp_path):
 
 
 def test_a_page_without_data_takes_meshes(page, tmp_path):
-    with served(Workbench(make_tokenizer())) as url:
+    with served(Backend(make_tokenizer())) as url:
         page.driver.get(url)
         page.wait(lambda: page.text("caption-mesh") == "drop one to begin", "no page")
         page.find("save-glb").click()

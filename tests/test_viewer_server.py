@@ -5,8 +5,10 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -19,11 +21,11 @@ from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.meshes import mesh_to_grid
 from trellis.grids.voxels import occupancy_to_points, points_to_occupancy, read_ply, write_ply
 from trellis.utils.errors import DataError
-from trellis.viewer import uploads, visit
+from trellis.viewer import page_state, uploads
+from trellis.viewer.backend import Backend
 from trellis.viewer.callbacks import saved
-from trellis.viewer.serve import open_data
-from trellis.viewer.usage import Usage
-from trellis.viewer.workbench import Workbench
+from trellis.viewer.code_usage import UsageCounter
+from trellis.viewer.serve import open_data, stop_on_signals
 
 
 def needs(*names: str):
@@ -36,8 +38,8 @@ needs_surface = needs("skimage", "trimesh")
 
 
 @pytest.fixture(scope="module")
-def workbench(data_dir) -> Workbench:
-    return Workbench(make_tokenizer(), SparseStructure(data_dir, resolution=RESOLUTION, split="all"), name="tiny")
+def backend(data_dir) -> Backend:
+    return Backend(make_tokenizer(), SparseStructure(data_dir, resolution=RESOLUTION, split="all"), name="tiny")
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +50,10 @@ def opener():
 
 
 @pytest.fixture(scope="module")
-def app(workbench, opener):
+def app(backend, opener):
     from trellis.viewer.app import create_app
 
-    return create_app(workbench, Usage(workbench, 4), opener)
+    return create_app(backend, UsageCounter(backend, 4), opener)
 
 
 def box(path: Path, size=(1.0, 0.5, 0.25)) -> Path:
@@ -99,19 +101,19 @@ def test_simplified_meshes_are_small_and_near(monkeypatch):
 
 
 @needs_meshes
-def test_a_worker_gives_the_tokenizer_s_own_grid(opener, workbench, tmp_path):
+def test_a_worker_gives_the_tokenizer_s_own_grid(opener, backend, tmp_path):
     path = box(tmp_path / "a.glb")
     for up_axis in ("z", "y"):
         shape = opener.open(path, RESOLUTION, up_axis, "cube", voxelize=True)
         want = mesh_to_grid(path, RESOLUTION, up_axis)[0].numpy()
         assert np.array_equal(shape.voxels, np.argwhere(want))
         # The mesh that is shown lies in its voxels: it is turned and scaled as they are.
-        assert np.abs(shape.vertices.min(0) - shape.voxels.min(0)).max() <= 1
-        assert np.abs(shape.vertices.max(0) - shape.voxels.max(0) - 1).max() <= 1
-    grid = workbench.object(0)
+        assert np.abs(shape.mesh.vertices.min(0) - shape.voxels.min(0)).max() <= 1
+        assert np.abs(shape.mesh.vertices.max(0) - shape.voxels.max(0) - 1).max() <= 1
+    grid = backend.object(0)
     write_ply(tmp_path / "b.ply", occupancy_to_points(grid))
     shape = opener.open(tmp_path / "b.ply", RESOLUTION, "z", "cube", voxelize=True)
-    assert np.array_equal(shape.voxels, np.argwhere(grid)) and shape.vertices is None
+    assert np.array_equal(shape.voxels, np.argwhere(grid)) and shape.mesh is None
 
 
 @needs_meshes
@@ -132,10 +134,10 @@ def test_a_file_is_parsed_once_and_its_mesh_lies_in_its_voxels(normalization, tm
     assert loaded == [path]
     grid = mesh_to_grid(path, RESOLUTION, "y", normalization)[0].numpy()
     assert np.array_equal(shape.voxels, np.argwhere(grid))
-    assert np.abs(shape.vertices.min(0) - shape.voxels.min(0)).max() <= 1
-    assert np.abs(shape.vertices.max(0) - shape.voxels.max(0) - 1).max() <= 1
+    assert np.abs(shape.mesh.vertices.min(0) - shape.voxels.min(0)).max() <= 1
+    assert np.abs(shape.mesh.vertices.max(0) - shape.voxels.max(0) - 1).max() <= 1
     shown = uploads.open_shape(path, RESOLUTION, "y", normalization, False, uploads.MEMORY)
-    assert shown.voxels is None and np.array_equal(shown.vertices, shape.vertices)
+    assert shown.voxels is None and np.array_equal(shown.mesh.vertices, shape.mesh.vertices)
 
 
 @needs_meshes
@@ -150,30 +152,30 @@ def test_limits_of_time_and_memory_end_a_file_and_not_the_server(tmp_path):
             with pytest.raises(DataError, match=reason):
                 limited.open(path, RESOLUTION, "z", "cube", voxelize=True)
             limited.seconds, limited.memory = 60, uploads.MEMORY
-            assert limited.open(path, RESOLUTION, "z", "cube", voxelize=True).triangles == 81920
+            assert limited.open(path, RESOLUTION, "z", "cube", voxelize=True).mesh.triangles == 81920
         finally:
             limited.close()
 
 
 @needs_surface
-def test_downloads_hold_the_edited_object(workbench, tmp_path):
+def test_downloads_hold_the_edited_object(backend, tmp_path):
     import trimesh
 
-    state = visit.new_object(workbench, workbench.object(1), "shapes/ball.stl", "k")
-    opened = visit.open_visit(workbench, state, {"of": "k", "list": [[0, 3], [9, 30]]})
+    state = page_state.new_object(backend, backend.object(1), "shapes/ball.stl", "k")
+    opened = page_state.open_object(backend, state, {"of": "k", "list": [[0, 3], [9, 30]]})
     ids = torch.from_numpy(opened.ids)
-    grid = (workbench.tokenizer.decode(ids)[0, 0] > 0).numpy()
-    name, content = saved(workbench, opened, "voxels")
+    grid = (backend.tokenizer.decode(ids)[0, 0] > 0).numpy()
+    name, content = saved(backend, opened, "voxels")
     (tmp_path / name).write_bytes(content)
     assert name == "ball_voxels.ply"
     assert np.array_equal(points_to_occupancy(read_ply(tmp_path / name), RESOLUTION)[0].numpy() > 0, grid)
-    name, content = saved(workbench, opened, "tokens")
+    name, content = saved(backend, opened, "tokens")
     facts = json.loads(content)
-    assert facts["tokens"] == opened.ids.tolist() and facts["tokenizer_hash"] == workbench.tokenizer.hash
-    assert torch.equal(workbench.tokenizer.from_text(facts["text"]), ids)
-    mesh = workbench.tokenizer.to_mesh(ids)
+    assert facts["tokens"] == opened.ids.tolist() and facts["tokenizer_hash"] == backend.tokenizer.hash
+    assert torch.equal(backend.tokenizer.from_text(facts["text"]), ids)
+    mesh = backend.tokenizer.to_mesh(ids)
     for kind in ("glb", "ply"):
-        name, content = saved(workbench, opened, kind)
+        name, content = saved(backend, opened, kind)
         loaded = trimesh.load(io.BytesIO(content), file_type=kind, force="mesh")
         assert name == f"ball_decoded.{kind}" and loaded.faces.shape == mesh.faces.shape
 
@@ -187,7 +189,7 @@ def test_meshes_of_a_data_set_are_found_as_voxelize_left_them(tmp_path):
         rows.append(f"{number:064x},{tmp_path / file},True,{grid.sum()},y,{RESOLUTION},val")
     (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
     (tmp_path / "there.stl").touch()
-    found = Workbench(make_tokenizer(), SparseStructure(str(tmp_path), resolution=RESOLUTION, split="all"))
+    found = Backend(make_tokenizer(), SparseStructure(str(tmp_path), resolution=RESOLUTION, split="all"))
     assert found.mesh_file(0) == (tmp_path / "there.stl", "y", "cube") and found.mesh_file(1) is None
 
 
@@ -216,13 +218,13 @@ def ask(client, app, output: str, values: dict[str, object]) -> dict:
 
 
 @needs_dash
-def test_visitors_get_their_own_object_and_edits(app, workbench):
+def test_visitors_get_their_own_object_and_edits(app, backend):
     first, second = app.server.test_client(), app.server.test_client()
-    states = [visit.new_object(workbench, workbench.object(i), str(i), f"object-{i}") for i in (0, 1)]
-    edits = {"of": "object-0", "list": [[11, int((workbench.encode(workbench.object(0))[11] + 1) % 32)]]}
+    states = [page_state.new_object(backend, backend.object(i), str(i), f"object-{i}") for i in (0, 1)]
+    edits = {"of": "object-0", "list": [[11, int((backend.encode(backend.object(0))[11] + 1) % 32)]]}
     wanted = [
-        workbench.decode(visit.open_visit(workbench, states[0], edits).ids),
-        workbench.decode(workbench.encode(workbench.object(1))),
+        backend.decode(page_state.open_object(backend, states[0], edits).ids),
+        backend.decode(backend.encode(backend.object(1))),
     ]
     for _ in range(2):
         for client, state, own, grid in ((first, states[0], edits, wanted[0]), (second, states[1], edits, wanted[1])):
@@ -232,8 +234,8 @@ def test_visitors_get_their_own_object_and_edits(app, workbench):
 
 
 @needs_dash
-def test_errors_of_callbacks_are_sentences_on_the_page(app, workbench):
-    state = visit.new_object(workbench, workbench.object(0), "a", "object-0")
+def test_errors_of_callbacks_are_sentences_on_the_page(app, backend):
+    state = page_state.new_object(backend, backend.object(0), "a", "object-0")
     values = {"edit-set.n_clicks": 1, "object.data": state, "chosen.data": 0, "part.value": "0", "code.value": 999}
     said = ask(app.server.test_client(), app, "edits.data", values)["sideUpdate"]["message"]["children"]
     assert said == "the code is 999; it must be a whole number from 0 to 31"
@@ -263,14 +265,14 @@ def test_uploads_are_checked_before_they_are_opened(app):
 
 @needs_dash
 @needs_meshes
-def test_an_upload_becomes_an_object_and_a_damaged_one_a_sentence(app, workbench, tmp_path):
+def test_an_upload_becomes_an_object_and_a_damaged_one_a_sentence(app, backend, tmp_path):
     client, ours = app.server.test_client(), {"X-Viewer": "1"}
     path = box(tmp_path / "a.glb")
     answer = client.post("/upload?name=my%20box.glb&up_axis=z", data=path.read_bytes(), headers=ours).get_json()
     grid = mesh_to_grid(path, RESOLUTION, "z")[0].numpy() > 0
-    opened = visit.open_visit(workbench, answer["object"], None)
+    opened = page_state.open_object(backend, answer["object"], None)
     assert opened.name == "my box.glb" and np.array_equal(opened.grid, grid)
-    assert np.array_equal(opened.ids, workbench.tokenizer.encode(path)[0].numpy())
+    assert np.array_equal(opened.ids, backend.tokenizer.encode(path)[0].numpy())
     assert answer["mesh"]["of"] == answer["object"]["key"] and answer["mesh"]["caption"] == "12 triangles"
     for name, content in (
         ("a.glb", path.read_bytes()[:300]),
@@ -304,12 +306,32 @@ def test_data_of_a_run_may_be_gone_but_data_that_are_asked_for_may_not(data_dir)
         open_data(argparse.Namespace(data_dir="/nowhere", run=None), RESOLUTION)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_page_even_if_they_were_ignored_at_the_start(number):
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop_on_signals()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            time.sleep(5)  # a handler runs between two instructions
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 @needs_dash
 def test_the_command_serves_at_this_machine_alone(tmp_path, data_dir):
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "trellis.viewer", "--tokenizer", str(tmp_path / "tokenizer"), "--port", "0"]
-    server = subprocess.Popen([*command, "--data_dir", data_dir], stdout=subprocess.PIPE, env=environment, text=True)
+    # SIGINT is ignored in what a shell starts in the background; the page must end by it all the same.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        server = subprocess.Popen(
+            [*command, "--data_dir", data_dir], stdout=subprocess.PIPE, env=environment, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         line = server.stdout.readline()
         assert line.startswith("http://127.0.0.1:")
@@ -319,7 +341,7 @@ def test_the_command_serves_at_this_machine_alone(tmp_path, data_dir):
         taken = subprocess.run([*command[:-1], port], capture_output=True, text=True, env=environment)
         assert taken.returncode == 1 and taken.stderr.splitlines()[-1].startswith("error: --host 127.0.0.1")
     finally:
-        server.send_signal(2)
+        server.send_signal(signal.SIGINT)
         assert server.wait(20) == 0
     wrong = subprocess.run([*command[:4], str(tmp_path / "none")], capture_output=True, text=True, env=environment)
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: ")

@@ -1,4 +1,4 @@
-"""The Dash application: the page, the address that uploads go to, and what becomes of errors."""
+"""The Dash application: the page, the address for uploads, and errors as sentences on the page."""
 
 import logging
 import tempfile
@@ -10,21 +10,24 @@ from plotly.io.json import to_json_plotly
 
 from ..grids.placing import UP_AXES
 from ..utils.errors import DataError, UserError
+from .backend import Backend
 from .callbacks import add_callbacks
+from .code_usage import UsageCounter
 from .layout import page
+from .page_state import opened_upload
 from .uploads import MAX_BYTES, Opener, check_name
-from .usage import Usage
-from .visit import opened_upload
-from .workbench import Workbench
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UNEXPECTED = "Something went wrong here; the terminal that the page was started from says what."
 log = logging.getLogger(__name__)
 
 
-def create_app(workbench: Workbench, usage: Usage, opener: Opener, host: str = "127.0.0.1") -> Dash:
-    """host: where it is served; at a loopback address, only requests to such a name are answered, so that no other
-    site's page can reach it through a name of its own."""
+def create_app(backend: Backend, usage: UsageCounter, opener: Opener, host: str = "127.0.0.1") -> Dash:
+    """Return the application.
+
+    host: address it is served at. At a loopback address, only requests to a loopback name are answered, so that no
+        page of another site can reach it through a name of its own.
+    """
     app = Dash(
         "trellis.viewer",
         title="Tokens of sparse structures",
@@ -38,28 +41,29 @@ def create_app(workbench: Workbench, usage: Usage, opener: Opener, host: str = "
     app.server.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
     if host in LOOPBACK:
         app.server.config["TRUSTED_HOSTS"] = list(LOOPBACK)
-    app.layout = page(workbench)
-    add_callbacks(app, workbench, usage, opener)
-    add_uploads(app, workbench, opener)
+    app.layout = page(backend)
+    add_callbacks(app, backend, usage, opener)
+    add_uploads(app, backend, opener)
     return app
 
 
 def tell_page(error: Exception) -> None:
-    """Show an error of a callback on the page, and leave the rest of the page as it is."""
+    """Show an error of a callback on the page, and leave the rest of the page unchanged."""
     set_props("message", {"children": message(error)})
 
 
 def message(error: Exception) -> str:
+    """Return what the page says about an error; log those that are bugs."""
     if isinstance(error, UserError):
         return str(error)
     log.error("unexpected error", exc_info=error)
     return UNEXPECTED
 
 
-def add_uploads(app: Dash, workbench: Workbench, opener: Opener) -> None:
-    """POST upload?name=…&up_axis=…, the file as body: {"object", "mesh"}, or {"error"} with status 400.
+def add_uploads(app: Dash, backend: Backend, opener: Opener) -> None:
+    """Add POST upload?name=…&up_axis=… with the file as body, answered by {"object", "mesh"} or, with 400, {"error"}.
 
-    A header of our own is required, which a page of another site may not send.
+    The header X-Viewer is required, since a page of another site may not send it.
     """
 
     @app.server.post("/upload")
@@ -81,7 +85,7 @@ def add_uploads(app: Dash, workbench: Workbench, opener: Opener) -> None:
                 with open(path, "wb") as file:
                     while piece := request.stream.read(1 << 20):
                         file.write(piece)
-                state, mesh = opened_upload(workbench, opener, path, Path(name).name, up_axis)
+                state, mesh = opened_upload(backend, opener, path, Path(name).name, up_axis)
             return Response(to_json_plotly({"object": state, "mesh": mesh}), mimetype="application/json")
         except Exception as error:  # whatever it is, the page gets a sentence and the server goes on
             return Response(to_json_plotly({"error": message(error)}), status=400, mimetype="application/json")

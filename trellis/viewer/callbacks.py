@@ -1,4 +1,4 @@
-"""What the page asks the server, and what it does itself (assets/viewer.js)."""
+"""What the page asks the server, and what the browser does itself (assets/viewer.js)."""
 
 import base64
 import json
@@ -11,38 +11,41 @@ import numpy as np
 import torch
 from dash import ClientsideFunction, Dash, Input, Output, State, ctx, no_update
 
+from ..datasets.base import StandardDatasetBase
 from ..evaluation.metrics import occupied_blocks
 from ..grids.voxels import occupancy_to_points, write_ply
 from ..utils.errors import DataError
-from . import card, figures
+from . import details, figures
+from .backend import Backend
+from .code_usage import UsageCounter
 from .curves import curves_figure, read_log
 from .layout import PANELS, chip
+from .page_state import EditedObject, check_code, dataset_key, dataset_mesh, edits_of, new_object, open_object
 from .uploads import Opener
-from .usage import Usage
-from .visit import Visit, check_code, dataset_key, dataset_mesh, edits_of, new_object, open_visit
-from .workbench import Workbench
 
 LISTED = 60  # objects in the list at once; typing finds the others
-NEARBY = 32  # codes that "a similar code" goes through
+NEARBY = 32  # codes that "a similar code" steps through
 
 
-def add_callbacks(app: Dash, workbench: Workbench, usage: Usage, opener: Opener) -> None:
+def add_callbacks(app: Dash, backend: Backend, usage: UsageCounter, opener: Opener) -> None:
+    """Add all that answers the page."""
     add_browser_side(app)
     add_counting(app, usage)
-    add_drawing(app, workbench, usage)
-    add_editing(app, workbench)
-    add_downloads(app, workbench)
-    if workbench.dataset is not None:
-        add_picking(app, workbench, opener)
-    if workbench.run_dir is not None:
+    add_drawing(app, backend, usage)
+    add_editing(app, backend)
+    add_downloads(app, backend)
+    if backend.dataset is not None:
+        add_picking(app, backend, backend.dataset, opener)
+    if backend.run_dir is not None:
+        log = backend.run_dir / "log.txt"
 
         @app.callback(Output("curves", "figure"), Input("tabs", "value"), Input("read-curves", "n_clicks"))
         def curves(tab: str, _):
-            return curves_figure(read_log(workbench.run_dir / "log.txt")) if tab == "curves" else no_update
+            return curves_figure(read_log(log)) if tab == "curves" else no_update
 
 
 def add_browser_side(app: Dash) -> None:
-    """The parts that need no server: cameras, what is chosen, and the file that is dropped."""
+    """Add what needs no server: cameras, the choice of a token, and dropped files."""
 
     def own(name: str, *args) -> None:
         app.clientside_callback(ClientsideFunction("viewer", name), *args)
@@ -63,10 +66,10 @@ def add_browser_side(app: Dash) -> None:
     own("setAxes", Output("axes", "data"), Input("up-axis", "value"), State("facts", "data"))
 
 
-def add_picking(app: Dash, workbench: Workbench, opener: Opener) -> None:
-    dataset = workbench.dataset
-    names = [workbench.object_name(index) for index in range(len(dataset))]
-    order = sorted(range(len(dataset)), key=lambda index: dataset.entries[index].split != "val")  # held out ones first
+def add_picking(app: Dash, backend: Backend, dataset: StandardDatasetBase, opener: Opener) -> None:
+    """Add the list of the data set's objects."""
+    names = [backend.object_name(index) for index in range(len(dataset))]
+    order = sorted(range(len(dataset)), key=lambda index: dataset.entries[index].split != "val")  # held-out ones first
 
     def option(index: int) -> dict[str, Any]:
         note = " (held out)" if dataset.entries[index].split == "val" else ""
@@ -104,14 +107,15 @@ def add_picking(app: Dash, workbench: Workbench, opener: Opener) -> None:
     def take(index: int | None):
         if index is None:
             return no_update, no_update
-        return new_object(workbench, workbench.object(index), names[index], dataset_key(index)), ""
+        return new_object(backend, backend.object(index), names[index], dataset_key(index)), ""
 
     @app.callback(Output("figure-mesh", "data"), Input("pick", "value"), prevent_initial_call=True)
     def take_mesh(index: int | None):
-        return no_update if index is None else dataset_mesh(workbench, opener, index)
+        return no_update if index is None else dataset_mesh(backend, opener, index)
 
 
-def add_counting(app: Dash, usage: Usage) -> None:
+def add_counting(app: Dash, usage: UsageCounter) -> None:
+    """Add the line that says how far counting codes has come."""
 
     @app.callback(
         Output("progress", "children"),
@@ -120,25 +124,26 @@ def add_counting(app: Dash, usage: Usage) -> None:
         Input("poll", "n_intervals"),
     )
     def progress(_):
-        text, ended = card.progress_text(usage)
+        text, ended = details.progress_text(usage)
         return text, ended or no_update, ended
 
 
-def add_drawing(app: Dash, workbench: Workbench, usage: Usage) -> None:
-    colours = workbench.colours()
+def add_drawing(app: Dash, backend: Backend, usage: UsageCounter) -> None:
+    """Add the panels, the scores and the chosen token."""
+    colors = backend.colors()
 
-    def tokens_of(visit: Visit) -> figures.Tokens:
-        shape = (-1, workbench.codes_per_token)
-        ids = visit.ids.reshape(shape)
-        occupied = occupied_blocks(torch.from_numpy(workbench.decode(visit.ids))[None, None], workbench.lattice)
+    def tokens_of(shown: EditedObject) -> figures.Tokens:
+        shape = (-1, backend.codes_per_token)
+        ids = shown.ids.reshape(shape)
+        occupied = occupied_blocks(torch.from_numpy(backend.decode(shown.ids))[None, None], backend.lattice)
         return figures.Tokens(
-            workbench.lattice,
+            backend.lattice,
             ids,
             occupied.flatten().numpy(),
-            (visit.ids == workbench.empty_ids).reshape(shape).all(1),
-            (visit.ids != visit.before).reshape(shape).any(1),
+            (shown.ids == backend.empty_ids).reshape(shape).all(1),
+            (shown.ids != shown.before).reshape(shape).any(1),
             usage.counts(0)[ids[:, 0]] if usage.done == usage.sampled > 0 else None,
-            colours[ids[:, 0]],
+            colors[ids[:, 0]],
         )
 
     @app.callback(
@@ -148,8 +153,8 @@ def add_drawing(app: Dash, workbench: Workbench, usage: Usage) -> None:
         prevent_initial_call=True,
     )
     def voxels(state: dict):
-        grid = open_visit(workbench, state, None).grid
-        return figures.voxel_figure(grid), f"{grid.sum():,} of {workbench.resolution}³ are occupied"
+        grid = open_object(backend, state, None).grid
+        return figures.voxel_figure(grid), f"{grid.sum():,} of {backend.resolution}³ are occupied"
 
     @app.callback(
         Output("figure-reconstruction", "data"),
@@ -165,20 +170,20 @@ def add_drawing(app: Dash, workbench: Workbench, usage: Usage) -> None:
     def reconstruction(state: dict | None, edits: dict | None):
         if state is None:
             return (no_update,) * 6
-        visit = open_visit(workbench, state, edits)
-        before, after = workbench.decode(visit.before), workbench.decode(visit.ids)
+        shown = open_object(backend, state, edits)
+        before, after = backend.decode(shown.before), backend.decode(shown.ids)
         legend = [
             chip(figures.ADDED, f"{(after & ~before).sum():,} added by edits"),
             chip(figures.REMOVED, f"{(before & ~after).sum():,} removed"),
         ]
-        wrong = f"{(visit.grid & ~after).sum():,} missing, {(after & ~visit.grid).sum():,} extra"
+        wrong = f"{(shown.grid & ~after).sum():,} missing, {(after & ~shown.grid).sum():,} extra"
         return (
             figures.reconstruction_figure(before, after),
             f"{after.sum():,} voxels",
-            legend if visit.edits else [],
-            figures.difference_figure(visit.grid, after),
+            legend if shown.edits else [],
+            figures.difference_figure(shown.grid, after),
             wrong,
-            card.score_tiles(workbench, visit),
+            details.score_tiles(backend, shown),
         )
 
     @app.callback(
@@ -195,15 +200,15 @@ def add_drawing(app: Dash, workbench: Workbench, usage: Usage) -> None:
     def lattice(state: dict | None, edits: dict | None, _, chosen: int | None):
         if state is None:
             return (no_update,) * 4
-        tokens = tokens_of(open_visit(workbench, state, edits))
+        tokens = tokens_of(open_object(backend, state, edits))
         caption = f"{tokens.occupied.sum():,} of {len(tokens.ids):,} have voxels"
-        figure = figures.lattice_figure(tokens, workbench.resolution)
+        figure = figures.lattice_figure(tokens, backend.resolution)
         fresh = any(cause["prop_id"] == "object.data" for cause in ctx.triggered) or chosen is None
         if not fresh or not tokens.occupied.any():
             return figure, caption, no_update, no_update
-        # Something to look at, since the token of the object before may have nothing.
+        # Choose a token with voxels: the one chosen in the previous object may be empty here.
         chosen = int(np.flatnonzero(tokens.occupied)[tokens.occupied.sum() // 2])
-        return figure, caption, chosen, chosen % workbench.lattice[2]
+        return figure, caption, chosen, chosen % backend.lattice[2]
 
     @app.callback(
         Output("layer", "figure"),
@@ -218,8 +223,8 @@ def add_drawing(app: Dash, workbench: Workbench, usage: Usage) -> None:
     def layer(state: dict | None, edits: dict | None, chosen: int | None, number: int, _):
         if state is None:
             return no_update, no_update
-        figure = figures.layer_figure(tokens_of(open_visit(workbench, state, edits)), number, chosen)
-        return figure, f"z = {number} of 0 to {workbench.lattice[2] - 1}"
+        figure = figures.layer_figure(tokens_of(open_object(backend, state, edits)), number, chosen)
+        return figure, f"z = {number} of 0 to {backend.lattice[2] - 1}"
 
     @app.callback(
         Output("token", "children"),
@@ -236,14 +241,15 @@ def add_drawing(app: Dash, workbench: Workbench, usage: Usage) -> None:
     def token(state: dict | None, edits: dict | None, chosen: int | None, part: str, _):
         if state is None or chosen is None:
             return (no_update,) * 4
-        visit = open_visit(workbench, state, edits)
-        x, y, z = np.unravel_index(chosen, workbench.lattice)
-        code = int(visit.ids[chosen * workbench.codes_per_token + int(part)])
-        content = card.token_card(workbench, usage, visit, chosen, int(part))
+        shown = open_object(backend, state, edits)
+        x, y, z = np.unravel_index(chosen, backend.lattice)
+        code = int(shown.ids[chosen * backend.codes_per_token + int(part)])
+        content = details.token_card(backend, usage, shown, chosen, int(part))
         return content, f"number {chosen}: x {x}, y {y}, z {z}", code, "editor"
 
 
-def add_editing(app: Dash, workbench: Workbench) -> None:
+def add_editing(app: Dash, backend: Backend) -> None:
+    """Add the buttons that change codes."""
     names = ("set", "similar", "empty", "undo", "reset")
 
     @app.callback(
@@ -262,9 +268,9 @@ def add_editing(app: Dash, workbench: Workbench) -> None:
         state, edits, chosen, part, code = args[-5:]
         if state is None or chosen is None:
             return no_update, no_update
-        visit = open_visit(workbench, state, edits)
+        shown = open_object(backend, state, edits)
         done = list(edits_of(state, edits))
-        place = chosen * workbench.codes_per_token + int(part)
+        index = chosen * backend.codes_per_token + int(part)
         kind = ctx.triggered_id.removeprefix("edit-")
         if kind == "reset":
             done = []
@@ -272,23 +278,24 @@ def add_editing(app: Dash, workbench: Workbench) -> None:
             done = done[:-1]
         else:
             if kind == "similar":
-                code = similar_code(workbench, visit, place)
+                code = similar_code(backend, shown, index)
             elif kind == "empty":
-                code = int(workbench.empty_ids[place])
-            done.append([place, check_code(workbench, code)])
+                code = int(backend.empty_ids[index])
+            done.append([index, check_code(backend, code)])
         return {"of": state["key"], "list": done}, ""
 
 
-def similar_code(workbench: Workbench, visit: Visit, place: int) -> int:
-    """The code after the present one in the order of distance from the encoder's, so that each call goes farther."""
-    near = [int(visit.before[place]), *workbench.neighbours(int(visit.before[place]), NEARBY)]
+def similar_code(backend: Backend, shown: EditedObject, index: int) -> int:
+    """Return the next code in order of distance from the encoder's, so that each call goes one code farther."""
+    near = [int(shown.before[index]), *backend.neighbors(int(shown.before[index]), NEARBY)]
     if len(near) == 1:
-        raise DataError("this quantizer has no one codebook that would say which codes are similar")
-    present = int(visit.ids[place])
+        raise DataError("this quantizer has no single codebook, so no codes are similar. Type a code")
+    present = int(shown.ids[index])
     return near[(near.index(present) + 1) % len(near)] if present in near else near[1]
 
 
-def add_downloads(app: Dash, workbench: Workbench) -> None:
+def add_downloads(app: Dash, backend: Backend) -> None:
+    """Add the buttons that save files."""
     kinds = ("glb", "ply", "voxels", "tokens")
 
     @app.callback(
@@ -302,33 +309,35 @@ def add_downloads(app: Dash, workbench: Workbench) -> None:
         state, edits = args[-2:]
         if state is None:
             raise DataError("there is no object yet: drop a mesh or pick an object first")
-        visit = open_visit(workbench, state, edits)
-        name, content = saved(workbench, visit, ctx.triggered_id.removeprefix("save-"))
+        shown = open_object(backend, state, edits)
+        name, content = saved(backend, shown, ctx.triggered_id.removeprefix("save-"))
         return {"filename": name, "content": base64.b64encode(content).decode(), "base64": True}
 
 
-def saved(workbench: Workbench, visit: Visit, kind: str) -> tuple[str, bytes]:
-    """Name and content of a file for the visitor: "glb" or "ply", a smoothed mesh; "voxels", points as voxelize.py
-    writes them; "tokens", JSON."""
-    stem = Path(visit.name).stem
+def saved(backend: Backend, shown: EditedObject, kind: str) -> tuple[str, bytes]:
+    """Return name and content of a file for the visitor.
+
+    kind: "glb" or "ply", a smoothed mesh; "voxels", points as voxelize.py writes them; "tokens", JSON.
+    """
+    stem = Path(shown.name).stem
     if kind == "tokens":
-        tokenizer = workbench.tokenizer
+        tokenizer = backend.tokenizer
         facts = {
-            "tokenizer_hash": workbench.hash, "source": visit.name, "resolution": workbench.resolution,
-            "normalization": tokenizer.normalization, "up_axis": tokenizer.up_axis, "lattice": workbench.lattice,
-            "codes_per_token": workbench.codes_per_token, "n_embed": workbench.n_embed, "tokens": visit.ids.tolist(),
-            "text": tokenizer.to_text(torch.from_numpy(visit.ids)),
+            "tokenizer_hash": backend.hash, "source": shown.name, "resolution": backend.resolution,
+            "normalization": tokenizer.normalization, "up_axis": tokenizer.up_axis, "lattice": backend.lattice,
+            "codes_per_token": backend.codes_per_token, "n_embed": backend.n_embed, "tokens": shown.ids.tolist(),
+            "text": tokenizer.to_text(torch.from_numpy(shown.ids)),
         }  # fmt: skip
         return f"{stem}_tokens.json", (json.dumps(facts) + "\n").encode()
     name = f"{stem}_voxels.ply" if kind == "voxels" else f"{stem}_decoded.{kind}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"file.{'ply' if kind == 'voxels' else kind}")
         if kind == "voxels":
-            grid = workbench.decode(visit.ids)
+            grid = backend.decode(shown.ids)
             if not grid.any():
                 raise DataError("the reconstruction has no voxel to write")
             write_ply(path, occupancy_to_points(grid))
         else:
-            with workbench.compute:
-                workbench.tokenizer.save_mesh(torch.from_numpy(visit.ids), path)
+            with backend.compute:
+                backend.tokenizer.save_mesh(torch.from_numpy(shown.ids), path)
         return name, path.read_bytes()

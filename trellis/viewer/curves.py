@@ -7,11 +7,11 @@ from typing import Any
 
 from ..utils.errors import DataError
 
-POINTS = 1500  # of a curve; more are thinned out evenly
+POINTS = 1500  # per curve; longer ones are thinned out evenly
 COLUMNS = 3  # plots in a row
-GAP_ACROSS, GAP_DOWN = 0.16, 0.3  # free between two plots, as a share of the way from one to the next
+GAP_ACROSS, GAP_DOWN = 0.16, 0.3  # gap between two plots, as a share of the distance of their centers
 LOSSES = "losses"
-# What is not named here and carries no "val/" is a term of the loss.
+# A name that is missing here and in ELSEWHERE, and does not start with "val/", is a term of the loss.
 PLOTS = {
     LOSSES: (),
     "validation": ("val/iou", "val/precision", "val/recall"),
@@ -22,13 +22,13 @@ PLOTS = {
 }
 LOGARITHMIC = (LOSSES, "norm of the gradient", "learning rate")
 ELSEWHERE = ("step", "seconds", "samples_per_second", "codes_revived", "max_grad_norm", "loss_scale", "kl_bits")
-COLOURS = ("#3b5b92", "#d1495b", "#2a9d8f", "#e09f3e", "#7b5ea7", "#5c6672", "#8d6e63", "#00838f")
+COLORS = ("#3b5b92", "#d1495b", "#2a9d8f", "#e09f3e", "#7b5ea7", "#5c6672", "#8d6e63", "#00838f")
 
 
 def read_log(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """{name: [(step, value)]} of a log.txt. A last line that is still being written is passed over.
+    """Return {name: [(step, value)]} of a log.txt. Skip a last line that is still being written.
 
-    Raises DataError where there is no such file.
+    Raise DataError if there is no such file.
     """
     series: dict[str, list[tuple[int, float]]] = {}
     try:
@@ -48,7 +48,7 @@ def read_log(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def curves_figure(series: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
-    """The plots of PLOTS that have a curve, COLUMNS in a row, steps along x."""
+    """Return the plots of PLOTS that have a curve, COLUMNS in a row, steps along x."""
     named = {name for names in PLOTS.values() for name in names}
     terms = [name for name in series if name not in named and name not in ELSEWHERE and "/" not in name]
     plots = {title: [name for name in names or terms if name in series] for title, names in PLOTS.items()}
@@ -62,10 +62,10 @@ def curves_figure(series: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
         "paper_bgcolor": "white",
         "font": {"size": 11, "color": "#2d323c"},
     }
-    for place, (title, names) in enumerate(plots.items()):
-        number = str(place + 1) if place else ""
+    for index, (title, names) in enumerate(plots.items()):
+        number = str(index + 1) if index else ""
         width, height = 1 / (COLUMNS - GAP_ACROSS), 1 / (rows - GAP_DOWN)  # from one plot to the next
-        left, top = place % COLUMNS * width, 1 - place // COLUMNS * height
+        left, top = index % COLUMNS * width, 1 - index // COLUMNS * height
         right, bottom = left + (1 - GAP_ACROSS) * width, top - (1 - GAP_DOWN) * height
         kind = {"type": "log", "tickformat": "~g", "dtick": "D2"} if title in LOGARITHMIC else {}
         axis = {"gridcolor": "#eceef2", "zeroline": False, "linecolor": "#c9ced6"}
@@ -90,7 +90,7 @@ def curves_figure(series: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
                 "showarrow": False,
             }
         )
-        for colour, name in zip(cycle(COLOURS), names, strict=False):
+        for color, name in zip(cycle(COLORS), names, strict=False):
             points = thinned(series[name])
             traces.append(
                 {
@@ -104,7 +104,7 @@ def curves_figure(series: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
                     "showlegend": True,
                     "mode": "lines+markers" if len(points) < 30 else "lines",
                     "marker": {"size": 5},
-                    "line": {"color": colour, "width": 1.7},
+                    "line": {"color": color, "width": 1.7},
                     "hovertemplate": "step %{x}: %{y:.5g}",
                 }
             )
@@ -112,5 +112,5 @@ def curves_figure(series: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
 
 
 def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """About POINTS of them, evenly, and always the last."""
+    """Return about POINTS of the points, evenly, and always the last."""
     return [*points[: -1 : max(1, len(points) // POINTS)], points[-1]]

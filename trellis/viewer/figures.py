@@ -1,7 +1,7 @@
-"""Figures of the page, as Plotly's JSON has them. The 3D panels share one frame: the grid's cells, x y z in [0, R],
-z up."""
+"""Figures of the page, as Plotly's JSON. The 3D panels share one frame: x y z in voxels, in [0, R], z up."""
 
 import base64
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,11 +9,14 @@ import numpy as np
 from ..grids.preview import CORRECT, EXTRA, MATERIAL, MISSING
 from .faces import LIGHT, outer_faces
 
-Figure = dict[str, Any]  # or a trace of one
+Figure = dict[str, Any]  # or one of its traces
 ADDED, REMOVED, CHOSEN = (0, 158, 115), (230, 140, 0), (214, 39, 160)
 EMPTY = (236, 238, 241)
-BRIGHTEST = 1.3  # of a face's shade
-CAMERA = {"eye": {"x": 1.18, "y": -1.5, "z": 0.78}, "center": {"x": 0, "y": 0, "z": -0.07}}  # as voxel_preview looks
+BRIGHTEST = 1.3  # largest shade of a face
+CAMERA = {
+    "eye": {"x": 1.18, "y": -1.5, "z": 0.78},
+    "center": {"x": 0, "y": 0, "z": -0.07},
+}  # the view of grids/preview.py
 HOVER = "token %{customdata[0]}<br>code %{customdata[1]}"
 HOVER_USED = "<br>used %{customdata[2]} times in the sample"
 BACKGROUND = "#fafafb"
@@ -37,19 +40,24 @@ CUBE_TRIANGLES = np.array(
 CUBE_EDGES = [(a, b) for a in range(8) for b in range(a) if np.abs(CUBE[a] - CUBE[b]).sum() == 1]
 
 
-def css(colour: tuple[int, int, int]) -> str:
-    return "rgb({},{},{})".format(*(int(round(value)) for value in colour))
+def css(color: Sequence[float] | np.ndarray) -> str:
+    """Return a color, rgb in [0, 255], as CSS."""
+    return "rgb({},{},{})".format(*(int(round(value)) for value in color))
 
 
 def typed(values: np.ndarray) -> dict[str, str]:
-    """An array as plotly.js takes it, a quarter of the size of its digits."""
+    """Return an array in the binary form of plotly.js, a quarter of the size of its digits."""
     kind = {"i": "i", "u": "u", "f": "f"}[values.dtype.kind] + str(values.dtype.itemsize)
     spec = {"dtype": kind, "bdata": base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()}
     return spec if values.ndim == 1 else {**spec, "shape": ", ".join(map(str, values.shape))}
 
 
 def mesh_figure(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Figure:
-    """vertices: [V, 3] in cells; faces: [F, 3]. Lit alike on both sides, since many files have faces turned inside."""
+    """Return a mesh, lit alike on both sides, since many files have faces that are turned inwards.
+
+    vertices: [V, 3] in voxels.
+    faces: [F, 3].
+    """
     a, b, c = (vertices[faces[:, corner]].astype(np.float64) for corner in range(3))
     normals = np.cross(b - a, c - a)
     lengths = np.linalg.norm(normals, axis=1).clip(1e-12)
@@ -58,12 +66,12 @@ def mesh_figure(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Fig
 
 
 def voxel_figure(grid: np.ndarray) -> Figure:
-    """grid: [R, R, R] bool."""
+    """Return the voxels of a grid, [R, R, R] bool."""
     return _scene(_voxels(grid.astype(np.uint8), {1: (MATERIAL, 1.0)}), len(grid))
 
 
 def reconstruction_figure(before: np.ndarray, after: np.ndarray) -> Figure:
-    """The reconstruction, and what edits of the ids changed. before, after: [R, R, R] bool."""
+    """Return the reconstruction and what edits of the ids changed in it. before, after: [R, R, R] bool."""
     solid = np.where(after, np.where(before, 1, 2), 0)
     removed = np.where(before & ~after, 3, 0)
     traces = _voxels(solid, {1: (MATERIAL, 1.0), 2: (ADDED, 1.0)}) + _voxels(removed, {3: (REMOVED, 0.55)})
@@ -71,7 +79,7 @@ def reconstruction_figure(before: np.ndarray, after: np.ndarray) -> Figure:
 
 
 def difference_figure(target: np.ndarray, reconstruction: np.ndarray) -> Figure:
-    """Correct cells as a veil, so that wrong ones inside are seen too. target, reconstruction: [R, R, R] bool."""
+    """Return wrong voxels, and correct ones as a veil through which they are seen. Both grids: [R, R, R] bool."""
     wrong = np.where(target & ~reconstruction, 2, np.where(reconstruction & ~target, 3, 0))
     correct = (target & reconstruction).astype(np.uint8)
     traces = _voxels(wrong, {2: (MISSING, 1.0), 3: (EXTRA, 1.0)}) + _voxels(correct, {1: (CORRECT, 0.22)})
@@ -79,24 +87,22 @@ def difference_figure(target: np.ndarray, reconstruction: np.ndarray) -> Figure:
 
 
 class Tokens(NamedTuple):
-    """The tokens of an object, T' on the lattice (X', Y', Z') in order of x, y, z.
-
-    ids: [T', Q]. occupied: [T'] bool, whether its block has a voxel in the reconstruction; empty: whether its ids are
-    those of an empty grid; edited. uses: [T'] int, how often its first code occurs in the sample, None while that is
-    not known. colours: [T', 3], of that code.
-    """
+    """The T' tokens of an object on the lattice (X', Y', Z'), in order of x, y, z, with Q codes each."""
 
     lattice: tuple[int, int, int]
-    ids: np.ndarray
-    occupied: np.ndarray
-    empty: np.ndarray
-    edited: np.ndarray
-    uses: np.ndarray | None
-    colours: np.ndarray
+    ids: np.ndarray  # [T', Q]
+    occupied: np.ndarray  # [T'] bool: its block has a voxel in the reconstruction
+    empty: np.ndarray  # [T'] bool: it has the ids of an empty grid
+    edited: np.ndarray  # [T'] bool
+    uses: np.ndarray | None  # [T'] int, how often its first code occurs in the sample; None until that is known
+    colors: np.ndarray  # [T', 3] uint8, the color of its first code
 
     def facts(self, tokens: np.ndarray, copies: int = 1) -> dict[str, Any]:
-        """For hovering and clicks, of tokens of any shape: customdata int32 [..., 3] with token, its first code, and
-        how often that occurs. copies: rows for each token."""
+        """Return what hovering and clicks need: customdata int32 [..., 3], the token, its first code and its uses.
+
+        tokens: of any shape.
+        copies: rows for each token.
+        """
         uses = np.zeros(tokens.shape) if self.uses is None else self.uses[tokens]
         rows = np.stack([tokens, self.ids[tokens, 0], uses], -1).astype(np.int32).repeat(copies, axis=0)
         hover = HOVER if self.uses is None else HOVER + HOVER_USED
@@ -104,7 +110,7 @@ class Tokens(NamedTuple):
 
 
 def lattice_figure(tokens: Tokens, resolution: int) -> Figure:
-    """Tokens with voxels as coloured boxes in the frame of the grid. `customdata` has the `facts` of each corner."""
+    """Return the tokens with voxels as colored boxes. `customdata` has the `facts` of each corner."""
     shown = np.flatnonzero(tokens.occupied)
     size = resolution / np.array(tokens.lattice)
     low = np.stack(np.unravel_index(shown, tokens.lattice), 1)
@@ -113,21 +119,21 @@ def lattice_figure(tokens: Tokens, resolution: int) -> Figure:
     boxes = {**_mesh(corners.reshape(-1, 3), triangles.reshape(-1, 3)),
              "lightposition": {"x": 2000, "y": -4000, "z": 6000},
              "lighting": {"ambient": 0.72, "diffuse": 0.4, "specular": 0.02},
-             "vertexcolor": [css(colour) for colour in tokens.colours[shown] for _ in range(8)],
+             "vertexcolor": [css(color) for color in tokens.colors[shown] for _ in range(8)],
              **tokens.facts(shown, copies=8)}  # fmt: skip
     return _scene([boxes], resolution)
 
 
 def layer_figure(tokens: Tokens, layer: int, chosen: int | None) -> Figure:
-    """One layer of the lattice from above, x to the right and y upwards. `customdata` has the `facts` of each cell."""
+    """Return one layer from above, x to the right and y upwards. `customdata` has the `facts` of each token."""
     lattice = tokens.lattice
     shown = np.arange(len(tokens.ids)).reshape(lattice)[:, :, layer].T  # [Y', X'], a row of the picture each
-    pale = tokens.colours + (255 - tokens.colours.astype(int)) * 0.72
-    tints = np.where(tokens.occupied[shown][..., None], tokens.colours[shown], pale[shown])
+    pale = tokens.colors + (255 - tokens.colors.astype(int)) * 0.72
+    tints = np.where(tokens.occupied[shown][..., None], tokens.colors[shown], pale[shown])
     tints = np.where((tokens.empty & ~tokens.occupied)[shown][..., None], np.array(EMPTY), tints)
     kinds, index = np.unique(tints.reshape(-1, 3), axis=0, return_inverse=True)
     number = len(kinds)
-    scale = [[(place + end) / number, css(colour)] for place, colour in enumerate(kinds) for end in (0, 1)]
+    scale = [[(kind + end) / number, css(color)] for kind, color in enumerate(kinds) for end in (0, 1)]
     cells = {
         "type": "heatmap",
         "z": index.reshape(shown.shape).tolist(),
@@ -139,18 +145,18 @@ def layer_figure(tokens: Tokens, layer: int, chosen: int | None) -> Figure:
         "ygap": 1,
         **tokens.facts(shown),
     }
-    y, x = np.nonzero(tokens.edited[shown])
+    rows, columns = np.nonzero(tokens.edited[shown])
     edited = {
         "type": "scatter",
-        "x": x.tolist(),
-        "y": y.tolist(),
+        "x": columns.tolist(),
+        "y": rows.tolist(),
         "mode": "markers",
         "hoverinfo": "skip",
         "marker": {"symbol": "diamond", "size": 7, "color": "white", "line": {"color": "black", "width": 1}},
     }
     shapes = []
     if chosen is not None and chosen in shown:
-        (y,), (x,) = (place.tolist() for place in np.nonzero(shown == chosen))
+        (y,), (x,) = (index.tolist() for index in np.nonzero(shown == chosen))
         shapes = [
             {
                 "type": "rect",
@@ -185,7 +191,7 @@ def layer_figure(tokens: Tokens, layer: int, chosen: int | None) -> Figure:
 
 
 def _mesh(vertices: np.ndarray, triangles: np.ndarray) -> dict[str, Any]:
-    """A trace of triangles. vertices: [V, 3], in cells; triangles: [F, 3] into them."""
+    """Return a trace of triangles. vertices: [V, 3], in voxels; triangles: [F, 3] into them."""
     if vertices.dtype.kind == "f":
         vertices = vertices.astype(np.float32)
     indices = triangles.astype(np.uint16 if len(vertices) <= 2**16 else np.int32)
@@ -193,9 +199,9 @@ def _mesh(vertices: np.ndarray, triangles: np.ndarray) -> dict[str, Any]:
     return {"type": "mesh3d", **{name: typed(values) for name, values in names.items()}, "flatshading": True}
 
 
-def _shaded(mesh: Figure, shade: np.ndarray, colour: tuple[int, int, int], opacity: float) -> Figure:
-    """A trace in a colour times each triangle's shade, [F] in [0, BRIGHTEST], under no other light."""
-    lightest = np.clip(np.array(colour) * BRIGHTEST, 0, 255)
+def _shaded(mesh: Figure, shade: np.ndarray, color: tuple[int, int, int], opacity: float) -> Figure:
+    """Return a trace whose triangles have a color times their shade, [F] in [0, BRIGHTEST], without other light."""
+    lightest = np.clip(np.array(color) * BRIGHTEST, 0, 255)
     return {
         **mesh,
         "intensity": typed(np.clip(shade * (255 / BRIGHTEST), 0, 255).astype(np.uint8)),
@@ -204,28 +210,28 @@ def _shaded(mesh: Figure, shade: np.ndarray, colour: tuple[int, int, int], opaci
         "cmax": 255,
         "showscale": False,
         "opacity": opacity,
-        "colorscale": [[0, "rgb(0,0,0)"], [1 / BRIGHTEST, css(colour)], [1, css(lightest)]],
+        "colorscale": [[0, "rgb(0,0,0)"], [1 / BRIGHTEST, css(color)], [1, css(lightest)]],
         "lighting": {"ambient": 1, "diffuse": 0, "specular": 0, "fresnel": 0},
         "hoverinfo": "skip",
     }
 
 
 def _voxels(labels: np.ndarray, looks: dict[int, tuple[tuple[int, int, int], float]]) -> list[dict[str, Any]]:
-    """A trace for each label that occurs. labels: [R, R, R]; looks: {label: (colour, opacity)}."""
+    """Return a trace for each label that occurs. labels: [R, R, R]; looks: {label: (color, opacity)}."""
     faces = outer_faces(labels)
     traces = []
-    for label, (colour, opacity) in looks.items():
+    for label, (color, opacity) in looks.items():
         own = faces.labels == label
         if not own.any():
             continue
         used, triangles = np.unique(faces.triangles[own], return_inverse=True)
         part = _mesh(faces.corners[used].astype(np.uint16), triangles.reshape(-1, 3))
-        traces.append(_shaded(part, faces.shade[own], colour, opacity))
+        traces.append(_shaded(part, faces.shade[own], color, opacity))
     return traces
 
 
 def _scene(traces: list[dict[str, Any]], resolution: int) -> Figure:
-    """A panel; the page puts the camera that all panels share, and a box around the token that is chosen."""
+    """Return a 3D panel. The page adds the camera that all panels share, and a box around the chosen token."""
     side = {"visible": False, "range": [0, resolution], "autorange": False}
     edges = np.array([[CUBE[a], CUBE[b], CUBE[b]] for a, b in CUBE_EDGES]).reshape(-1, 3) * resolution
     x, y, z = ([None if row % 3 == 2 else value for row, value in enumerate(axis)] for axis in edges.T.tolist())

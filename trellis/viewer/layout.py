@@ -1,26 +1,28 @@
-"""The page's parts, and what it keeps in the visitor's tab."""
+"""The parts of the page, and what it keeps in the visitor's tab."""
 
+from pathlib import Path
 from typing import Any
 
 from dash import dcc, html
 
 from ..grids.meshes import MESH_SUFFIXES
 from ..grids.preview import CORRECT, EXTRA, MISSING
+from .backend import Backend
 from .figures import css
 from .uploads import MAX_BYTES
-from .workbench import Workbench
 
 PANELS = {"mesh": "Mesh", "voxels": "Voxels", "reconstruction": "Reconstruction", "difference": "Missing and extra"}
 UP_AXES = {"z": "z up (most STL)", "y": "y up (glTF)", "keep": "axes as they are"}
-Component = Any  # of Dash, which is loaded only as the page is made
+Component = Any  # of Dash, which has no common type for a part of a page
 BLANK = {"data": [], "layout": {"xaxis": {"visible": False}, "yaxis": {"visible": False}}}
-GRAPH = {"displayModeBar": False, "scrollZoom": True, "doubleClick": False}
+GRAPH: Any = {"displayModeBar": False, "scrollZoom": True, "doubleClick": False}
 
 
-def page(workbench: Workbench) -> Component:
-    parts = {"object": ("Object", object_tab(workbench))}
-    if workbench.run_dir is not None:
-        parts["curves"] = "Training curves", curves_tab(workbench)
+def page(backend: Backend) -> Component:
+    """Return the whole page."""
+    parts = {"object": ("Object", object_tab(backend))}
+    if backend.run_dir is not None:
+        parts["curves"] = "Training curves", curves_tab(backend.run_dir)
     tabs = [
         dcc.Tab(content, label=title, value=value, className="tab", selected_className="on")
         for value, (title, content) in parts.items()
@@ -30,21 +32,21 @@ def page(workbench: Workbench) -> Component:
             html.Header(
                 [
                     html.H1("From mesh to tokens and back"),
-                    html.Div(about(workbench), className="about"),
+                    html.Div(about(backend), className="about"),
                     html.Span(id="progress", className="progress"),
                 ]
             ),
             dcc.Tabs(tabs, id="tabs", value="object", className="tabs"),
             html.Div(id="message", role="alert", className="message"),
-            # All that makes a visit: no other tab sees it, and the server forgets it with each answer.
+            # What a visitor looks at: no other tab sees it, and the server forgets it with each answer.
             *(dcc.Store(id=name) for name in ("object", "edits", "chosen", "marked", "axes", "counted")),
             dcc.Interval(id="poll", interval=2000),
             *(dcc.Store(id=f"figure-{name}") for name in (*PANELS, "lattice")),
             dcc.Store(
                 id="facts",
                 data={
-                    "lattice": workbench.lattice,
-                    "block": workbench.block,
+                    "lattice": backend.lattice,
+                    "block": backend.block,
                     "suffixes": MESH_SUFFIXES,
                     "max_bytes": MAX_BYTES,
                 },
@@ -54,24 +56,24 @@ def page(workbench: Workbench) -> Component:
     )
 
 
-def about(workbench: Workbench) -> list:
-    lattice = "×".join(map(str, workbench.lattice))
-    each = f" of {workbench.codes_per_token} codes" if workbench.codes_per_token > 1 else ""
+def about(backend: Backend) -> list:
+    lattice = "×".join(map(str, backend.lattice))
+    each = f" of {backend.codes_per_token} codes" if backend.codes_per_token > 1 else ""
     return [
-        html.B(workbench.name),
-        html.Span(f"{workbench.resolution}³ voxels"),
+        html.B(backend.name),
+        html.Span(f"{backend.resolution}³ voxels"),
         html.Span(f"{lattice} tokens{each}"),
-        html.Span(f"{workbench.n_embed} codes"),
-        html.Span(f"hash {workbench.hash[:8]}", title=f"sha256 over weights and settings: {workbench.hash}"),
+        html.Span(f"{backend.n_embed} codes"),
+        html.Span(f"hash {backend.hash[:8]}", title=f"sha256 over weights and settings: {backend.hash}"),
     ]
 
 
-def object_tab(workbench: Workbench) -> Component:
-    return html.Div([toolbar(workbench), panels(), html.Div(id="scores", className="scores"), tokens(workbench)])
+def object_tab(backend: Backend) -> Component:
+    return html.Div([toolbar(backend), panels(), html.Div(id="scores", className="scores"), tokens(backend)])
 
 
-def toolbar(workbench: Workbench) -> Component:
-    axes = list(UP_AXES) if workbench.tokenizer.normalization == "cube" else ["y"]
+def toolbar(backend: Backend) -> Component:
+    axes = list(UP_AXES) if backend.tokenizer.normalization == "cube" else ["y"]
     words = [html.B("Drop a mesh"), html.Span("anywhere on the page, or click here to choose a file")]
     drop = html.Div(
         words,
@@ -87,7 +89,7 @@ def toolbar(workbench: Workbench) -> Component:
             "axes of the file",
             dcc.Dropdown(
                 {axis: UP_AXES[axis] for axis in axes},
-                workbench.tokenizer.up_axis,
+                backend.tokenizer.up_axis,
                 id="up-axis",
                 clearable=False,
                 searchable=False,
@@ -95,13 +97,13 @@ def toolbar(workbench: Workbench) -> Component:
             ),
         ),
     ]
-    if workbench.dataset is not None:
+    if backend.dataset is not None:
         picker = dcc.Dropdown([], id="pick", placeholder="type to search …", clearable=False, className="wide")
         buttons = [
             html.Button(text, id=f"{name}-object", n_clicks=0, title=f"{name} object")
             for name, text in (("previous", "‹"), ("next", "›"), ("random", "random"))
         ]
-        title = f"or an object of the data set ({len(workbench.dataset)})"
+        title = f"or an object of the data set ({len(backend.dataset)})"
         parts.append(labelled(title, html.Div([picker, *buttons], className="pick")))
     else:
         parts.append(html.Div("no data set: give --data_dir to pick objects and to count codes", className="hint"))
@@ -149,12 +151,12 @@ def graph(name: str, className: str = "graph", **config) -> Component:
     return dcc.Graph(id=name, config={**GRAPH, **config}, className=className, responsive=True, figure=BLANK)
 
 
-def chip(colour: tuple[int, int, int], text: str) -> Component:
-    return html.Span([html.I(style={"background": css(colour)}), text], className="chip")
+def chip(color: tuple[int, int, int], text: str) -> Component:
+    return html.Span([html.I(style={"background": css(color)}), text], className="chip")
 
 
-def tokens(workbench: Workbench) -> Component:
-    layers = workbench.lattice[2]
+def tokens(backend: Backend) -> Component:
+    layers = backend.lattice[2]
     slider = dcc.Slider(
         0, layers - 1, 1, value=layers // 2, id="layer-number", marks=None, updatemode="drag", allow_direct_input=False
     )
@@ -162,7 +164,7 @@ def tokens(workbench: Workbench) -> Component:
         [
             heading("Tokens", "lattice"),
             graph("panel-lattice"),
-            html.Div("Boxes: tokens with voxels, coloured by code.", className="legend"),
+            html.Div("Boxes: tokens with voxels, colored by code.", className="legend"),
         ],
         className="panel",
     )
@@ -171,7 +173,7 @@ def tokens(workbench: Workbench) -> Component:
             heading("One layer from above", "layer"),
             graph("layer", "graph layer", scrollZoom=False),
             html.Div(slider, className="slider"),
-            html.Div("Pale: without voxels; grey: empty id; ◇: edited.", className="legend"),
+            html.Div("Pale: without voxels; gray: empty id; ◇: edited.", className="legend"),
         ],
         className="panel",
     )
@@ -179,24 +181,24 @@ def tokens(workbench: Workbench) -> Component:
         [
             heading("The chosen token", "token"),
             html.Div("What a code stands for, and how to change it, is shown here.", id="token", className="token"),
-            html.Div(editor(workbench), id="editor", className="editor hidden"),
+            html.Div(editor(backend), id="editor", className="editor hidden"),
         ],
         className="panel wide",
     )
     return html.Div([lattice, layer, card], className="tokens")
 
 
-def editor(workbench: Workbench) -> list:
+def editor(backend: Backend) -> list:
     part = dcc.Dropdown(
-        {str(q): f"code {q + 1} of {workbench.codes_per_token}" for q in range(workbench.codes_per_token)},
+        {str(q): f"code {q + 1} of {backend.codes_per_token}" for q in range(backend.codes_per_token)},
         "0",
         id="part",
         clearable=False,
         searchable=False,
         className="narrow",
     )
-    number = dcc.Input(id="code", type="number", min=0, max=workbench.n_embed - 1, step=1, className="number")
-    several = {} if workbench.codes_per_token > 1 else {"display": "none"}
+    number = dcc.Input(id="code", type="number", min=0, max=backend.n_embed - 1, step=1, className="number")
+    several = {} if backend.codes_per_token > 1 else {"display": "none"}
     return [
         labelled("which of its codes", part, **several),
         html.Label([html.Span("set the code to", className="label"), number], className="labelled"),
@@ -204,9 +206,9 @@ def editor(workbench: Workbench) -> list:
             [
                 html.Button(text, id=f"edit-{name}", n_clicks=0, title=title, className=style)
                 for name, text, title, style in (
-                    ("set", "set", "put this code in place of the token's", "main"),
-                    ("similar", "a similar code", "the next one in the codebook by distance", ""),
-                    ("empty", "empty", "what empty space has here", ""),
+                    ("set", "set", "give the token this code", "main"),
+                    ("similar", "a similar code", "the next code by distance in the codebook", ""),
+                    ("empty", "empty", "the code that empty space has here", ""),
                     ("undo", "undo", "take the last edit back", ""),
                     ("reset", "reset all", "take all edits back", ""),
                 )
@@ -216,12 +218,12 @@ def editor(workbench: Workbench) -> list:
     ]
 
 
-def curves_tab(workbench: Workbench) -> Component:
+def curves_tab(run_dir: Path) -> Component:
     return html.Div(
         [
             html.Div(
                 [
-                    html.Span(str(workbench.run_dir / "log.txt"), className="caption"),
+                    html.Span(str(run_dir / "log.txt"), className="caption"),
                     html.Button("read again", id="read-curves", n_clicks=0),
                 ],
                 className="curves-head",

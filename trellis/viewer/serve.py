@@ -1,15 +1,22 @@
-"""Load what the page shows and serve it until Ctrl-C."""
+"""Load what the page shows and serve it until Ctrl-C or SIGTERM."""
 
 import argparse
 import logging
+import signal
 import sys
 from pathlib import Path
 
+from ..utils.command import pick_device
 from ..utils.errors import ConfigError, DataError
 
 
 def serve(args: argparse.Namespace) -> None:
-    """args: as of __main__.py. Raises UserError where something cannot be loaded or served."""
+    """Serve the page until a signal ends it.
+
+    args: see `__main__.parse_args`.
+    Raise UserError if something cannot be loaded or served.
+    """
+    stop_on_signals()
     try:
         import dash  # noqa: F401
     except ModuleNotFoundError as error:
@@ -20,7 +27,7 @@ def serve(args: argparse.Namespace) -> None:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
     try:
         server = make_server(args.host, args.port, app.server, threaded=True)
-    except (OSError, SystemExit) as error:  # werkzeug ends the program where the port is taken
+    except (OSError, SystemExit) as error:  # werkzeug exits if the port is taken
         raise ConfigError(
             f"--host {args.host} --port {args.port}: cannot be served there ({error}). Give another "
             "--port, or 0 for a free one."
@@ -35,19 +42,24 @@ def serve(args: argparse.Namespace) -> None:
         opener.close()
 
 
-def build(args: argparse.Namespace):
-    """The application, its count of codes, not started, and its opener of meshes."""
-    import torch
+def stop_on_signals() -> None:
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt.
 
+    A shell starts a command in the background with SIGINT ignored, and Python leaves that as it is.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
+def build(args: argparse.Namespace):
+    """Return the application, its counter of codes, not started, and its opener of meshes."""
     from ..tokenizer import SparseStructureTokenizer
     from .app import create_app
+    from .backend import Backend
+    from .code_usage import UsageCounter
     from .uploads import Opener
-    from .usage import Usage
-    from .workbench import Workbench
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = pick_device(args.device)
     if args.run:
         tokenizer = SparseStructureTokenizer.from_run(args.run)
     else:
@@ -55,9 +67,9 @@ def build(args: argparse.Namespace):
     tokenizer = tokenizer.to(device)
     dataset = open_data(args, tokenizer.resolution)
     name = Path(args.run or args.tokenizer)
-    workbench = Workbench(tokenizer, dataset, Path(args.run) if args.run else None, "/".join(name.parts[-2:]))
-    usage, opener = Usage(workbench), Opener()
-    return create_app(workbench, usage, opener, args.host), usage, opener
+    backend = Backend(tokenizer, dataset, Path(args.run) if args.run else None, "/".join(name.parts[-2:]))
+    usage, opener = UsageCounter(backend), Opener()
+    return create_app(backend, usage, opener, args.host), usage, opener
 
 
 def open_data(args: argparse.Namespace, resolution: int):

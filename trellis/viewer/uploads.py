@@ -24,12 +24,18 @@ WAITING = 8  # files being opened or waiting; more are refused
 SHOWN_TRIANGLES = 60_000
 
 
-class Shape(NamedTuple):
-    """An opened file, as a worker returns it. A file of voxels has neither vertices nor faces."""
+class ShownMesh(NamedTuple):
+    """A mesh, simplified to be looked at."""
 
-    vertices: np.ndarray | None  # [V, 3] float32, in voxels, in [0, R]
-    faces: np.ndarray | None  # [F, 3] int32, at most SHOWN_TRIANGLES
+    vertices: np.ndarray  # [V, 3] float32, in voxels, in [0, R]
+    faces: np.ndarray  # [F, 3] int32, at most SHOWN_TRIANGLES
     triangles: int  # of the file
+
+
+class Shape(NamedTuple):
+    """An opened file, as a worker returns it."""
+
+    mesh: ShownMesh | None  # None for a file of voxels
     voxels: np.ndarray | None  # [N, 3] int64, the occupied voxels, which may repeat; None if not asked for
 
 
@@ -75,16 +81,16 @@ def open_shape(
         if voxelize:
             check_content(path)
         if path.suffix.lower() == ".ply" and not has_faces(path):
-            return Shape(None, None, 0, points_to_voxels(read_ply(path), resolution, name=path.name))
+            return Shape(None, points_to_voxels(read_ply(path), resolution, name=path.name))
         vertices, faces = load_mesh(path)
-        triangles = len(faces)
         voxels = place_and_voxelize(vertices, faces, resolution, up_axis, normalization) if voxelize else None
-        vertices, faces = simplified(place_vertices(vertices, up_axis, normalization), faces)
+        placed, shown = simplified(place_vertices(vertices, up_axis, normalization), faces)
     except (DataError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not isinstance(error.__cause__, MemoryError):
             raise
         raise DataError(f"needs more than {memory / 2**30:.3g} GiB of memory. Give a simpler mesh") from error
-    return Shape(((vertices + 0.5) * resolution).astype(np.float32), faces.astype(np.int32), triangles, voxels)
+    mesh = ShownMesh(((placed + 0.5) * resolution).astype(np.float32), shown.astype(np.int32), len(faces))
+    return Shape(mesh, voxels)
 
 
 def simplified(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What the page says in words, numbers and small pictures: scores, and the token that was chosen."""
+"""Scores of an object, and facts and pictures of the chosen token."""
 
 import base64
 import io
@@ -8,9 +8,9 @@ import numpy as np
 from dash import html
 
 from ..grids.preview import BACKGROUND, MATERIAL, render_voxels
-from .usage import CodeUsage, Usage
-from .visit import Visit
-from .workbench import Workbench
+from .backend import Backend
+from .code_usage import CodeUsage, UsageCounter
+from .page_state import EditedObject
 
 # key: (title, format, explanation, whether more is better)
 SCORES = {
@@ -25,12 +25,13 @@ SCORES = {
     "precision": ("precision", "{:.4f}", "share of the reconstruction's voxels that are in the input", True),
     "recall": ("recall", "{:.4f}", "share of the input's voxels that are in the reconstruction", True),
 }
-SOMETIMES = 0.25  # how often a voxel of a code's block is occupied, to be drawn
+SOMETIMES = 0.25  # voxels of a code's block that are occupied less often are not drawn
 
 
-def score_tiles(workbench: Workbench, visit: Visit) -> list:
-    scores = workbench.scores(visit.grid, workbench.decode(visit.ids))
-    before = workbench.scores(visit.grid, workbench.decode(visit.before)) if visit.edits else scores
+def score_tiles(backend: Backend, shown: EditedObject) -> list:
+    """Return the tiles of scores and counts, with the change that edits made."""
+    scores = backend.scores(shown.grid, backend.decode(shown.ids))
+    before = backend.scores(shown.grid, backend.decode(shown.before)) if shown.edits else scores
     tiles = []
     for key, (title, form, hint, upwards) in SCORES.items():
         change = scores[key] - before[key]
@@ -38,55 +39,56 @@ def score_tiles(workbench: Workbench, visit: Visit) -> list:
         if abs(change) >= 5e-5:
             note, mood = f"{change:+.4f}", "good" if (change > 0) == upwards else "bad"
         tiles.append(tile(title, form.format(scores[key]), hint, note, mood))
-    empties, total = workbench.empties(visit.ids), workbench.num_tokens
+    empties, total = backend.empties(shown.ids), backend.num_tokens
     tiles += [
         tile("ids", f"{total:,}", "what a language model would read and write for this object"),
         tile(
             "empty ids",
             f"{empties:,}",
-            "ids that are those of an empty grid at their place",
+            "ids that an empty grid has at the same index",
             f"{100 * empties / total:.0f} %",
         ),
-        tile("different codes", f"{len(np.unique(visit.ids)):,}", "in this object"),
-        tile("edited", str(len(visit.edits)), "ids that differ from the encoder's"),
+        tile("different codes", f"{len(np.unique(shown.ids)):,}", "in this object"),
+        tile("edited", str(len(shown.edits)), "ids that differ from the encoder's"),
     ]
     return tiles
 
 
 def tile(title: str, value: str, hint: str, note: str = "", mood: str = "") -> Any:
+    """Return a number with its title. mood: "good", "bad" or "", the style of the note."""
     parts = [html.Span(title, className="label"), html.B(value), html.Span(note, className=f"change {mood}")]
     return html.Div(parts, className="tile", title=hint)
 
 
-def token_card(workbench: Workbench, usage: Usage, visit: Visit, token: int, part: int) -> list:
-    """Facts and pictures of a token's code number `part`."""
-    place = token * workbench.codes_per_token + part
-    code, before = int(visit.ids[place]), int(visit.before[place])
-    at = np.unravel_index(token, workbench.lattice)
+def token_card(backend: Backend, usage: UsageCounter, shown: EditedObject, token: int, part: int) -> list:
+    """Return facts and pictures of a token's code number `part`."""
+    index = token * backend.codes_per_token + part
+    code, before = int(shown.ids[index]), int(shown.before[index])
+    at = np.unravel_index(token, backend.lattice)
     used = usage.of(code, part)
-    cells = ", ".join(
-        f"{axis} {index * size}–{(index + 1) * size - 1}"
-        for axis, index, size in zip("xyz", at, workbench.block, strict=True)
+    voxels = ", ".join(
+        f"{axis} {cell * size}–{(cell + 1) * size - 1}"
+        for axis, cell, size in zip("xyz", at, backend.block, strict=True)
     )
-    kind = "empty space" if code == workbench.empty_ids[place] else "not empty space"
-    facts = [
+    kind = "empty space" if code == backend.empty_ids[index] else "not empty space"
+    facts: list[tuple[str, Any]] = [
         ("code", [html.B(str(code)), f" ({kind}" + (f"; the encoder chose {before})" if code != before else ")")]),
-        ("stands for", f"voxels {cells}"),
+        ("stands for", f"voxels {voxels}"),
         ("used", usage_text(usage, used)),
     ]  # fmt: skip
-    repeated = workbench.code_repeated(code, part)
+    repeated = backend.code_repeated(code, part)
     missing = "not in the sample" if used.voxels is None else "no voxels"
     pictures = [
         picture(
             average_picture(used.voxels),
             "on average",
-            "its own block, as decoded on average where the code occurs in the sample; the paler, the rarer",
+            "its own block, averaged over the code's tokens in the sample; the paler a voxel, the rarer",
             missing,
         ),
         picture(
             drawn(repeated, repeated) if repeated.any() else None,
             "among 26 copies",
-            "its own block, with the same code in the 26 tokens around it and empty space farther out",
+            "its own block, with the same code in the 26 tokens around it and empty space beyond",
             "no voxels",
         ),
     ]
@@ -94,8 +96,8 @@ def token_card(workbench: Workbench, usage: Usage, visit: Visit, token: int, par
     return [html.Div([table, html.Div(pictures, className="pictures")], className="facts")]
 
 
-def progress_text(usage: Usage) -> tuple[str, bool]:
-    """How far counting has come, and whether it has ended."""
+def progress_text(usage: UsageCounter) -> tuple[str, bool]:
+    """Return how far counting has come, and whether it has ended."""
     if usage.problem:
         return f"counting codes ended after {usage.done} objects: {usage.problem}", True
     if usage.done == usage.sampled:
@@ -103,26 +105,27 @@ def progress_text(usage: Usage) -> tuple[str, bool]:
     return f"counting codes: {usage.done} of {usage.sampled} objects", False
 
 
-def usage_text(usage: Usage, used: CodeUsage) -> str:
+def usage_text(usage: UsageCounter, used: CodeUsage) -> str:
+    """Return a sentence on how often a code occurs."""
     if not usage.sampled:
         return "unknown: there is no data set to count over"
     if not used.tokens:
         return f"never in {usage.done} objects"
     return (
         f"{used.tokens:,} times in {usage.done} objects ({100 * used.share:.2g} % of all tokens), in "
-        f"{used.objects} of them; rank {used.rank:,} of {usage.workbench.n_embed:,}"
+        f"{used.objects} of them; rank {used.rank:,} of {usage.backend.n_embed:,}"
     )
 
 
 def average_picture(voxels: np.ndarray | None) -> np.ndarray | None:
-    """voxels: [bx, by, bz], how often each is occupied."""
+    """Return a picture of voxels [bx, by, bz], given how often each is occupied; None if hardly any is."""
     if voxels is None or not (voxels >= SOMETIMES).any():
         return None
     return drawn(voxels >= SOMETIMES, voxels)
 
 
 def drawn(voxels: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """A picture [H, W, 3] of voxels, bool of any shape; the closer their strength is to 0, the paler."""
+    """Return a picture [H, W, 3] of voxels, bool of any shape; the closer a strength is to 0, the paler the voxel."""
     side = max(voxels.shape)
     margins = [((side - size) // 2, side - size - (side - size) // 2) for size in voxels.shape]
     strength = np.pad(strength, margins)[..., None]
@@ -130,10 +133,11 @@ def drawn(voxels: np.ndarray, strength: np.ndarray) -> np.ndarray:
 
 
 def picture(image: np.ndarray | None, title: str, hint: str, otherwise: str) -> Any:
+    """Return an image with its title, or the text `otherwise` in its place."""
     from PIL import Image
 
     if image is None:
-        content = html.Div(otherwise, className="nothing")
+        content: Any = html.Div(otherwise, className="nothing")
     else:
         file = io.BytesIO()
         Image.fromarray(image).save(file, format="PNG")

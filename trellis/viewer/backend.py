@@ -1,7 +1,7 @@
-"""What the page shows, computed: ids, reconstructions, scores, and where a data set's meshes are.
+"""What the page shows, computed: ids, reconstructions, scores, and the mesh files of a data set.
 
-Nothing here belongs to a visitor: every method is a function of its arguments. `grid`: [R, R, R] bool; `ids`: [T]
-int64, a token's Q codes one after the other (see trellis/tokenizer.py).
+Nothing here belongs to a visitor: every method is a function of its arguments.
+A `grid` is [R, R, R] bool; `ids` are [T] int64, the Q codes of a token one after the other (see trellis/tokenizer.py).
 """
 
 import base64
@@ -29,18 +29,19 @@ KEPT_GRIDS = 64  # reconstructions, 32 KiB each
 
 
 class MeshFile(NamedTuple):
-    """A mesh that a data set's grid was made of. up_axis, normalization: as of `meshes.mesh_cells`."""
+    """A mesh that a grid of the data set was made of."""
 
     path: Path
-    up_axis: str
+    up_axis: str  # see `grids.placing`
     normalization: str | None
 
 
-class Workbench:
+class Backend:
     """A tokenizer and, if any, the data it is tried on.
 
-    dataset: objects to pick from, or None. run_dir: folder whose log.txt has the curves, or None. name: what the page
-    calls the tokenizer.
+    dataset: objects to pick from, or None.
+    run_dir: folder whose log.txt has the training curves, or None.
+    name: what the page calls the tokenizer.
     """
 
     def __init__(
@@ -54,21 +55,22 @@ class Workbench:
         self.resolution, self.lattice = tokenizer.resolution, tokenizer.lattice
         self.codes_per_token, self.n_embed = tokenizer.codes_per_token, tokenizer.n_embed
         self.num_tokens = tokenizer.num_tokens
-        self.block = tuple(self.resolution // count for count in self.lattice)  # voxels that a token stands for
+        self.block = tuple(self.resolution // count for count in self.lattice)  # voxels per token
         self.hash = tokenizer.hash
         self.empty_ids = tokenizer.empty_ids.numpy()
-        self.compute = threading.Lock()  # one pass through the networks at a time: memory for one
+        self.compute = threading.Lock()  # one pass through the networks at a time, to bound memory
         self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._mesh_files = self._find_meshes()
 
     # --- the tokenizer ---
 
     def encode(self, grid: np.ndarray) -> np.ndarray:
+        """Return the ids of a grid."""
         with self.compute:
             return self.tokenizer.encode(grid.astype(np.float32))[0].cpu().numpy()
 
     def decode(self, ids: np.ndarray, keep: bool = True) -> np.ndarray:
-        """The voxels of ids, a grid. The last ones are kept, by the ids' content, where `keep` says so."""
+        """Return the reconstruction of ids, a grid. keep: add it to the cache of recent ones."""
         key = hashlib.sha256(ids.astype("<i8").tobytes()).digest()
         with self.compute:
             if key in self._kept:
@@ -82,26 +84,29 @@ class Workbench:
             return grid
 
     def scores(self, grid: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
-        """iou, precision, recall, f_score, chamfer: as of trellis/evaluation/metrics.py."""
+        """Return iou, precision, recall, f_score and chamfer, see trellis/evaluation/metrics.py."""
         prediction, target = (torch.from_numpy(each)[None, None] for each in (reconstruction, grid))
         scores = voxel_metrics(prediction, target) | distance_metrics(prediction, target)
         return {name: value.item() for name, value in scores.items()}
 
     def empties(self, ids: np.ndarray) -> int:
-        """How many ids are those of empty space at their place."""
+        """Return how many ids equal those of an empty grid at the same index."""
         return int((ids == self.empty_ids).sum())
 
     def code_repeated(self, code: int, part: int = 0) -> np.ndarray:
-        """What a code decodes to among 3³ tokens that have it as their code number `part`, in the middle of empty
-        space: next to empty space, a single token often comes to nothing. Returns the middle one's block, bool."""
+        """Return the block, bool, that a code decodes to amid 3³ tokens with it as code number `part`, in empty space.
+
+        A single such token often decodes to nothing, since its neighbors are empty.
+        """
         ids = self.empty_ids.reshape(*self.lattice, self.codes_per_token).copy()
         middle = [count // 2 for count in self.lattice]
-        ids[(*(slice(max(0, at - 1), at + 2) for at in middle), part)] = code
+        x, y, z = (slice(max(0, at - 1), at + 2) for at in middle)
+        ids[x, y, z, part] = code
         grid = self.decode(ids.reshape(-1))
         return grid[tuple(slice(at * size, (at + 1) * size) for at, size in zip(middle, self.block, strict=True))]
 
-    def neighbours(self, code: int, number: int) -> list[int]:
-        """The codes nearest to a code in the codebook, the nearest first; none where no one table says so."""
+    def neighbors(self, code: int, number: int) -> list[int]:
+        """Return the codes nearest to a code, the nearest first; none if the quantizer has no single codebook."""
         table = self.tokenizer.quantizer.table()
         if table is None:
             return []
@@ -109,15 +114,15 @@ class Workbench:
         distances[code] = -1
         return distances.argsort()[1 : number + 1].tolist()
 
-    def colours(self) -> np.ndarray:
-        """A colour for each code, [K, 3] uint8; similar codes have similar colours.
+    def colors(self) -> np.ndarray:
+        """Return a color for each code, [K, 3] uint8; similar codes have similar colors.
 
-        The first three principal components of the codebook, by rank, are blue to yellow, green to red, and brightness.
-        Without one table, or with fewer components, hues are spread by number.
+        The ranks along the first three principal components of the codebook become blue to yellow, green to red, and
+        brightness. Without a single codebook, or with fewer components, hues are spread by number.
         """
         table = self.tokenizer.quantizer.table()
         if table is None or table.shape[1] < 3 or len(table) < 4:
-            turns = np.arange(self.n_embed) * 0.618034 % 1.0  # golden ratio: neighbours far apart
+            turns = np.arange(self.n_embed) * 0.618034 % 1.0  # golden ratio: neighbors far apart
             hue = 2 * math.pi * (turns[:, None] + np.array([0, 1 / 3, 2 / 3]))
             return (150 + 90 * np.cos(hue)).astype(np.uint8)
         vectors = table.detach().double().cpu()
@@ -132,21 +137,24 @@ class Workbench:
     # --- the data ---
 
     def object(self, index: int) -> np.ndarray:
-        """The grid of an object of the data set. Raises DataError where there is none such."""
+        """Return the grid of an object of the data set. Raise DataError if there is no such object."""
         if self.dataset is None or not 0 <= index < len(self.dataset):
             raise DataError(f"object {index}: the data set has {len(self.dataset) if self.dataset else 0} objects")
         return self.dataset[index]["ss"][0].numpy() > 0
 
     def object_name(self, index: int) -> str:
+        """Return the file name of an object of the data set."""
+        assert self.dataset is not None
         return Path(self.dataset.name(index)).name
 
     def mesh_file(self, index: int) -> MeshFile | None:
-        """The mesh of an object, where it is still there."""
+        """Return the mesh file of an object, None if there is none any more."""
+        assert self.dataset is not None
         found = self._mesh_files.get(self.dataset.instances[index])
         return found if found and found.path.is_file() else None
 
     def _find_meshes(self) -> dict[tuple[str, str], MeshFile]:
-        """{(root, sha256): mesh} as metadata.csv says, or as TRELLIS lays them out."""
+        """Return {(root, sha256): mesh file}, as metadata.csv says or in TRELLIS's layout."""
         found = {}
         for root in self.dataset.roots if self.dataset else ():
             if not Path(root, "metadata.csv").is_file():
@@ -162,22 +170,23 @@ class Workbench:
 
 
 def pack_grid(grid: np.ndarray) -> str:
-    """A grid as text of a few kB, for the visitor's tab to keep."""
+    """Return a grid as text of a few kB, which the visitor's tab keeps."""
     return base64.b64encode(zlib.compress(pack_bits(grid[None])[0].tobytes(), 6)).decode()
 
 
 def unpack_grid(text: str, resolution: int) -> np.ndarray:
-    """The inverse. Raises DataError for a text that is none."""
+    """Undo `pack_grid`. Raise DataError for another text."""
     bits = np.frombuffer(_inflate(text, packed_size(resolution)), dtype=np.uint8)
     return unpack_bits(bits[None], resolution)[0].numpy() > 0
 
 
 def pack_ids(ids: np.ndarray) -> str:
+    """Return ids as text, which the visitor's tab keeps."""
     return base64.b64encode(zlib.compress(ids.astype("<i4").tobytes(), 6)).decode()
 
 
 def unpack_ids(text: str, num_tokens: int, n_embed: int) -> np.ndarray:
-    """The inverse, [T] int64. Raises DataError for a text that is none, or ids out of range."""
+    """Undo `pack_ids`. Raise DataError for another text, or ids out of range."""
     ids = np.frombuffer(_inflate(text, 4 * num_tokens), dtype="<i4").astype(np.int64)
     if ids.min() < 0 or ids.max() >= n_embed:
         raise DataError(f"an id lies outside 0 to {n_embed - 1}: reload the page")
@@ -185,7 +194,7 @@ def unpack_ids(text: str, num_tokens: int, n_embed: int) -> np.ndarray:
 
 
 def _inflate(text: str, size: int) -> bytes:
-    """What the page sent back, of exactly `size` bytes. It is anyone's to send, so no more is ever unpacked."""
+    """Decompress what the page sent, exactly `size` bytes. Anyone can send text, so never decompress more."""
     try:
         content = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
     except (ValueError, TypeError, zlib.error) as error:

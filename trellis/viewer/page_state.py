@@ -1,0 +1,111 @@
+"""What a visitor looks at, as it travels between their tab and the server, which keeps none of it.
+
+object  {"key", "name", "grid", "ids"}: see `new_object`
+edits   {"of": key of the object, "list": [[index in ids, code], ...]}, the latest last
+mesh    {"of": key of the object, "figure", "caption"}
+"""
+
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..grids.surface import surface_mesh
+from ..grids.voxels import voxels_to_grid
+from ..utils.errors import DataError, UserError
+from .backend import Backend, pack_grid, pack_ids, unpack_grid, unpack_ids
+from .figures import mesh_figure
+from .uploads import Opener, ShownMesh, simplified
+
+
+class EditedObject(NamedTuple):
+    """An object with its edits."""
+
+    name: str
+    grid: np.ndarray  # [R, R, R] bool
+    before: np.ndarray  # [T] int64, ids as encoded
+    ids: np.ndarray  # [T] int64, ids as edited
+    edits: dict[int, int]  # {index in ids: code}, where `ids` differs from `before`
+
+
+def new_object(backend: Backend, grid: np.ndarray, name: str, key: str) -> dict[str, str]:
+    """Return a grid [R, R, R] bool and its ids in the form that travels."""
+    return {"key": key, "name": name, "grid": pack_grid(grid), "ids": pack_ids(backend.encode(grid))}
+
+
+def open_object(backend: Backend, state: dict[str, str], edits: dict[str, Any] | None) -> EditedObject:
+    """Return an object with those of the edits that belong to it. Raise DataError for what the page would not send."""
+    grid = unpack_grid(state["grid"], backend.resolution)
+    before = unpack_ids(state["ids"], backend.num_tokens, backend.n_embed)
+    ids = before.copy()
+    for index, code in edits_of(state, edits):
+        if not 0 <= index < backend.num_tokens:
+            raise DataError(f"token index {index}: there are {backend.num_tokens}. Reload the page")
+        ids[index] = check_code(backend, code)
+    changed = np.flatnonzero(ids != before)
+    return EditedObject(str(state["name"]), grid, before, ids, {int(index): int(ids[index]) for index in changed})
+
+
+def edits_of(state: dict[str, str], edits: dict[str, Any] | None) -> list[list[int]]:
+    """Return the edits if they belong to this object, and none if they belong to the one before it."""
+    return edits["list"] if edits and edits["of"] == state["key"] else []
+
+
+def check_code(backend: Backend, code: int | float | None) -> int:
+    """Return the code as an int. Raise DataError for a number that is no code."""
+    if not isinstance(code, (int, float)) or code != int(code) or not 0 <= code < backend.n_embed:
+        what = "nothing" if code is None else code
+        raise DataError(f"the code is {what}; it must be a whole number from 0 to {backend.n_embed - 1}")
+    return int(code)
+
+
+def opened_upload(backend: Backend, opener: Opener, path: Path, name: str, up_axis: str) -> tuple[dict, dict]:
+    """Return the object and the mesh of an uploaded file. Raise DataError with a message for the page."""
+    normalization = backend.tokenizer.normalization
+    try:
+        shape = opener.open(path, backend.resolution, up_axis, normalization, voxelize=True)
+    except DataError as error:
+        reason = str(error).removeprefix(f"{path}: ").replace(str(path), name)
+        raise DataError(f"{name}: {reason}") from error
+    assert shape.voxels is not None
+    grid = voxels_to_grid(shape.voxels, backend.resolution) > 0
+    state = new_object(backend, grid, name, f"upload-{uuid.uuid4().hex}")
+    mesh = mesh_panel(backend, shape.mesh) if shape.mesh else surface_panel(backend, grid, "a file of voxels")
+    return state, {"of": state["key"], **mesh}
+
+
+def dataset_mesh(backend: Backend, opener: Opener, index: int) -> dict[str, Any]:
+    """Return the mesh of an object of the data set, or the surface of its voxels if the mesh file cannot be shown."""
+    file = backend.mesh_file(index)
+    key = dataset_key(index)
+    if file is None:
+        return {"of": key, **surface_panel(backend, backend.object(index), "its mesh file is missing")}
+    try:
+        shape = opener.open(file.path, backend.resolution, file.up_axis, file.normalization, voxelize=False)
+    except UserError as error:
+        return {"of": key, **surface_panel(backend, backend.object(index), f"its mesh file: {error}")}
+    if shape.mesh is None:
+        return {"of": key, **surface_panel(backend, backend.object(index), "its file has no triangles")}
+    return {"of": key, **mesh_panel(backend, shape.mesh)}
+
+
+def dataset_key(index: int) -> str:
+    """Return the key of an object of the data set."""
+    return f"object-{index}"
+
+
+def mesh_panel(backend: Backend, mesh: ShownMesh) -> dict[str, Any]:
+    """Return the figure and the caption of a mesh."""
+    caption = f"{mesh.triangles:,} triangles"
+    if len(mesh.faces) < mesh.triangles:
+        caption += f", drawn with {len(mesh.faces):,}"
+    return {"figure": mesh_figure(mesh.vertices, mesh.faces, backend.resolution), "caption": caption}
+
+
+def surface_panel(backend: Backend, grid: np.ndarray, reason: str) -> dict[str, Any]:
+    """Return the figure and the caption of a smooth surface around voxels, shown for `reason` in place of a mesh."""
+    mesh = surface_mesh(grid)
+    vertices, faces = simplified(np.asarray(mesh.vertices), np.asarray(mesh.faces))
+    figure = mesh_figure((vertices + 0.5) * backend.resolution, faces, backend.resolution)
+    return {"figure": figure, "caption": f"surface of the voxels; {reason}"}

@@ -197,6 +197,32 @@ def test_whole_models_equal_the_plain_ones(frozen, monkeypatch):
         assert relative(quick, plain) < 1e-4
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_reduced_precision_costs_gradients_no_more_than_in_the_plain_modules(precision, monkeypatch):
+    """Errors are in units of the largest relative error of one rounding, by which both kinds of modules can be held to
+    one bound: the interpreter rounds to bf16 towards zero, at twice that error."""
+    models = autoencoder(16, 32)
+    encoder, decoder = models
+    ss = torch.from_numpy(solid_grids(2, 8, 0)).float()[:, None].to(DEVICE)
+    scale = 2.0**10 if precision == torch.float16 else 1.0  # of the loss, so that no gradient underflows
+    half = torch.finfo(precision).eps / 2
+    unit = {False: half, True: half if GPU or precision == torch.float16 else 2 * half}  # by whether kernels run
+
+    def gradient(dtype: torch.dtype, quick: bool) -> torch.Tensor:
+        monkeypatch.setattr(fused, "usable", lambda x: quick)
+        parameters = [value for model in models for value in model.parameters()]
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            loss = F.binary_cross_entropy_with_logits(decoder(encoder(ss)), ss)
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss * scale, parameters)]).double() / scale
+
+    want = gradient(torch.float32, False)
+    got = {quick: gradient(precision, quick) for quick in (False, True)}
+    error = {quick: relative(got[quick], want) / unit[quick] for quick in (False, True)}
+    assert error[True] < min(2, 1.5 * error[False])
+    # Roundings are nearly independent, so their sum has little along the gradient; a wrong factor is all along it.
+    assert abs((got[True] @ want / (want @ want)).item() - 1) < unit[True]
+
+
 @pytest.mark.parametrize(
     "trainer, args",
     [

@@ -9,6 +9,7 @@ from helpers import solid_grids, tiny_config
 from torch import nn
 
 from trellis.models import build
+from trellis.modules import fused
 from trellis.trainers.precision import Precision
 
 CPU = torch.device("cpu")
@@ -149,10 +150,10 @@ def test_prepare_makes_masters_fp32_and_leaves_the_torso_to_the_trainer():
 # --- outputs and gradients ---
 
 
-def vae(seed: int = 0) -> tuple[nn.Module, nn.Module]:
-    """Models whose second convolutions are not zero, so that every layer counts."""
+def vae(seed: int = 0, **args) -> tuple[nn.Module, nn.Module]:
+    """Models whose second convolutions are not zero, so that every layer counts. args: of both, in place of tiny's."""
     torch.manual_seed(seed)
-    models = [build(spec) for spec in tiny_config()["models"].values()]
+    models = [build({**spec, "args": {**spec["args"], **args}}) for spec in tiny_config()["models"].values()]
     for model in models:
         for value in model.parameters():
             if value.ndim == 5 and not value.any():
@@ -201,28 +202,47 @@ def test_outputs_on_a_gpu(mode, dtype, tolerance, monkeypatch):
     check_outputs(precision.autocast(), "cuda", precision.dtype, tolerance)
 
 
-@needs_gpu
-@pytest.mark.parametrize("mode, dtype", [("amp", "bfloat16"), ("inflat_all", "float16")])
-def test_gradients_of_reduced_precision_are_fp32_and_close(mode, dtype, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    ss = torch.from_numpy(solid_grids(4, 16, 0))[:, None].float().cuda()
+def gradients(precision: Precision, seed: int) -> torch.Tensor:
+    """The gradient of all parameters as one vector, after the steps that fp16 skips until its loss scale fits.
 
-    def gradients(precision: Precision) -> list[torch.Tensor]:
-        encoder, decoder = (model.cuda() for model in vae())
-        optimizer = torch.optim.SGD([*encoder.parameters(), *decoder.parameters()], lr=0.0)
+    Layers of 32 channels: a layer norm over 4 or 8 divides by small deviations and multiplies every rounding, until
+    bf16's error in the gradient is 5 to 40 %, in the plain modules too.
+    """
+    ss = torch.from_numpy(solid_grids(4, 16, 0))[:, None].float().to(precision.device)
+    models = [model.to(precision.device) for model in vae(seed, channels=[32, 32])]
+    optimizer = torch.optim.SGD([value for model in models for value in model.parameters()], lr=0.0)
+    encoder, decoder = models
+    for _ in range(20):
+        optimizer.zero_grad()
         with precision.autocast():
             loss = nn.functional.binary_cross_entropy_with_logits(decoder(encoder(ss)), ss)
         precision.backward(loss)
         precision.unscale(optimizer)
         grads = [value.grad for value in optimizer.param_groups[0]["params"]]
         assert {grad.dtype for grad in grads} == {torch.float32}
-        return grads
+        grad = torch.cat([grad.flatten() for grad in grads])
+        if grad.isfinite().all():
+            break
+        precision.step(optimizer)
+    return grad.double()
 
-    want, got = (
-        torch.cat([grad.flatten() for grad in gradients(Precision(kind, dtype, torch.device("cuda")))])
-        for kind in (None, mode)
-    )
-    assert got.isfinite().all() and (got - want).norm() / want.norm() < 5e-2
+
+@needs_gpu
+@pytest.mark.parametrize("mode, dtype", [("amp", "bfloat16"), ("inflat_all", "float16")])
+def test_gradients_of_reduced_precision_are_fp32_and_close(mode, dtype, monkeypatch):
+    """Within a few units of rounding, and no further off than those of the plain modules under the same autocast."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    device, usable = torch.device("cuda"), fused.usable
+
+    def error(seed: int, quick: bool) -> float:
+        monkeypatch.setattr(fused, "usable", usable if quick else lambda x: False)
+        want, got = (gradients(Precision(kind, dtype, device), seed) for kind in (None, mode))
+        return ((got - want).norm() / want.norm()).item()
+
+    unit = torch.finfo(getattr(torch, dtype)).eps / 2  # the largest relative error of one rounding
+    errors = {quick: torch.tensor([error(seed, quick) for seed in range(4)]) for quick in (False, True)}
+    assert errors[True].max() < 8 * unit
+    assert errors[True].square().mean().sqrt() < 1.5 * errors[False].square().mean().sqrt()
 
 
 @needs_gpu

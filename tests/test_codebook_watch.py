@@ -1,5 +1,7 @@
 """Codes that nobody chooses are found, replaced and forgotten by all that remembers them; and what does not revive."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from trellis.evaluation.metrics import codebook_counts
 from trellis.modules.quantizers.base import Quantizer
 from trellis.modules.quantizers.ema_vq import EMAVectorQuantizer
 from trellis.modules.quantizers.vq import VectorQuantizer
+from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.ema import EMA
 from trellis.trainers.vae.codebook_watch import CodebookWatch
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
@@ -18,8 +21,8 @@ from trellis.utils.random_utils import derive_seed, sample_noise
 K, CELLS = 16, (2, 2, 4)
 
 
-def make_watch(quantizer: Quantizer, said: list | None = None, **options) -> CodebookWatch:
-    """With Adam's moments and averages that are not zero."""
+def memory_of(quantizer: Quantizer) -> SimpleNamespace:
+    """What a trainer has beside a quantizer: Adam's moments and averages, none of them zero."""
     parameters = list(quantizer.parameters()) or [nn.Parameter(torch.zeros(1))]
     optimizer = torch.optim.Adam(parameters, lr=1e-3, amsgrad=True)
     for parameter in parameters:
@@ -29,9 +32,18 @@ def make_watch(quantizer: Quantizer, said: list | None = None, **options) -> Cod
     for average in ema.averages.values():
         for value in average["quantizer"].values():
             value += 1
+    return SimpleNamespace(models={"quantizer": quantizer}, optimizer=optimizer, ema=ema)
+
+
+def make_watch(quantizer: Quantizer, said: list | None = None, memory=None, **options) -> CodebookWatch:
+    memory = memory or memory_of(quantizer)
+
+    def forget(rows: Tensor) -> None:
+        BasicTrainer.forget_rows(memory, "quantizer", quantizer.code_rows, rows)
+
     options = {"every": 2, "last_step": 8, "trained": True, "seed": 3, **options}
     say = (said if said is not None else []).append
-    return CodebookWatch(quantizer, optimizer, ema, say=say, device=torch.device("cpu"), **options)
+    return CodebookWatch(quantizer, forget=forget, say=say, device=torch.device("cpu"), **options)
 
 
 def see(watch: CodebookWatch, step: int, z: Tensor, ids: Tensor, ss: Tensor | None = None) -> None:
@@ -61,10 +73,11 @@ def latents(samples: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("kind", [VectorQuantizer, EMAVectorQuantizer])
 def test_dead_rows_are_new_everywhere_and_others_as_they_were(kind):
     quantizer, said = crowded(kind), []
-    watch = make_watch(quantizer, said)
+    memory = memory_of(quantizer)
+    watch = make_watch(quantizer, said, memory)
     before = {key: value.clone() for key, value in quantizer.state_dict().items()}
-    moments = {key: value.clone() for state in watch.optimizer.state.values() for key, value in state.items()}
-    averages = {rate: {k: v.clone() for k, v in a["quantizer"].items()} for rate, a in watch.ema.averages.items()}
+    moments = {key: value.clone() for state in memory.optimizer.state.values() for key, value in state.items()}
+    averages = {rate: {k: v.clone() for k, v in a["quantizer"].items()} for rate, a in memory.ema.averages.items()}
     z = latents(3)
     see(watch, 1, z, torch.arange(3))
     assert watch.after_step(1)["codes_revived"] == 0
@@ -81,11 +94,11 @@ def test_dead_rows_are_new_everywhere_and_others_as_they_were(kind):
     assert (torch.cdist(new, seen).amin(1) == 0).all() and len(new.unique(dim=0)) == len(dead)
     for key in quantizer.code_rows:
         assert torch.equal(after[key][chosen], before[key][chosen]), key
-        for rate, average in watch.ema.averages.items():
+        for rate, average in memory.ema.averages.items():
             assert torch.equal(average["quantizer"][key][dead], after[key][dead]), key
             assert torch.equal(average["quantizer"][key][chosen], averages[rate][key][chosen]), key
     if kind is VectorQuantizer:
-        (state,) = watch.optimizer.state.values()
+        (state,) = memory.optimizer.state.values()
         for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
             assert (state[key][dead] == 0).all() and torch.equal(state[key][chosen], moments[key][chosen])
             assert (state[key][chosen] != 0).all()
@@ -415,9 +428,8 @@ def test_usage_of_several_codes_is_the_mean_over_places(monkeypatch):
 
             return Quantized(z, ids, {"vq": torch.zeros(()), "commit": torch.zeros(())})
 
-    trainer.models, trainer.trained, trainer.watch, trainer.loss_type = {"quantizer": Stub()}, {}, None, "none"
-    trainer.lambdas = {"vq": 1.0, "commit": 0.25, "entropy": 0.0}
-    _, status = trainer.training_losses(torch.zeros(1), z=torch.zeros(1))
+    trainer.quantizer, trainer.quantizer_losses, trainer.watch, trainer.loss_type = Stub(), (), None, "none"
+    _, status = trainer.training_losses(sample_ids=torch.zeros(1), z=torch.zeros(1))
     assert status.codebook_usage == (2 / 4 + 3 / 4) / 2
     entropies = [-sum(p * np.log(p) for p in shares) for shares in ((3 / 4, 1 / 4), (1 / 2, 1 / 4, 1 / 4))]
     assert status.codebook_perplexity.item() == pytest.approx(np.exp(np.mean(entropies)), rel=1e-6)

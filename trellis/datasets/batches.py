@@ -6,7 +6,7 @@ the bits, and `dataset.unpack_batch` makes grids of them there; `dataset.augment
 
 import os
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def endless_batches(
     prefetch: bool,
     needs_items: Callable[[], bool] = lambda: True,
     prepare: Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]] = lambda batch, indices: batch,
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor], None, None]:
     """Yield this rank's batches without end: stacked items on the device, and `sample_ids` [B] int64 on the CPU.
 
     seed: decides the order of samples and their augmentation.

@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +33,7 @@ from . import optim
 from .ema import EMA
 from .interrupt import StopRequests
 from .logger import PendingSteps, Progress, RunLog
+from .part import Part
 from .precision import Precision
 from .weights import WeightPlan
 
@@ -41,12 +42,11 @@ from .weights import WeightPlan
 STEPS_WORTH_TUNING = 2000
 # Between ranks a stop request travels with a collective, which is not worth one every step.
 STEPS_BETWEEN_STOP_CHECKS = 10
-# A codebook's statistics are reduced over ranks where they arise; DDP must not overwrite them with rank 0's.
-# torch 2.13 renamed the argument.
-_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
-_WITHOUT_BUFFER_SYNC = {
-    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers": False
-}
+# A quantizer reduces its statistics over ranks itself; DDP must not overwrite them with rank 0's. torch 2.13 renamed
+# the argument.
+_SYNC_BUFFERS = "forward_sync_buffers"
+if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    _SYNC_BUFFERS = "broadcast_buffers"
 
 
 class BasicTrainer:
@@ -119,6 +119,7 @@ class BasicTrainer:
         world = dist_utils.world_size()
         self.batch_per_rank = batch_size_per_gpu or batch_size // world
         self.global_batch = self.batch_per_rank * world
+        self.micro_batch_size = self.batch_per_rank // self.batch_split
         self.optimizer_spec, self.scheduler_spec = optimizer, lr_scheduler
         self.lr_scaling, self.lr_multipliers = lr_scaling, lr_multipliers
         self.clipper = optim.build_grad_clipper(grad_clip)
@@ -139,6 +140,7 @@ class BasicTrainer:
             self.precision.prepare(model)
             model.to(device).requires_grad_(name in self.trained).train(name in self.trained)
 
+        self.parts: dict[str, Part] = {}  # a subclass adds its own; the name is the key of a part's state
         self.step, self.samples_seen = 0, 0
         self.seconds, self.logged_seconds = 0.0, 0.0  # spent in steps, since the run began
         self.best: dict | None = None  # {"step", "by", "score"} of the best validation
@@ -147,12 +149,16 @@ class BasicTrainer:
 
     # --- for subclasses ---
 
-    def training_losses(self, **batch: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(losses, status) of a batch: scalars; losses["loss"] is optimized, all are logged."""
+    def training_losses(self, *args: Any, **batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return (losses, status) of a micro-batch: scalars. losses["loss"] is optimized, all are logged."""
         raise NotImplementedError
 
+    def no_grad_if_frozen(self, name: str) -> contextlib.AbstractContextManager:
+        """Return a context for a model that gets no input from a trained one: if frozen, it needs no graph."""
+        return torch.no_grad() if name in self.frozen else contextlib.nullcontext()
+
     def initialize_models(self) -> None:
-        """Give models that no source had weights for a start that depends on the data."""
+        """Give models without loaded weights a start that depends on the data."""
 
     def validate(self) -> dict[str, float] | None:
         """Scores on the validation split, the same on every rank; the best checkpoint is the one with the
@@ -196,9 +202,21 @@ class BasicTrainer:
     # --- the loop ---
 
     def run(self) -> int | None:
-        """Train until max_steps, continuing from the plan's checkpoint. Returns the signal that stopped training
-        before, after a checkpoint, or None."""
-        self.open_run()
+        """Train until max_steps, continuing from the plan's checkpoint.
+
+        Return the signal that stopped training, after a checkpoint; None if it reached max_steps.
+        """
+        for part in self.parts.values():
+            part.open()
+        self.open_folder()
+        if self.plan.resume is None:
+            self.initialize_models()
+            self.broadcast_models()
+        self.build_training_state()
+        if self.plan.resume is not None:
+            self.load_training_state(*self.plan.resume)
+        self.open_log()
+
         if self.plan.resume is None:
             # Step 0 keeps the scores before training and, in the checkpoint, the codebook's first state.
             self.log(self.measure())
@@ -221,7 +239,7 @@ class BasicTrainer:
                     self.progress.show(self.step, losses)
 
                 scores = self.measure() if self.due(self.i_eval) else {}
-                improved = bool(scores) and self.best["step"] == self.step
+                improved = bool(scores) and self.best_step == self.step
                 stopping = self.stop_requested(stop)
                 saving = self.due(self.i_save) or improved or stopping
                 if self.due(self.i_log) or scores or saving:
@@ -241,11 +259,34 @@ class BasicTrainer:
         return stopping
 
     def due(self, every: int) -> bool:
+        """Return whether something done every `every` steps is due now; at the last step everything is."""
         return self.step % every == 0 or self.step == self.max_steps
 
+    def batches(self) -> Generator[dict[str, Tensor], None, None]:
+        """Yield this rank's batches without end, from the first sample not seen yet."""
+        return endless_batches(
+            self.dataset,
+            self.batch_per_rank,
+            seed=self.seed,
+            start=self.samples_seen,
+            device=self.device,
+            num_workers=self.num_workers,
+            prefetch=self.prefetch_data,
+            needs_items=lambda: not any(part.replaces_items() for part in self.parts.values()),
+            prepare=self.prepare,
+        )
+
+    def prepare(self, batch: dict[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
+        """Return the batch as `training_losses` takes it. indices: [B] int64 on the CPU, the items in the dataset."""
+        for part in self.parts.values():
+            batch = part.prepare(batch, indices)
+        return batch
+
     def run_step(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One optimizer step on this rank's share of the batch. Returns losses and status averaged over its
-        parts, as tensors on the device."""
+        """Take one optimizer step on this rank's share of the batch.
+
+        Return losses and status, averaged over micro-batches, as tensors on the device.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         losses, status = self.accumulate_gradients(batch)
         norm = torch.zeros((), device=self.device)
@@ -263,35 +304,45 @@ class BasicTrainer:
             self.ema.update(self.step + 1)
         if not self.precision.skips_overflow:
             self.all_finite &= norm.isfinite()
-        return losses, {**status, "grad_norm": norm}
+        status["grad_norm"] = norm
+        for part in self.parts.values():
+            status |= part.after_step(self.step + 1)
+        return losses, status
 
     def accumulate_gradients(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        parts = self.split_batch(batch)
+        """Run the objective forward and backward on each micro-batch; ranks reduce their gradients after the last.
+
+        Return losses and status, averaged over micro-batches.
+        """
+        micro_batches = self.split_batch(batch)
         losses: dict[str, Tensor] = {}
         status: dict[str, Tensor] = {}
-        for number, part in enumerate(parts):
-            last = number + 1 == len(parts)
+        for number, micro_batch in enumerate(micro_batches):
+            last = number + 1 == len(micro_batches)
             with contextlib.nullcontext() if last else self.without_reduction():
                 with record_function("forward"), self.precision.autocast():
-                    part_losses, part_status = self.objective(part)
+                    new_losses, new_status = self.objective(micro_batch)
                 if self.parameters:
                     with record_function("backward"):
-                        self.precision.backward(part_losses["loss"] / len(parts))
-            for total, values in ((losses, part_losses), (status, part_status)):
+                        self.precision.backward(new_losses["loss"] / len(micro_batches))
+            for total, values in ((losses, new_losses), (status, new_status)):
                 for name, value in values.items():
-                    total[name] = total.get(name, 0) + value.detach() / len(parts)
+                    total[name] = total.get(name, 0) + value.detach() / len(micro_batches)
         return losses, status
 
     def split_batch(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        pieces = {name: value.chunk(self.batch_split) for name, value in batch.items()}
-        return [dict(zip(pieces, values, strict=True)) for values in zip(*pieces.values(), strict=True)]
+        """Return the batch's micro-batches."""
+        chunks = {name: value.chunk(self.batch_split) for name, value in batch.items()}
+        return [dict(zip(chunks, values, strict=True)) for values in zip(*chunks.values(), strict=True)]
 
-    def without_reduction(self):
-        ddp = isinstance(self.objective, DistributedDataParallel)
-        return self.objective.no_sync() if ddp else contextlib.nullcontext()
+    def without_reduction(self) -> contextlib.AbstractContextManager:
+        """Return a context in which backward leaves gradients on this rank."""
+        if isinstance(self.objective, DistributedDataParallel):
+            return self.objective.no_sync()
+        return contextlib.nullcontext()
 
     def stop_requested(self, stop: StopRequests) -> int | None:
-        """The signal to stop for, on every rank at the same step."""
+        """Return the signal to stop for, if any, on every rank at the same step."""
         if dist_utils.world_size() == 1:
             return stop.signum
         if self.step % STEPS_BETWEEN_STOP_CHECKS:
@@ -300,48 +351,33 @@ class BasicTrainer:
         dist.all_reduce(signum, op=dist.ReduceOp.MAX)
         return int(signum) or None
 
-    def batches(self, **options) -> Iterator[dict[str, Tensor]]:
-        """This rank's batches from the first sample not seen yet. options: further ones of `endless_batches`."""
-        return endless_batches(
-            self.dataset,
-            self.batch_per_rank,
-            seed=self.seed,
-            start=self.samples_seen,
-            device=self.device,
-            num_workers=self.num_workers,
-            prefetch=self.prefetch_data,
-            **options,
-        )
+    # --- set-up ---
 
-    # --- set-up and end ---
-
-    def open_run(self) -> None:
-        """Make everything that a step needs, and the run folder's files."""
+    def open_folder(self) -> None:
+        """Make the run folder ready to continue after the plan's checkpoint."""
         if dist_utils.is_main():
             step = self.plan.resume[1] if self.plan.resume else 0
             open_run_folder(self.checkpoints, self.config, step, {"seed": self.seed, "device": str(self.device)})
         dist_utils.barrier()
-        if self.plan.resume is None:
-            self.initialize_models()
-            for model in self.trained.values():
-                dist_utils.broadcast_(model.state_dict().values())
-        self.build_training_state()
-        if self.plan.resume is not None:
-            self.load_training_state()
-        if dist_utils.is_main():
-            # The first line of a new run has step 0 itself.
-            self.log_files = RunLog(self.output_dir, self.step if self.plan.resume else -1)
+
+    def broadcast_models(self) -> None:
+        """Give every rank the trained models of the main process."""
+        for model in self.trained.values():
+            dist_utils.broadcast_(model.state_dict().values())
 
     def build_training_state(self) -> None:
-        """Optimizer, schedule, averages and gradient reduction, around the models as they are now."""
+        """Build optimizer, schedule, averages and gradient reduction around the models as they are now.
+
+        Not part of the constructor, since "rms" scaling and averages start from the initialised weights.
+        """
         named = {
             f"{key}.{name}": parameter
             for key, model in self.trained.items()
             for name, parameter in model.named_parameters()
         }
         self.parameters = list(named.values())
-        # A codebook that learns from statistics has no parameters. Schedules need an optimizer, which needs one: this
-        # stands in and never gets a gradient.
+        # A codebook of moving averages has no parameters. Schedules need an optimizer, and that needs a parameter: this
+        # one stands in and never gets a gradient.
         self.optimizer = optim.build_optimizer(
             self.optimizer_spec,
             named or {"none": nn.Parameter(torch.zeros(1, 1, device=self.device))},
@@ -351,18 +387,28 @@ class BasicTrainer:
         self.scheduler = optim.build_lr_scheduler(self.scheduler_spec, self.optimizer)
         self.ema = EMA(self.trained, self.ema_rates)
         self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self.objective = objective(self.trained, self.training_losses, self.device)
+        self.objective = build_objective(self.trained, self.training_losses, self.device)
+
+    def open_log(self) -> None:
+        """Open the logs after the step reached so far."""
+        if dist_utils.is_main():
+            # The first line of a new run has step 0 itself.
+            self.log_files = RunLog(self.output_dir, self.step if self.plan.resume else -1)
+
+    def forget_rows(self, name: str, keys: tuple[str, ...], rows: Tensor) -> None:
+        """Reset what the optimizer and the averages remember of rows [n] int64 of these tensors of a model."""
+        parameters = dict(self.models[name].named_parameters())
+        for key in keys:
+            if key in parameters:
+                optim.forget_rows(self.optimizer, parameters[key], rows)
+        self.ema.copy_rows(name, keys, rows)
 
     # --- checkpoints ---
 
-    def training_state(self) -> dict[str, Any]:
-        """What else a subclass needs to continue exactly; kept in the misc file. Called on all ranks."""
-        return {}
-
     def save(self) -> None:
-        """Write the checkpoint of this step. Raises RuntimeError rather than save weights gone to NaN."""
+        """Write the checkpoint of this step. Raise RuntimeError if weights have become NaN."""
         self.require_finite()
-        further = self.training_state()
+        states = {name: part.state_dict() for name, part in self.parts.items()}
         if dist_utils.is_main():
             misc = {
                 "config": self.config,
@@ -377,7 +423,7 @@ class BasicTrainer:
                 "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
                 "grad_clip": self.clipper.state_dict(),
                 "precision": self.precision.state_dict(),
-                **further,
+                **{name: state for name, state in states.items() if state},
             }
             self.checkpoints.save(
                 self.step,
@@ -390,14 +436,13 @@ class BasicTrainer:
                 with written_aside(self.output_dir / "best.json") as aside:
                     aside.write_text(json.dumps(self.best) + "\n", encoding="utf-8")
             if self.keep_last is not None:
-                self.checkpoints.prune(self.keep_last, self.best["step"] if self.best else None)
+                self.checkpoints.prune(self.keep_last, self.best_step)
         dist_utils.barrier()
 
-    def load_training_state(self) -> dict[str, Any]:
-        """Continue exactly: everything but the models' weights, which the plan has loaded already. Returns the misc
-        file's content, in which a subclass finds its `training_state`."""
-        checkpoints, step = self.plan.resume
+    def load_training_state(self, checkpoints: Checkpoints, step: int) -> None:
+        """Load all that a step needs to continue exactly, except the models' weights, which the plan has loaded."""
         misc = checkpoints.read_misc(step, mmap=False)
+        assert misc is not None  # plan_weights resumes only from misc files of this program
         self.step, self.samples_seen = step, misc["samples_seen"]
         self.seconds = self.logged_seconds = misc["seconds"]
         self.best = misc["best"]
@@ -409,9 +454,12 @@ class BasicTrainer:
         self.ema.load(checkpoints, step)
         if misc["dataset_size"] != len(self.dataset):
             self.say(f"the training split had {misc['dataset_size']} objects and has {len(self.dataset)} now")
-        return misc
+        for name, part in self.parts.items():
+            if name in misc:  # older checkpoints lack parts that were added since
+                part.load_state_dict(misc[name])
 
     def require_finite(self) -> None:
+        """Raise RuntimeError if a gradient was not finite, or fp16 no longer recovers from overflow."""
         if not self.all_finite or self.precision.hopeless:
             raise RuntimeError(
                 f"gradients are not finite at step {self.step}. Nothing since the last checkpoint is saved; "
@@ -423,14 +471,21 @@ class BasicTrainer:
 
     @property
     def lr(self) -> float:
+        """Learning rate on the configuration's scale."""
         return optim.current_lr(self.optimizer)
 
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best validation so far."""
+        return self.best["step"] if self.best else None
+
     def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
         if dist_utils.is_main():
             self.progress.say(text)
 
     def measure(self) -> dict[str, float]:
-        """Validate, say how it went, and remember the best step. Empty without a validation split."""
+        """Validate, print the scores, and remember the best step. Return scores to log; {} without validation."""
         scores = self.validate()
         if scores is None:
             return {}
@@ -446,7 +501,7 @@ class BasicTrainer:
         return {f"val/{name}": value for name, value in scores.items()}
 
     def log(self, scores: dict[str, float]) -> None:
-        """Write the pending steps to log.txt, one line each, and their mean and the scores to TensorBoard."""
+        """Write pending steps to log.txt, one line each, then the scores; their means and the scores to TensorBoard."""
         started = time.monotonic()
         rows = self.pending.fetch()  # waits for the device
         self.seconds += time.monotonic() - started
@@ -468,7 +523,7 @@ class BasicTrainer:
         self.log_files.scalars({**means, **summary}, self.step)
 
     def snapshot(self) -> None:
-        """Save the pictures as samples/{name}_step0000100.png and show them in TensorBoard."""
+        """Save pictures as samples/{name}_step0000100.png and show them in TensorBoard."""
         if dist_utils.is_main():
             for name, picture in self.run_snapshot().items():
                 path = self.output_dir / "samples" / f"{name}_step{self.step:07d}.png"
@@ -478,7 +533,7 @@ class BasicTrainer:
         dist_utils.barrier()
 
     def check_ranks_agree(self) -> None:
-        """Raise RuntimeError where a rank's weights differ from rank 0's in any bit."""
+        """Raise RuntimeError if a rank's weights differ from rank 0's in any bit."""
         for key, model in self.trained.items():
             for name, value in model.state_dict().items():
                 reference = value.detach().clone()
@@ -489,7 +544,10 @@ class BasicTrainer:
     # --- without training ---
 
     def tryrun(self) -> dict[str, float]:
-        """One sample forward and backward, without a step and without writing anything. Returns losses."""
+        """Run one sample forward and backward, without a step; write nothing. Return losses."""
+        if dist_utils.is_main():
+            for part in self.parts.values():
+                part.preview()
         self.build_training_state()
         batch = next(self.batches())
         losses, _ = self.accumulate_gradients({name: value[:1] for name, value in batch.items()})
@@ -512,7 +570,7 @@ def _check_batch(args: dict, world_size: int, where: str) -> None:
 
 
 class Objective(nn.Module):
-    """Calls `training_losses` with the entries of a batch."""
+    """`training_losses` as a module, which DDP can wrap."""
 
     def __init__(self, trained: dict[str, nn.Module], training_losses: Callable):
         super().__init__()
@@ -523,10 +581,11 @@ class Objective(nn.Module):
         return self.training_losses(**batch)
 
 
-def objective(trained: dict[str, nn.Module], training_losses: Callable, device: torch.device) -> nn.Module:
-    """The objective, under DDP where there are several ranks and gradients to reduce."""
+def build_objective(trained: dict[str, nn.Module], training_losses: Callable, device: torch.device) -> nn.Module:
+    """Return the objective, wrapped in DDP if there are several ranks and gradients to reduce."""
     module = Objective(trained, training_losses)
     if not dist.is_initialized() or not any(True for _ in module.parameters()):
         return module
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **_WITHOUT_BUFFER_SYNC)
+    options: dict[str, Any] = {"device_ids": ids, "gradient_as_bucket_view": True, _SYNC_BUFFERS: False}
+    return DistributedDataParallel(module, **options)

@@ -77,7 +77,7 @@ class PendingSteps:
         every step."""
         self.steps.append((step, values, known))
 
-    def fetch(self) -> list[dict[str, float | None]]:
+    def fetch(self) -> list[dict[str, float]]:
         """The steps since the last call, averaged over ranks: [{"step", name: value}]. Called on all ranks."""
         if not self.steps:
             return []

@@ -45,6 +45,7 @@ class Quantizer(Model):
     """
 
     codes_per_token = 1  # Q
+    losses: tuple[str, ...] = ("vq", "commit")  # names in `Quantized.losses`
     nearest_of_table = True  # whether a vector's id is the row of `table()` nearest to it
     code_rows: tuple[str, ...] = ()  # state-dict keys whose rows belong to codes, which `replace_codes` can change
 

@@ -31,6 +31,8 @@ CHUNK_ELEMENTS = 2**24
 class IndexBackpropagationQuantizer(VectorQuantizer):
     """A codebook of `n_embed` vectors that all learn from each vector. A vector gets the nearest code."""
 
+    losses = ("vq", "commit", "entropy")
+
     def __init__(
         self,
         *,

@@ -27,6 +27,8 @@ class LookupFreeQuantizer(GridQuantizer):
 
     strides: Tensor  # [d], of each bit in the id
 
+    losses = ("vq", "commit", "entropy")
+
     def __init__(
         self,
         *,

@@ -1,18 +1,19 @@
-"""Which codes are used over a window of steps, and new places for those that nobody uses.
+"""Codebook usage over windows of steps, and the revival of dead codes.
 
-A code that no vector chooses gets no gradient and stays where it is: it is dead. At the end of a window such codes are
-put onto latent vectors that the codebook serves badly, from tokens with occupied voxels. The optimizer's moments and
+A code that no vector chooses gets no gradient and does not move: it is dead. At the end of a window dead codes are
+moved to latent vectors with a large quantization error, from tokens with occupied voxels. The optimizer's moments and
 the averages of their rows start afresh (random restarts as in Jukebox, arXiv:2005.00341, Sec. 3.1, which draws from
-the last batch without regard to the error).
+the last batch and ignores the error).
 
-A code is dead when nobody chose it, on any rank in any step of the window. Seldom is not never: most tokens are empty
-and use few codes, so codes of rare shapes are chosen far below the mean.
+A code is dead if no rank chose it in any step of the window. A rarely chosen code is not dead: most tokens are empty
+and use few codes, so codes of rare shapes are chosen far less often than the mean.
 
 Axes: B batch, C latent channels, X Y Z latent cells, R voxels along an axis, T tokens of an object, D channels of a
 token, K codes, Q codes of a token, N vectors.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,36 +22,38 @@ from ...evaluation.metrics import occupied_blocks
 from ...modules.quantizers.base import Quantizer
 from ...utils import dist_utils
 from ...utils.random_utils import derive_seed, sample_noise
-from ..ema import EMA
-from ..optim import forget_rows
+from ..part import Part
 
-# Steps of a window where no codes are revived.
+# Steps of a window if no codes are revived.
 WINDOW = 100
-# Share of codes chosen in a window below which the user is told what to do.
+# Share of codes chosen in a window below which the user is warned.
 LOW_USAGE = 0.5
 
 
-class CodebookWatch:
-    """Counts the codes chosen in windows of steps, each ending at a multiple of its length.
+class CodebookWatch(Part):
+    """Counts of the codes chosen in windows of steps, each ending at a multiple of its length.
 
-    quantizer: "quantizer" among the models of `ema`. trained: whether it is. every: steps of a window; 0 for WINDOW
-    and no revival. last_step: the last at which codes are revived. seed: of what is drawn. say: tells the user.
+    every: steps of a window; 0 for WINDOW and no revival.
+    last_step: last step at which codes are revived.
+    trained: whether the quantizer is.
+    seed: of the vectors drawn for revival.
+    forget: resets what else remembers codes (optimizer, averages), given their rows [n] int64.
+    say: prints a line.
     """
 
     def __init__(
         self,
         quantizer: Quantizer,
-        optimizer: torch.optim.Optimizer,
-        ema: EMA,
         *,
         every: int,
         last_step: float,
         trained: bool,
         seed: int,
+        forget: Callable[[Tensor], None],
         say: Callable[[str], None],
         device: torch.device,
     ):
-        self.quantizer, self.optimizer, self.ema, self.say = quantizer, optimizer, ema, say
+        self.quantizer, self.forget, self.say = quantizer, forget, say
         self.window = every or WINDOW
         self.can_revive = trained and bool(quantizer.code_rows)
         self.last_step = last_step if every and self.can_revive else 0
@@ -59,7 +62,7 @@ class CodebookWatch:
         Q, K = quantizer.codes_per_token, quantizer.n_embed
         self.counts = torch.zeros(Q, K, dtype=torch.int64, device=device)
         self.usage = torch.full((), torch.nan, device=device)  # of the last window that ended
-        # A sample of vectors, as many as could be needed: those with the smallest keys.
+        # A sample of vectors, as many as could be needed: the ones with the smallest keys.
         size = K if self.last_step else 0
         self.keys = torch.full((size,), torch.inf, device=device)
         self.vectors = torch.zeros(size, quantizer.embed_dim, device=device)
@@ -73,11 +76,15 @@ class CodebookWatch:
     def observe(
         self, step: int, counts: Tensor, z: Tensor, codes: Tensor, ss: Tensor | None, sample_ids: Tensor
     ) -> None:
-        """What part of the batch of a step chose. counts: [Q, K] int64, over all ranks. z, codes: [B, C, X, Y, Z].
-        ss: [B, 1, R, R, R], or None where unknown: then empty tokens count as others. sample_ids: [B] int64 on the CPU.
+        """Count the codes that a micro-batch of step `step` chose, and sample its vectors for revival.
 
-        Vectors are drawn with a probability in proportion to their squared error, without replacement: those with
-        the smallest of x / error, x from an exponential distribution (Efraimidis and Spirakis, Inf. Process. Lett.
+        counts: [Q, K] int64, over all ranks.
+        z, codes: [B, C, X, Y, Z].
+        ss: [B, 1, R, R, R], or None if unknown; then vectors of empty tokens are sampled too.
+        sample_ids: [B] int64 on the CPU.
+
+        Vectors are drawn without replacement, with a probability in proportion to their squared error: the ones with
+        the smallest keys x / error, x from an exponential distribution (Efraimidis and Spirakis, Inf. Process. Lett.
         97, 2006). The keys depend on the seed and the sample alone, so ranks and interruptions change no draw.
         """
         self.counts += counts
@@ -94,7 +101,7 @@ class CodebookWatch:
         self._keep(keys.flatten(), vectors.flatten(0, -2))
 
     def _keep(self, keys: Tensor, vectors: Tensor) -> None:
-        """Let keys [N] and vectors [N, D] into the sample, where they are among the smallest."""
+        """Take vectors [N, D] with keys [N] into the sample if their keys are among the smallest."""
         keys, vectors = torch.cat([self.keys, keys]), torch.cat([self.vectors, vectors])
         self.keys, kept = keys.topk(len(self.keys), largest=False)
         self.vectors = vectors[kept]
@@ -103,10 +110,10 @@ class CodebookWatch:
 
     @torch.no_grad()
     def after_step(self, step: int) -> dict[str, Tensor]:
-        """Status of a step that is done; at the end of a window look at it, revive and begin anew.
+        """Return usage; at the end of a window warn, revive dead codes and begin the next window.
 
-        codebook_window_usage: share of codes chosen in the last window, or since the first began. codes_revived: at
-        this step.
+        codebook_window_usage: share of codes chosen in the last window; in the first window, so far.
+        codes_revived: number of codes revived at this step.
         """
         so_far = (self.counts > 0).float().mean()
         revived = torch.zeros_like(so_far)
@@ -130,7 +137,7 @@ class CodebookWatch:
             return
         self.warned = True
         if step <= self.last_step:
-            now = "The others are put to use now. Where that does not last:"
+            now = "The others are revived now. If that does not last:"
         elif self.can_revive:
             now = "Set trainer.args.revive_every (and revive_until, which may end too soon), and:"
         else:
@@ -138,29 +145,25 @@ class CodebookWatch:
         self.say(
             f"WARNING: the codebook collapses. Only {usage:.0%} of {self.counts.numel()} codes were chosen in the last "
             f"{self.window} steps. {now} lower trainer.args.optimizer.args.lr or warm it up, start from k-means "
-            '(models.quantizer.args.init "kmeans"), raise lambda_entropy where the quantizer has an entropy, or '
+            '(models.quantizer.args.init "kmeans"), raise lambda_entropy if the quantizer has an entropy loss, or '
             "give it a smaller n_embed."
         )
 
     def _revive(self, step: int) -> int:
-        """Replace the codes that nobody chose, on all ranks alike. Returns how many."""
+        """Move dead codes to sampled vectors, the same on all ranks. Return how many were moved."""
         dead = (self.counts[0] == 0).nonzero()[:, 0]
         vectors = _distinct(self._merged()[1])[: len(dead)]
         rows = dead[: len(vectors)]
         if not len(rows):
             return 0
         self.quantizer.replace_codes(rows, vectors)
-        parameters = dict(self.quantizer.named_parameters())
-        for key in self.quantizer.code_rows:
-            if key in parameters:
-                forget_rows(self.optimizer, parameters[key], rows)
-        self.ema.copy_rows("quantizer", self.quantizer.code_rows, rows)
+        self.forget(rows)
         total = self.counts.shape[1]
-        self.say(f"step {step}  codebook: {len(rows)} of {total} codes, which nobody chose, get new places")
+        self.say(f"step {step}  codebook: {len(rows)} of {total} codes were dead and are revived")
         return len(rows)
 
     def _merged(self) -> tuple[Tensor, Tensor]:
-        """The sample over all ranks, on every rank: keys [N] ascending, vectors [N, D]."""
+        """Return the sample over all ranks, the same on every rank: keys [N] ascending, vectors [N, D]."""
         own = torch.cat([self.keys[:, None], self.vectors], 1)
         slots = own.new_zeros(dist_utils.world_size(), *own.shape)
         slots[dist_utils.rank()] = own
@@ -172,7 +175,7 @@ class CodebookWatch:
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Called on all ranks, where codes are revived: rank 0 takes over the sample of all."""
+        """Return counts and sample. Rank 0 takes over the sample of all ranks, so that the state is one rank's."""
         state = {"counts": self.counts, "usage": self.usage}
         if self.last_step:
             state["keys"], state["vectors"] = self._merged()
@@ -180,7 +183,7 @@ class CodebookWatch:
             self._take_over(state)
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         state = {name: value.to(self.counts.device) for name, value in state.items()}
         self.counts, self.usage = state["counts"], state["usage"]
         if self.last_step and "keys" in state:
@@ -192,8 +195,9 @@ class CodebookWatch:
 
 
 def _distinct(vectors: Tensor) -> Tensor:
-    """The first of equal rows, in their order: an object seen twice must not get two equal codes. vectors: [N, D]."""
+    """Return the distinct rows of vectors [N, D], in order of first appearance: an object that was seen twice must not
+    give two equal codes."""
     unique, which = vectors.unique(dim=0, return_inverse=True)
-    place = torch.arange(len(vectors), device=vectors.device)
-    first = place.new_full((len(unique),), len(vectors)).scatter_reduce(0, which, place, "amin")
+    row = torch.arange(len(vectors), device=vectors.device)
+    first = row.new_full((len(unique),), len(vectors)).scatter_reduce(0, which, row, "amin")
     return vectors[first.sort().values]

@@ -229,7 +229,7 @@ class LatentCache:
 
 def _checksum(latent: np.ndarray) -> int:
     """The CRC-32 of a row, but never 0, which stands for absent."""
-    return zlib.crc32(latent) or 1
+    return zlib.crc32(latent.data) or 1
 
 
 def _write_at(file: int, offset: int, values: np.ndarray | np.generic) -> None:

@@ -3,14 +3,14 @@
 Axes: B batch, C latent channels, X Y Z latent cells, R voxels along an axis, K codes.
 """
 
-import contextlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
+from ...datasets.sparse_structure import SparseStructure
 from ...evaluation.evaluate import Reconstruction, evaluate
 from ...evaluation.metrics import gaussian_kl_bits
 from ...grids.preview import contact_sheet
@@ -22,7 +22,7 @@ from ..basic import BasicTrainer
 
 # Objects in a snapshot, spread evenly over the split.
 SNAPSHOT_OBJECTS = 8
-# Of the posterior's samples that are scored.
+# Seed of the posterior's samples that are scored.
 EVALUATION_SEED = 0
 
 
@@ -32,7 +32,8 @@ class SparseStructureVaeTrainer(BasicTrainer):
     loss_type: one of `modules.losses`. lambda_kl: weight of the KL.
     """
 
-    model_keys = ("encoder", "decoder")
+    model_keys: tuple[str, ...] = ("encoder", "decoder")
+    dataset: SparseStructure
 
     def __init__(
         self,
@@ -44,33 +45,28 @@ class SparseStructureVaeTrainer(BasicTrainer):
         super().__init__(*args, **kwargs)
         self.loss_type, self.lambda_kl = loss_type, lambda_kl
 
-    def training_losses(self, ss: Tensor, sample_ids: Tensor) -> tuple[EasyDict, EasyDict]:
-        """ss: [B, 1, R, R, R], 0 or 1. sample_ids: [B] int64, on the CPU.
+    def training_losses(self, *, ss: Tensor, sample_ids: Tensor) -> tuple[EasyDict, EasyDict]:
+        """Return (losses, status). losses: "loss", which is optimized, and its terms before weighting.
 
-        Returns (losses, status). losses: "loss", which is optimized, and its terms before weighting.
+        ss: [B, 1, R, R, R], 0 or 1.
+        sample_ids: [B] int64 on the CPU; the posterior's samples are drawn by them.
         """
-        with self.graph("encoder"):
+        with self.no_grad_if_frozen("encoder"):
             _, mean, logvar = self.models["encoder"](ss.float(), return_raw=True)
             noise = sample_noise(sample_ids, mean.shape[1:], self.seed, mean.device)
             z = mean + torch.exp(0.5 * logvar) * noise
-        terms = EasyDict(self.reconstruction_loss(self.models["decoder"](z), ss), kl=gaussian_kl(mean, logvar))
-        terms.loss = terms[self.loss_type] + self.lambda_kl * terms.kl
+        logits = self.models["decoder"](z)
+        reconstruction = RECONSTRUCTION_LOSSES[self.loss_type](logits, ss)
+        terms = EasyDict({self.loss_type: reconstruction}, kl=gaussian_kl(mean, logvar))
+        terms.loss = reconstruction + self.lambda_kl * terms.kl
         return terms, EasyDict()
-
-    def reconstruction_loss(self, logits: Tensor, ss: Tensor) -> dict[str, Tensor]:
-        """{loss_type: its value}."""
-        return {self.loss_type: RECONSTRUCTION_LOSSES[self.loss_type](logits, ss)}
-
-    def graph(self, name: str) -> contextlib.AbstractContextManager:
-        """Around a model that nothing trained comes before: it needs no graph where it is frozen itself."""
-        return torch.no_grad() if name in self.frozen else contextlib.nullcontext()
 
     @classmethod
     def reconstruct(cls, models: dict[str, nn.Module], ss: Tensor, sample_ids: Tensor | None = None) -> Reconstruction:
-        """What the models make of grids, from the mean of the posterior. ss: [B, 1, R, R, R].
+        """Reconstruct grids ss [B, 1, R, R, R] from the mean of the posterior.
 
-        sample_ids: [B] int64, on the CPU. With these, also from a sample of the posterior, which depends on the
-        object's number alone, and the KL of each latent cell.
+        sample_ids: [B] int64 on the CPU. With these, also reconstruct from a sample of the posterior, which depends on
+        the object's id alone, and return the KL of each latent cell.
         """
         _, mean, logvar = models["encoder"](ss.float(), return_raw=True)
         logits = models["decoder"](mean)
@@ -81,7 +77,7 @@ class SparseStructureVaeTrainer(BasicTrainer):
         return Reconstruction(logits, sampled=sampled, kl_bits=gaussian_kl_bits(mean, logvar))
 
     def averaged_models(self) -> dict[str, nn.Module]:
-        """What a later stage would load: the average at the highest rate, or the live model where frozen."""
+        """Return the models that a later stage would load: averages at the highest rate, and frozen models."""
         if not self.ema_rates:
             return self.models
         rate = max(self.ema_rates)
@@ -100,14 +96,14 @@ class SparseStructureVaeTrainer(BasicTrainer):
                 lambda ss, _: self.reconstruct(models, ss),
                 dataset,
                 range(first, len(dataset), stride),
-                batch_size=max(1, self.batch_per_rank // self.batch_split),
+                batch_size=self.micro_batch_size,
                 device=self.device,
             )
         return scores.means(dist_utils.all_sum) if shared else scores.means()
 
     @torch.no_grad()
     def run_snapshot(self) -> dict[str, Any]:
-        split = "val" if self.dataset.split_sizes()["val"] else "train"
+        split: Literal["val", "train"] = "val" if self.dataset.split_sizes()["val"] else "train"
         dataset = self.dataset.for_split(split)
         count = min(SNAPSHOT_OBJECTS, len(dataset))
         models = self.averaged_models()

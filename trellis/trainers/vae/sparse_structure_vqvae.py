@@ -2,37 +2,35 @@
 (arXiv:2506.01853).
 
 Stage 1 freezes encoder and decoder and trains the codebook; stage 2 trains everything.
-Axes: B batch, R voxels along an axis, N vectors, K codes.
+Axes: B batch, C latent channels, X Y Z latent cells, R voxels along an axis.
 """
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, cast
 
-import numpy as np
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
-from ...datasets.batches import to_device
 from ...evaluation.evaluate import Reconstruction
 from ...evaluation.metrics import codebook_counts
-from ...modules.losses import ReconstructionLoss
-from ...modules.quantizers.base import Quantized
+from ...models import MODELS
+from ...models.sparse_structure_vae import SparseStructureEncoder
+from ...modules.losses import RECONSTRUCTION_LOSSES, ReconstructionLoss
+from ...modules.quantizers.base import Quantizer
 from ...modules.quantizers.kmeans import kmeans
 from ...utils import dist_utils
 from ...utils.config import Range
 from ...utils.errors import ConfigError
 from ...utils.random_utils import derive_seed
 from .codebook_watch import CodebookWatch
-from .latent_cache import LatentCache, cache_folder, folder_of, latent_key, require_place
 from .latent_sample import latent_sample
+from .latents import TrainingLatents
 from .sparse_structure_vae import SparseStructureVaeTrainer
 
 
 class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
-    """Trains `encoder`, `quantizer` and `decoder` on the reconstruction loss and the quantizer's losses.
+    """Trains `encoder`, `quantizer` and `decoder` on a reconstruction loss and the quantizer's losses.
 
     loss_type: as for the VAE, or "none": the codebook learns from its own loss alone and training runs no
     decoder, which takes a frozen encoder and decoder. lambda_vq: weight of the codebook loss. lambda_commit:
@@ -43,7 +41,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
     which runs may share.
     """
 
-    model_keys = ("encoder", "quantizer", "decoder")
+    model_keys: tuple[str, ...] = ("encoder", "quantizer", "decoder")
     runtime_args = ("lambda_kl",)  # there is no posterior, and so no KL
 
     def __init__(
@@ -59,13 +57,45 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         **kwargs,
     ):
         super().__init__(*args, loss_type=loss_type, **kwargs)
-        self.lambdas = {"vq": lambda_vq, "commit": lambda_commit, "entropy": lambda_entropy}
-        self.revive_every, self.revive_until = revive_every, revive_until
-        self.latent_cache = latent_cache
-        self.latents: LatentCache | None = None  # from `open_run` on
-        self.watch: CodebookWatch | None = None  # from `build_training_state` on
+        self.quantizer = cast(Quantizer, self.models["quantizer"])
+        self.weights = {loss_type: 1.0, "vq": lambda_vq, "commit": lambda_commit, "entropy": lambda_entropy}
+        # Losses that no trained model can lower are left out: "vq" if the codebook is frozen, all if the encoder is.
+        self.quantizer_losses: tuple[str, ...] = ()
+        if "quantizer" in self.trained:
+            self.quantizer_losses = self.quantizer.losses
+        elif "encoder" in self.trained:
+            self.quantizer_losses = tuple(name for name in self.quantizer.losses if name != "vq")
+        cache_root = None
+        if latent_cache:
+            cache_root = Path(latent_cache) if isinstance(latent_cache, str) else self.output_dir / "latents"
+        self.latents = TrainingLatents(
+            cast(SparseStructureEncoder, self.models["encoder"]),
+            self.config["models"]["encoder"],
+            self.dataset,
+            precision=self.precision,
+            device=self.device,
+            micro_batch_size=self.micro_batch_size,
+            seed=self.seed,
+            cache_root=cache_root,
+            grids_needed=loss_type != "none",
+            say=self.say,
+        )
+        self.parts["latents"] = self.latents
+        self.watch: CodebookWatch | None = None
+        if {"encoder", "quantizer"} & self.trained.keys():  # else no step changes which codes are chosen
+            self.watch = CodebookWatch(
+                self.quantizer,
+                every=revive_every,
+                last_step=revive_until * self.max_steps,
+                trained="quantizer" in self.trained,
+                seed=self.seed,
+                forget=lambda rows: self.forget_rows("quantizer", self.quantizer.code_rows, rows),
+                say=self.say,
+                device=self.device,
+            )
+            self.parts["codebook_watch"] = self.watch
         try:
-            self.models["quantizer"].lattice(self.latent_shape()[1:])
+            self.quantizer.lattice(self.latents.shape[2:])
         except ValueError as error:
             raise ConfigError(f"models.quantizer.args: {error}") from error
 
@@ -80,6 +110,12 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
                 f"encoder's latent has {latent} channels; set it to {latent}"
             )
         args = config["trainer"]["args"]
+        kind = MODELS.get(config["models"]["quantizer"]["name"], "models.quantizer.name")
+        if args.get("lambda_entropy") and "entropy" not in kind.losses:
+            raise ConfigError(
+                f"trainer.args.lambda_entropy is {args['lambda_entropy']}, but {kind.__name__} has no entropy loss; "
+                "set it to 0 or take a quantizer that has one"
+            )
         freeze = args.get("freeze", ())
         if args.get("latent_cache") and "encoder" not in freeze:
             raise ConfigError(
@@ -100,30 +136,33 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
             )
 
     def training_losses(
-        self, sample_ids: Tensor, ss: Tensor | None = None, z: Tensor | None = None
+        self, *, sample_ids: Tensor, ss: Tensor | None = None, z: Tensor | None = None
     ) -> tuple[EasyDict, EasyDict]:
-        """sample_ids: [B] int64, on the CPU; what may replace dead codes is drawn by them. ss: [B, 1, R, R, R], 0 or
-        1; without a reconstruction loss not needed beside z. z: [B, C, X, Y, Z], the encoder's latents where they
-        are known.
+        """Return (losses, status). losses: "loss", which is optimized, and its terms before weighting.
 
-        Returns (losses, status). losses: "loss", which is optimized, and its terms before weighting.
-        status: usage and perplexity of the codebook over the batch of all ranks; of several codes a token, the
-        mean usage and the geometric mean of perplexities.
+        sample_ids: [B] int64 on the CPU; the vectors that may replace dead codes are drawn by them.
+        ss: [B, 1, R, R, R], 0 or 1; not needed beside z without a reconstruction loss.
+        z: [B, C, X, Y, Z], the encoder's latents, if they are known.
+
+        status has usage and perplexity of the codebook over the batch of all ranks. With several codes per token they
+        are the mean usage and the geometric mean of the perplexities.
         """
         if z is None:
-            with self.graph("encoder"):
+            assert ss is not None  # a batch has grids or latents
+            with self.no_grad_if_frozen("encoder"):
                 # Laid out as a cached z, so that sums over it are taken in the same order.
                 z = self.models["encoder"](ss.float()).contiguous()
-        quantizer = self.models["quantizer"]
-        quantized = quantizer(z)
+        quantized = self.quantizer(z)
         terms = EasyDict()
         if self.loss_type != "none":
-            terms.update(self.reconstruction_loss(self.models["decoder"](quantized.codes), ss))
-        terms.update(self.quantizer_losses(quantized))
-        terms.loss = sum(self.lambdas.get(name, 1.0) * value for name, value in terms.items())
+            assert ss is not None  # `TrainingLatents` keeps grids for a reconstruction loss
+            logits = self.models["decoder"](quantized.codes)
+            terms[self.loss_type] = RECONSTRUCTION_LOSSES[self.loss_type](logits, ss)
+        terms.update({name: quantized.losses[name] for name in self.quantizer_losses})
+        terms.loss = sum(self.weights[name] * value for name, value in terms.items())
 
-        counts = codebook_counts(quantized.indices, quantizer.n_embed, quantizer.codes_per_token)
-        counts = dist_utils.all_sum(counts).view(quantizer.codes_per_token, -1)
+        counts = codebook_counts(quantized.indices, self.quantizer.n_embed, self.quantizer.codes_per_token)
+        counts = dist_utils.all_sum(counts).view(self.quantizer.codes_per_token, -1)
         share = counts / counts.sum(1, keepdim=True)
         entropy = torch.special.entr(share).sum(1).mean()
         if self.watch is not None:
@@ -132,138 +171,22 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
             self.watch.observe(self.step + 1, counts, z.detach(), quantized.codes.detach(), grids, sample_ids)
         return terms, EasyDict(codebook_usage=(counts > 0).float().mean(), codebook_perplexity=entropy.exp())
 
-    def quantizer_losses(self, quantized: Quantized) -> dict[str, Tensor]:
-        """The quantizer's losses, without those that nothing trained has a part in: the codebook's where it is frozen,
-        all where the encoder is frozen too. Raises ConfigError for the weight of one that the quantizer lacks."""
-        if self.lambdas["entropy"] and "entropy" not in quantized.losses:
-            name = type(self.models["quantizer"]).__name__
-            raise ConfigError(
-                f"trainer.args.lambda_entropy is {self.lambdas['entropy']}, but {name} has no entropy loss; set it "
-                "to 0 or take a quantizer that has one"
-            )
-        if "quantizer" in self.trained:
-            return quantized.losses
-        if "encoder" in self.trained:
-            return {name: value for name, value in quantized.losses.items() if name != "vq"}
-        return {}
-
-    def build_training_state(self) -> None:
-        super().build_training_state()
-        if {"encoder", "quantizer"} & self.trained.keys():  # else nothing changes what is chosen
-            self.watch = CodebookWatch(
-                self.models["quantizer"],
-                self.optimizer,
-                self.ema,
-                every=self.revive_every,
-                last_step=self.revive_until * self.max_steps,
-                trained="quantizer" in self.trained,
-                seed=self.seed,
-                say=self.say,
-                device=self.device,
-            )
-
-    def run_step(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        losses, status = super().run_step(batch)
-        return losses, status if self.watch is None else {**status, **self.watch.after_step(self.step + 1)}
-
-    def training_state(self) -> dict[str, Any]:
-        return {} if self.watch is None else {"codebook_watch": self.watch.state_dict()}
-
-    def load_training_state(self) -> dict[str, Any]:
-        misc = super().load_training_state()
-        if self.watch is not None and "codebook_watch" in misc:  # not in checkpoints from before there was one
-            self.watch.load_state_dict(misc["codebook_watch"])
-        return misc
-
     @classmethod
     def reconstruct(cls, models: dict[str, nn.Module], ss: Tensor, sample_ids: Tensor | None = None) -> Reconstruction:
-        """What the models make of grids [B, 1, R, R, R]. sample_ids: unused, there is no posterior."""
-        z, quantizer = models["encoder"](ss.float()), models["quantizer"]
+        """Reconstruct grids [B, 1, R, R, R]. sample_ids: unused, since there is no posterior."""
+        z, quantizer = models["encoder"](ss.float()), cast(Quantizer, models["quantizer"])
         quantized = quantizer(z)
         counts = codebook_counts(quantized.indices, quantizer.n_embed, quantizer.codes_per_token)
         error = (z - quantized.codes).square().flatten(1).mean(1)
         return Reconstruction(models["decoder"](quantized.codes), quantized.indices, counts, error)
 
-    # --- latents of a frozen encoder ---
-
-    def open_run(self) -> None:
-        """Open the latent cache too, and first: k-means uses it."""
-        if self.latent_cache:
-            shape = (len(self.dataset), *self.latent_shape())
-            folder = dist_utils.broadcast_object(
-                cache_folder(*self.cache_place(), shape) if dist_utils.is_main() else None
-            )
-            self.latents = LatentCache(folder, shape, self.device, self.say)
-        super().open_run()
-
-    def cache_place(self) -> tuple[Path, dict]:
-        """The folder that caches lie in, and the key of this run's."""
-        root = self.output_dir / "latents" if self.latent_cache is True else Path(self.latent_cache)
-        spec, content = self.config["models"]["encoder"], self.dataset.content_key()
-        return root, latent_key(spec, self.models["encoder"], content, self.precision.name, self.device)
-
-    def tryrun(self) -> dict[str, float]:
-        if self.latent_cache and dist_utils.is_main():
-            shape = (len(self.dataset), *self.latent_shape())
-            root, key = self.cache_place()
-            folder = folder_of(root, key)
-            require_place(root, folder, shape)
-            self.say(f"latent cache: {4 * math.prod(shape) / 2**30:.2f} GiB in {folder}")
-        return super().tryrun()
-
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """[C, X, Y, Z] of an object."""
-        encoder = self.models["encoder"]
-        cells = self.dataset.resolution // encoder.downsampling
-        return (encoder.latent_channels, cells, cells, cells)
-
-    def batches(self, **options) -> Iterator[dict[str, Tensor]]:
-        """Batches with `z` from the cache, where there is one, and with grids only where `z` does not do."""
-        if self.latents is None:
-            return super().batches(**options)
-        return super().batches(needs_items=self.needs_grids, prepare=self.with_latents, **options)
-
-    def needs_grids(self) -> bool:
-        return self.loss_type != "none" or not self.latents.complete
-
-    def with_latents(self, batch: dict[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
-        z = self.latents.fetch(indices.numpy(), lambda absent: self.encode(batch["ss"], absent))
-        if self.loss_type == "none":
-            batch.pop("ss", None)  # already gone once the cache is complete
-        return {**batch, "z": z}
-
-    @torch.no_grad()
-    def encode(self, ss: Tensor, rows: np.ndarray) -> Tensor:
-        """Latents [n, C, X, Y, Z] of the grids at rows [n] of ss [B, 1, R, R, R], without a graph.
-
-        They go through the encoder in parts as large as a training step's, the last filled up with repetitions,
-        since rounding may depend on the number in a part.
-        """
-        size = self.batch_per_rank // self.batch_split
-        filled = torch.from_numpy(np.resize(rows, -(-len(rows) // size) * size)).to(ss.device)
-        with self.precision.autocast():
-            parts = [self.models["encoder"](ss[part].float()) for part in filled.split(size)]
-        return torch.cat(parts)[: len(rows)]
-
-    # --- a fresh codebook ---
-
     def initialize_models(self) -> None:
-        """Fill a fresh codebook from the latents of the training data, on rank 0."""
-        quantizer = self.models["quantizer"]
-        if self.plan.files["quantizer"] is not None or quantizer.init != "kmeans" or not dist_utils.is_main():
+        """Fill a fresh codebook from latents of the training data, on the main process."""
+        if self.plan.files["quantizer"] is not None or self.quantizer.init != "kmeans" or not dist_utils.is_main():
             return
         self.say("codebook: taking latent vectors of the training data")
         vectors = latent_sample(
-            self.latents_of, len(self.dataset), quantizer, batch_size=self.batch_per_rank, seed=self.seed
+            self.latents.of, len(self.dataset), self.quantizer, batch_size=self.batch_per_rank, seed=self.seed
         )
         generator = torch.Generator().manual_seed(derive_seed("kmeans", self.seed))
-        quantizer.fit(vectors, lambda part, count: kmeans(part, count, generator=generator, report=self.say))
-
-    def latents_of(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Latents [n, C, X, Y, Z], from the cache where there is one, and grids [n, 1, R, R, R] of training objects,
-        [n] int64, in one of the forms that training sees them in."""
-        batch = to_device(self.dataset, self.dataset.get_batch(indices), self.device)
-        ss = self.dataset.augment({**batch, "sample_ids": torch.from_numpy(indices)}, self.seed)["ss"]
-        if self.latents is None:
-            return self.encode(ss, np.arange(len(indices))), ss
-        return self.latents.fetch(indices, lambda absent: self.encode(ss, absent)), ss
+        self.quantizer.fit(vectors, lambda part, count: kmeans(part, count, generator=generator, report=self.say))

@@ -225,8 +225,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     reconstruct = TRAINERS.get(config["trainer"]["name"], "trainer.name").reconstruct
     models = {name: build(spec, f"models.{name}").to(device).eval() for name, spec in config["models"].items()}
     for model in models.values():
-        if hasattr(model, "convert_to_fp32"):
-            model.convert_to_fp32()
+        model.convert_to_fp32()
 
     results, examples = {}, None
     sources = [dataset.source(i) for i in range(len(dataset))]

@@ -1,4 +1,4 @@
-"""Convolutions: every way of computing one gives what torch gives."""
+"""Convolutions: every variant gives what torch gives."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def reference(x, weight, bias, grad) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("inputs, outputs", CHANNELS)
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_merging_changes_no_result(inputs, outputs, m, monkeypatch):
-    monkeypatch.setattr(conv, "_quickest", lambda task, x, weight, by: by(m))
+    monkeypatch.setattr(conv, "_fastest_of", lambda task, x, weight, by: by(m))
     x, weight, bias, grad = layer(inputs, outputs)
     expected = reference(x, weight, bias, grad)
     x, weight, grad = (conv._channels_last(t).to(DEVICE) for t in (x, weight, grad))
@@ -62,7 +62,7 @@ def test_narrow_layers_are_merged_on_a_cpu_and_wide_ones_are_not(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_times_the_ways_once_per_shape():
+def test_a_gpu_times_the_variants_once_per_shape():
     conv._fastest.clear()
     x = torch.randn(4, 32, 16, 16, 16, device="cuda").to(torch.bfloat16, memory_format=torch.channels_last_3d)
     weight = torch.randn(32, 32, 3, 3, 3, device="cuda").to(torch.bfloat16, memory_format=torch.channels_last_3d)

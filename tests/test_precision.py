@@ -147,6 +147,15 @@ def test_prepare_makes_masters_fp32_and_leaves_the_torso_to_the_trainer():
     assert not encoder.use_fp16 and {value.dtype for value in encoder.parameters()} == {torch.float32}
 
 
+def test_trellis_callers_switch_the_precision_of_a_torso():
+    """By the method names of its published code."""
+    encoder = build(tiny_config()["models"]["encoder"])
+    encoder.convert_to_fp16()
+    assert encoder.use_fp16 and {value.dtype for value in encoder.parameters()} == {torch.float32}
+    encoder.convert_to_fp32()
+    assert not encoder.use_fp16
+
+
 # --- outputs and gradients ---
 
 
@@ -241,7 +250,7 @@ def test_gradients_of_reduced_precision_are_fp32_and_close(mode, dtype, monkeypa
 
     unit = torch.finfo(getattr(torch, dtype)).eps / 2  # the largest relative error of one rounding
     errors = {quick: torch.tensor([error(seed, quick) for seed in range(4)]) for quick in (False, True)}
-    assert errors[True].max() < 8 * unit
+    assert errors[True].max() < 4 * unit
     assert errors[True].square().mean().sqrt() < 1.5 * errors[False].square().mean().sqrt()
 
 

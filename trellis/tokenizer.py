@@ -26,7 +26,7 @@ from .grids.placing import check_settings
 from .grids.voxels import has_faces, points_to_occupancy, read_ply
 from .models import build, load_weights
 from .models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
-from .modules.conv import as_the_library_does
+from .modules.conv import deterministic_convolutions
 from .modules.quantizers.base import Quantizer
 from .runs.open import open_run
 from .tokens import sources
@@ -418,7 +418,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
             torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
             try:
-                with as_the_library_does():
+                with deterministic_convolutions():
                     yield
             finally:
                 torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..modules.model import Model
 from ..utils.config import check_args, check_component, load_config
 from ..utils.errors import CheckpointError, ConfigError
 from ..utils.registry import Registry
@@ -39,10 +40,10 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
-def build(spec: dict, where: str = "model") -> torch.nn.Module:
-    """Build a model from {"name", "args"}. Raises ConfigError naming the key at fault.
+def build(spec: dict, where: str = "model") -> Model:
+    """Build a model from {"name", "args"}. Raise ConfigError naming the wrong key.
 
-    Parameters are laid out in channels_last_3d, in which 3-D convolutions run two to four times as fast.
+    Parameters are laid out in channels_last_3d, which makes 3-D convolutions two to four times as fast.
     """
     check_component(spec, where)
     cls = MODELS.get(spec["name"], f"{where}.name")
@@ -54,11 +55,11 @@ def build(spec: dict, where: str = "model") -> torch.nn.Module:
         raise ConfigError(f"{where}.args: {error}") from error
 
 
-def from_pretrained(path: str) -> torch.nn.Module:
+def from_pretrained(path: str) -> Model:
     """Build a model and load its weights, in evaluation mode on the CPU.
 
     path: `dir/name` for the files dir/name.json and dir/name.safetensors, or `org/repo/sub/name` on the
-    Hub. A local pair comes first. Raises CheckpointError when there is neither, or when they do not fit.
+    Hub. A local pair comes first. Raise CheckpointError if there is neither, or if they do not fit.
     """
     config_file, weights_file = pretrained_files(path)
     model = build(load_config(config_file), str(config_file))
@@ -67,7 +68,7 @@ def from_pretrained(path: str) -> torch.nn.Module:
 
 
 def pretrained_files(path: str) -> tuple[str, str]:
-    """The local JSON and safetensors files of a pretrained model, downloaded if they are on the Hub."""
+    """Return the paths of a pretrained model's JSON and safetensors files, downloaded if they are on the Hub."""
     local = [f"{path}.json", f"{path}.safetensors"]
     present = [Path(file).is_file() for file in local]
     if all(present):
@@ -80,7 +81,7 @@ def pretrained_files(path: str) -> tuple[str, str]:
         raise CheckpointError(
             f"{path}: there is no {local[0]} and {local[1]}, and it is no Hub path (org/repo/sub/name)"
         )
-    # Only a path that is not here needs the Hub client.
+    # Imported here: local files do not need the Hub client.
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -95,7 +96,7 @@ def pretrained_files(path: str) -> tuple[str, str]:
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a .safetensors or .pt file, on the CPU. Never unpickles objects."""
+    """Read the tensors of a .safetensors or .pt file, on the CPU. Never unpickle objects."""
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -109,14 +110,12 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: not a readable weights file ({reason})") from error
 
 
-def load_weights(model: torch.nn.Module, path: str | Path) -> None:
-    """Load a state dict strictly. Raises CheckpointError naming the first tensors that do not fit.
+def load_weights(model: Model, path: str | Path) -> None:
+    """Load a state dict strictly, once the model has `completed` it.
 
-    A quantizer with `completed` takes a plain codebook too.
+    Raise CheckpointError naming the first tensors that do not fit.
     """
-    state, own = read_weights(path), model.state_dict()
-    if hasattr(model, "completed"):
-        state = model.completed(state)
+    state, own = model.completed(read_weights(path)), model.state_dict()
     shapes = [
         f"{key} is {list(state[key].shape)} there and {list(own[key].shape)} in the model"
         for key in own
@@ -134,5 +133,5 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
 
 
 def model_spec(model_config: dict) -> str:
-    """The JSON text that `from_pretrained` reads beside the weights."""
+    """Return the JSON text that `from_pretrained` reads beside the weights."""
     return json.dumps({"name": model_config["name"], "args": model_config.get("args", {})}, indent=4) + "\n"

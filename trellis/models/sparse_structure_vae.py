@@ -1,7 +1,7 @@
 """The convolutional VAE of TRELLIS sparse structures (arXiv:2412.01506, Sec. 3.3 and appendix).
 
-An R³ binary occupancy grid becomes a (R/4)³ latent (with three levels of channels) and comes back as logits.
-Module names and shapes are those of the published weights, so these load unchanged.
+The encoder maps an R³ binary occupancy grid to an (R/4)³ latent (with three levels of channels), and the decoder maps
+this to logits. Module names and shapes match the published weights, which load unchanged.
 
 Axes: B batch, C channels, X Y Z voxels.
 """
@@ -15,30 +15,33 @@ from torch import Tensor, nn
 from ..modules import fused
 from ..modules.blocks3d import DownsampleBlock3d, ResBlock3d, UpsampleBlock3d
 from ..modules.conv import Conv3d
+from ..modules.model import Model
 from ..modules.norm import ChannelLayerNorm32, norm_layer
 from ..utils.config import Count, Range
 
 
-class _UNet(nn.Module):
-    """What the encoder and the decoder share: where reduced precision may be used.
+class _UNet(Model):
+    """The part that the encoder and the decoder share: which layers may run in reduced precision.
 
-    The first and the last layer always sum in fp32, so that latents and logits are fp32; the torso between them
-    runs in the caller's autocast, or in fp16 on a GPU where `use_fp16` asks for it. Beside a reduced torso, a
-    GPU's kernels round what a last layer of one channel multiplies to half precision and tf32.
+    The first and the last layer always sum in fp32, so that latents and logits are fp32. The torso between them runs
+    in the caller's autocast, or in fp16 on a GPU with `use_fp16`. Around a reduced torso, a GPU's kernels round the
+    factors of a last layer of one channel to half precision and tf32.
     """
 
     use_fp16: bool
+    input_layer: Conv3d
+    out_layer: nn.Sequential  # norm, SiLU, convolution
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
     def convert_to_fp16(self) -> None:
-        """Run the torso in fp16 where the input is on a GPU; parameters stay in fp32."""
+        """Run the torso in fp16 if the input is on a GPU; parameters stay in fp32. For TRELLIS's callers."""
         self.use_fp16 = True
 
     def convert_to_fp32(self) -> None:
-        """Leave the torso's precision to the caller (plain fp32, or the caller's autocast)."""
+        """Leave the torso's precision to the caller: plain fp32, or the caller's autocast."""
         self.use_fp16 = False
 
     def _run(self, x: Tensor, *torso: nn.ModuleList | nn.Sequential) -> Tensor:
@@ -59,30 +62,24 @@ class _UNet(nn.Module):
 
     def _last(self, h: Tensor) -> Tensor:
         norm, _, convolution = self.out_layer
-        if fused.usable(h) and isinstance(norm, ChannelLayerNorm32):
+        if fused.usable(h) and isinstance(norm, ChannelLayerNorm32) and isinstance(convolution, Conv3d):
             return fused.last_layer(h, norm, convolution)
         with torch.autocast(h.device.type, enabled=False):
             return self.out_layer(h.float())
 
 
 class SparseStructureEncoder(_UNet):
-    """Occupancy grid to latent.
-
-    in_channels: channels of the grid (1). latent_channels: channels of the latent (8).
-    num_res_blocks: residual blocks per level. channels: width of each level; every level but the last
-    halves the grid. num_res_blocks_middle: residual blocks after the levels. norm_type: "layer" or
-    "group", for the norm before the last convolution. use_fp16: run the torso in fp16 on a GPU.
-    """
+    """Occupancy grid to latent."""
 
     def __init__(
         self,
-        in_channels: Count,
-        latent_channels: Count,
-        num_res_blocks: Count,
-        channels: list[Count],
-        num_res_blocks_middle: Annotated[int, Range(min=0)] = 2,
-        norm_type: Literal["layer", "group"] = "layer",
-        use_fp16: bool = False,
+        in_channels: Count,  # of the grid; 1 in the published weights
+        latent_channels: Count,  # 8 in the published weights
+        num_res_blocks: Count,  # residual blocks per level
+        channels: list[Count],  # width of each level; every level but the last halves the grid
+        num_res_blocks_middle: Annotated[int, Range(min=0)] = 2,  # residual blocks after the levels
+        norm_type: Literal["layer", "group"] = "layer",  # the norm before the last convolution
+        use_fp16: bool = False,  # run the torso in fp16 on a GPU
     ):
         super().__init__()
         self.in_channels, self.latent_channels = in_channels, latent_channels
@@ -109,26 +106,28 @@ class SparseStructureEncoder(_UNet):
     def forward(
         self, x: Tensor, sample_posterior: bool = False, return_raw: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """x: [B, in_channels, R, R, R] float, 0 or 1. Returns z, or (z, mean, logvar) with `return_raw`,
-        each [B, latent_channels, R/d, R/d, R/d] with d = `downsampling`; z is the mean, or a sample of the
-        posterior with `sample_posterior`."""
+        """Return z, or (z, mean, logvar) with `return_raw`, each [B, latent_channels, R/d, R/d, R/d].
+
+        x: [B, in_channels, R, R, R] float, 0 or 1. d is `downsampling`. z is the mean, or with `sample_posterior` a
+        sample of the posterior.
+        """
         mean, logvar = self._run(x, self.blocks, self.middle_block).chunk(2, dim=1)
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if sample_posterior else mean
         return (z, mean, logvar) if return_raw else z
 
 
 class SparseStructureDecoder(_UNet):
-    """Latent to occupancy logits; arguments as the encoder's, `channels` from coarse to fine."""
+    """Latent to occupancy logits."""
 
     def __init__(
         self,
-        out_channels: Count,
-        latent_channels: Count,
-        num_res_blocks: Count,
-        channels: list[Count],
-        num_res_blocks_middle: Annotated[int, Range(min=0)] = 2,
-        norm_type: Literal["layer", "group"] = "layer",
-        use_fp16: bool = False,
+        out_channels: Count,  # of the grid; 1 in the published weights
+        latent_channels: Count,  # 8 in the published weights
+        num_res_blocks: Count,  # residual blocks per level
+        channels: list[Count],  # width of each level, from coarse to fine; every level but the last doubles the grid
+        num_res_blocks_middle: Annotated[int, Range(min=0)] = 2,  # residual blocks before the levels
+        norm_type: Literal["layer", "group"] = "layer",  # the norm before the last convolution
+        use_fp16: bool = False,  # run the torso in fp16 on a GPU
     ):
         super().__init__()
         self.out_channels, self.latent_channels = out_channels, latent_channels
@@ -148,5 +147,5 @@ class SparseStructureDecoder(_UNet):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, latent_channels, r, r, r]. Returns logits [B, out_channels, R, R, R]; occupied where > 0."""
+        """Return logits [B, out_channels, R, R, R] of x [B, latent_channels, r, r, r]; > 0 means occupied."""
         return self._run(x, self.middle_block, self.blocks)

@@ -1,4 +1,4 @@
-"""The three blocks of the sparse-structure U-Net. Parameter names are those of the published weights."""
+"""The three blocks of the sparse-structure U-Net. Parameter names match the published weights."""
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,8 @@ class DownsampleBlock3d(nn.Module):
 class UpsampleBlock3d(nn.Module):
     """Double each axis: a 3³ convolution to 8·C' channels, then the pixel shuffle (arXiv:1609.05158).
 
-    Channel 8·c + s of the convolution goes to channel c of the s-th of eight voxels. The convolution is made to
-    compute them in the order s, c, so that the shuffle moves whole voxels.
+    Channel 8·c + s of the convolution goes to channel c of the s-th of eight voxels. Its weight is reordered so that
+    it computes them in the order s, c, and the shuffle moves whole voxels.
     """
 
     def __init__(self, in_channels: int, out_channels: int):

@@ -1,8 +1,8 @@
-"""The parts of the U-Net on a GPU, each as one node of the graph that keeps no more than it must.
+"""The parts of the U-Net on a GPU, each as one autograd node that saves as little as possible for backward.
 
-A residual block keeps its input and its first convolution's result; everything between is computed again on the
-way back, which costs one pass over memory each and halves what training holds. Around the convolutions run the
-kernels of `kernels`. The same arithmetic as the plain modules: tests hold both together.
+A residual block saves its input and its first convolution's result. Backward computes everything between them again,
+which costs one pass over memory each and halves the memory of training. The kernels of `kernels` run around the
+convolutions. The arithmetic is the same as in the plain modules; tests compare the two.
 
 Axes: B batch, C channels, X Y Z voxels.
 """
@@ -18,12 +18,12 @@ from .norm import ChannelLayerNorm32
 
 
 def usable(x: Tensor) -> bool:
-    """Whether tensors like x, [B, C, X, Y, Z], can take the fused way."""
+    """Return whether tensors like x, [B, C, X, Y, Z], can use these functions."""
     return kernels_run(x)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that convolutions of x run in: autocast's, or that of x."""
+    """Return the dtype in which convolutions of x run: autocast's, or x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -31,7 +31,10 @@ def working_dtype(x: Tensor) -> torch.dtype:
 def residual_block(
     x: Tensor, norm1: ChannelLayerNorm32, conv1: nn.Conv3d, norm2: ChannelLayerNorm32, conv2: nn.Conv3d
 ) -> Tensor:
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), like x in the working dtype. x: [B, C, X, Y, Z]."""
+    """Compute x + conv2(silu(norm2(conv1(silu(norm1(x)))))), shaped like x, in the working dtype.
+
+    x: [B, C, X, Y, Z].
+    """
     dtype = working_dtype(x)
     return _ResidualBlock.apply(
         x.to(dtype),
@@ -48,13 +51,16 @@ def residual_block(
 
 
 def last_layer(x: Tensor, norm: ChannelLayerNorm32, convolution: nn.Conv3d) -> Tensor:
-    """conv(silu(norm(x))) with its sums and its result in float32. x: [B, C, X, Y, Z] of any float dtype."""
+    """Compute conv(silu(norm(x))) with sums and result in float32. x: [B, C, X, Y, Z] of any float dtype."""
     with torch.autocast(x.device.type, enabled=False):
         return _LastLayer.apply(x, norm.weight, norm.bias, convolution.weight, convolution.bias, norm.eps)
 
 
 def first_layer(x: Tensor, convolution: nn.Conv3d) -> Tensor:
-    """conv(x) from float32, in the working dtype. x: [B, 1, X, Y, Z] float32 without a gradient, or [B, C, …]."""
+    """Compute conv(x) in float32 and return it in the working dtype. x: [B, C, X, Y, Z] float32.
+
+    One channel that needs no gradient, an occupancy grid, has a kernel of its own.
+    """
     dtype = working_dtype(x)
     if x.shape[1] == 1 and not x.requires_grad:
         return _FromOneChannel.apply(x, convolution.weight, convolution.bias, dtype)

@@ -1,4 +1,4 @@
-"""Normalisation in fp32 whatever the precision around it.
+"""Normalization, always computed in fp32.
 
 Axes: B batch, C channels, X Y Z voxels.
 """
@@ -30,7 +30,7 @@ class GroupNorm32(nn.GroupNorm):
 
 
 def norm_layer(norm_type: str, channels: int) -> nn.Module:
-    """ "layer" or "group" (32 groups) by name. Raises ValueError for another name or a bad group count."""
+    """Build the norm "layer" or "group" (32 groups). Raise ValueError for another name or channels that do not fit."""
     if norm_type == "layer":
         return ChannelLayerNorm32(channels)
     if norm_type == "group":

@@ -4,10 +4,9 @@ from torch import Tensor
 
 
 def voxel_shuffle_3d(x: Tensor, scale: int) -> Tensor:
-    """Move the scale³ parts of each voxel's channels to voxels of their own.
+    """Split each voxel's channels over scale³ voxels. Return [B, C, X·scale, Y·scale, Z·scale] in channels_last_3d.
 
     x: [B, scale³·C, X, Y, Z]; channel ((i·scale + j)·scale + k)·C + c goes to channel c at voxel offset (i, j, k).
-    Returns [B, C, X·scale, Y·scale, Z·scale] in channels_last_3d.
     """
     B, C, X, Y, Z = x.shape
     C //= scale**3

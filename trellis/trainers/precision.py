@@ -5,15 +5,17 @@ them beside fp32 masters; autocast computes the same products from the masters.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..modules.model import Model
 
 
 class Precision:
-    """One interface over the three modes.
+    """One interface to the three modes. On a CPU every mode runs in fp32, and `note` says so.
 
-    mode: None for fp32, "amp" or "inflat_all". dtype: "float16" or "bfloat16". scale_growth: log2 growth of
-    the fp16 loss scale per good step; a step with an overflow is skipped and halves the scale. On a CPU
-    every mode runs in fp32, and `note` says so.
+    mode: None for fp32, "amp" or "inflat_all".
+    dtype: "float16" or "bfloat16".
+    scale_growth: log2 growth of the fp16 loss scale per good step. A step with an overflow is skipped and halves it.
     """
 
     def __init__(self, mode: str | None, dtype: str, device: torch.device, scale_growth: float = 1e-3):
@@ -38,7 +40,7 @@ class Precision:
         self.scaler.scale(loss).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bring the gradients to their true scale, before they are clipped."""
+        """Divide the gradients by the loss scale, before they are clipped."""
         self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -48,19 +50,18 @@ class Precision:
 
     @property
     def hopeless(self) -> bool:
-        """Whether fp16 overflowed so often that the loss scale has fallen below any use."""
+        """Whether fp16 overflowed so often that the loss scale is too small to be of use."""
         return self.skips_overflow and self.scaler.get_scale() < 2.0**-10
 
     @property
     def skips_overflow(self) -> bool:
-        """Whether a step with a gradient that is not finite is skipped as a matter of course."""
+        """Whether a gradient that is not finite is expected now and then, and its step skipped."""
         return self.scaler.is_enabled()
 
-    def prepare(self, model: nn.Module) -> None:
-        """Hand the model's precision over to the trainer."""
+    def prepare(self, model: Model) -> None:
+        """Make the parameters fp32 masters and leave the model's precision to autocast."""
         model.float()
-        if hasattr(model, "convert_to_fp32"):
-            model.convert_to_fp32()
+        model.convert_to_fp32()
 
     def state_dict(self) -> dict:
         return self.scaler.state_dict()

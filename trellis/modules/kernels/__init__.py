@@ -1,1 +1,1 @@
-"""Triton kernels for CUDA devices. All but `launch` import Triton, and only what needs a kernel imports them."""
+"""Triton kernels for CUDA devices. All but `launch` import Triton, so they are imported only to run a kernel."""

@@ -1,4 +1,4 @@
-"""What every kernel launch needs to know of the device."""
+"""Facts about the device that every kernel launch needs."""
 
 import contextlib
 import importlib.util
@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Triton's own bound; before it, GPUs have no bfloat16 either.
+# Triton's own requirement. Older GPUs have no bfloat16 either.
 LEAST_CAPABILITY = (8, 0)
 
 
 @cache
 def obstacle(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a GPU, with the remedy, or None where they can."""
+    """Return why the kernels cannot run on a GPU, with the remedy, or None if they can."""
     if importlib.util.find_spec("triton") is None:  # torch brings it on Linux
         return "Triton is not installed; pip install triton"
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
@@ -33,17 +33,20 @@ def obstacle(device: torch.device) -> str | None:
 
 
 def kernels_run(x: Tensor) -> bool:
-    """Whether x is on a GPU that the kernels can run on."""
+    """Return whether x is on a GPU that can run the kernels."""
     return x.is_cuda and obstacle(x.device) is None
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's. Triton's interpreter takes CPU tensors."""
+    """Return a context in which Triton, which launches on the current device, launches on the device of x.
+
+    Triton's interpreter takes CPU tensors, which need no context.
+    """
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 2 stand in for them in Triton's interpreter."""
+    """Return the number of multiprocessors of a GPU, or a stand-in of 2 for Triton's interpreter."""
     return _multiprocessors(device) if device.type == "cuda" else 2
 
 

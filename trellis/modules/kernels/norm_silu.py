@@ -1,7 +1,7 @@
 """Layer norm over channels followed by SiLU, forward and backward, and the residual sum, each in one pass.
 
-All are bound by memory: every tensor is read or written once, in its own dtype, and the arithmetic is fp32.
-A row's mean and variance are computed where the row is needed, so that none are kept between passes.
+All are limited by memory bandwidth: every tensor is read or written once, in its own dtype, and the arithmetic is
+fp32. A row's mean and variance are computed again in each pass, so that none are saved.
 
 Axes: M rows (voxels of all samples), C channels, P programs.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .launch import multiprocessors, on_device_of
 
-# Elements that one program works on at a time, in whole rows, and its warps. The backward pass keeps more of a row
-# in registers, and smaller programs leave room for enough of them to hide the memory's latency.
+# Elements that one program processes at a time, in whole rows, and its warps. The backward pass keeps more of a row
+# in registers; with smaller programs, enough of them fit to hide the memory's latency.
 FORWARD_TILE, FORWARD_WARPS = 4096, 8
 BACKWARD_TILE, BACKWARD_WARPS = 1024, 4
 # Programs of the backward pass per multiprocessor. Each sums its share of the rows' parameter gradients, so that
@@ -24,7 +24,7 @@ PROGRAMS_PER_SM = 8
 
 @triton.jit
 def _normalise(x, in_row, C: tl.constexpr, eps):
-    """(x̂, 1/σ) of rows [BLOCK_M, BLOCK_C] float32, of which the first C columns count."""
+    """Return (x̂, 1/σ) of rows [BLOCK_M, BLOCK_C] float32, of which the first C columns count."""
     mean = tl.sum(x, 1) / C
     centred = tl.where(in_row[None, :], x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
@@ -85,7 +85,7 @@ def _norm_silu_backward_kernel(
         along_mean = tl.sum(scaled, 1) / C
         along_normal = tl.sum(scaled * normal, 1) / C
         grad_x = rstd[:, None] * (scaled - along_mean[:, None] - normal * along_normal[:, None])
-        # Columns past C and rows past M have grad and grad_x of no meaning; neither may enter a sum.
+        # In columns past C and rows past M, grad and grad_x are undefined; neither may enter a sum.
         grad_x = tl.where(inside, grad_x, 0.0)
         if NEEDS_SUMS:
             grad_gamma += grad_n * normal
@@ -100,10 +100,10 @@ def _norm_silu_backward_kernel(
         tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
     if NEEDS_SUMS:
-        place = sums_ptr + tl.program_id(0) * 3 * C + columns
-        tl.store(place, tl.sum(grad_gamma, 0), mask=in_row)
-        tl.store(place + C, tl.sum(grad_beta, 0), mask=in_row)
-        tl.store(place + 2 * C, tl.sum(grad_bias, 0), mask=in_row)
+        own_sums_ptr = sums_ptr + tl.program_id(0) * 3 * C + columns
+        tl.store(own_sums_ptr, tl.sum(grad_gamma, 0), mask=in_row)
+        tl.store(own_sums_ptr + C, tl.sum(grad_beta, 0), mask=in_row)
+        tl.store(own_sums_ptr + 2 * C, tl.sum(grad_bias, 0), mask=in_row)
 
 
 @triton.jit
@@ -135,10 +135,12 @@ def _rows(x: Tensor) -> int:
 def norm_silu(
     x: Tensor, shift: Tensor | None, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """silu(layer_norm(x + shift) · gamma + beta), over the channels of each voxel.
+    """Compute silu(layer_norm(x + shift) · gamma + beta) over the channels of each voxel.
 
-    x: [B, C, X, Y, Z] in channels_last_3d, float32, bfloat16 or float16. shift, gamma, beta: [C] float32.
-    Returns a tensor like x, of `dtype` where given. Raises ValueError for another memory format.
+    x: [B, C, X, Y, Z] in channels_last_3d, float32, bfloat16 or float16.
+    shift, gamma, beta: [C] float32.
+    dtype: of the result; by default that of x.
+    Raise ValueError for another memory format.
     """
     M, sizes = _rows(x), _blocks(x.shape[1], FORWARD_TILE)
     out = torch.empty_like(x, dtype=dtype)
@@ -160,11 +162,12 @@ def norm_silu_backward(
     residual_grad: Tensor | None = None,
     needs_sums: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `norm_silu`, given `grad` of its result.
+    """Compute the gradients of `norm_silu`, given the gradient `grad` of its result.
 
-    residual_grad: like x, is added to the gradient of x. Returns (grad_x like x, grad_gamma, grad_beta,
-    grad_bias), the last three [C] float32, or None without `needs_sums`. grad_bias is the sum over voxels of
-    residual_grad where given, and otherwise of grad_x, which is the gradient of shift.
+    residual_grad: a tensor like x, which is added to the gradient of x.
+    Return (grad_x, grad_gamma, grad_beta, grad_bias): grad_x like x, the others [C] float32, or None without
+    `needs_sums`. grad_bias is the sum of residual_grad over voxels, or, without one, the sum of grad_x, which is the
+    gradient of shift.
     """
     M, C, sizes = _rows(x), x.shape[1], _blocks(x.shape[1], BACKWARD_TILE)
     if _rows(grad) != M or (residual_grad is not None and _rows(residual_grad) != M):
@@ -183,7 +186,7 @@ def norm_silu_backward(
 
 
 def add_(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
-    """x + residual + bias, written over x. x, residual: [B, C, X, Y, Z] in channels_last_3d; bias: [C] float32."""
+    """Add residual and bias to x in place. x, residual: [B, C, X, Y, Z] in channels_last_3d; bias: [C] float32."""
     M, sizes = _rows(x), _blocks(x.shape[1], FORWARD_TILE)
     if _rows(residual) != M:
         raise ValueError(f"the residual must be shaped like x, {tuple(x.shape)}; it is {tuple(residual.shape)}")

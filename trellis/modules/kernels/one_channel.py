@@ -1,7 +1,7 @@
 """3³ convolutions, padded by 1, between one channel and C: the first layer of an encoder and the last of a decoder.
 
-Matrix units are made for many channels on both sides, so these run as what they are, sums over 27 shifted
-copies, bound by reading or writing the C-channel tensor once. Sums are fp32.
+Matrix units need many channels on both sides, so these kernels compute plain sums over 27 shifted copies. Their time
+is that of reading or writing the C-channel tensor once. Sums are fp32.
 
 Axes: B batch, X Y Z voxels, V = B·X·Y·Z, C channels, T = 27 taps of a kernel in C order of its three axes.
 """
@@ -18,13 +18,13 @@ BLOCK_V = 128
 NUM_WARPS = 4
 # Programs of `weight_grad` per multiprocessor; each leaves one partial sum.
 PROGRAMS_PER_SM = 4
-# Samples that `contract` works on at a time, so that the products per tap stay in a GPU's second-level cache.
+# Samples that `contract` processes at a time, so that the products per tap stay in a GPU's second-level cache.
 SAMPLES_AT_ONCE = 2
 
 
 @triton.jit
 def _split(voxel, X, Y, Z):
-    """(x, y, z) of flat voxel numbers."""
+    """Return (x, y, z) of flat voxel indices."""
     return (voxel // (Z * Y)) % X, (voxel // Z) % Y, voxel % Z
 
 
@@ -56,7 +56,7 @@ def _per_tap_kernel(
     h_ptr, weight_ptr, planes_ptr, V,
     C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """planes[t, v] = h[v, :] · weight[t, :]"""
+    """Compute planes[t, v] = h[v, :] · weight[t, :]."""
     voxel = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     columns = tl.arange(0, BLOCK_C)
     taps = tl.arange(0, 32)
@@ -66,13 +66,13 @@ def _per_tap_kernel(
     known = (taps < 27)[None, :] & in_row[:, None]
     weight = tl.load(weight_ptr + taps[None, :] * C + columns[:, None], mask=known, other=0.0)
     product = tl.dot(h, weight, input_precision=PRECISION)  # [BLOCK_V, 32]
-    place = planes_ptr + taps.to(tl.int64)[:, None] * V + voxel[None, :]
-    tl.store(place, tl.trans(product), mask=(taps < 27)[:, None] & (voxel < V)[None, :])
+    at = planes_ptr + taps.to(tl.int64)[:, None] * V + voxel[None, :]
+    tl.store(at, tl.trans(product), mask=(taps < 27)[:, None] & (voxel < V)[None, :])
 
 
 @triton.jit
 def _gather_kernel(planes_ptr, bias_ptr, out_ptr, V, X, Y, Z, BLOCK_V: tl.constexpr):
-    """out[v] = bias + Σ_t planes[t, v + offset of t], zero outside the grid."""
+    """Compute out[v] = bias + Σ_t planes[t, v + offset of t], with zeros outside the grid."""
     voxel = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     x, y, z = _split(voxel, X, Y, Z)
     total = tl.zeros([BLOCK_V], tl.float32) + tl.load(bias_ptr)
@@ -81,8 +81,8 @@ def _gather_kernel(planes_ptr, bias_ptr, out_ptr, V, X, Y, Z, BLOCK_V: tl.conste
         dy = tap // 3 % 3 - 1
         dz = tap % 3 - 1
         there = (x + dx >= 0) & (x + dx < X) & (y + dy >= 0) & (y + dy < Y) & (z + dz >= 0) & (z + dz < Z)
-        place = planes_ptr + voxel + (dx * Y + dy) * Z + dz
-        total += tl.load(place, mask=there & (voxel < V), other=0.0)
+        at = planes_ptr + voxel + (dx * Y + dy) * Z + dz
+        total += tl.load(at, mask=there & (voxel < V), other=0.0)
         planes_ptr += V
     tl.store(out_ptr + voxel, total, mask=voxel < V)
 
@@ -109,16 +109,16 @@ def _weight_grad_kernel(
         inside = (voxel < V)[None, :] & in_row[:, None]
         b = tl.load(b_ptr + voxel.to(tl.int64)[None, :] * C + columns[:, None], mask=inside, other=0.0).to(tl.float32)
         total = tl.dot(b, a, total, input_precision=PRECISION)
-    place = sums_ptr + tl.program_id(0) * C * 32 + columns[:, None] * 32 + taps[None, :]
-    tl.store(place, total, mask=in_row[:, None])
+    at = sums_ptr + tl.program_id(0) * C * 32 + columns[:, None] * 32 + taps[None, :]
+    tl.store(at, total, mask=in_row[:, None])
 
 
 def _width(channels: int) -> int:
-    return max(16, triton.next_power_of_2(channels))  # the least that a matrix product takes
+    return max(16, triton.next_power_of_2(channels))  # the smallest size of a matrix product
 
 
 def _precision(x: Tensor) -> str:
-    """tf32 represents half-precision numbers exactly."""
+    """Return the precision for products with x. tf32 represents half-precision numbers exactly."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
@@ -130,7 +130,7 @@ def _check(name: str, x: Tensor, channels: int | None) -> None:
 
 
 def expand(a: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convolution from one channel: [B, 1, X, Y, Z] to [B, C, X, Y, Z] of `dtype`, in channels_last_3d.
+    """Convolve from one channel: [B, 1, X, Y, Z] to [B, C, X, Y, Z] of `dtype`, in channels_last_3d.
 
     weight: [C, 27] float32, bias: [C] float32.
     """
@@ -147,9 +147,10 @@ def expand(a: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def contract(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Convolution to one channel: [B, C, X, Y, Z] in channels_last_3d to [B, 1, X, Y, Z] float32.
+    """Convolve to one channel: [B, C, X, Y, Z] in channels_last_3d to [B, 1, X, Y, Z] float32.
 
-    weight: [C, 27] float32, rounded to tf32 where h is of half precision; bias: [1] float32.
+    weight: [C, 27] float32, rounded to tf32 if h has half precision.
+    bias: [1] float32.
     """
     _check("h", h, len(weight))
     B, C, X, Y, Z = h.shape
@@ -169,11 +170,12 @@ def contract(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def weight_grad(a: Tensor, b: Tensor) -> Tensor:
-    """Σ_v b[v, c] · a[v + offset of t]: [C, 27] float32; a is rounded to tf32 where b is of half precision.
+    """Compute Σ_v b[v, c] · a[v + offset of t], [C, 27] float32.
 
-    a: [B, 1, X, Y, Z], b: [B, C, X, Y, Z] in channels_last_3d. It is the gradient of `expand`'s weight for the
-    input a and the result's gradient b. With the result's gradient a and the input b it is that of
-    `contract`'s weight with its taps in reverse order.
+    a: [B, 1, X, Y, Z], rounded to tf32 if b has half precision.
+    b: [B, C, X, Y, Z] in channels_last_3d.
+    With the input a of `expand` and the gradient b of its result, this is the gradient of its weight. With the input b
+    of `contract` and the gradient a of its result, it is the gradient of its weight, taps in reverse order.
     """
     _check("a", a, 1)
     _check("b", b, None)

@@ -1,8 +1,8 @@
 """k-means for a first codebook.
 
 Seeding by squared distance (k-means++, Arthur and Vassilvitskii 2007), several codes at a time once there are
-many (as in k-means||, arXiv:1203.6402), then Lloyd's iterations (Lloyd 1982), where an empty cluster restarts
-at a vector that is badly served.
+many (as in k-means||, arXiv:1203.6402), then Lloyd's iterations (Lloyd 1982), in which an empty cluster restarts
+at a vector far from its code.
 
 Axes: N vectors, K codes, D channels.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .nearest import nearest_code
 
-# Share of codes added in one round of seeding. Codes of one round do not know of each other, so small rounds
-# seed better; each vector meets each code once, so many rounds cost little more.
+# Codes added in one round of seeding, as a share of those so far. Codes of one round are drawn independently, so small
+# rounds seed better. Each vector is compared with each code once, so many rounds cost little more.
 SEEDING_GROWTH = 1 / 16
 ITERATIONS_BETWEEN_REPORTS = 10
 
@@ -31,12 +31,14 @@ def kmeans(
     tolerance: float = 1e-3,
     report: Callable[[str], None] = lambda text: None,
 ) -> Tensor:
-    """Codebook [K, D] float32 that minimises the mean squared distance from `vectors` [N, D].
+    """Return a codebook [K, D] float32 that minimizes the mean squared distance from `vectors` [N, D].
 
-    generator: on the CPU; the same seed and vectors give the same codes. iterations: at most; they end before, once
-    one lowers the distance by less than a share of `tolerance`. report: told of start, progress and end. N may be
-    below K: the codes left over then repeat vectors. Raises ValueError for no vectors or for vectors that are not
-    finite.
+    generator: on the CPU; the same seed and vectors give the same codes.
+    iterations: the most that are run.
+    tolerance: stop once an iteration lowers the distance by less than this share of it.
+    report: called with a line at the start, now and then, and at the end.
+    With fewer vectors than codes, the remaining codes repeat vectors.
+    Raise ValueError if there are no vectors or one is not finite.
     """
     vectors = vectors.float()
     if not len(vectors) or not vectors.isfinite().all():

@@ -1,12 +1,15 @@
 """Nearest code: the index of the codebook entry closest to each vector.
 
 The answer is defined in exact arithmetic, as the lowest index among the closest codes, so it depends neither
-on the device nor on how many vectors come at once. A matrix product in fp32 rules out all but a few codes per
-vector, using a bound on its own rounding; fp64 decides between those that are left. GPUs have a kernel
-for it, `nearest_triton`; elsewhere it goes by tiles that stay in the cache.
+on the device nor on the batch. A matrix product in fp32 rules out all but a few codes per vector, using a bound on
+its own rounding error; fp64 decides between the rest. On GPUs a kernel does this, `nearest_triton`; elsewhere it is
+done in tiles that stay in the cache.
 
 Axes: N vectors, K codes, D channels.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +19,18 @@ from ..kernels.launch import kernels_run
 
 # Scores of one tile, in elements. On a CPU a tile stays near the cache; a GPU wants long rows of work.
 TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
-# Codes whose scores are reduced to their smallest before any is looked at again.
+# Codes per block. Only blocks whose smallest score is low enough are looked at again.
 BLOCK = 64
-# Pairs of vector and code that fp64 decides at once.
+# Pairs of vector and code that fp64 compares at once.
 PAIRS_AT_ONCE = 2**17
 
 
 @torch.no_grad()
 def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code in Euclidean distance, the lowest on ties.
+    """Return the index of the nearest code in Euclidean distance, the lowest on ties, as [N] int64.
 
-    vectors: [N, D], codebook: [K, D], both used as float32. Returns [N] int64. No [N, K] matrix exists:
-    memory grows with the tile only. A vector that is not finite gets an index without meaning.
+    vectors: [N, D], codebook: [K, D], both used as float32. No [N, K] matrix exists: memory grows with the tile only.
+    For a vector that is not finite, its index is undefined.
     """
     if vectors.ndim != 2 or codebook.ndim != 2 or vectors.shape[1] != codebook.shape[1] or not len(codebook):
         raise ValueError(f"vectors {tuple(vectors.shape)} and codebook {tuple(codebook.shape)} must be [N, D], [K, D]")
@@ -48,7 +51,7 @@ def _by_tiles(vectors: Tensor, codebook: Tensor) -> Tensor:
     # (Higham, Accuracy and Stability of Numerical Algorithms, Sec. 3.1), and so at most bound·(|z|²/2 + |e|²); four
     # more roundings cover the norms.
     bound = (D + 5) * 2.0**-24
-    # A score is half the squared distance less |z|²/2, and less the share of its error bound that depends on e.
+    # A score is half the squared distance minus |z|²/2, minus the part of its error bound that depends on e.
     bias = ((0.5 - bound) * codebook.double().square().sum(1)).float()
     padding = blocks * BLOCK - K
     codes = torch.cat(
@@ -57,11 +60,11 @@ def _by_tiles(vectors: Tensor, codebook: Tensor) -> Tensor:
     vectors_and_one = F.pad(vectors, (0, 1), value=1.0)
     rows = max(1, TILE_ELEMENTS.get(vectors.device.type, 2**21) // (blocks * BLOCK))
     indices = torch.zeros(N, dtype=torch.int64, device=vectors.device)
-    # One buffer for all tiles: memory that comes and goes with each would be mapped anew by the system.
+    # One buffer for all tiles: the system would map freed and allocated memory again for each.
     buffer = torch.empty(blocks * BLOCK * min(rows, N), device=vectors.device)
     parts = zip(vectors.split(rows), vectors_and_one.split(rows), indices.split(rows), strict=True)
     for tile, tile_and_one, index in parts:
-        # Codes by vectors: a product of this shape and a minimum over rows are what vector units do quickly.
+        # Codes by vectors: vector units are fast at a product of this shape and at a minimum over rows.
         scores = buffer[: len(codes) * len(tile)].view(len(codes), len(tile))
         scores = torch.mm(codes, tile_and_one.T, out=scores).view(blocks, BLOCK, len(tile))
         smallest_of_block = scores.amin(1)
@@ -70,15 +73,16 @@ def _by_tiles(vectors: Tensor, codebook: Tensor) -> Tensor:
         # smallest. From |z·e| <= |z|² + |e|²/4 follows |e|² <= 4·(score + |z|²); 1.01 covers the roundings here.
         limit = smallest + 2.02 * bound * (5 * tile.square().sum(1) + 4 * smallest)
         block, vector = (smallest_of_block <= limit).nonzero(as_tuple=True)
-        pair, place = (scores[block, :, vector] <= limit[vector, None]).nonzero(as_tuple=True)
-        _decide(tile, codebook, vector[pair], block[pair] * BLOCK + place, index)
+        pair, member = (scores[block, :, vector] <= limit[vector, None]).nonzero(as_tuple=True)
+        _decide(tile, codebook, vector[pair], block[pair] * BLOCK + member, index)
     return indices
 
 
 def _decide(vectors: Tensor, codebook: Tensor, vector: Tensor, code: Tensor, index: Tensor) -> None:
-    """Set index[v] to the nearest, in fp64, of the codes paired with vector v, the lowest on ties.
+    """Set index[v] to the nearest code, in fp64, among those paired with vector v, the lowest on ties.
 
-    vector, code: [P] int64, the pairs. index: [N] int64; stays as it is where v has no pair.
+    vector, code: [P] int64, the pairs.
+    index: [N] int64; unchanged for a vector without a pair.
     """
     distance = torch.cat(
         [
@@ -91,12 +95,12 @@ def _decide(vectors: Tensor, codebook: Tensor, vector: Tensor, code: Tensor, ind
     index.scatter_reduce_(0, vector[tied], code[tied], "amin", include_self=False)
 
 
-class _full_fp32:
-    """Matrix products in full fp32 inside, with the caller's TF32 setting restored after."""
-
-    def __enter__(self):
-        self.before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *_):
-        torch.backends.cuda.matmul.allow_tf32 = self.before
+@contextlib.contextmanager
+def _full_fp32() -> Iterator[None]:
+    """Run matrix products in full fp32, and restore the caller's TF32 setting after."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,4 +1,4 @@
-"""Exact nearest codes on a GPU, as Triton kernels: the answer of `nearest.py`, without its tiles of scores.
+"""Exact nearest codes on a GPU, as Triton kernels: the same result as `nearest.py`, without its tiles of scores.
 
 A tensor core scores every pair of vector and code, each number as a sum of two fp16 parts. The codes of a tile
 fall into eight slots, and a vector keeps, for each slot, the group of codes with the lowest score. fp64 then
@@ -74,9 +74,9 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, channels: int) -> "Sizes":
-        """The sizes for vectors of so many channels."""
+        """Return the sizes for vectors of `channels`."""
         used = 3 * channels + 4
-        # Many codes at a time are quicker, but two programs must fit one multiprocessor's shared memory.
+        # Many codes at a time are faster, but two programs must fit one multiprocessor's shared memory.
         if used > 128:
             return cls(triton.cdiv(used, 64) * 64, 64, 128, 64)
         columns = max(32, triton.next_power_of_2(used))
@@ -85,12 +85,12 @@ class Sizes(NamedTuple):
 
 @torch.no_grad()
 def nearest_code_cuda(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code in Euclidean distance, the lowest on ties.
+    """Return the index of the nearest code in Euclidean distance, the lowest on ties, as [N] int64.
 
-    vectors: [N, D] float32 on a CUDA device, codebook: [K, D] float32 on the same. Returns [N] int64, decided
-    by the sum of squared differences in fp64, the same for a vector whatever the others are. Nothing waits for
-    the device. Needs up to 40 MiB of memory, and up to 16·D + 80 bytes for each code. A vector that is not finite
-    gets an index in [0, K) without meaning.
+    vectors: [N, D] float32 on a CUDA device, codebook: [K, D] float32 on the same.
+    The sum of squared differences in fp64 decides, so a vector's index does not depend on the other vectors. The host
+    does not wait for the device. Needs up to 40 MiB of memory, and up to 16·D + 80 bytes per code. For a vector that
+    is not finite, the index is undefined but lies in [0, K).
     """
     (N, D), K = vectors.shape, len(codebook)
     indices = torch.empty(N, dtype=torch.int64, device=vectors.device)
@@ -122,7 +122,7 @@ def nearest_code_cuda(vectors: Tensor, codebook: Tensor) -> Tensor:
             BIAS=bias, D=D, BLOCK_D=channels, COLUMNS=sizes.columns, STEP=sizes.step, ROWS=rows,
         )  # fmt: skip
 
-        # A multiple of the block, so that every portion is aligned like the first and needs no kernels of its own.
+        # A multiple of the block, so that all portions are aligned alike and share their compiled kernels.
         portion = min(N, max(1, COLUMN_ELEMENTS // (sizes.columns * sizes.vectors)) * sizes.vectors)
         columns = empty(portion, sizes.columns, dtype=torch.float16)
         scale = empty(portion, dtype=torch.float64)
@@ -158,20 +158,20 @@ def nearest_code_cuda(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 @triton.jit
 def _power_of_two(exponent):
-    """2**exponent as fp64, for exponents in -1022 … 1023."""
+    """Return 2**exponent as fp64, for exponents in -1022 … 1023."""
     return ((exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def _exponent_above(squared):
-    """An exponent n with sqrt(squared) < 2**n, from the exponent's bits of fp64. At least -149."""
+    """Return an exponent n >= -149 with sqrt(squared) < 2**n, from the exponent bits of fp64."""
     bits = (squared.to(tl.int64, bitcast=True) >> 52) & 0x7FF
     return tl.maximum((bits.to(tl.int32) - 1021) >> 1, -149)
 
 
 @triton.jit
 def _centred_squares(source_ptr, centre_ptr, row, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """|x - c|² of each row in fp64."""
+    """Return |x - c|² of each row in fp64."""
     d = tl.arange(0, BLOCK_D)[None, :]
     here = inside[:, None] & (d < D)
     x = tl.load(source_ptr + row[:, None].to(tl.int64) * D + d, mask=here, other=0.0).to(tl.float64)
@@ -182,7 +182,7 @@ def _centred_squares(source_ptr, centre_ptr, row, inside, D: tl.constexpr, BLOCK
 
 @triton.jit
 def _parts(source_ptr, centre_ptr, row, inside, column, factor, low_in: tl.constexpr, D: tl.constexpr):
-    """Columns of the scaled high and low parts, the low ones in third `low_in`, as fp64. Other columns are 0."""
+    """Return columns of the scaled high and low parts as fp64, the low ones in third `low_in`. Other columns are 0."""
     third, d = column // D, column % D
     here = inside[:, None] & (column < 3 * D)
     x = tl.load(source_ptr + row[:, None].to(tl.int64) * D + d, mask=here, other=0.0).to(tl.float64)
@@ -204,7 +204,7 @@ def _code_columns_kernel(
     codebook_ptr, centre_ptr, reach_ptr, columns_ptr, transposed_ptr, K, padded, BIAS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Columns of the codes, and the codebook transposed. BIAS: the factor of |e'|²."""
+    """Write the codes' columns and the transposed codebook. BIAS: the factor of |e'|²."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < K
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -234,7 +234,7 @@ def _vector_columns_kernel(
     BOUND: tl.constexpr, FLOOR: tl.constexpr, ROUNDING: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Columns of the vectors. scale turns a score into s(e); limit is slack - |z'|²/2."""
+    """Write the vectors' columns; `scale`, which turns a score into s(e); and `limit`, slack - |z'|²/2."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
     reach_squared = tl.load(reach_ptr).to(tl.float64, bitcast=True)
@@ -260,7 +260,7 @@ def _score_kernel(
     vectors_ptr, codes_ptr, lowest_ptr, tile_of_lowest_ptr, others_ptr, N, tiles,
     COLUMNS: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """For each vector and slot, the lowest score and its tile; for each vector, the lowest score of other groups.
+    """Write, for each vector and slot, the lowest score and its tile; for each vector, the other groups' lowest score.
 
     A group's minimum needs no exchange between threads, and one instruction per score.
     """
@@ -298,7 +298,7 @@ def _nearest_of_group(
     vectors_ptr, codebook_ptr, tile_of_lowest_ptr, row, slot, inside, K,
     D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Smallest squared distance to a code of each row's group in the slot, fp64, and the code's index."""
+    """Return the smallest squared distance to a code of each row's group in the slot, fp64, and the code's index."""
     tile = tl.load(tile_of_lowest_ptr + row * SLOTS + slot, mask=inside, other=0)
     member = tl.arange(0, GROUP)[None, :]
     first = tile * (SLOTS * GROUP) + slot // 4 * (4 * GROUP) + slot % 4 * 2
@@ -322,7 +322,7 @@ def _decide_kernel(
     nearest_ptr, undecided_ptr, count_ptr, N, K,
     D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The nearest code of the slots' groups, where no other group can have a closer one. Lists the other vectors."""
+    """Write the nearest code of the slots' groups if no other group can have a closer one; else list the vector."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
     to_score = tl.load(scale_ptr + row, mask=inside, other=0.0)
@@ -349,8 +349,8 @@ def _decide_kernel(
     left = (inside & (decided == 0)).to(tl.int32)
     total = tl.sum(left, 0)
     if total > 0:
-        place = tl.atomic_add(count_ptr, total) + tl.cumsum(left, 0) - left
-        tl.store(undecided_ptr + place, row, mask=left != 0)
+        entry = tl.atomic_add(count_ptr, total) + tl.cumsum(left, 0) - left
+        tl.store(undecided_ptr + entry, row, mask=left != 0)
 
 
 @triton.jit(do_not_specialize=["count_ptr", "K"])
@@ -358,7 +358,7 @@ def _exhaust_kernel(
     vectors_ptr, transposed_ptr, undecided_ptr, count_ptr, nearest_ptr, K,
     D: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The nearest of all codes, for the listed vectors. Each program takes every so many of them."""
+    """Write the nearest of all codes for the listed vectors. Each program takes every num_programs-th block of them."""
     total = tl.load(count_ptr)
     lane = tl.arange(0, BLOCK_K)
     for block in range(tl.program_id(0), tl.cdiv(total, ROWS), tl.num_programs(0)):

@@ -108,7 +108,6 @@ CODEBOOKS = {
     "lr 5e-3": args(optimizer=adamw(5e-3)),
     "lr 5e-3, warm-up over half": args(optimizer=adamw(5e-3)),
     "lr 5e-3 relative to RMS": args(optimizer=adamw(5e-3), lr_scaling="rms"),
-    "lr 5e-3, trust ratio": args(optimizer=adamw(5e-3), lr_scaling="trust_ratio"),
     "lr 5e-3, decoder's a fifth": args(optimizer=adamw(5e-3), lr_multipliers={"decoder": 0.2}),
 }
 LEVELS = {8192: [8, 8, 8, 4, 4], 1024: [8, 8, 4, 4]}  # of finite scalars, by the number of codes

@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 from trellis.trainers import optim
+from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
+from trellis.utils.config import check_args
 from trellis.utils.errors import ConfigError
 
 LR = 0.5
@@ -60,18 +62,17 @@ class Run:
     """An optimizer and a schedule over two tensors, with gradients and losses that follow from the step."""
 
     def __init__(self, optimizer: dict, scheduler: dict | None, lr_scaling: str = "none"):
-        self.parameters, self.lr_scaling = parameters(), lr_scaling
+        self.parameters = parameters()
         self.optimizer = optim.build_optimizer(optimizer, self.parameters, lr_scaling)
         self.scheduler = optim.build_lr_scheduler(scheduler, self.optimizer)
 
     def step(self, number: int) -> list[float]:
         """One step; the groups' lr it used."""
-        used = [float(group["lr"]) for group in self.optimizer.param_groups]
+        used = [group["lr"] for group in self.optimizer.param_groups]
         generator = torch.Generator().manual_seed(number)
         for parameter in self.parameters.values():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        with optim.trust_ratios(self.optimizer, self.lr_scaling):
-            self.optimizer.step()
+        self.optimizer.step()
         optim.step_lr_scheduler(self.scheduler, self.optimizer, torch.tensor(1.0 if number < 4 else 0.5))
         return used
 
@@ -280,32 +281,12 @@ def test_rms_scaling_multiplies_the_step_by_each_tensors_rms():
         torch.testing.assert_close(scaled[name].abs(), want, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", optim.TRUST_RATIO_FOR)
-@pytest.mark.parametrize("schedule", [None, {"name": "ExponentialLR", "args": {"gamma": 0.8}, "warmup_steps": 3}])
-def test_trust_ratios_follow_each_tensors_rms_at_every_step(name, schedule):
-    """Against one optimizer a tensor, whose lr is set by hand before each step."""
-    spec = {"name": name, "args": {"lr": 0.1, "weight_decay": 0.01}}
-    assert_continues_exactly(spec, schedule, "trust_ratio")
-    run, plain = Run(spec, schedule, "trust_ratio"), Run(spec, schedule)
-    reference = parameters()
-    reference["b"].data.mul_(1e-3)  # below the floor
-    run.parameters["b"].data.mul_(1e-3)
-    single = {key: getattr(torch.optim, name)([value], **spec["args"]) for key, value in reference.items()}
-    for number in range(14):
-        for key, value in reference.items():
-            rms = np.sqrt(np.mean(np.square(value.detach().double().numpy())))
-            single[key].param_groups[0]["lr"] = optim.current_lr(plain.optimizer) * max(rms, optim.RMS_FLOOR)
-        run.step(number)
-        plain.step(number)
-        for key, value in reference.items():
-            value.grad = run.parameters[key].grad
-            single[key].step()
-    for key, value in reference.items():
-        torch.testing.assert_close(run.parameters[key], value, rtol=1e-5, atol=1e-8)
-    assert all(isinstance(group["lr"], float) for group in run.optimizer.param_groups)
+def test_a_scaling_of_older_configurations_is_a_clear_error():
+    with pytest.raises(ConfigError, match='where.lr_scaling is "trust_ratio"; it must be "none" or "rms"'):
+        check_args({"lr_scaling": "trust_ratio"}, SparseStructureVaeTrainer, "where")
 
 
-@pytest.mark.parametrize("lr_scaling", ["none", "rms", "trust_ratio"])
+@pytest.mark.parametrize("lr_scaling", ["none", "rms"])
 def test_a_multiplier_is_a_factor_on_the_lr_of_a_models_tensors(lr_scaling):
     """Adam's steps are in proportion to lr: a run with twice the lr is the reference of a model with factor 2."""
 
@@ -321,8 +302,7 @@ def test_a_multiplier_is_a_factor_on_the_lr_of_a_models_tensors(lr_scaling):
             generator = torch.Generator().manual_seed(number)
             for weight in weights.values():
                 weight.grad = torch.randn(weight.shape, generator=generator)
-            with optim.trust_ratios(optimizer, lr_scaling):
-                optimizer.step()
+            optimizer.step()
             optim.step_lr_scheduler(schedule, optimizer, torch.zeros(()))
         assert optim.current_lr(optimizer) == lr / 16
         return weights
@@ -381,8 +361,6 @@ def test_a_wrong_optimizer_is_a_clear_error(spec, message):
         ({"name": "AdamW", "args": {"lr": 0.1}}, "none", {"decodr": 2}, "not trained here; did you mean decoder?"),
         ({"name": "AdamW"}, "none", {"decoder": 2}, "in.optimizer.args.lr is missing; lr_multipliers multiplies it"),
         ({"name": "AdamW"}, "rms", None, "in.optimizer.args.lr is missing; lr_scaling 'rms' multiplies it"),
-        ({"name": "SGD", "args": {"lr": 0.1}}, "trust_ratio", None, "SGD does not make; use Adam or AdamW"),
-        ({"name": "AdamW", "args": {"lr": 0.1, "foreach": True}}, "trust_ratio", None, "optimizer.args.foreach does"),
     ],
 )
 def test_factors_of_the_lr_that_cannot_be_are_one_clear_error(spec, lr_scaling, multipliers, message):

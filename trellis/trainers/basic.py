@@ -294,7 +294,7 @@ class BasicTrainer:
             with record_function("clip"):
                 self.precision.unscale(self.optimizer)
                 norm = self.clipper(self.parameters)
-            with record_function("optimizer"), optim.trust_ratios(self.optimizer, self.lr_scaling):
+            with record_function("optimizer"):
                 self.precision.step(self.optimizer)
         else:
             self.optimizer.step()  # of nothing; torch warns when a schedule moves before its optimizer

@@ -11,13 +11,19 @@ from ..utils.errors import CheckpointError
 
 
 def ramped_rate(rate: float, step: int) -> float:
-    """The decay at optimizer step `step` (from 1): min(rate, (1 + n) / (10 + n)), so that short runs are
-    averaged over a part of their length and long ones at the full rate."""
+    """Return the decay at optimizer step n = `step` (from 1): min(rate, (1 + n) / (10 + n)).
+
+    So short runs are averaged over a part of their length, and long runs at the full rate.
+    """
     return min(rate, (1 + step) / (10 + step))
 
 
 class EMA:
-    """One average per rate. models: {name: module} being trained; rates: e.g. [0.9999]."""
+    """One average per rate.
+
+    models: {name: module} being trained.
+    rates: such as [0.9999].
+    """
 
     def __init__(self, models: dict[str, nn.Module], rates: list[float]):
         self.models, self.rates = models, rates
@@ -44,14 +50,14 @@ class EMA:
                         mean.copy_(live)
 
     def copy_rows(self, name: str, keys: tuple[str, ...], rows: Tensor) -> None:
-        """Let each average forget these rows [n] int64 of a model's tensors: they become the live ones."""
+        """Set rows [n] int64 of a model's tensors to the live values in each average."""
         live = self.models[name].state_dict()
         for averages in self.averages.values():
             for key in keys:
                 averages[name][key][rows] = live[key][rows]
 
     def load(self, checkpoints: Checkpoints, step: int) -> None:
-        """Take the averages of a checkpoint. Raises CheckpointError where one is missing or does not fit."""
+        """Load the averages of a checkpoint. Raise CheckpointError if one is missing or does not fit."""
         for rate, averages in self.averages.items():
             for name, average in averages.items():
                 path = checkpoints.folder / model_file(name, step, rate)
@@ -62,7 +68,7 @@ class EMA:
                     average[key].copy_(value)
 
     def module(self, name: str, rate: float) -> nn.Module:
-        """A copy of the model that holds the average, for evaluation."""
+        """Return a copy of the model with the averaged weights, for evaluation."""
         model = copy.deepcopy(self.models[name])
         model.load_state_dict(self.averages[rate][name])
         return model.requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""Ctrl-C and termination as requests that training answers at the end of a step."""
+"""Ctrl-C and termination signals, which training obeys at the end of a step."""
 
 import signal
 import threading
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class StopRequests:
-    """Within the block, the first SIGINT or SIGTERM sets `signum`; a second one has its usual effect."""
+    """A block in which the first SIGINT or SIGTERM sets `signum`; a second one has its usual effect."""
 
     def __init__(self):
         self.signum: int | None = None
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}  # what signal.signal returned for each signal
 
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is threading.main_thread():

@@ -1,4 +1,4 @@
-"""Where a run writes its numbers: log.txt (JSON lines), TensorBoard, and the terminal."""
+"""A run's logs: log.txt (JSON lines), TensorBoard, and the terminal."""
 
 import json
 import math
@@ -17,10 +17,10 @@ from ..utils.files import written_aside
 
 
 class RunLog:
-    """log.txt and TensorBoard of one run folder. Only the main process has one."""
+    """The log.txt and TensorBoard files of one run folder. Only the main process has one."""
 
     def __init__(self, run_dir: Path, step: int):
-        """Continue after `step`: later lines of log.txt, left by a run that was cut off, are dropped."""
+        """Continue after `step`. Drop later lines of log.txt, which an interrupted run left."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / "log.txt"
@@ -35,14 +35,14 @@ class RunLog:
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
-                continue  # the line at which the process was killed
+                continue  # the line during which the process was killed
             if entry["step"] <= step:
                 kept.append(line)
         with written_aside(self.path) as aside:
             aside.write_text("".join(kept), encoding="utf-8")
 
     def write(self, entries: list[dict[str, Any]]) -> None:
-        """Append one line per entry; each has "step". Reaches the disk before this returns."""
+        """Append one line per entry; each has "step". Return once they are in the file."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(_finite(entry), allow_nan=False) + "\n" for entry in entries)
 
@@ -52,7 +52,7 @@ class RunLog:
         self.tensorboard.flush()
 
     def image(self, name: str, picture: np.ndarray, step: int) -> None:
-        """picture: [H, W, 3] uint8."""
+        """Write a picture, [H, W, 3] uint8, to TensorBoard."""
         self.tensorboard.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -60,25 +60,28 @@ class RunLog:
 
 
 def _finite(entry: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity, which fp16 gradients may reach; such a value becomes null."""
+    """Replace values that are not finite by None: JSON has no infinity, which fp16 gradients may reach."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()
     }
 
 
 class PendingSteps:
-    """Losses and status of steps that are still on the device, so that no step waits for the host."""
+    """Losses and status of steps, kept on the device so that no step waits for the host."""
 
     def __init__(self):
         self.steps: list[tuple[int, dict[str, Tensor], dict[str, float]]] = []
 
     def add(self, step: int, values: dict[str, Tensor], **known: float) -> None:
-        """values: scalars on the device; known: numbers that are the same on all ranks. The same names at
-        every step."""
+        """Add a step. The names must be the same at every step.
+
+        values: scalars on the device.
+        known: numbers that are the same on all ranks.
+        """
         self.steps.append((step, values, known))
 
     def fetch(self) -> list[dict[str, float]]:
-        """The steps since the last call, averaged over ranks: [{"step", name: value}]. Called on all ranks."""
+        """Return the steps since the last call, averaged over ranks: [{"step", name: value}]. Call it on all ranks."""
         if not self.steps:
             return []
         names = list(self.steps[0][1])
@@ -92,7 +95,7 @@ class PendingSteps:
 
 
 class Progress:
-    """A bar with time left on a terminal; elsewhere a plain line every `every` steps."""
+    """A progress bar with time left on a terminal; elsewhere a plain line every `every` steps."""
 
     def __init__(self, max_steps: int, every: int):
         self.max_steps, self.every = max_steps, every
@@ -100,7 +103,7 @@ class Progress:
         self.bar: tqdm | None = None
 
     def show(self, step: int, values: dict[str, Tensor]) -> None:
-        """After each step. values: scalars on the device, read only when they are shown."""
+        """Show a step; call it after each. values: scalars on the device, read only when they are shown."""
         if self.first is None:
             self.first, self.started = step - 1, time.monotonic()
             if sys.stderr.isatty():
@@ -117,7 +120,7 @@ class Progress:
             print(f"step {step}/{self.max_steps}  {text}  {left / 60:.1f} min left", flush=True)
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if self.bar is None:
             print(text, flush=True)
         else:

@@ -16,18 +16,15 @@ from ..utils.errors import ConfigError
 from ..utils.registry import did_you_mean
 from .muon import ConvMuon
 
-LrScaling = Literal["none", "rms", "trust_ratio"]
+LrScaling = Literal["none", "rms"]
 
-# Smallest RMS that scaling by RMS uses: the floor of Adafactor's relative step (arXiv:1804.04235, Sec. 8).
-# Tensors that start at zero (biases, zero-initialised convolutions) could not leave it otherwise.
+# Smaller RMS values are raised to this, the floor of Adafactor's relative step (arXiv:1804.04235, Sec. 8). Tensors
+# that start at zero (biases, zero-initialized convolutions) could not move otherwise.
 RMS_FLOOR = 1e-3
 
-# Optimizers with one kernel for the whole step on a GPU, and their arguments that exclude it.
+# Optimizers that have one kernel for the whole step on a GPU, and the arguments that exclude it.
 FUSED = ("Adam", "AdamW", "SGD")
 ONE_OF_FUSED = {"fused", "foreach", "capturable", "differentiable"}
-
-# Their updates have an RMS near lr, so that lr times a tensor's RMS is a relative step; and their lr may be a tensor.
-TRUST_RATIO_FOR = ("Adam", "AdamW")
 
 
 # --- optimizer -------------------------------------------------------------------------------------------
@@ -48,25 +45,14 @@ def check_optimizer(spec: dict, where: str) -> None:
 def check_lr_factors(
     lr_scaling: LrScaling, lr_multipliers: dict[str, float] | None, trained: list[str], optimizer_spec: dict, where: str
 ) -> None:
-    """Raise ConfigError for multipliers of models that are not trained and for a scaling that the optimizer's lr
-    does not go with. where: the path of both arguments' parent."""
+    """Raise ConfigError for multipliers of models that are not trained, or if there is no lr to multiply.
+
+    where: the path of both arguments' parent.
+    """
     for name in lr_multipliers or ():
         if name not in trained:
             raise ConfigError(
                 f"{where}.lr_multipliers has {name!r}, which is not trained here{did_you_mean(name, trained)}"
-            )
-    args = optimizer_spec.get("args", {})
-    if lr_scaling == "trust_ratio":
-        if optimizer_spec["name"] not in TRUST_RATIO_FOR:
-            raise ConfigError(
-                f'{where}.lr_scaling "trust_ratio" counts on updates of unit RMS, which {optimizer_spec["name"]} does '
-                f'not make; use {" or ".join(TRUST_RATIO_FOR)}, or lr_scaling "rms"'
-            )
-        chosen = sorted(args.keys() & ONE_OF_FUSED)
-        if chosen:
-            raise ConfigError(
-                f'{where}.optimizer.args.{chosen[0]} does not go with lr_scaling "trust_ratio", whose lr is a tensor; '
-                "leave it out"
             )
     weights = {f"{name}.weight": nn.Parameter(torch.zeros(1, 1)) for name in trained}
     build_optimizer(optimizer_spec, weights, lr_scaling, f"{where}.optimizer", lr_multipliers)
@@ -79,13 +65,14 @@ def build_optimizer(
     where: str = "optimizer",
     lr_multipliers: dict[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """Any class of torch.optim by name, or `ConvMuon`.
+    """Build any class of torch.optim by name, or `ConvMuon`.
 
-    parameters: {model.name: parameter} to train. lr_multipliers: {model: factor of its lr}, 1 where it has none.
-    lr_scaling: "none" takes the given lr; "rms" gives each tensor its own group, whose lr is the given one times
-    the RMS that the tensor has now, so that lr is a relative step; "trust_ratio" does the same with the RMS that
-    the tensor has at each step (see `trust_ratios`). Each group carries its factor as `lr_scale` and the lr
-    without it as `relative_lr`. On a GPU, optimizers that have a fused form use it unless args say otherwise.
+    parameters: {model.name: parameter} to train.
+    lr_scaling: "none" uses the given lr; "rms" gives each tensor its own group, whose lr is the given one times the
+        tensor's present RMS, so that lr is a relative step.
+    lr_multipliers: {model: factor of its lr}; 1 for a model that is not named.
+    Each group stores its factor as `lr_scale` and the lr without it as `relative_lr`. On a GPU, optimizers that have a
+    fused form use it unless args say otherwise.
     """
     name, args = spec["name"], spec.get("args", {})
     multipliers = lr_multipliers or {}
@@ -108,25 +95,16 @@ def build_optimizer(
     if (lr_scaling != "none" or multipliers) and "lr" not in args:
         what = f"lr_scaling {lr_scaling!r}" if lr_scaling != "none" else "lr_multipliers"
         raise ConfigError(f"{where}.args.lr is missing; {what} multiplies it")
-    if lr_scaling != "none":
-        groups = []
+    groups: list[dict] = []
+    if lr_scaling == "rms":
         for key, parameter in parameters.items():
-            multiplier = multipliers.get(key.split(".")[0], 1.0)
-            scale = multiplier * max(parameter.detach().float().square().mean().sqrt().item(), RMS_FLOOR)
-            groups.append(
-                {
-                    "params": [parameter],
-                    "lr": args["lr"] * scale,
-                    "lr_scale": scale,
-                    "name": key,
-                    "lr_multiplier": multiplier,
-                }
-            )
+            rms = parameter.detach().float().square().mean().sqrt().item()
+            scale = multipliers.get(key.split(".")[0], 1.0) * max(rms, RMS_FLOOR)
+            groups.append({"params": [parameter], "lr": args["lr"] * scale, "lr_scale": scale, "name": key})
     elif multipliers:
         by_model: dict[str, list[nn.Parameter]] = {}
         for key, parameter in parameters.items():
             by_model.setdefault(key.split(".")[0], []).append(parameter)
-        groups = []
         for model, own in by_model.items():
             scale = multipliers.get(model, 1.0)
             groups.append({"params": own, "lr": args["lr"] * scale, "lr_scale": scale, "name": model})
@@ -143,46 +121,25 @@ def build_optimizer(
     return optimizer
 
 
-@contextlib.contextmanager
-def trust_ratios(optimizer: torch.optim.Optimizer, lr_scaling: LrScaling) -> Iterator[None]:
-    """Inside, under "trust_ratio", the lr of each tensor follows the RMS that it has now, as a tensor on its device.
-
-    The layer-wise step of LAMB (arXiv:1904.00962, Sec. 3) with two departures: the update is not measured, since
-    Adam's has an RMS near 1, and a tensor's RMS counts as at least RMS_FLOOR.
-    """
-    if lr_scaling != "trust_ratio":
-        yield
-        return
-    groups = optimizer.param_groups
-    weights = [group["params"][0].detach() for group in groups]
-    lrs = torch._foreach_norm(weights)
-    torch._foreach_mul_(lrs, [weight.numel() ** -0.5 for weight in weights])
-    torch._foreach_clamp_min_(lrs, RMS_FLOOR)
-    torch._foreach_mul_(lrs, [group["relative_lr"] * group["lr_multiplier"] for group in groups])
-    for group, lr in zip(groups, lrs, strict=True):
-        group["lr"] = lr
-    yield
-    for group in groups:
-        group["lr"] = group["relative_lr"] * group["lr_scale"]
-
-
 def forget_rows(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
-    """Set what the optimizer remembers of rows [n] int64 of a parameter to zero. Nothing, where it is not trained."""
+    """Set the optimizer's state for rows [n] int64 of a parameter to zero. Do nothing if it is not trained."""
     for name, value in optimizer.state.get(parameter, {}).items():
         per_row = isinstance(value, Tensor) and value.ndim == parameter.ndim and len(value) == len(parameter)
-        if per_row and name != "step_size":  # Rprop's rate of each element, which could not grow out of zero
+        if per_row and name != "step_size":  # Rprop's rate of each element, which could not grow from zero
             value[rows] = 0
 
 
 def current_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The lr on the configuration's scale: that of the first group, without its factor."""
+    """Return the lr on the configuration's scale: the first group's, without its factor."""
     return float(optimizer.param_groups[0]["relative_lr"])
 
 
 @contextlib.contextmanager
 def _relative_lrs(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, groups are at lr without their factors, so that a schedule's own rates (OneCycleLR's max_lr,
-    eta_min, ...) are on the same scale as the configuration's lr."""
+    """Take the groups' factors off their lr inside the block.
+
+    So a schedule's own rates (OneCycleLR's max_lr, eta_min …) are on the same scale as the configuration's lr.
+    """
     for group in optimizer.param_groups:
         group["lr"] = group["relative_lr"]
     yield
@@ -202,7 +159,7 @@ def _check_keywords(cls: type, args: dict, where: str) -> None:
 
 
 class LinearWarmupLRScheduler(schedulers.LambdaLR):
-    """lr rises linearly over `warmup_steps` steps and then stays. TRELLIS's configurations use this name."""
+    """A linear rise of lr over `warmup_steps` steps, then a constant. TRELLIS's configurations use this name."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, warmup_steps: int, last_epoch: int = -1):
         super().__init__(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps), last_epoch)
@@ -236,9 +193,9 @@ def check_lr_scheduler(spec: dict | None, optimizer_spec: dict, max_steps: int, 
 
 
 def build_lr_scheduler(spec: dict | None, optimizer: torch.optim.Optimizer, where: str = "lr_scheduler"):
-    """Any class of torch.optim.lr_scheduler by name, or LinearWarmupLRScheduler; None for a constant lr.
+    """Build any class of torch.optim.lr_scheduler by name, or LinearWarmupLRScheduler; None for a constant lr.
 
-    `{"name", "args", "warmup_steps": n}` rises linearly over n steps and starts the named schedule then.
+    With "warmup_steps": n beside name and args, lr rises linearly over n steps, and then the named schedule starts.
     """
     if spec is None:
         return None
@@ -270,7 +227,7 @@ def build_lr_scheduler(spec: dict | None, optimizer: torch.optim.Optimizer, wher
 
 
 def step_lr_scheduler(scheduler, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Advance by one optimizer step. loss: of this rank; only ReduceLROnPlateau reads it, as the mean over ranks."""
+    """Advance by one optimizer step. loss: this rank's; ReduceLROnPlateau alone uses it, as the mean over ranks."""
     if scheduler is None:
         return
     with _relative_lrs(optimizer):
@@ -281,7 +238,7 @@ def step_lr_scheduler(scheduler, optimizer: torch.optim.Optimizer, loss: Tensor)
 
 
 def preview_schedule(optimizer_spec: dict, scheduler_spec: dict | None, max_steps: int) -> dict[int, float]:
-    """lr at 0, 25, 50 and 100 % of training, by running the schedule on a stand-in parameter."""
+    """Return {step: lr} at 0, 25, 50 and 100 % of training, by running the schedule on a stand-in parameter."""
     marks = [0, max_steps // 4, max_steps // 2, max_steps]
     optimizer = build_optimizer(optimizer_spec, {"weight": nn.Parameter(torch.zeros(1, 1))}, "none")
     scheduler = build_lr_scheduler(scheduler_spec, optimizer)
@@ -301,17 +258,16 @@ def preview_schedule(optimizer_spec: dict, scheduler_spec: dict | None, max_step
 
 
 class AdaptiveGradClipper:
-    """Clip the global gradient norm at a percentile of its own recent values.
+    """A clipper of the global gradient norm at a percentile of its own recent values.
 
-    max_norm: bound until `buffer_size` steps have passed, and upper bound after; None for no bound.
-    clip_percentile: of the last `buffer_size` norms. Norms that are not finite are left out.
+    Norms that are not finite are left out.
     """
 
     def __init__(
         self,
-        max_norm: Annotated[float, Range(0, open_min=True)] | None = None,
-        clip_percentile: Annotated[float, Range(0, 100, open_min=True)] = 95.0,
-        buffer_size: Count = 1000,
+        max_norm: Annotated[float, Range(0, open_min=True)] | None = None,  # always an upper bound; null for none
+        clip_percentile: Annotated[float, Range(0, 100, open_min=True)] = 95.0,  # of the norms in the buffer, once full
+        buffer_size: Count = 1000,  # norms of the last steps
     ):
         self.max_norm, self.clip_percentile, self.buffer_size = max_norm, clip_percentile, buffer_size
         self.norms: Tensor | None = None  # [buffer_size] on the gradients' device, in order of arrival mod size
@@ -325,7 +281,8 @@ class AdaptiveGradClipper:
         limit = torch.full_like(norm, math.inf if self.max_norm is None else self.max_norm)
         if self.count >= self.buffer_size:
             limit = torch.fmin(limit, self.norms.nanquantile(self.clip_percentile / 100))
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        # A tensor works as the limit too, and the host need not wait for it.
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)  # type: ignore[arg-type]
         self.norms[self.count % self.buffer_size] = torch.where(norm.isfinite(), norm, torch.nan)
         self.count += 1
         return norm
@@ -334,13 +291,13 @@ class AdaptiveGradClipper:
         return {"norms": self.norms, "count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue with the norms so far; with none where another clipper or buffer_size collected them."""
+        """Continue with the norms so far. Start afresh if another clipper or buffer_size collected them."""
         if state.get("norms") is not None and len(state["norms"]) == self.buffer_size:
             self.norms, self.count = state["norms"], state["count"]
 
 
 class NormClipper:
-    """Clip the global gradient norm at a constant, or only measure it where max_norm is None."""
+    """A clipper of the global gradient norm at a constant; it only measures the norm if max_norm is None."""
 
     def __init__(self, max_norm: float | None):
         self.max_norm = math.inf if max_norm is None else max_norm
@@ -356,12 +313,16 @@ class NormClipper:
 
 
 def build_grad_clipper(spec: dict | float | None, where: str = "grad_clip") -> AdaptiveGradClipper | NormClipper:
-    """None, a number, or {"name": "AdaptiveGradClipper", "args": {…}}. Raises ConfigError otherwise."""
-    if spec is None or matches(spec, float):
+    """Build a clipper from None, a number, or {"name": "AdaptiveGradClipper", "args": {…}}.
+
+    Raise ConfigError for anything else.
+    """
+    if spec is None or (not isinstance(spec, dict) and matches(spec, float)):
         if spec is not None and spec <= 0:
             raise ConfigError(f"{where} is {spec}; the largest gradient norm must be > 0, or null for none")
         return NormClipper(spec)
     check_component(spec, where)
+    assert isinstance(spec, dict)  # checked above
     if spec["name"] != "AdaptiveGradClipper":
         raise ConfigError(f"{where}.name is {spec['name']!r}; it can be AdaptiveGradClipper, or give a number")
     check_args(spec.get("args", {}), AdaptiveGradClipper, f"{where}.args")

@@ -7,22 +7,22 @@ import torch
 from ..utils import dist_utils
 from .basic import BasicTrainer
 
-# Steps before the trace, until caches are warm and choices are made; with the profiler running; and in the trace.
+# Steps before the profiler starts, while caches fill and convolutions are timed; its warm-up steps; traced steps.
 WAIT, WARMUP, ACTIVE = 3, 2, 5
 ROWS = 25
 
 
 def profile(trainer: BasicTrainer) -> Path:
-    """Trace a few steps, print the operators that cost most, and return the trace's path.
+    """Trace a few steps, print the most expensive operators, and return the trace's path.
 
-    The trace shows forward, backward, clip, optimizer and ema of each step, and what they run, for
-    https://ui.perfetto.dev. The weights in memory change, but nothing else is written.
+    The trace, for https://ui.perfetto.dev, shows each step's forward, backward, clip, optimizer and ema, and the
+    operators that they run. The weights in memory change, but nothing else is written.
     """
     trainer.build_training_state()
     path = trainer.output_dir / "profile" / "trace.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     schedule = torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
-    # On a CPU, what the profiler keeps of shapes lies between the blocks of memory that steps reuse, and slows them.
+    # On a CPU, the profiler's records of shapes fragment the memory that steps reuse, and slow them down.
     shapes = trainer.device.type == "cuda"
     with torch.profiler.profile(schedule=schedule, record_shapes=shapes) as profiler:
         for batch, _ in zip(trainer.batches(), range(WAIT + WARMUP + ACTIVE), strict=False):

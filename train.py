@@ -25,15 +25,15 @@ from trellis.datasets import DATASETS
 from trellis.modules.kernels.launch import obstacle
 from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
+from trellis.trainers.configuration import complete_config
 from trellis.trainers.optim import preview_schedule
 from trellis.trainers.profile import profile
 from trellis.trainers.weights import plan_weights
 from trellis.utils import dist_utils
-from trellis.utils.config import apply_override, check_args, check_component, load_config
+from trellis.utils.config import apply_override, load_config
 from trellis.utils.environment import keep_freed_memory
 from trellis.utils.errors import ConfigError, UserError
 from trellis.utils.random_utils import derive_seed
-from trellis.utils.registry import did_you_mean
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,33 +78,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # --- configuration ---------------------------------------------------------------------------------------
 
 
-def read_config(args: argparse.Namespace, world_size: int) -> dict:
-    """The configuration with `--set` applied, checked whole. Raises ConfigError."""
+@dataclass
+class Configuration:
+    """A configuration in two forms."""
+
+    written: dict  # the file with `--set` applied: what the run folder keeps
+    completed: dict  # with every default filled in: what is built
+
+
+def read_config(args: argparse.Namespace, world_size: int) -> Configuration:
+    """Return the configuration with `--set` applied. Raise ConfigError for any mistake in it."""
     config = load_config(args.config)
     for assignment in args.overrides:
         apply_override(config, assignment)
     try:
-        check_config(config, world_size)
+        return Configuration(config, check_config(config, world_size))
     except ConfigError as error:
         raise ConfigError(f"{args.config}: {error}") from error
-    return config
 
 
-def check_config(config: dict, world_size: int) -> None:
-    for key in config:
-        if key not in ("models", "dataset", "trainer"):
-            raise ConfigError(f"{key} is unknown{did_you_mean(key, ('models', 'dataset', 'trainer'))}")
-    for key in ("models", "dataset", "trainer"):
-        if not isinstance(config.get(key), dict):
-            raise ConfigError(f"{key} is missing or no object")
-    for name, spec in config["models"].items():
-        with torch.device("meta"):  # shapes only: finds what a constructor refuses, at no cost
-            model_registry.build(spec, f"models.{name}")
-    check_component(config["dataset"], "dataset")
-    dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
-    check_args(config["dataset"].get("args", {}), dataset_class, "dataset.args")
-    check_component(config["trainer"], "trainer")
-    TRAINERS.get(config["trainer"]["name"], "trainer.name").check_config(config, world_size)
+def check_config(config: dict, world_size: int) -> dict:
+    """Return the completed configuration. Raise ConfigError for any mistake in it."""
+    completed = complete_config(config)
+    return TRAINERS.get(completed["trainer"]["name"], "trainer.name").check_config(completed, world_size)
 
 
 # --- processes -------------------------------------------------------------------------------------------
@@ -133,7 +129,7 @@ def plan_launch(args: argparse.Namespace) -> Launch:
     return Launch(device, local, local * args.num_nodes)
 
 
-def launch(args: argparse.Namespace, config: dict, plan: Launch) -> int:
+def launch(args: argparse.Namespace, config: Configuration, plan: Launch) -> int:
     """Run on every process of this node, waiting for them. Returns the exit code."""
     if dist_utils.under_torchrun():
         return join_and_run(args, config, plan, int(os.environ["LOCAL_RANK"]))
@@ -142,7 +138,7 @@ def launch(args: argparse.Namespace, config: dict, plan: Launch) -> int:
     return run(args, config, torch.device(plan.device, 0) if plan.device == "cuda" else torch.device("cpu"))
 
 
-def spawn(args: argparse.Namespace, config: dict, plan: Launch) -> int:
+def spawn(args: argparse.Namespace, config: Configuration, plan: Launch) -> int:
     """Start this node's processes and wait for them, passing on signals. Raises what they failed with."""
     mistakes = torch.multiprocessing.get_context("spawn").SimpleQueue()
     processes = torch.multiprocessing.spawn(_spawned, (args, config, plan, mistakes), nprocs=plan.local, join=False)
@@ -167,7 +163,7 @@ def spawn(args: argparse.Namespace, config: dict, plan: Launch) -> int:
             signal.signal(signum, handler)
 
 
-def _spawned(local_rank: int, args: argparse.Namespace, config: dict, plan: Launch, mistakes) -> None:
+def _spawned(local_rank: int, args: argparse.Namespace, config: Configuration, plan: Launch, mistakes) -> None:
     os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
     os.environ.update(
         RANK=str(args.node_rank * plan.local + local_rank),
@@ -185,7 +181,7 @@ def _spawned(local_rank: int, args: argparse.Namespace, config: dict, plan: Laun
         sys.exit(1)
 
 
-def join_and_run(args: argparse.Namespace, config: dict, plan: Launch, local_rank: int) -> int:
+def join_and_run(args: argparse.Namespace, config: Configuration, plan: Launch, local_rank: int) -> int:
     device = torch.device("cuda", local_rank) if plan.device == "cuda" else torch.device("cpu")
     dist_utils.init_process_group(device)
     try:
@@ -198,7 +194,7 @@ def join_and_run(args: argparse.Namespace, config: dict, plan: Launch, local_ran
 # --- one process -----------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace, config: dict, device: torch.device) -> int:
+def run(args: argparse.Namespace, config: Configuration, device: torch.device) -> int:
     """Build everything by name, then try, profile or train. Returns the exit code."""
     trainer = build_trainer(args, config, device)
     if dist_utils.is_main():
@@ -213,21 +209,26 @@ def run(args: argparse.Namespace, config: dict, device: torch.device) -> int:
     return 0
 
 
-def build_trainer(args: argparse.Namespace, config: dict, device: torch.device) -> BasicTrainer:
+def build_trainer(args: argparse.Namespace, config: Configuration, device: torch.device) -> BasicTrainer:
     """Data, models with their weights, and the trainer around them."""
     if device.type == "cpu":
         keep_freed_memory()
-    trainer_class = TRAINERS.get(config["trainer"]["name"], "trainer.name")
-    plan = dist_utils.broadcast_object(
-        plan_weights(config, trainer_class, args.output_dir, args.load_dir, args.ckpt) if dist_utils.is_main() else None
-    )
-    dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
-    dataset = dataset_class(args.data_dir, split="train", **config["dataset"].get("args", {}))
-    trainer_args = config["trainer"].get("args", {})
-    torch.manual_seed(derive_seed("models", trainer_args.get("seed", 0)))
-    models = {name: model_registry.build(spec, f"models.{name}") for name, spec in config["models"].items()}
+    models, dataset, trainer = (config.completed[key] for key in ("models", "dataset", "trainer"))
+    trainer_class = TRAINERS.get(trainer["name"], "trainer.name")
+    plan = None
+    if dist_utils.is_main():
+        plan = plan_weights(config.completed, trainer_class, args.output_dir, args.load_dir, args.ckpt)
+    plan = dist_utils.broadcast_object(plan)
+    data = DATASETS.get(dataset["name"], "dataset.name")(args.data_dir, split="train", **dataset["args"])
+    torch.manual_seed(derive_seed("models", trainer["args"]["seed"]))
     return trainer_class(
-        models, dataset, output_dir=args.output_dir, device=device, plan=plan, config=config, **trainer_args
+        {name: model_registry.build(spec, f"models.{name}") for name, spec in models.items()},
+        data,
+        output_dir=args.output_dir,
+        device=device,
+        plan=plan,
+        config=config.written,
+        **trainer["args"],
     )
 
 

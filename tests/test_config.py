@@ -5,10 +5,14 @@ import json
 from typing import Annotated, Literal
 
 import pytest
-from helpers import tiny_config
+import torch
+from helpers import ROOT, tiny_config
 
 import train
+from trellis.models import MODELS, build
+from trellis.modules.quantizers.base import Quantizer
 from trellis.trainers import SparseStructureVaeTrainer, SparseStructureVqVaeTrainer
+from trellis.trainers.configuration import TRELLIS_ARGS, as_list, complete_config
 from trellis.utils.config import (
     Count,
     Range,
@@ -68,7 +72,7 @@ class Parent(Grandparent):
 
 
 class Child(Parent):
-    runtime_args = ("mode",)
+    dropped_args = ("mode",)
 
     def __init__(self, *args, extra: Literal["p", "q"] = "p", **kwargs):
         pass
@@ -105,7 +109,10 @@ def test_arguments_follow_keywords_up_to_the_constructor_that_takes_no_more():
 )
 def test_arguments_are_checked_against_the_constructor(cls, args, message):
     if message is None:
-        check_args(args, cls, "w.args")
+        completed = check_args(args, cls, "w.args")
+        defaults = {name: default for name, (_, default) in config_arguments(cls).items()}
+        assert completed == {**defaults, **args} and list(completed) == list(defaults)
+        assert check_args(completed, cls, "w.args") == completed
         return
     with pytest.raises(ConfigError) as error:
         check_args(args, cls, "w.args")
@@ -223,6 +230,31 @@ def test_differing_keys_are_the_deepest_paths():
 # --- whole configurations ---
 
 
+def flat(config: dict, where: str = "") -> dict:
+    """Values by dotted path, without the args of optimizers, schedules and clippers."""
+    values = {}
+    for key, value in config.items():
+        deeper = isinstance(value, dict) and key not in ("optimizer", "lr_scheduler", "grad_clip")
+        values |= flat(value, f"{where}{key}.") if deeper else {f"{where}{key}": value}
+    return values
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_passes(path):
+    config = load_config(str(path))
+    unchanged = copy.deepcopy(config)
+    for world_size in (1, 2):
+        completed = train.check_config(config, world_size)
+        assert train.check_config(completed, world_size) == completed == json.loads(json.dumps(completed))
+    assert config == unchanged
+    # Whatever the file says comes back, but for TRELLIS's names.
+    own = copy.deepcopy(config)
+    own["trainer"]["args"] = {k: v for k, v in own["trainer"]["args"].items() if k not in TRELLIS_ARGS}
+    filled = {k: v for k, v in flat(completed).items() if k in flat(own)}
+    same_form = {"trainer.args.freeze": sorted, "trainer.args.ema_rate": as_list}
+    assert filled == {k: same_form.get(k, lambda value: value)(v) for k, v in flat(own).items()}
+
+
 def trellis_config() -> dict:
     """The arguments of a VAE configuration as users of TRELLIS have them."""
     model = {"latent_channels": 8, "num_res_blocks": 2, "num_res_blocks_middle": 2, "use_fp16": True}
@@ -263,6 +295,7 @@ def trellis_config() -> dict:
         {},
         {"fp16_mode": None},
         {"fp16_mode": "amp"},
+        {"batch_split": None},
         {"ema_rate": 0.9999, "log_param_stats": True, "prefetch_data": False, "finetune_ckpt": None},
         {"i_print": 1000, "i_ddpcheck": 10000, "grad_clip": 1.0, "lr_scheduler": None},
         {"lr_scheduler": {"name": "LinearWarmupLRScheduler", "args": {"warmup_steps": 1000}}},
@@ -272,7 +305,25 @@ def trellis_config() -> dict:
 def test_a_configuration_of_trellis_passes_as_it_is(change):
     config = trellis_config()
     config["trainer"]["args"].update(change)
-    train.check_config(config, 8)
+    unchanged = copy.deepcopy(config)
+    args = train.check_config(config, 8)["trainer"]["args"]
+    assert config == unchanged and not args.keys() & TRELLIS_ARGS.keys()
+    assert args["mix_precision_mode"] == config["trainer"]["args"]["fp16_mode"]
+    assert args["mix_precision_dtype"] == "float16" and args["batch_split"] == 1
+
+
+def test_defaults_are_filled_in_once_and_equal_settings_get_one_form():
+    config = tiny_config(VQ, freeze=["encoder", "decoder"], ema_rate=0.9)
+    del config["dataset"]["args"]["resolution"]
+    config["models"]["quantizer"]["name"] = "FiniteScalarQuantizer"
+    config["models"]["quantizer"]["args"] = {}
+    completed = complete_config(config)
+    quantizer = {"n_embed": 8192, "embed_dim": 8, "latent_channels": 8, "group": None, "init": "kmeans"}
+    assert completed["models"]["quantizer"]["args"] == {**quantizer, "levels": [8, 8, 8, 4, 4]}
+    assert completed["dataset"]["args"] == {"resolution": 64, "min_aesthetic_score": None, "augmentation": "none"}
+    args = completed["trainer"]["args"]
+    assert (args["freeze"], args["ema_rate"], args["lambda_commit"]) == (["decoder", "encoder"], [0.9], 0.25)
+    assert complete_config(completed) == completed
 
 
 @pytest.mark.parametrize(
@@ -280,11 +331,13 @@ def test_a_configuration_of_trellis_passes_as_it_is(change):
     [
         ({"elastic": {"name": "LinearMemoryController"}}, "trainer.args.elastic is"),
         ({"batch_size_per_gpu": None}, "give either batch_size (over all ranks) or batch_size_per_gpu"),
+        ({"batch_size": 32}, "give either batch_size (over all ranks) or batch_size_per_gpu"),
         ({"batch_split": 3}, "batch_split is 3, which does not divide the 4 samples of a rank"),
         ({"batch_size": 12, "batch_size_per_gpu": None}, "batch_size is 12, which does not divide over 8 ranks"),
         ({"ema_rate": [0.9, 1.5]}, "ema_rate is [0.9, 1.5]; it must be"),
         ({"seed": -1}, "seed is -1; it must be integer >= 0"),
         ({"fp16_mode": "fp16"}, 'fp16_mode is "fp16"; it must be "amp" or "inflat_all"'),
+        ({"fp16_mode": "unset"}, 'fp16_mode is "unset"; it must be "amp" or "inflat_all"'),
         ({"lambda_kl": float("inf")}, "lambda_kl is Infinity; it must be number >= 0"),
         ({"finetune_ckpt": {"decodr": "x"}}, "finetune_ckpt has 'decodr'; did you mean decoder?"),
         ({"finetune_ckpt": {"decoder": None}}, "finetune_ckpt is"),
@@ -336,3 +389,20 @@ def test_what_the_program_gives_is_not_for_a_configuration_to_set():
     assert vq.keys() - vae.keys() == codebook
     assert vae.keys() - vq.keys() == {"lambda_kl"}
     assert (vq["lambda_vq"][1], vq["lambda_commit"][1]) == (1.0, 0.25)
+
+
+# --- quantizers ---
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODELS.classes if not name.startswith("SparseStructure")))
+def test_every_quantizer_names_its_losses_and_each_has_a_weight(name):
+    """The trainer weighs losses by name; a loss that no argument weighs could not be added unnoticed."""
+    sizes = {"n_embed": 8, "embed_dim": 4, "latent_channels": 4}
+    if name == "FiniteScalarQuantizer":
+        sizes = {**sizes, "n_embed": 12, "levels": [4, 3]}
+    quantizer = build({"name": name, "args": sizes})
+    assert isinstance(quantizer, Quantizer)
+    z = torch.randn(2, 4, 2, 2, 2, requires_grad=True)
+    for training in (True, False):
+        assert tuple(quantizer.train(training)(z).losses) == quantizer.losses
+    assert {f"lambda_{loss}" for loss in quantizer.losses} <= config_arguments(SparseStructureVqVaeTrainer).keys()

@@ -402,6 +402,84 @@ def test_a_wrong_configuration_is_one_clear_error(override, message, write_confi
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["trainer.args.lambda_entropy=0.5"], "lambda_entropy is 0.5, but VectorQuantizer has no entropy loss"),
+        (["trainer.args.lambda_kl=0.1"], "trainer.args.lambda_kl is unknown"),
+        (["trainer.args.loss_type=none"], 'loss_type is "none", which trains the codebook alone; add encoder and'),
+        (["trainer.args.latent_cache=true"], "latent_cache keeps what a frozen encoder computes"),
+        (
+            ["trainer.args.latent_cache=true", 'trainer.args.freeze=["encoder"]', "dataset.args.augmentation=all"],
+            'latent_cache keeps one latent of each object, but dataset.args.augmentation is "all"',
+        ),
+        (["models.quantizer.args.embed_dim=6"], "models.quantizer.args: embed_dim 6 is no multiple"),
+        (["models.quantizer.args.embed_dim=8", "models.quantizer.args.latent_channels=8"], "latent_channels is 8, but"),
+        (
+            ["models.quantizer.args.embed_dim=12", "models.quantizer.args.group=[3, 1, 1]"],
+            "models.quantizer.args: a code of embed_dim 12 covers 3 cells along x, and the latent's 4 cells",
+        ),
+        (["models.quantizer.args.group=[2, 1, 1]"], "models.quantizer.args: group is [2, 1, 1]"),
+        (["models.quantizer.args.levels=[8, 4]"], "models.quantizer.args.levels is unknown"),
+        (
+            ["models.quantizer.name=FiniteScalarQuantizer"],
+            "models.quantizer.args: levels [8, 8, 8, 4, 4] make 8192 codes",
+        ),
+        (['models.quantizer={"name": "SparseStructureDecoder", "args": {}}'], "models.quantizer.args.out_channels is"),
+        (["models.quantizer.name=LookupFreeQuantizer", "models.quantizer.args.n_embed=30"], "30 is no power of two"),
+        (
+            ["models.decoder.args.latent_channels=8"],
+            "models.decoder.args.latent_channels is 8, but the encoder's latent",
+        ),
+        (["models.decoder.args.channels=[8, 4]"], "models.decoder.args.channels has 2 levels, but the encoder's has 3"),
+        (
+            ["models.decoder.args.out_channels=2"],
+            "models.decoder.args.out_channels is 2, but an occupancy grid has one",
+        ),
+        (
+            ['models.encoder={"name": "VectorQuantizer"}'],
+            "models.encoder.name is 'VectorQuantizer', which is no encoder",
+        ),
+        (["dataset.args.resolution=18"], "dataset.args.resolution is 18, but a latent cell of the encoder covers 4"),
+        (['trainer.args.lr_multipliers={"codebook": 2}'], "lr_multipliers has 'codebook', which is not trained here"),
+        (["trainer.args.revive_until=2"], "trainer.args.revive_until is 2; it must be number >= 0 and <= 1"),
+    ],
+)
+def test_a_wrong_vq_configuration_is_found_before_data(overrides, message, write_config, tmp_path, capsys):
+    """The data folder does not even exist."""
+    flags = ["--data_dir", tmp_path / "none", "--output_dir", tmp_path / "out"]
+    for override in overrides:
+        flags += ["--set", override]
+    assert run("--config", write_config(tiny_config(VQ)), *flags) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_old_run_whose_configuration_no_longer_holds_is_one_clear_error(data_dir, write_config, tmp_path, capsys):
+    path = write_config(tiny_config(max_steps=1, i_eval=100))
+    flags = ("--config", path, "--data_dir", data_dir, "--output_dir", tmp_path / "run")
+    assert run(*flags) == 0
+    misc_path = tmp_path / "run" / "ckpts" / "misc_step0000001.pt"
+    misc = torch.load(misc_path, weights_only=True)
+    misc["config"]["trainer"]["args"]["lr_scaling"] = "trust_ratios"
+    torch.save(misc, misc_path)
+    capsys.readouterr()
+    assert run(*flags) == 1
+    error = capsys.readouterr().err
+    assert (
+        'does not take its configuration: trainer.args.lr_scaling is "trust_ratios"; it must be "none" or "rms"'
+        in error
+    )
+    assert "scripts/export_pretrained.py" in error
+
+
+def test_the_run_folder_keeps_what_the_user_wrote(vae_run):
+    written = json.loads((vae_run.parent / "config.json").read_text())
+    assert json.loads((vae_run / "config.json").read_text()) == written
+    assert Checkpoints(vae_run).read_misc(4)["config"] == written and "seed" not in written["trainer"]["args"]
+
+
 def test_the_vq_trainer_has_no_kl(write_config, tmp_path, capsys):
     config = tiny_config(VQ, lambda_kl=1e-3)
     assert run("--config", write_config(config), "--data_dir", tmp_path, "--output_dir", tmp_path / "out") == 1

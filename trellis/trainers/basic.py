@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,15 +21,17 @@ from torch.profiler import record_function
 from ..datasets.base import StandardDatasetBase
 from ..datasets.batches import endless_batches
 from ..grids.preview import save_png
+from ..models import build
 from ..runs.checkpoint import Checkpoints
 from ..runs.folder import open_run_folder
 from ..utils import dist_utils
-from ..utils.config import Count, Range, check_args
+from ..utils.config import Count, Range
 from ..utils.environment import tuned_convolutions, versions
 from ..utils.errors import ConfigError
 from ..utils.files import written_aside
 from ..utils.registry import did_you_mean
 from . import optim
+from .configuration import as_list, complete_config
 from .ema import EMA
 from .interrupt import StopRequests
 from .logger import PendingSteps, Progress, RunLog
@@ -50,88 +52,70 @@ if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
 
 
 class BasicTrainer:
-    """Trains models on a dataset, on one process or as one rank of several.
+    """Trains models on a dataset, on one process or as one rank of several."""
 
-    From the program: models {key: module}; dataset, the training split; output_dir, the run folder; device;
-    plan, where weights come from; config, the whole configuration, kept in the run folder.
-
-    From the configuration:
-    max_steps: optimizer steps. batch_size: samples per step over all ranks, or batch_size_per_gpu: per rank.
-    batch_split: parts that each rank's batch is worked off in. optimizer, lr_scheduler, grad_clip: see
-    `optim`. lr_scaling: "rms" makes lr relative to each tensor's RMS at the start, "trust_ratio" to the RMS
-    that it has at each step. lr_multipliers: {model: factor of its lr}. freeze: model keys that are not trained.
-    ema_rate: one or several. mix_precision_mode: null for fp32, "amp" or "inflat_all" (see `precision`), with
-    mix_precision_dtype. fp16_mode: TRELLIS's name for the mode, with float16. fp16_scale_growth: log2 growth of
-    the loss scale per step. finetune_ckpt: {model: weights} to start from. elastic: must be null; it belongs
-    to TRELLIS's sparse models. log_param_stats: log the RMS of every parameter. prefetch_data: load the next
-    batches while the model works. num_workers: loading processes per rank; null chooses. seed: of everything
-    random. i_print, i_log, i_eval, i_sample, i_save, i_ddpcheck: steps between terminal lines, log entries,
-    validations, pictures, checkpoints and checks that ranks agree. keep_last: checkpoints to keep beside the
-    best; null keeps all.
-    """
-
-    model_keys: tuple[str, ...] = ()
-    best_by = "iou"
+    model_keys: tuple[str, ...] = ()  # keys that `models` must have
+    best_by = "iou"  # the validation score that is highest at the best step
     runtime_args = ("models", "dataset", "output_dir", "device", "plan", "config")
 
     def __init__(
         self,
         models: dict[str, nn.Module],
-        dataset: StandardDatasetBase,
+        dataset: StandardDatasetBase,  # the training split
         *,
-        output_dir: str,
+        output_dir: str,  # the run folder
         device: torch.device,
-        plan: WeightPlan,
-        config: dict,
-        max_steps: Count,
-        batch_size: Count | None = None,
-        batch_size_per_gpu: Count | None = None,
-        batch_split: Count | None = None,
-        optimizer: dict,
+        plan: WeightPlan,  # where weights come from
+        config: dict,  # as the user wrote it; kept in the run folder and in checkpoints
+        # All that follows is `trainer.args` of a configuration.
+        max_steps: Count,  # optimizer steps
+        batch_size: Count | None = None,  # samples per step over all ranks
+        batch_size_per_gpu: Count | None = None,  # samples per step of each rank; give one of the two
+        batch_split: Count = 1,  # micro-batches per step of each rank (gradient accumulation)
+        optimizer: dict,  # {"name", "args"} of a class of torch.optim, or ConvMuon
+        # {"name", "args", "warmup_steps"} of a class of torch.optim.lr_scheduler, or LinearWarmupLRScheduler
         lr_scheduler: dict | None = None,
+        # "rms": the lr of each tensor is the given one times its RMS at the start of the run
         lr_scaling: optim.LrScaling = "none",
-        lr_multipliers: dict[str, Annotated[float, Range(0, open_min=True)]] | None = None,
-        grad_clip: dict | float | None = None,
-        freeze: list[str] = (),
+        lr_multipliers: dict[str, Annotated[float, Range(0, open_min=True)]] | None = None,  # {model: factor of its lr}
+        grad_clip: dict | float | None = None,  # largest gradient norm, or {"name": "AdaptiveGradClipper", "args"}
+        freeze: Sequence[str] = (),  # keys of models that are not trained
+        # decay of the averaged weights per step; a list keeps several averages
         ema_rate: Annotated[float, Range(0, 1)] | list[Annotated[float, Range(0, 1)]] = 0.9999,
+        # null: fp32; "amp": autocast around fp32 weights; "inflat_all": TRELLIS's name, the same (see `precision`)
         mix_precision_mode: Literal["amp", "inflat_all"] | None = "amp",
         mix_precision_dtype: Literal["float16", "bfloat16"] = "bfloat16",
-        fp16_mode: Literal["amp", "inflat_all", "unset"] | None = "unset",
-        fp16_scale_growth: Annotated[float, Range(0)] = 1e-3,
-        finetune_ckpt: dict[str, str] | None = None,
-        elastic: None = None,
-        log_param_stats: bool = False,
-        prefetch_data: bool = True,
-        num_workers: Annotated[int, Range(0)] | None = None,
-        seed: Annotated[int, Range(0)] = 0,
-        i_print: Count = 1000,
-        i_log: Count = 500,
-        i_eval: Count = 10000,
-        i_sample: Count = 10000,
-        i_save: Count = 10000,
-        i_ddpcheck: Count = 10000,
-        keep_last: Count | None = None,
+        fp16_scale_growth: Annotated[float, Range(0)] = 1e-3,  # log2 growth of the fp16 loss scale per step
+        finetune_ckpt: dict[str, str] | None = None,  # {model: weights file, exported pair or Hub path} to start from
+        log_param_stats: bool = False,  # log the RMS of every parameter
+        prefetch_data: bool = True,  # load several batches ahead
+        num_workers: Annotated[int, Range(0)] | None = None,  # loading processes per rank; null: chosen by the machine
+        seed: Annotated[int, Range(0)] = 0,  # of all random numbers
+        i_print: Count = 1000,  # steps between lines on the terminal
+        i_log: Count = 500,  # steps between entries in log.txt and TensorBoard
+        i_eval: Count = 10000,  # steps between validations
+        i_sample: Count = 10000,  # steps between pictures
+        i_save: Count = 10000,  # steps between checkpoints
+        i_ddpcheck: Count = 10000,  # steps between checks that ranks have equal weights
+        keep_last: Count | None = None,  # checkpoints to keep beside the best one; null: all
     ):
         self.models, self.dataset, self.device, self.config = models, dataset, device, config
         self.output_dir, self.plan = Path(output_dir), plan
         self.checkpoints = Checkpoints(output_dir)
-        self.max_steps, self.batch_split, self.seed = max_steps, batch_split or 1, seed
+        self.max_steps, self.batch_split, self.seed = max_steps, batch_split, seed
         world = dist_utils.world_size()
-        self.batch_per_rank = batch_size_per_gpu or batch_size // world
+        self.batch_per_rank = samples_per_rank(batch_size, batch_size_per_gpu, world, "trainer.args")
         self.global_batch = self.batch_per_rank * world
-        self.micro_batch_size = self.batch_per_rank // self.batch_split
+        self.micro_batch_size = self.batch_per_rank // batch_split
         self.optimizer_spec, self.scheduler_spec = optimizer, lr_scheduler
         self.lr_scaling, self.lr_multipliers = lr_scaling, lr_multipliers
         self.clipper = optim.build_grad_clipper(grad_clip)
-        self.ema_rates = [float(rate) for rate in (ema_rate if isinstance(ema_rate, list) else [ema_rate])]
+        self.ema_rates = [float(rate) for rate in as_list(ema_rate)]
         self.log_param_stats, self.prefetch_data, self.num_workers = log_param_stats, prefetch_data, num_workers
         self.i_log, self.i_eval = i_log, i_eval
         self.i_sample, self.i_save, self.i_ddpcheck, self.keep_last = i_sample, i_save, i_ddpcheck, keep_last
 
-        mode, dtype = mix_precision_mode, mix_precision_dtype
-        if fp16_mode != "unset":
-            mode, dtype = fp16_mode, "float16"
-        self.precision = Precision(mode, dtype, device, fp16_scale_growth)
+        self.precision = Precision(mix_precision_mode, mix_precision_dtype, device, fp16_scale_growth)
 
         self.trained = {name: model for name, model in models.items() if name not in freeze}
         self.frozen = {name: model for name, model in models.items() if name in freeze}
@@ -170,34 +154,48 @@ class BasicTrainer:
         return {}
 
     @classmethod
-    def check_config(cls, config: dict, world_size: int) -> None:
-        """Raise ConfigError for trainer arguments that cannot run, before anything is built."""
-        args, where = config["trainer"].get("args", {}), "trainer.args"
-        check_args(args, cls, where)
-        models = config["models"]
+    def check_config(cls, config: dict, world_size: int) -> dict[str, Any]:
+        """Return the completed configuration (see `complete_config`).
+
+        Raise ConfigError for anything in it that cannot run, before data are read or memory is allocated.
+        """
+        config = complete_config(config)
+        with torch.device("meta"):  # shapes only: finds what a constructor refuses, at no cost
+            models = {name: build(spec, f"models.{name}") for name, spec in config["models"].items()}
         for key in models:
             if key not in cls.model_keys:
                 raise ConfigError(f"models.{key} is unknown to {cls.__name__}{did_you_mean(key, cls.model_keys)}")
         for key in cls.model_keys:
             if key not in models:
                 raise ConfigError(f"models.{key} is missing; {cls.__name__} trains {', '.join(cls.model_keys)}")
-        for name in args.get("freeze", ()):
+
+        args, where = config["trainer"]["args"], "trainer.args"
+        for name in args["freeze"]:
             if name not in models:
                 raise ConfigError(f"{where}.freeze has {name!r}{did_you_mean(name, models)}")
-        if not set(models) - set(args.get("freeze", ())):
+        trained = [name for name in models if name not in args["freeze"]]
+        if not trained:
             raise ConfigError(f"{where}.freeze names every model, so nothing would be trained; leave one out")
-        for name in args.get("finetune_ckpt") or ():
+        for name in args["finetune_ckpt"] or ():
             if name not in models:
                 raise ConfigError(f"{where}.finetune_ckpt has {name!r}{did_you_mean(name, models)}")
-        _check_batch(args, world_size, where)
+        per_rank = samples_per_rank(args["batch_size"], args["batch_size_per_gpu"], world_size, where)
+        if per_rank % args["batch_split"]:
+            split = args["batch_split"]
+            raise ConfigError(f"{where}.batch_split is {split}, which does not divide the {per_rank} samples of a rank")
         optim.check_optimizer(args["optimizer"], f"{where}.optimizer")
-        trained = [name for name in models if name not in args.get("freeze", ())]
-        lr_scaling, lr_multipliers = args.get("lr_scaling", "none"), args.get("lr_multipliers")
-        optim.check_lr_factors(lr_scaling, lr_multipliers, trained, args["optimizer"], where)
-        optim.check_lr_scheduler(
-            args.get("lr_scheduler"), args["optimizer"], args["max_steps"], f"{where}.lr_scheduler"
-        )
-        optim.build_grad_clipper(args.get("grad_clip"), f"{where}.grad_clip")
+        optim.check_lr_factors(args["lr_scaling"], args["lr_multipliers"], trained, args["optimizer"], where)
+        optim.check_lr_scheduler(args["lr_scheduler"], args["optimizer"], args["max_steps"], f"{where}.lr_scheduler")
+        optim.build_grad_clipper(args["grad_clip"], f"{where}.grad_clip")
+        cls.check_models(models, config)
+        return config
+
+    @classmethod
+    def check_models(cls, models: dict[str, nn.Module], config: dict) -> None:
+        """Raise ConfigError for models that do not fit each other, the data's settings or the trainer's arguments.
+
+        models: on the meta device. config: completed.
+        """
 
     # --- the loop ---
 
@@ -554,16 +552,16 @@ class BasicTrainer:
         return {name: value.item() for name, value in losses.items()}
 
 
-def _check_batch(args: dict, world_size: int, where: str) -> None:
-    total, per_rank = args.get("batch_size"), args.get("batch_size_per_gpu")
-    if (total is None) == (per_rank is None):
-        raise ConfigError(f"{where}: give either batch_size (over all ranks) or batch_size_per_gpu, not both or none")
-    if total is not None and total % world_size:
-        raise ConfigError(f"{where}.batch_size is {total}, which does not divide over {world_size} ranks")
-    per_rank = per_rank or total // world_size
-    split = args.get("batch_split") or 1
-    if per_rank % split:
-        raise ConfigError(f"{where}.batch_split is {split}, which does not divide the {per_rank} samples of a rank")
+def samples_per_rank(batch_size: int | None, batch_size_per_gpu: int | None, world_size: int, where: str) -> int:
+    """Return the samples per step of a rank from one of the two arguments. Raise ConfigError unless there is one that
+    divides over the ranks. where: the path of both arguments' parent."""
+    if batch_size is not None and batch_size_per_gpu is None:
+        if batch_size % world_size:
+            raise ConfigError(f"{where}.batch_size is {batch_size}, which does not divide over {world_size} ranks")
+        return batch_size // world_size
+    if batch_size is None and batch_size_per_gpu is not None:
+        return batch_size_per_gpu
+    raise ConfigError(f"{where}: give either batch_size (over all ranks) or batch_size_per_gpu, not both or none")
 
 
 # --- the loss as one module ---

@@ -1,9 +1,10 @@
-"""Reading a configuration and checking all of it before anything is built.
+"""Reading a configuration, checking it and filling in defaults, before anything is built.
 
 The schema of a component's `args` is its constructor: names, defaults and annotations. `Annotated[int,
-Range(min=1)]` adds a range. An argument that is not in the signature is an error, with the nearest right name.
+Range(min=1)]` adds a range. An argument that is not in the signature is an error that names the nearest right one.
 """
 
+import collections.abc
 import inspect
 import json
 import math
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from .errors import ConfigError
-from .registry import did_you_mean
+from .registry import Registry, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ Count = Annotated[int, Range(min=1)]
 
 
 def load_config(path: str) -> dict:
-    """Read a JSON configuration. Raises ConfigError for a missing file, bad JSON or a key given twice."""
-
+    """Read a JSON configuration. Raise ConfigError for a missing file, bad JSON or a key given twice."""
     try:
         with open(path, encoding="utf-8") as file:
             config = _parse(file.read(), path)
@@ -57,7 +57,7 @@ def load_config(path: str) -> dict:
 
 
 def _parse(text: str, where: str) -> Any:
-    """JSON in which no key is given twice and every number is finite."""
+    """Parse JSON in which no key is given twice and every number is finite."""
 
     def no_duplicates(pairs):
         keys = [key for key, _ in pairs]
@@ -75,7 +75,7 @@ def _parse(text: str, where: str) -> Any:
 def apply_override(config: dict, assignment: str) -> None:
     """Apply one `path.to.key=value` in place. The value is JSON, or else a plain string.
 
-    The parent of the key must exist; whether the key is known is for the check that follows.
+    The parent of the key must exist. Whether the key is known is checked later, with the whole configuration.
     """
     path, equals, text = assignment.partition("=")
     keys = path.split(".")
@@ -103,13 +103,13 @@ def apply_override(config: dict, assignment: str) -> None:
 
 
 def json_type(value: Any) -> str:
-    """What a JSON reader would call this value."""
+    """Return what JSON calls this value's type."""
     names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "list", dict: "object"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def describe(annotation: Any) -> str:
-    """An annotation in a user's words, such as "integer >= 1 or null"."""
+    """Return an annotation in a user's words, such as "integer >= 1 or null"."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return f"{describe(args[0])} {args[1]}"
@@ -117,7 +117,7 @@ def describe(annotation: Any) -> str:
         return " or ".join(json.dumps(choice) for choice in args)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(arg) for arg in args)
-    if origin is list:
+    if origin in (list, collections.abc.Sequence):
         return f"list of {describe(args[0])}"
     if origin is dict or annotation is dict:
         return "object"
@@ -129,8 +129,10 @@ def describe(annotation: Any) -> str:
 
 
 def matches(value: Any, annotation: Any) -> bool:
-    """Whether a JSON value fits an annotation. An integer fits float; a boolean is no number, nor is what is
-    too large for one (1e999)."""
+    """Return whether a JSON value fits an annotation.
+
+    An integer fits float. Neither a boolean nor a number out of range (1e999) is a number.
+    """
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return matches(value, args[0]) and all(value in bound for bound in args[1:] if isinstance(bound, Range))
@@ -138,7 +140,7 @@ def matches(value: Any, annotation: Any) -> bool:
         return any(value == choice and type(value) is type(choice) for choice in args)
     if origin in (Union, types.UnionType):
         return any(matches(value, arg) for arg in args)
-    if origin is list:
+    if origin in (list, collections.abc.Sequence):
         return isinstance(value, list) and all(matches(item, args[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(matches(item, args[1]) for item in value.values())
@@ -152,12 +154,15 @@ def matches(value: Any, annotation: Any) -> bool:
 
 
 def config_arguments(cls: type) -> dict[str, tuple[Any, Any]]:
-    """The arguments a configuration may give a class: {name: (annotation, default)}.
+    """Return the arguments that a configuration may give a class: {name: (annotation, default)}.
 
-    A `**kwargs` continues with the parent's constructor. What `cls.runtime_args` names is given by the
-    program and is not the configuration's to set. A missing default is `inspect.Parameter.empty`.
+    `**kwargs` continues with the parent's constructor. Two attributes of a class, inherited by its subclasses, leave
+    arguments out: `runtime_args`, given by the program, and `dropped_args`, of a parent but not of this class.
+    A missing default is `inspect.Parameter.empty`.
     """
-    hidden = {"self"}.union(*(vars(ancestor).get("runtime_args", ()) for ancestor in cls.__mro__))
+    hidden = {"self"}
+    for ancestor in cls.__mro__:
+        hidden.update(vars(ancestor).get("runtime_args", ()), vars(ancestor).get("dropped_args", ()))
     arguments: dict[str, tuple[Any, Any]] = {}
     for ancestor in cls.__mro__:
         constructor = vars(ancestor).get("__init__")
@@ -174,24 +179,38 @@ def config_arguments(cls: type) -> dict[str, tuple[Any, Any]]:
     return arguments
 
 
-def check_args(args: Any, cls: type, where: str) -> None:
-    """Check the `args` of one component against its constructor. `where` is their path in the file."""
+def check_value(value: Any, annotation: Any, where: str) -> None:
+    """Raise ConfigError unless the value at the path `where` fits the annotation."""
+    if not matches(value, annotation):
+        raise ConfigError(f"{where} is {json.dumps(value)}; it must be {describe(annotation)}")
+
+
+def fill_in(args: dict, cls: type) -> dict[str, Any]:
+    """Return the arguments with the class's defaults filled in, as JSON values in the constructor's order."""
+    defaults = {name: default for name, (_, default) in config_arguments(cls).items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in (defaults | args).items()}
+
+
+def check_args(args: Any, cls: type, where: str) -> dict[str, Any]:
+    """Return the `args` of a component with defaults filled in. `where` is their path in the file.
+
+    Raise ConfigError for arguments that its constructor does not take, lacks, or takes with other values.
+    """
     if not isinstance(args, dict):
         raise ConfigError(f"{where} is a {json_type(args)}; it must be an object of arguments of {cls.__name__}")
     known = config_arguments(cls)
     for name, value in args.items():
         if name not in known:
             raise ConfigError(f"{where}.{name} is unknown{did_you_mean(name, known)}")
-        annotation, _ = known[name]
-        if not matches(value, annotation):
-            raise ConfigError(f"{where}.{name} is {json.dumps(value)}; it must be {describe(annotation)}")
+        check_value(value, known[name][0], f"{where}.{name}")
     for name, (annotation, default) in known.items():
         if default is inspect.Parameter.empty and name not in args:
             raise ConfigError(f"{where}.{name} is missing; give it as {describe(annotation)}")
+    return fill_in(args, cls)
 
 
 def check_component(spec: Any, where: str) -> None:
-    """Check that `spec` is {"name": string, "args": object}; `args` may be left out."""
+    """Raise ConfigError unless `spec` is {"name": string, "args": object}; `args` may be left out."""
     if not isinstance(spec, dict):
         raise ConfigError(f'{where} is a {json_type(spec)}; it must be an object {{"name": …, "args": {{…}}}}')
     for key in spec:
@@ -203,8 +222,15 @@ def check_component(spec: Any, where: str) -> None:
         raise ConfigError(f"{where}.args is a {json_type(spec['args'])}; it must be an object")
 
 
+def complete_component(spec: Any, registry: Registry, where: str) -> dict[str, Any]:
+    """Return {"name", "args"} of a class of the registry with defaults filled in. Raise ConfigError for a mistake."""
+    check_component(spec, where)
+    cls = registry.get(spec["name"], f"{where}.name")
+    return {"name": spec["name"], "args": check_args(spec.get("args", {}), cls, f"{where}.args")}
+
+
 def differing_keys(old: Any, new: Any, where: str = "") -> list[str]:
-    """Paths at which two configurations differ, such as "trainer.args.optimizer.args.lr"."""
+    """Return the paths at which two configurations differ, such as "trainer.args.optimizer.args.lr"."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         missing = object()

@@ -14,9 +14,11 @@ from ...datasets.sparse_structure import SparseStructure
 from ...evaluation.evaluate import Reconstruction, evaluate
 from ...evaluation.metrics import gaussian_kl_bits
 from ...grids.preview import contact_sheet
+from ...models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
 from ...modules.losses import RECONSTRUCTION_LOSSES, ReconstructionLoss, gaussian_kl
 from ...utils import dist_utils
 from ...utils.config import Range
+from ...utils.errors import ConfigError
 from ...utils.random_utils import sample_noise
 from ..basic import BasicTrainer
 
@@ -27,10 +29,7 @@ EVALUATION_SEED = 0
 
 
 class SparseStructureVaeTrainer(BasicTrainer):
-    """Trains `encoder` and `decoder` on a reconstruction loss and a KL term.
-
-    loss_type: one of `modules.losses`. lambda_kl: weight of the KL.
-    """
+    """Trains `encoder` and `decoder` on a reconstruction loss and a KL term."""
 
     model_keys: tuple[str, ...] = ("encoder", "decoder")
     dataset: SparseStructure
@@ -38,12 +37,41 @@ class SparseStructureVaeTrainer(BasicTrainer):
     def __init__(
         self,
         *args,
-        loss_type: ReconstructionLoss = "bce",
-        lambda_kl: Annotated[float, Range(0)] = 1e-6,
+        loss_type: ReconstructionLoss = "bce",  # reconstruction loss, see `modules.losses`
+        lambda_kl: Annotated[float, Range(0)] = 1e-6,  # weight of the KL
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.loss_type, self.lambda_kl = loss_type, lambda_kl
+
+    @classmethod
+    def check_models(cls, models: dict[str, nn.Module], config: dict) -> None:
+        encoder, decoder = models["encoder"], models["decoder"]
+        if not isinstance(encoder, SparseStructureEncoder):
+            raise ConfigError(f"models.encoder.name is {type(encoder).__name__!r}, which is no encoder")
+        if not isinstance(decoder, SparseStructureDecoder):
+            raise ConfigError(f"models.decoder.name is {type(decoder).__name__!r}, which is no decoder")
+        if encoder.in_channels != 1 or decoder.out_channels != 1:
+            raise ConfigError(
+                f"models.encoder.args.in_channels is {encoder.in_channels} and models.decoder.args.out_channels is "
+                f"{decoder.out_channels}, but an occupancy grid has one channel; set both to 1"
+            )
+        if decoder.latent_channels != encoder.latent_channels:
+            raise ConfigError(
+                f"models.decoder.args.latent_channels is {decoder.latent_channels}, but the encoder's latent has "
+                f"{encoder.latent_channels} channels; set it to {encoder.latent_channels}"
+            )
+        if len(decoder.channels) != len(encoder.channels):
+            raise ConfigError(
+                f"models.decoder.args.channels has {len(decoder.channels)} levels, but the encoder's has "
+                f"{len(encoder.channels)}; a grid keeps its size only with as many levels in both"
+            )
+        resolution = config["dataset"]["args"]["resolution"]
+        if resolution % encoder.downsampling:
+            raise ConfigError(
+                f"dataset.args.resolution is {resolution}, but a latent cell of the encoder covers "
+                f"{encoder.downsampling} voxels along an axis; use a multiple of {encoder.downsampling}"
+            )
 
     def training_losses(self, *, ss: Tensor, sample_ids: Tensor) -> tuple[EasyDict, EasyDict]:
         """Return (losses, status). losses: "loss", which is optimized, and its terms before weighting.

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ...evaluation.evaluate import Reconstruction
 from ...evaluation.metrics import codebook_counts
-from ...models import MODELS
 from ...models.sparse_structure_vae import SparseStructureEncoder
 from ...modules.losses import RECONSTRUCTION_LOSSES, ReconstructionLoss
 from ...modules.quantizers.base import Quantizer
@@ -30,33 +29,26 @@ from .sparse_structure_vae import SparseStructureVaeTrainer
 
 
 class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
-    """Trains `encoder`, `quantizer` and `decoder` on a reconstruction loss and the quantizer's losses.
+    """Trains `encoder`, `quantizer` and `decoder` on a reconstruction loss and the quantizer's losses."""
 
-    loss_type: as for the VAE, or "none": the codebook learns from its own loss alone and training runs no
-    decoder, which takes a frozen encoder and decoder. lambda_vq: weight of the codebook loss. lambda_commit:
-    weight of the commitment loss. lambda_entropy: weight of the entropy loss, of quantizers that have one.
-    revive_every: steps after which codes that nobody chose get new places, 0 for never; revive_until: share
-    of max_steps after which none do any more (see `codebook_watch`). latent_cache: keep the latents of a
-    frozen encoder on disk (see `latent_cache`), true in the run folder's `latents`, a string in that folder,
-    which runs may share.
-    """
-
-    model_keys: tuple[str, ...] = ("encoder", "quantizer", "decoder")
-    runtime_args = ("lambda_kl",)  # there is no posterior, and so no KL
+    model_keys = ("encoder", "quantizer", "decoder")
+    dropped_args = ("lambda_kl",)  # without a posterior there is no KL
 
     def __init__(
         self,
         *args,
+        # as for the VAE; "none": the codebook learns from its own losses alone, and training runs no decoder
         loss_type: Literal[ReconstructionLoss, "none"] = "bce",
-        lambda_vq: Annotated[float, Range(0)] = 1.0,
-        lambda_commit: Annotated[float, Range(0)] = 0.25,
-        lambda_entropy: Annotated[float, Range(0)] = 0.0,
-        revive_every: Annotated[int, Range(0)] = 100,
-        revive_until: Annotated[float, Range(0, 1)] = 0.8,
+        lambda_vq: Annotated[float, Range(0)] = 1.0,  # weight of the codebook loss
+        lambda_commit: Annotated[float, Range(0)] = 0.25,  # weight of the commitment loss
+        lambda_entropy: Annotated[float, Range(0)] = 0.0,  # weight of the entropy loss, for quantizers that have one
+        revive_every: Annotated[int, Range(0)] = 100,  # steps after which codes that nobody chose are revived; 0: never
+        revive_until: Annotated[float, Range(0, 1)] = 0.8,  # share of max_steps after which none are revived any more
+        # keep latents of a frozen encoder on disk: true for the run folder's `latents`, or a folder that runs may share
         latent_cache: bool | str = False,
         **kwargs,
     ):
-        super().__init__(*args, loss_type=loss_type, **kwargs)
+        super().__init__(*args, loss_type=loss_type, **kwargs)  # type: ignore[arg-type]  # "none" is of this class alone
         self.quantizer = cast(Quantizer, self.models["quantizer"])
         self.weights = {loss_type: 1.0, "vq": lambda_vq, "commit": lambda_commit, "entropy": lambda_entropy}
         # Losses that no trained model can lower are left out: "vq" if the codebook is frozen, all if the encoder is.
@@ -94,42 +86,43 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
                 device=self.device,
             )
             self.parts["codebook_watch"] = self.watch
+
+    @classmethod
+    def check_models(cls, models: dict[str, nn.Module], config: dict) -> None:
+        super().check_models(models, config)
+        encoder, quantizer = cast(SparseStructureEncoder, models["encoder"]), models["quantizer"]
+        if not isinstance(quantizer, Quantizer):
+            raise ConfigError(f"models.quantizer.name is {type(quantizer).__name__!r}, which is no quantizer")
+        if quantizer.latent_channels != encoder.latent_channels:
+            raise ConfigError(
+                f"models.quantizer.args.latent_channels is {quantizer.latent_channels}, but the encoder's latent has "
+                f"{encoder.latent_channels} channels; set it to {encoder.latent_channels}"
+            )
+        cells = config["dataset"]["args"]["resolution"] // encoder.downsampling
         try:
-            self.quantizer.lattice(self.latents.shape[2:])
+            quantizer.lattice((cells, cells, cells))
         except ValueError as error:
             raise ConfigError(f"models.quantizer.args: {error}") from error
 
-    @classmethod
-    def check_config(cls, config: dict, world_size: int) -> None:
-        super().check_config(config, world_size)
-        latent = config["models"]["encoder"]["args"]["latent_channels"]
-        quantizer = config["models"]["quantizer"].get("args", {})
-        if quantizer.get("latent_channels", 8) != latent:
-            raise ConfigError(
-                f"models.quantizer.args.latent_channels is {quantizer.get('latent_channels', 8)}, but the "
-                f"encoder's latent has {latent} channels; set it to {latent}"
-            )
         args = config["trainer"]["args"]
-        kind = MODELS.get(config["models"]["quantizer"]["name"], "models.quantizer.name")
-        if args.get("lambda_entropy") and "entropy" not in kind.losses:
+        if args["lambda_entropy"] and "entropy" not in quantizer.losses:
             raise ConfigError(
-                f"trainer.args.lambda_entropy is {args['lambda_entropy']}, but {kind.__name__} has no entropy loss; "
-                "set it to 0 or take a quantizer that has one"
+                f"trainer.args.lambda_entropy is {args['lambda_entropy']}, but {type(quantizer).__name__} has no "
+                "entropy loss; set it to 0 or take a quantizer that has one"
             )
-        freeze = args.get("freeze", ())
-        if args.get("latent_cache") and "encoder" not in freeze:
+        if args["latent_cache"] and "encoder" not in args["freeze"]:
             raise ConfigError(
                 "trainer.args.latent_cache keeps what a frozen encoder computes, but the encoder is trained; add "
                 "encoder to trainer.args.freeze or set latent_cache to false"
             )
-        augmentation = config["dataset"].get("args", {}).get("augmentation", "none")
-        if args.get("latent_cache") and augmentation != "none":
+        augmentation = config["dataset"]["args"]["augmentation"]
+        if args["latent_cache"] and augmentation != "none":
             raise ConfigError(
                 "trainer.args.latent_cache keeps one latent of each object, but dataset.args.augmentation is "
                 f'"{augmentation}", which shows it in many forms; set latent_cache to false or augmentation to "none"'
             )
-        trained = [name for name in ("encoder", "decoder") if name not in freeze]
-        if args.get("loss_type") == "none" and trained:
+        trained = [name for name in ("encoder", "decoder") if name not in args["freeze"]]
+        if args["loss_type"] == "none" and trained:
             raise ConfigError(
                 f'trainer.args.loss_type is "none", which trains the codebook alone; add {" and ".join(trained)} to '
                 'trainer.args.freeze or choose a reconstruction loss such as "l1"'

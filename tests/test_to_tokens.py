@@ -502,7 +502,7 @@ def test_objects_without_captions_are_asked_for_by_name(base, tmp_path):
         (["--prompt", "Make {colour}"], "{colour} is not known"),
         (["--prompt", "Make {"], "Single '{'"),
         (["--prompt", " "], "--prompt is empty"),
-        (["--describe_prompt", "What?"], "must say {mesh}"),
+        (["--describe_prompt", "What?"], "must contain {mesh}"),
         (["--prompt", "Make {caption}"], "Give --captions"),
         (["--captions", "{here}/none.csv"], "cannot be read"),
         (["--captions", "{here}/foreign.json"], "no caption of any object"),
@@ -521,10 +521,10 @@ def test_conversations_that_cannot_be_are_refused_first(base, tmp_path, more, me
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        ([], "as many of gpt"),
-        ([("human", "a")], "as many of gpt"),
-        ([("gpt", "a"), ("human", "b")], "turn 1 is of 'gpt'"),
-        ([("human", "a"), ("human", "b")], "turn 2 is of 'human'"),
+        ([], "as many by gpt"),
+        ([("human", "a")], "as many by gpt"),
+        ([("gpt", "a"), ("human", "b")], "turn 1 is by 'gpt'"),
+        ([("human", "a"), ("human", "b")], "turn 2 is by 'human'"),
         ([("human", "a"), ("gpt", " ")], "has no text"),
         ([("human", "an <image>"), ("gpt", "b")], "<image>"),
     ],

@@ -41,7 +41,7 @@ def plug_in(tokens: TokenSet) -> dict[str, float]:
 
 
 def test_all_objects_there_are_carry_log2_k_bits_whatever_is_known():
-    """Every object of 1×2×2 places once: ids are uniform and independent, exactly."""
+    """Every object of 1×2×2 positions once: ids are uniform and independent, exactly."""
     tokens = token_set(list(itertools.product(range(4), repeat=4)), (1, 2, 2), 4)
     for name, bits in plug_in(tokens).items():
         assert bits == pytest.approx(2, abs=1e-12), name
@@ -360,7 +360,7 @@ def test_the_script_encodes_measures_and_reads(run_script, tokenizer_folder, dat
 
     text = (out / "stats.md").read_text()
     assert text in printed
-    assert "30 objects, each of" in text and f"{result['empty']['places_without_voxels']:.1%} of the places" in text
+    assert "30 objects, each of" in text and f"{result['empty']['places_without_voxels']:.1%} of the positions" in text
     for name in re.findall(r"\((\w+\.png)\)", text):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == [

@@ -1,1 +1,1 @@
-"""Ids as others take them: text and vocabulary of a language model, a short form without empty tokens, files."""
+"""Ids outside the tokenizer: text and vocabulary of a language model, the sparse form, files, statistics."""

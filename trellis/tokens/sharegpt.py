@@ -1,15 +1,15 @@
-"""Ids as conversations to fine-tune a language model on, in the ShareGPT form that LLaMA-Factory reads.
+"""Ids as conversations for fine-tuning a language model, in the ShareGPT form that LLaMA-Factory reads.
 
-Its rules (github.com/hiyouga/LLaMA-Factory, data/README.md, section ShareGPT):
+LLaMA-Factory's rules (github.com/hiyouga/LLaMA-Factory, data/README.md, section ShareGPT):
 
-- A record has `conversations`, a list of {"from": role, "value": text}. Roles take turns: human (or observation) at the
-  odd places, the first, third …, and gpt (or function_call) at the even ones. A record that ends with human is skipped.
+- A record has `conversations`, a list of {"from": role, "value": text}. Roles alternate: human (or observation) first,
+  third and so on, gpt (or function_call) second, fourth and so on. A record that ends with human is skipped.
 - `dataset_info.json`, in the folder that training gets as `dataset_dir`, has an entry for each data set: the file, or
-  the folder of files of one kind, `formatting` "sharegpt", and the names of columns, tags and roles.
-- <image>, <video> and <audio> in a text stand for a file of a column of their own.
+  a folder of files of one type, `formatting` "sharegpt", and the names of columns, tags and roles.
+- <image>, <video> and <audio> in a text refer to files in columns of their own.
 
-Here a record is one question of human and one answer of gpt, neither of them empty. Of an object with captions there
-are two records for each caption, one in either direction.
+Here a record is one question by human and one answer by gpt, neither of them empty. An object with captions has two
+records for each caption, one in either direction.
 """
 
 import hashlib
@@ -37,11 +37,13 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prompts:
-    """What human says. make: asks for a mesh, may name {caption} and {name} (of the file, without folders and suffix).
-    describe: asks for a caption of {mesh}, may name {name} too. Raises ConfigError for other names in braces."""
+    """The questions. Raise ConfigError for other names in braces, and without {mesh} in `describe`.
 
-    make: str
-    describe: str = DESCRIBE_PROMPT
+    {name} is the file's name, without folders and suffix.
+    """
+
+    make: str  # asks for a mesh; may contain {caption} and {name}
+    describe: str = DESCRIBE_PROMPT  # asks for a caption of {mesh}; may contain {name}
 
     def __post_init__(self):
         for flag, template, known in (
@@ -52,24 +54,26 @@ class Prompts:
             if unknown:
                 raise ConfigError(
                     f"--{flag} {template!r}: {{{unknown[0]}}} is not known, only "
-                    f"{' and '.join(f'{{{name}}}' for name in sorted(known))}. Braces as such are "
-                    "doubled: {{ and }}"
+                    f"{' and '.join(f'{{{name}}}' for name in sorted(known))}. Write a literal "
+                    "brace twice: {{ or }}"
                 )
             if not template.strip():
-                raise ConfigError(f"--{flag} is empty; LLaMA-Factory needs a text of human's")
+                raise ConfigError(f"--{flag} is empty; LLaMA-Factory needs a question")
         if "mesh" not in _fields(self.describe, "describe_prompt"):
-            raise ConfigError(f"--describe_prompt {self.describe!r}: must say {{mesh}}, where the object's ids go")
+            raise ConfigError(f"--describe_prompt {self.describe!r}: must contain {{mesh}}, where the object's ids go")
 
     @property
     def need_captions(self) -> bool:
-        """Whether `make` names {caption}."""
+        """Whether `make` contains {caption}."""
         return "caption" in _fields(self.make, "prompt")
 
 
 def records(sha256: str, name: str, mesh: str, captions: Iterable[str], prompts: Prompts) -> list[Record]:
-    """The records of an object; none where a prompt needs what the object lacks.
+    """Return the records of an object; none for a prompt that needs a caption or a name which the object lacks.
 
-    name: its file, or its sha256, which is no name. mesh: its ids as text. Raises DataError as `check_record`.
+    name: its file. If it equals sha256, the object has no name.
+    mesh: its ids as text.
+    Raise DataError as `check_record` does.
     """
     captions, named = list(captions), name != sha256
     name = re.sub(r"\.[A-Za-z][A-Za-z0-9]{1,3}$", "", PurePosixPath(name).name)
@@ -88,27 +92,27 @@ def records(sha256: str, name: str, mesh: str, captions: Iterable[str], prompts:
 
 
 def check_record(record: Record, where: str) -> None:
-    """Raise DataError, naming `where` it is, for a record that breaks the rules above."""
+    """Raise DataError for a record that breaks the rules above. where: names the record in the message."""
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise DataError(f"{where}: conversations must be a list of turns, as many of gpt as of human")
-    for place, turn in enumerate(turns):
-        role = ("human", "gpt")[place % 2]
+        raise DataError(f"{where}: conversations must be a list of turns, as many by gpt as by human")
+    for number, turn in enumerate(turns, start=1):
+        role = "human" if number % 2 else "gpt"
         if turn.get("from") != role:
-            raise DataError(f"{where}: turn {place + 1} is of {turn.get('from')!r}; it must be of {role}")
+            raise DataError(f"{where}: turn {number} is by {turn.get('from')!r}; it must be by {role}")
         text = turn.get("value")
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}: turn {place + 1}, of {role}, has no text")
+            raise DataError(f"{where}: turn {number}, by {role}, has no text")
         for word in PLACEHOLDERS:
             if word in text:
                 raise DataError(
-                    f"{where}: turn {place + 1}, of {role}, holds {word}, which stands for a file. Take it "
-                    "out of the caption."
+                    f"{where}: turn {number}, by {role}, contains {word}, which stands for a file. Remove it from "
+                    "the caption."
                 )
 
 
 def dataset_info() -> dict[str, Any]:
-    """What dataset_info.json says of the folder `sharegpt` beside it."""
+    """Return the content of dataset_info.json for the folder `sharegpt` beside it."""
     return {
         DATASET: {
             "file_name": FOLDER,
@@ -120,8 +124,10 @@ def dataset_info() -> dict[str, Any]:
 
 
 def write_jsonl(path: Path, lines: Iterable[Record]) -> int:
-    """Write records, one a line, aside and renamed; return how many. Without any there is no file: LLaMA-Factory's
-    reader refuses empty ones."""
+    """Write records atomically, one per line. Return how many.
+
+    Without any record write no file: LLaMA-Factory's reader refuses empty files.
+    """
     count = 0
     with written_aside(path) as aside:
         with open(aside, "w", encoding="utf-8") as file:
@@ -134,12 +140,13 @@ def write_jsonl(path: Path, lines: Iterable[Record]) -> int:
 
 
 def read_captions(path: Path, required: bool) -> dict[str, list[str]]:
-    """Captions by sha256, without those that are blank.
+    """Return captions by sha256, without blank ones.
 
-    path: a CSV file with a column sha256 and one of caption and captions, or JSON: {sha256: captions}, or a list of
-    {"sha256", "caption" or "captions"}. Captions are a text or a list of texts; within CSV, a list is written as JSON,
-    as TRELLIS's metadata.csv has it. required: whether it must have such a column.
-    Raises DataError where the file cannot be read or has another layout.
+    path: a CSV file with the columns sha256 and caption (or captions); or JSON, {sha256: captions} or a list of
+        {"sha256", "caption" or "captions"}. Captions are a text or a list of texts; in CSV a list is written as JSON,
+        as in TRELLIS's metadata.csv.
+    required: raise DataError for a CSV file without a column of captions.
+    Raise DataError if the file cannot be read or has another layout.
     """
     try:
         pairs = _pairs_of_json(path) if path.suffix.lower() == ".json" else _pairs_of_csv(path, required)
@@ -159,7 +166,7 @@ def read_captions(path: Path, required: bool) -> dict[str, list[str]]:
 
 
 def captions_digest(captions: Mapping[str, list[str]]) -> str:
-    """sha256 over all captions, whatever their order in the file."""
+    """Return the sha256 of all captions, independent of their order in the file."""
     return hashlib.sha256(json.dumps(sorted(captions.items())).encode()).hexdigest()
 
 
@@ -188,7 +195,7 @@ def _pairs_of_csv(path: Path, required: bool) -> Iterator[tuple[str, str]]:
 
 
 def _captions(value: Any) -> list[str]:
-    """A caption, or several, as a list."""
+    """Return a caption, or several, as a list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -205,4 +212,4 @@ def _fields(template: str, flag: str) -> set[str]:
     try:
         return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
-        raise ConfigError(f"--{flag} {template!r}: {error}. Braces as such are doubled: {{{{ and }}}}") from error
+        raise ConfigError(f"--{flag} {template!r}: {error}. Write a literal brace twice: {{{{ or }}}}") from error

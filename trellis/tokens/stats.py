@@ -1,7 +1,7 @@
 """What a language model will see: entropies, empty tokens, runs and compressed sizes of ids.
 
-Axes: N objects, X' Y' Z' lattice, P = X'·Y'·Z' places, Q codes of a token, T = P·Q ids of an object, K codes.
-Everything is counted in ids; with Q > 1 each of a token's codes has statistics of its own, since a reader knows which
+Axes: N objects, X' Y' Z' lattice, P = X'·Y'·Z' positions, Q codes of a token, T = P·Q ids of an object, K codes.
+Everything is counted in ids; with Q > 1 each of a token's Q codes has statistics of its own, since a reader knows which
 of them comes next. All entropies are in bits.
 """
 
@@ -9,6 +9,7 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,25 +25,24 @@ ORDERS = ("raster", "morton")
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Ids of objects. ids: [N, T] integers in [0, K), in raster order, N >= 1. objects: [N], equal for objects that
-    are the same, as their sha256. empty_ids: [T], ids of an empty grid, None where nobody says."""
+    """Ids of objects, N >= 1."""
 
-    ids: np.ndarray
-    objects: np.ndarray
-    lattice: tuple[int, int, int]
-    codes_per_token: int
-    n_embed: int
-    empty_ids: np.ndarray | None = None
+    ids: np.ndarray  # [N, T] integers in [0, K), in raster order
+    objects: np.ndarray  # [N], equal for equal objects, such as their sha256
+    lattice: tuple[int, int, int]  # X' Y' Z'
+    codes_per_token: int  # Q
+    n_embed: int  # K
+    empty_ids: np.ndarray | None = None  # [T], ids of an empty grid; None if unknown
 
     def order(self, name: str) -> np.ndarray:
-        """The permutation [T] that puts ids in one of ORDERS."""
+        """Return the permutation [T] from raster order into one of ORDERS."""
         if name == "morton":
             return morton_order(self.lattice, self.codes_per_token).numpy()
         return np.arange(self.ids.shape[1])
 
 
 def summary(values: np.ndarray) -> dict[str, float]:
-    """Mean, median and the 5th and 95th percentile of values [n], n >= 1."""
+    """Return mean, median, 5th and 95th percentile of values [n], n >= 1."""
     p5, median, p95 = np.percentile(values, (5, 50, 95)).tolist()
     return {"mean": float(np.mean(values)), "median": median, "p5": p5, "p95": p95}
 
@@ -51,10 +51,14 @@ def summary(values: np.ndarray) -> dict[str, float]:
 
 
 def codebook_stats(tokens: TokenSet) -> dict:
-    """How the codes are used over all objects and within one: {"usage", "entropy", "perplexity"} and summaries over
-    objects "object_entropy", "object_perplexity" (plug-in, bits of an id and 2 to the power of them), and "coverage",
-    the share of ids that are among the 1, 2, 4 … most frequent codes, at last among all Q·K."""
-    total, entropies = 0, []
+    """Return how the codes are used over all objects and within one.
+
+    "usage", "entropy", "perplexity": over all objects.
+    "object_entropy", "object_perplexity": summaries over objects; plug-in entropy in bits of an id, and 2 to its power.
+    "coverage": the share of ids among the 1, 2, 4 … most frequent codes, finally among all Q·K.
+    """
+    total = torch.zeros(tokens.codes_per_token, tokens.n_embed, dtype=torch.int64)
+    entropies = []
     shape = -1, tokens.ids.shape[1] // tokens.codes_per_token, tokens.codes_per_token
     for start in range(0, len(tokens.ids), OBJECTS_AT_ONCE):
         part = torch.from_numpy(tokens.ids[start : start + OBJECTS_AT_ONCE].astype(np.int64)).view(shape)
@@ -75,11 +79,11 @@ def codebook_stats(tokens: TokenSet) -> dict:
 
 
 def contexts(tokens: TokenSet) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """What an id may be guessed from: a name, and contexts [N, T], each finer than the one before it.
+    """Yield what an id may be predicted from: a name, and contexts [N, T], each finer than the one before it.
 
-    nothing; its place; the id before it in raster and in Morton order; the ids one step back along x, y and z, and all
-    three of them, refined from z to y to x. At the border of the lattice, and before the first id, the context is K, as
-    a model knows where an object begins. In raster order all of these come before the id.
+    The contexts are: nothing; the position; the previous id in raster and in Morton order; the ids one step back along
+    x, y and z; and these three together, refined from z to y to x. At the border of the lattice, and before the first
+    id, the context is K, as a model knows where an object begins. In raster order all of these come before the id.
     """
     ids, K = tokens.ids.astype(np.int64), tokens.n_embed
     yield "nothing", []
@@ -102,21 +106,22 @@ def contexts(tokens: TokenSet) -> Iterator[tuple[str, list[np.ndarray]]]:
 
 
 def conditional_entropies(tokens: TokenSet) -> dict[str, dict]:
-    """{name of a context: {"plug_in", "held_out", "bits_per_object", "contexts"}}.
+    """Return {name of a context: {"plug_in", "held_out", "bits_per_object", "contexts"}}.
 
     plug_in: -Σ n(c,a)/M log2 n(c,a)/n(c), from the counts n(c,a) of id a in context c among all M ids. It is biased low
-        where contexts are seen a few times each, down to 0 where each is seen once.
-    held_out: cross-entropy of ids under a model that was fitted on other objects; an upper bound of what ids carry.
-        Objects are divided into FOLDS parts (same objects into the same part), each coded from the counts of the
-        others, by Witten-Bell interpolation (IEEE Trans. Inf. Theory 37(4), 1991; Chen and Goodman, 1999, Sec. 2.5):
+        if contexts are seen a few times each, down to 0 if each is seen once.
+    held_out: cross-entropy of ids under a model fitted on other objects; an upper bound of the entropy rate.
+        Objects are divided into FOLDS parts (equal objects into the same part). Each part is coded from the counts of
+        the others, by Witten-Bell interpolation (IEEE Trans. Inf. Theory 37(4), 1991; Chen and Goodman, 1999):
             p(a|c) = (n(c,a) + d(c) p(a|c')) / (n(c) + d(c)),
-        d(c) the number of different ids seen after c, c' the next coarser context: down to none, and below that 1/K.
-        None for fewer than two different objects.
-    bits_per_object: summary of the held-out bits of objects, None likewise. contexts: how many different ones occur.
+        with d(c) the number of different ids seen in context c, and c' the next coarser context. The coarsest context
+        is nothing, and below it p is 1/K. None for fewer than two different objects.
+    bits_per_object: summary of the held-out bits of objects; None in the same case.
+    contexts: how many different contexts occur.
     """
     _, groups = np.unique(tokens.objects, return_inverse=True)
     different = int(groups.max()) + 1
-    folds = groups % min(FOLDS, different)  # sha256 are in no order that matters
+    folds = groups % min(FOLDS, different)  # the order of sha256 is arbitrary
     which = np.broadcast_to(np.arange(tokens.ids.shape[1]) % tokens.codes_per_token, tokens.ids.shape)
     probability = np.full(tokens.ids.shape, 1 / tokens.n_embed)
     unigram, unigram_pairs = _refine(tokens, which, folds, probability)
@@ -137,21 +142,25 @@ def conditional_entropies(tokens: TokenSet) -> dict[str, dict]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Counts of the pairs of context and id that occur. counts: [U]; context: [U], of each pair; per_context: [C]."""
+    """Counts of the U pairs of context and id that occur, with C contexts."""
 
-    counts: np.ndarray
-    context: np.ndarray
-    per_context: np.ndarray
+    counts: np.ndarray  # [U]
+    context: np.ndarray  # [U], the context of each pair, in [0, C)
+    per_context: np.ndarray  # [C], sums of counts
 
     def entropy(self) -> float:
-        """The plug-in estimate, bits of an id."""
+        """Return the plug-in estimate, bits of an id."""
         bits = np.log2(self.per_context[self.context] / self.counts)
         return float((self.counts * bits).sum() / self.counts.sum())
 
 
 def _refine(tokens: TokenSet, level: np.ndarray, folds: np.ndarray, coarser: np.ndarray) -> tuple[np.ndarray, Pairs]:
-    """Held-out probabilities [N, T] of ids in the contexts `level` [N, T], given those in the next coarser ones, and
-    the counts over all objects. folds: [N]."""
+    """Return held-out probabilities of ids, [N, T], and the counts over all objects.
+
+    level: [N, T], the context of each id.
+    folds: [N], the part of each object.
+    coarser: [N, T], held-out probabilities in the next coarser contexts.
+    """
     pair, values = pd.factorize((level * tokens.n_embed + tokens.ids).ravel())
     pair, context = pair.reshape(level.shape), values // tokens.n_embed
     counts = np.bincount(pair.ravel())
@@ -162,13 +171,13 @@ def _refine(tokens: TokenSet, level: np.ndarray, folds: np.ndarray, coarser: np.
         seen = counts - np.bincount(here.ravel(), minlength=len(counts))
         total = np.bincount(context, weights=seen)[context[here]]
         kinds = np.bincount(context, weights=seen > 0)[context[here]]
-        known = np.maximum(total + kinds, 1)  # a context that the others do not have
-        probability[inside] = np.where(total > 0, (seen[here] + kinds * coarser[inside]) / known, coarser[inside])
+        divisor = np.maximum(total + kinds, 1)  # 0 for a context that the other parts do not have
+        probability[inside] = np.where(total > 0, (seen[here] + kinds * coarser[inside]) / divisor, coarser[inside])
     return probability, Pairs(counts, context, np.bincount(context, weights=counts))
 
 
 def _dense(values: np.ndarray) -> np.ndarray:
-    """values numbered from 0 on in the order of their first occurrence, in the same shape."""
+    """Return values renumbered from 0 in order of first occurrence, in the same shape."""
     return pd.factorize(values.ravel())[0].reshape(values.shape)
 
 
@@ -176,36 +185,47 @@ def _dense(values: np.ndarray) -> np.ndarray:
 
 
 def empty_stats(tokens: TokenSet, occupied: np.ndarray | None = None) -> dict:
-    """The ids of empty space. tokens: with empty_ids. occupied: [N, P] bool, whether a place's part of the grid has a
-    voxel; None without grids.
+    """Return statistics of empty space.
 
-    "share": summary over objects of the share of ids that are the empty grid's at their place; "different": how many
-    ids an empty grid has. With grids, over all objects: "places_without_voxels", a share; of these and of the others
-    the share of tokens that are the empty grid's ("empty_ids"), and number and entropy of their ids, as
-    "without_voxels" and "with_voxels" (None where there is no such place).
+    "share": summary over objects of the share of ids that are the empty grid's at the same position.
+    "different": number of different ids in an empty grid.
+    With grids also, over all objects:
+    "places_without_voxels": share of the positions without an occupied voxel.
+    "without_voxels", "with_voxels": of those positions and of the others, "empty_ids", the share of tokens that are the
+        empty grid's; "different" and "entropy", number and entropy of the ids. None if there is no such position.
+
+    tokens: with empty_ids.
+    occupied: [N, P] bool, whether a position's block of the grid has an occupied voxel; None without grids.
     """
-    equal = tokens.ids == tokens.empty_ids
-    result = {"share": summary(equal.mean(1)), "different": len(np.unique(tokens.empty_ids))}
+    empty_ids = _empty_ids(tokens)
+    equal = tokens.ids == empty_ids
+    result: dict[str, Any] = {"share": summary(equal.mean(1)), "different": len(np.unique(empty_ids))}
     if occupied is None:
         return result
     result["places_without_voxels"] = float((~occupied).mean())
-    places = *occupied.shape, tokens.codes_per_token
+    shape = *occupied.shape, tokens.codes_per_token
     for name, chosen in (("without_voxels", ~occupied), ("with_voxels", occupied)):
         if not chosen.any():
             result[name] = None
             continue
-        ids = torch.from_numpy(tokens.ids.reshape(places)[chosen].astype(np.int64))
+        ids = torch.from_numpy(tokens.ids.reshape(shape)[chosen].astype(np.int64))
         counts = object_counts(ids[None], tokens.n_embed)[0]  # [Q, K]
         result[name] = {
-            "empty_ids": float(equal.reshape(places).all(2)[chosen].mean()),
+            "empty_ids": float(equal.reshape(shape).all(2)[chosen].mean()),
             "different": int((counts > 0).sum()),
             "entropy": code_entropy(counts).mean().item(),
         }
     return result
 
 
+def _empty_ids(tokens: TokenSet) -> np.ndarray:
+    if tokens.empty_ids is None:
+        raise ValueError("the ids of an empty grid must be known")
+    return tokens.empty_ids
+
+
 def run_lengths(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Length of each run of equal values within a row, and its value. values: [N, L]; rows one after the other."""
+    """Return the length of each run of equal values within a row, and its value, row by row. values: [N, L]."""
     first = np.ones(values.shape, dtype=bool)
     first[:, 1:] = values[:, 1:] != values[:, :-1]
     starts = np.flatnonzero(first)
@@ -213,10 +233,13 @@ def run_lengths(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_stats(tokens: TokenSet) -> dict[str, dict]:
-    """{order: {"equal": runs of tokens with equal ids, "empty": runs of ids that are the empty grid's at their place,
-    None without empty_ids}}. Of each: number in an object, "mean", "median", "p5", "p95", "longest", and "doubling":
-    how many have a length in [2^i, 2^(i+1))."""
-    results = {}
+    """Return {order: {"equal", "empty"}}: runs of tokens with equal ids, and runs of ids that are the empty grid's at
+    the same position (None without empty_ids).
+
+    Each has "per_object", the number of runs in the mean object; "mean", "median", "p5", "p95" and "longest" of their
+    lengths; and "doubling", how many have a length in [2^i, 2^(i+1)).
+    """
+    results: dict[str, dict] = {}
     for name in ORDERS:
         order = tokens.order(name)
         ids = tokens.ids[:, order]
@@ -230,7 +253,7 @@ def run_stats(tokens: TokenSet) -> dict[str, dict]:
 
 
 def _dense_rows(rows: np.ndarray) -> np.ndarray:
-    """A number for each row [n, Q], equal where all of its values are."""
+    """Return a number for each row [n, Q]; equal rows have equal numbers."""
     number = rows[:, 0].astype(np.int64)
     for column in rows.T[1:]:
         number = _dense(number * (int(rows.max()) + 1) + column)
@@ -250,9 +273,9 @@ def _describe_runs(lengths: np.ndarray, objects: int) -> dict:
 
 
 def sparse_lengths(tokens: TokenSet, order: str) -> np.ndarray:
-    """Length [N] of each object's sparse form (tokens/sparse.py) in one of ORDERS."""
-    order = tokens.order(order)
-    kept = tokens.ids[:, order] != tokens.empty_ids[order]
+    """Return the length [N] of each object's sparse form (tokens/sparse.py) in one of ORDERS."""
+    permutation = tokens.order(order)
+    kept = tokens.ids[:, permutation] != _empty_ids(tokens)[permutation]
     first_of_run = ~kept
     first_of_run[:, 1:] &= kept[:, :-1]
     return kept.sum(1) + first_of_run.sum(1)
@@ -262,13 +285,13 @@ def sparse_lengths(tokens: TokenSet, order: str) -> np.ndarray:
 
 
 def deflate_size(data: bytes) -> int:
-    """Bytes after DEFLATE (RFC 1951) at its highest level, without a header."""
+    """Return the number of bytes after DEFLATE (RFC 1951) at its highest level, without a header."""
     compressor = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     return len(compressor.compress(data)) + len(compressor.flush())
 
 
 def lzma_size(data: bytes) -> int:
-    """Bytes after LZMA2 at its highest preset, without a header. The window holds all of an object."""
+    """Return the number of bytes after LZMA2 at its highest preset, without a header. The window holds all of data."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(4096, len(data))}]
     return len(lzma.compress(data, lzma.FORMAT_RAW, filters=filters))
 
@@ -277,13 +300,13 @@ COMPRESSORS = {"deflate": deflate_size, "lzma": lzma_size}
 
 
 def pack_ids(ids: np.ndarray, n_embed: int) -> bytes:
-    """ids [T] one after the other in as few whole bits as hold K codes (13 for 8192), the highest bit first."""
+    """Return ids [T] in as few whole bits each as hold K codes (13 for 8192), the highest bit first."""
     bits = max(1, (n_embed - 1).bit_length())
     return np.packbits((ids[:, None] >> np.arange(bits - 1, -1, -1)) & 1).tobytes()
 
 
 def whole_ids(ids: np.ndarray, n_embed: int) -> bytes:
-    """ids [T] as unsigned integers of 16 bits, of 32 for more than 65536 codes; lowest byte first."""
+    """Return ids [T] as unsigned integers of 16 bits, or of 32 for more than 65536 codes, little-endian."""
     return ids.astype("<u2" if n_embed <= 2**16 else "<u4").tobytes()
 
 
@@ -291,9 +314,11 @@ LAYOUTS = {"packed": pack_ids, "whole": whole_ids}
 
 
 def id_sizes(tokens: TokenSet) -> dict[str, dict]:
-    """Bytes of an object's ids: {"packed" | "whole": {"raw": int, "deflate" | "lzma": {order: summary}}}. Each object
-    is compressed by itself."""
-    results = {}
+    """Return the bytes of an object's ids: {"packed" | "whole": {"raw": int, "deflate" | "lzma": {order: summary}}}.
+
+    Each object is compressed by itself.
+    """
+    results: dict[str, dict] = {}
     for layout, write in LAYOUTS.items():
         results[layout] = {"raw": len(write(tokens.ids[0], tokens.n_embed)), **{name: {} for name in COMPRESSORS}}
         for order in ORDERS:
@@ -304,5 +329,5 @@ def id_sizes(tokens: TokenSet) -> dict[str, dict]:
 
 
 def grid_sizes(grids: np.ndarray) -> np.ndarray:
-    """Bytes [N, 2] of packed grids by each of COMPRESSORS. grids: [N, R³ / 8] uint8, a bit for each voxel."""
+    """Return the bytes of packed grids after each of COMPRESSORS, [N, 2]. grids: [N, R³ / 8] uint8, a bit per voxel."""
     return np.array([[size(row.tobytes()) for size in COMPRESSORS.values()] for row in grids])

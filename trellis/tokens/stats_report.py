@@ -1,17 +1,22 @@
-"""Pictures and a reading of the numbers that scripts/token_stats.py measures (their keys: tokens/stats.py).
+"""Pictures and a summary in words of the numbers that scripts/token_stats.py measures (keys: tokens/stats.py).
 
 Every sentence follows from the numbers alone.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..utils.errors import ConfigError
 from ..utils.files import written_aside
 from .stats import COMPRESSORS, FOLDS, ORDERS
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 CONTEXTS = {
     "nothing": "nothing",
-    "place": "its place",
+    "place": "its position",
     "previous_raster": "the id before, raster order",
     "previous_morton": "the id before, Morton order",
     "neighbour_x": "the neighbour along x",
@@ -20,12 +25,12 @@ CONTEXTS = {
     "neighbours_xyz": "the neighbours along x, y and z",
 }
 NAMES = {"raster": "raster", "morton": "Morton"}
-SAME = 0.01  # orders that differ by less than this share are called equal
+SAME = 0.01  # orders whose numbers differ by less than this share are called equal
 COLORS = ("#9eb2ce", "#3a5a8c")
 
 
 def require_matplotlib() -> None:
-    """Raise ConfigError with the command that mends it where matplotlib cannot be loaded."""
+    """Raise ConfigError, with the command that installs it, if matplotlib cannot be loaded."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -36,7 +41,7 @@ def require_matplotlib() -> None:
 
 
 def draw(result: dict, folder: Path) -> list[str]:
-    """Write the pictures into a folder and return their names."""
+    """Write the pictures into a folder. Return their names."""
     from matplotlib.figure import Figure
 
     pictures = {"entropy": _draw_entropy, "codes": _draw_codes, "runs": _draw_runs, "sizes": _draw_sizes}
@@ -48,7 +53,7 @@ def draw(result: dict, folder: Path) -> list[str]:
     return [f"{name}.png" for name in pictures]
 
 
-def _draw_entropy(figure, result: dict) -> None:
+def _draw_entropy(figure: "Figure", result: dict) -> None:
     axes = figure.subplots()
     for shift, (key, label) in enumerate((("plug_in", "counted (biased low)"), ("held_out", "on other objects"))):
         bars = [(row, entry[key]) for row, entry in enumerate(result["entropy"].values()) if entry[key] is not None]
@@ -66,7 +71,7 @@ def _draw_entropy(figure, result: dict) -> None:
     axes.legend()
 
 
-def _draw_codes(figure, result: dict) -> None:
+def _draw_codes(figure: "Figure", result: dict) -> None:
     axes = figure.subplots()
     codes, shares = zip(*((entry["codes"], entry["share"]) for entry in result["codebook"]["coverage"]), strict=True)
     axes.plot(codes, shares, marker="o", color=COLORS[1])
@@ -75,7 +80,7 @@ def _draw_codes(figure, result: dict) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_runs(figure, result: dict) -> None:
+def _draw_runs(figure: "Figure", result: dict) -> None:
     for axes, (kind, title) in zip(
         figure.subplots(1, 2, sharey=True),
         (("equal", "Runs of equal tokens"), ("empty", "Runs of empty ids")),
@@ -102,7 +107,7 @@ def _draw_runs(figure, result: dict) -> None:
     figure.axes[0].set_ylabel("runs in an object")
 
 
-def _draw_sizes(figure, result: dict) -> None:
+def _draw_sizes(figure: "Figure", result: dict) -> None:
     rows = {label: raw if squeezed is None else squeezed["median"] for label, raw, squeezed in _sizes(result)}
     axes = figure.subplots()
     bars = axes.barh(list(rows), list(rows.values()), color=[COLORS["grid" in label] for label in rows])
@@ -117,7 +122,7 @@ def _draw_sizes(figure, result: dict) -> None:
 
 
 def reading(result: dict, pictures: list[str]) -> str:
-    """What the numbers say, as Markdown."""
+    """Return what the numbers say, as Markdown."""
     parts = [
         "# What a language model will see\n",
         _subject(result),
@@ -164,7 +169,7 @@ def _entropy(result: dict) -> str:
     if entropy["nothing"]["held_out"] is None:
         return "\n".join([*text, "One object alone leaves none to test on; counts by themselves are biased low.\n"])
     held_out = {name: entry["held_out"] for name, entry in entropy.items()}
-    best = min(held_out, key=held_out.get)
+    best = min(held_out, key=lambda name: held_out[name])
     if best == "nothing":
         text.append("None of these contexts helps on other objects, with as many objects as there are here.")
     else:
@@ -174,7 +179,7 @@ def _entropy(result: dict) -> str:
             f"{2 ** held_out[best]:.1f}."
         )
     before = [held_out[f"previous_{order}"] for order in ORDERS]
-    text.append(_compare("With the id before known, an id takes", *before, "bits"))
+    text.append(_compare("With the id before known, an id takes", before, "bits"))
     biased = max(entropy, key=lambda name: entropy[name]["held_out"] - entropy[name]["plug_in"])
     gap = entropy[biased]["held_out"] - entropy[biased]["plug_in"]
     text.append(
@@ -198,9 +203,9 @@ def _held_out(entry: dict) -> tuple[str, str]:
 def _lengths(result: dict) -> str:
     empty, sparse, T = result["empty"], result["sparse"], result["ids_per_object"]
     equal = [result["runs"][order]["equal"] for order in ORDERS]
-    numbers = (runs["per_object"] for runs in equal)
+    numbers = [runs["per_object"] for runs in equal]
     text = [
-        _compare("As runs of equal tokens an object has", *numbers, "runs", whole=True)
+        _compare("As runs of equal tokens an object has", numbers, "runs", whole=True)
         + f" The longest has {max(runs['longest'] for runs in equal)} tokens."
     ]
     if empty is None:
@@ -208,12 +213,12 @@ def _lengths(result: dict) -> str:
         return "\n".join(text)
     share = empty["share"]
     text.append(
-        f"{share['mean']:.1%} of the ids are those of an empty grid at their place (5 to 95 % of objects: "
+        f"{share['mean']:.1%} of the ids are the empty grid's at the same position (5 to 95 % of objects: "
         f"{share['p5']:.1%} to {share['p95']:.1%}); an empty grid has {empty['different']} different ids."
     )
     if "places_without_voxels" in empty:
-        text.append(f"{empty['places_without_voxels']:.1%} of the places have no voxel.")
-        for name, which in (("without_voxels", "these"), ("with_voxels", "the places with voxels")):
+        text.append(f"{empty['places_without_voxels']:.1%} of the positions have no voxel.")
+        for name, which in (("without_voxels", "these"), ("with_voxels", "the positions with voxels")):
             if part := empty[name]:
                 text.append(
                     f"Of {which}, {part['empty_ids']:.1%} have the empty grid's ids; in all they have "
@@ -226,7 +231,7 @@ def _lengths(result: dict) -> str:
         f"\nThe sparse form writes a run of empty ids as one value, out of {result['n_embed'] + T}. Its length, beside "
         f"{T}:\n",
         _table(["order", "mean", "median", "5 %", "95 %"], rows),
-        _compare("Its median length is", *medians, "values", whole=True)
+        _compare("Its median length is", medians, "values", whole=True)
         + f" That is {min(medians) / T:.0%} of the ids at best. Morton order is shorter for "
         f"{sparse['shorter_in_morton']:.0%} of the objects, raster order for {sparse['shorter_in_raster']:.0%}.\n",
     ]
@@ -236,19 +241,11 @@ def _lengths(result: dict) -> str:
 def _bytes(result: dict) -> str:
     rows = []
     for label, raw, squeezed in _sizes(result):
-        rows.append(
-            [
-                label,
-                *(
-                    (f"{raw}", f"{raw}")
-                    if squeezed is None
-                    else (f"{squeezed['mean']:.0f}", f"{squeezed['median']:.0f}")
-                ),
-            ]
-        )
+        mean, median = (raw, raw) if squeezed is None else (squeezed["mean"], squeezed["median"])
+        rows.append([label, f"{mean:.0f}", f"{median:.0f}"])
     text = [_table(["bytes of an object, each by itself", "mean", "median"], rows)]
     squeezed = {label: entry["median"] for label, _, entry in _sizes(result) if entry and "grid" not in label}
-    best = min(squeezed, key=squeezed.get)
+    best = min(squeezed, key=lambda label: squeezed[label])
     text.append(f"Of the general compressors on ids, the best is {best}: {squeezed[best]:.0f} bytes (median).")
     if grid := result["bytes"]["grid"]:
         size = grid["deflate"]["median"]
@@ -264,13 +261,13 @@ def _bytes(result: dict) -> str:
 
 
 def _sizes(result: dict) -> list[tuple[str, int, dict | None]]:
-    """(label, bytes as they are, summary of the compressed ones or None) in the order of a table."""
+    """Return (label, uncompressed bytes, summary of the compressed bytes or None), in the order of the table."""
     n_embed = result["n_embed"]
     names = {
         "packed": f"ids of {max(1, (n_embed - 1).bit_length())} bits",
         "whole": f"ids of {16 if n_embed <= 2**16 else 32} bits",
     }
-    rows = []
+    rows: list[tuple[str, int, dict | None]] = []
     if grid := result["bytes"]["grid"]:
         rows.append(("grid, a bit a voxel", grid["raw"], None))
         rows += [(f"grid, {name}", grid["raw"], grid[name]) for name in COMPRESSORS]
@@ -284,7 +281,9 @@ def _sizes(result: dict) -> list[tuple[str, int, dict | None]]:
     return rows
 
 
-def _compare(what: str, raster: float, morton: float, unit: str, *, whole: bool = False) -> str:
+def _compare(what: str, values: Sequence[float], unit: str, *, whole: bool = False) -> str:
+    """Return a sentence that compares two values, in the order of ORDERS."""
+    raster, morton = values
     numbers = (f"{raster:.0f}", f"{morton:.0f}") if whole else (f"{raster:.3g}", f"{morton:.3g}")
     if abs(raster - morton) <= SAME * max(raster, morton):
         verdict = f"the same within {SAME:.0%}"

@@ -17,31 +17,31 @@ from torch import Tensor
 from ..utils.errors import ConfigError, DataError
 
 QUOTED = 40  # characters of a text that a message quotes
-# A longer number is no code, and int() refuses thousands of digits.
+# A longer number is not a code, and int() refuses thousands of digits.
 MAX_DIGITS = 18
-# Characters within a damaged word such as <mesh-5>; with more it is text.
+# Maximum number of characters inside a damaged word such as <mesh-5>; anything longer is text.
 MAX_DAMAGED = 32
-WORDS = ("code", "unknown", "damaged")  # kinds of items that have one of the object's T places
+WORDS = ("code", "unknown", "damaged")  # kinds of items that count among the object's T ids
 
 
 class Parsed(NamedTuple):
-    """An object as it was read."""
+    """An object read from a text or a vocabulary sequence."""
 
     ids: Tensor  # [T] int64 in [0, n_embed)
-    problems: list[str]  # what was repaired, one sentence for each kind; empty where nothing was
+    problems: list[str]  # the repairs, one sentence for each kind; empty for an intact object
 
 
 class Item(NamedTuple):
-    """A piece of what a model wrote."""
+    """A piece of a model's output."""
 
-    kind: str  # "start", "end", "code", "unknown" (a number without a code), "damaged" (in a code's place), "foreign"
-    position: int  # where it begins: character of a text, number of a vocabulary id
-    word: str  # as a message quotes it
+    kind: str  # "start", "end", "code", "unknown" (a number out of range), "damaged" (instead of a code), "foreign"
+    position: int  # index of its first character in a text, or of the vocabulary id
+    word: str  # quoted for a message
     code: int = -1
 
 
 class Problem(NamedTuple):
-    """What is wrong, and where in the text it shows."""
+    """A defect of an object, and its position, as in `Item`."""
 
     position: int
     message: str
@@ -51,22 +51,20 @@ class Problem(NamedTuple):
 class TokenFormat:
     """Words and vocabulary ids of codes, and of the start and the end of an object.
 
-    first_id: vocabulary id of code 0; code k has first_id + k. n_embed: K, number of codes.
-    token: the word of a code, with {} where its number goes.
-    Raises ConfigError for vocabulary ids that overlap, and for words that could be mistaken for each other.
+    Raise ConfigError for vocabulary ids that overlap, and for words that could be mistaken for each other.
     """
 
-    first_id: int
-    n_embed: int
+    first_id: int  # vocabulary id of code 0; code k has first_id + k
+    n_embed: int  # K, number of codes
     start_id: int
     end_id: int
     start: str = "<mesh-start>"
     end: str = "<mesh-end>"
-    token: str = "<mesh{}>"
+    token: str = "<mesh{}>"  # the word of a code, with {} where its number goes
 
     @classmethod
     def at(cls, first_id: int, n_embed: int) -> "TokenFormat":
-        """The codes from first_id on, then start and end, as ShapeLLM-Omni lays them out."""
+        """Return ShapeLLM-Omni's layout: the codes from first_id on, then start, then end."""
         return cls(first_id, n_embed, first_id + n_embed, first_id + n_embed + 1)
 
     def __post_init__(self):
@@ -100,20 +98,23 @@ class TokenFormat:
     # --- writing ---
 
     def to_text(self, ids: Sequence[int] | Tensor) -> str:
-        """The object as text: start, a word for each id, end. ids: [T]. Raises DataError for an id outside
-        [0, n_embed)."""
+        """Return the object as text: start, a word for each id, end.
+
+        ids: [T].
+        Raise DataError for an id outside [0, n_embed).
+        """
         return self.start + "".join(self.token.format(code) for code in self._checked(ids)) + self.end
 
     def to_vocabulary(self, ids: Sequence[int] | Tensor) -> list[int]:
-        """The object as T + 2 ids of the language model's vocabulary. ids and errors: as `to_text`."""
+        """Return the object as T + 2 ids of the language model's vocabulary. Argument and errors: as in `to_text`."""
         return [self.start_id, *(self.first_id + code for code in self._checked(ids)), self.end_id]
 
     def _checked(self, ids: Sequence[int] | Tensor) -> list[int]:
         codes = _integers(ids, "ids")
-        for place, code in enumerate(codes):
+        for index, code in enumerate(codes):
             if not 0 <= code < self.n_embed:
                 raise DataError(
-                    f"id {place} is {code}; ids must lie in [0, {self.n_embed}). Use the format of the "
+                    f"id {index} is {code}; ids must lie in [0, {self.n_embed}). Use the format of the "
                     "tokenizer that made them."
                 )
         return codes
@@ -125,16 +126,19 @@ class TokenFormat:
     ) -> Parsed:
         """Read the object in a text.
 
-        Text before the start and after the end is an answer's own and is not looked at; white space between words
-        is none of it either, since some tokenizers of language models put it there.
-        num_tokens: T, None where it cannot be known beforehand, as that of the sparse form.
-        strict: raise DataError that names the first problem: start or end missing, a number of words other than T, a
-            code outside [0, n_embed), other text inside the object, words outside of one, several objects.
-        Not strict: no text is refused. Of several objects the one with nearest to T words is read, the first of these;
-            what is not a word is left out; a word with a damaged or an unknown number keeps its place and gets the id
-            of `fill` there, unless the object has T words without it; surplus ids at the end are dropped, missing
-            ones come from `fill`. Each kind of repair is a sentence in `problems`.
-        fill: [T], the ids of an empty grid say; None for code 0. Raises ValueError where it is not T ids in range.
+        Text before the start and after the end belongs to the answer and is ignored. So is white space between words,
+        which some language models' tokenizers insert.
+
+        num_tokens: T; None if it is unknown, as for the sparse form.
+        strict: raise DataError with the first problem: start or end missing, a number of words other than T, a code
+            outside [0, n_embed), other text inside the object, words outside any object, several objects.
+            If False, repair instead, and describe each kind of repair in `problems`:
+            - Of several objects, read the one whose number of words is nearest to T; the first of equals.
+            - Drop text that is not a word.
+            - Replace a word with a damaged or unknown number by the id of `fill` at its index; drop the word if that
+              leaves exactly T.
+            - Drop surplus ids at the end; take missing ids from `fill`.
+        fill: [T] ids, such as an empty grid's; None for code 0. Raise ValueError if it is not T ids in range.
         """
         return self._parse(self._items_of_text(text), len(text), num_tokens, strict, fill)
 
@@ -146,11 +150,13 @@ class TokenFormat:
         strict: bool = True,
         fill: Sequence[int] | Tensor | None = None,
     ) -> Parsed:
-        """Read the object in ids of the language model's vocabulary, as it generates them. Ids before the start and
-        after the end are not looked at; one inside that is no code's is treated as a code out of range. Otherwise as
-        `from_text`."""
-        values = _integers(values, "values")
-        return self._parse(self._items_of_vocabulary(values), len(values), num_tokens, strict, fill)
+        """Read the object in ids of the language model's vocabulary.
+
+        Ids before the start and after the end are ignored; an id inside that is not a code's counts as a code out of
+        range. Otherwise as `from_text`.
+        """
+        integers = _integers(values, "values")
+        return self._parse(self._items_of_vocabulary(integers), len(integers), num_tokens, strict, fill)
 
     @cached_property
     def _pattern(self) -> re.Pattern:
@@ -170,13 +176,13 @@ class TokenFormat:
                 yield _foreign(text, done, match.start())
             done = match.end()
             word = _quote(match[0])
-            kind = match.lastgroup
+            kind = match.lastgroup or ""  # every alternative of the pattern has a name
             if kind in ("start", "end"):
                 yield Item(kind, match.start(), word)
                 continue
             if kind == "number":
                 code = int(match["number"]) if len(match["number"]) <= MAX_DIGITS else self.n_embed
-                # <mesh007> is no word of the vocabulary.
+                # <mesh007> is not a word of the vocabulary.
                 kind = "code" if code < self.n_embed and str(code) == match["number"] else "unknown"
             yield Item(kind, match.start(), word, code if kind == "code" else -1)
         if text[done:].strip():
@@ -201,9 +207,8 @@ class TokenFormat:
         strict: bool,
         fill: Sequence[int] | Tensor | None,
     ) -> Parsed:
-        fill = self._checked_fill(fill, num_tokens)
         chosen, problems = _choose(_objects(items), num_tokens, length)
-        codes, further = self._repaired(chosen, num_tokens, fill, length)
+        codes, further = self._repaired(chosen, num_tokens, self._checked_fill(fill, num_tokens), length)
         problems = sorted(problems + further, key=lambda problem: problem.position)
         if strict and problems:
             raise DataError(f"{problems[0].message}. Refused: only strict=False, or from_tokens.py --repair, repairs.")
@@ -214,15 +219,15 @@ class TokenFormat:
             raise ValueError(f"num_tokens must be at least 1, not {num_tokens}")
         if fill is None:
             return [0] * (num_tokens or 0)
-        fill = _integers(fill, "fill")
-        if len(fill) != num_tokens or not all(0 <= code < self.n_embed for code in fill):
-            raise ValueError(f"fill must be num_tokens = {num_tokens} ids in [0, {self.n_embed}); it has {len(fill)}")
-        return fill
+        codes = _integers(fill, "fill")
+        if len(codes) != num_tokens or not all(0 <= code < self.n_embed for code in codes):
+            raise ValueError(f"fill must be num_tokens = {num_tokens} ids in [0, {self.n_embed}); it has {len(codes)}")
+        return codes
 
     def _repaired(
         self, items: list[Item], num_tokens: int | None, fill: list[int], length: int
     ) -> tuple[list[int], list[Problem]]:
-        """The ids of an object, and what was wrong with it."""
+        """Return the ids of an object, and its problems."""
         problems = []
         if foreign := [item for item in items if item.kind == "foreign"]:
             problems.append(
@@ -261,8 +266,10 @@ SHAPELLM = TokenFormat.at(first_id=151665, n_embed=8192)
 
 
 def _objects(items: Iterable[Item]) -> list[list[Item]]:
-    """Items grouped into objects: each from a start, or from a word outside of an object, to an end or the next
-    start. Whatever else stands outside of objects is left out."""
+    """Group items into objects. Drop everything outside of them.
+
+    An object begins with a start, or with a word outside of any object, and goes up to an end or the next start.
+    """
     objects: list[list[Item]] = []
     inside = False
     for item in items:
@@ -277,7 +284,7 @@ def _objects(items: Iterable[Item]) -> list[list[Item]]:
 
 
 def _choose(objects: list[list[Item]], num_tokens: int | None, length: int) -> tuple[list[Item], list[Problem]]:
-    """The object to read, and what is wrong with how objects begin and end."""
+    """Return the object to read, and the problems of how objects begin and end."""
     if not objects:
         return [], [Problem(0, "there is no object in it: neither start nor end nor a code")]
 
@@ -315,7 +322,7 @@ def _further(items: list[Item]) -> str:
 
 
 def _integers(values: Sequence[int] | Tensor, name: str) -> list[int]:
-    """values [n] as Python's integers. Raises DataError for another shape or type."""
+    """Return values [n] as Python integers. Raise DataError for another shape or type."""
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:

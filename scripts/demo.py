@@ -1,9 +1,9 @@
-"""The main job from end to end: meshes, voxels, VAE, stage 1, stage 2, scores and pictures.
+"""The whole pipeline: meshes, voxels, VAE, stage 1, stage 2, scores and pictures.
 
     bash scripts/demo.sh [--meshes DIR] [--output_dir DIR] [--device auto|cpu|cuda] [--from_scratch]
 
-Each step is a command of this repository, printed before it runs. A rerun picks up what is finished, and a step
-that was cut off resumes.
+Each step is a command of this repository, printed before it runs. A rerun skips finished steps and resumes an
+interrupted one.
 """
 
 import sys
@@ -24,7 +24,7 @@ from trellis.utils.errors import ConfigError, DataError
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINED = ROOT / "pretrained" / "demo_vae"
 CONFIGS = ROOT / "configs" / "vae"
-# One of this many meshes of the user's is held out to be scored.
+# One in HELD_OUT of the user's meshes is held out for scoring.
 HELD_OUT = 8
 
 
@@ -40,14 +40,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(*command: object) -> None:
-    """Run a script of this repository with this Python. Raises CalledProcessError where it fails."""
+    """Run a script of this repository with this Python. Raise CalledProcessError if it fails."""
     words = [str(word) for word in command]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     started = time.monotonic()
     with subprocess.Popen([sys.executable, *words], cwd=ROOT) as process:
         try:
             code = process.wait()
-        except KeyboardInterrupt:  # the step got it too, and saves before it ends
+        except KeyboardInterrupt:  # the step is interrupted too, and saves before it ends
             process.wait()
             raise
     if code:
@@ -56,7 +56,7 @@ def run(*command: object) -> None:
 
 
 def remember_options(args: argparse.Namespace, folder: Path) -> None:
-    """Refuse to mix runs with different options in one folder."""
+    """Record the options. Raise ConfigError if the folder was made with other options."""
     if args.meshes and not Path(args.meshes).is_dir():
         raise ConfigError(f"--meshes {args.meshes} is not a folder")
     options = {"meshes": args.meshes and str(Path(args.meshes).resolve()), "from_scratch": args.from_scratch}
@@ -71,7 +71,7 @@ def remember_options(args: argparse.Namespace, folder: Path) -> None:
 
 
 def make_data(args: argparse.Namespace, folder: Path) -> Path:
-    """Voxelise the meshes, or the built-in shapes. Returns the data root."""
+    """Voxelize the meshes, or the built-in shapes. Return the data root."""
     voxels = folder / "voxels"
     if args.meshes is None:
         run("dataset_toolkits/shapes/make_shapes.py", "--output_dir", folder / "shapes")
@@ -94,11 +94,11 @@ def make_data(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def hold_out(voxels: Path) -> None:
-    """Give every mesh that has no split yet one, in the order of their hashes."""
+    """Assign a split to every mesh without one, in the order of their hashes."""
     fields, rows = records.read_metadata(voxels)
     done = [row for row in rows.values() if records.is_voxelized(row)]
     if len(done) < 2:
-        raise DataError(f"{voxels} has {len(done)} voxelised mesh; give at least 2, one to train on and one to score")
+        raise DataError(f"{voxels} has {len(done)} voxelized mesh; give at least 2, one to train on and one to score")
     for number, row in enumerate(sorted(done, key=lambda row: row["sha256"])):
         row["split"] = row.get("split") or ("train" if number % HELD_OUT else "val")
     records.write_table(voxels / "metadata.csv", [*fields, *({"split"} - set(fields))], rows.values())
@@ -122,7 +122,7 @@ def train(args: argparse.Namespace, folder: Path, voxels: Path, stage: str, load
 
 
 def score(args: argparse.Namespace, folder: Path, voxels: Path, stage: str) -> dict:
-    """Scores of a stage's averaged weights on the held-out objects, and the seconds it was trained for."""
+    """Return the scores of a stage's averaged weights on the held-out objects, and its seconds of training."""
     output = folder / "eval" / stage
     source = ("--pretrained", PRETRAINED) if stage == "vae" and not args.from_scratch else ("--run", folder / stage)
     held_out = {row["sha256"] for row in records.read_metadata(voxels)[1].values() if row.get("split") == "val"}
@@ -154,7 +154,7 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Run all steps. Returns the exit code of the step that failed, or 0."""
+    """Run all steps. Return the exit code of the step that failed, or 0."""
     try:
         run_steps(args)
     except subprocess.CalledProcessError as error:

@@ -1,11 +1,11 @@
-"""Score a run, or exported models: how well they bring grids back, and what their codebook does.
+"""Score a run or exported models: how well they reconstruct grids, and how their codebook is used.
 
     python scripts/evaluate.py --run outputs/stage2
     python scripts/evaluate.py --pretrained pretrained/demo_vae --data_dir data/voxels --output_dir outputs/eval
 
-Occupied is where the logit is above 0; everything runs in fp32. Averaged (EMA) and raw weights are scored, a VAE
-without a codebook from the mean of its posterior and from a sample. Chamfer distance and F-score (at one voxel) are
-those of trellis/evaluation/metrics.py:distance_metrics.
+A voxel is occupied if its logit is above 0; everything runs in fp32. Averaged (EMA) and raw weights are scored; a VAE
+without a codebook is scored from the mean of its posterior and from a sample. trellis/evaluation/metrics.py defines
+Chamfer distance and F-score (`distance_metrics`).
 Writes {run}/eval/{split}_step0000100.json and a contact sheet of the worst, median and best objects beside it.
 """
 
@@ -33,11 +33,11 @@ from trellis.utils.environment import versions
 from trellis.utils.errors import CheckpointError, ConfigError
 from trellis.utils.files import written_aside
 
-OBJECTS_PER_BLOCK = 3  # of the worst, the median and the best
-# What a KL compares with: an id of ShapeLLM-Omni's 8192 codes (arXiv:2506.01853), which stands for four latent cells.
+OBJECTS_PER_BLOCK = 3  # objects on the contact sheet for each of worst, median and best
+# The KL of a group of latent cells is compared with an id of ShapeLLM-Omni (arXiv:2506.01853): 8192 codes, four cells.
 ID_BITS = 13.0
 
-# {title: {column: key of a set of weights' scores}}
+# {title: {column: key of the scores}}
 TABLES = {
     "reconstruction": {
         "objects": "objects",
@@ -60,7 +60,7 @@ TABLES = {
         "entropy bits/object": "entropy_bits_per_object",
         "quant. error": "quantization_error",
     },
-    f"KL in bits, a group beside {ID_BITS:.0f} of an id": {
+    f"KL in bits; an id has {ID_BITS:.0f} bits": {
         "groups": "groups",
         "cell": "kl_bits_per_cell",
         "group": "kl_bits_per_group",
@@ -75,14 +75,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--run", help="run folder")
     source.add_argument("--pretrained", help="folder with exported encoder, decoder and, if any, quantizer")
     parser.add_argument("--ckpt", default="latest", help="latest, best or a step (default: latest)")
-    parser.add_argument("--resolution", type=int, default=64, help="of the data, with --pretrained (default: 64)")
-    parser.add_argument("--data_dir", help="data roots, separated by commas (default: those of the run)")
+    parser.add_argument(
+        "--resolution", type=int, default=64, help="voxels along an axis, with --pretrained (default: 64)"
+    )
+    parser.add_argument("--data_dir", help="data roots, separated by commas (default: the run's)")
     parser.add_argument("--split", choices=("train", "val", "all"), default="val")
     parser.add_argument(
         "--weights",
         choices=("all", "averaged"),
         default="all",
-        help="averaged: only those that a later stage would take, in half the time",
+        help="averaged: only the weights that a later stage would start from, in half the time",
     )
     parser.add_argument("--output_dir", help="default: {run}/eval")
     parser.add_argument("--device", choices=DEVICES, default="auto")
@@ -99,13 +101,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class Subject:
-    """What is scored. config: as of train.py; sets: {label: {model: weights file}}, the one that a later
-    stage would take first."""
+    """The models to score."""
 
-    name: str
+    name: str  # the folder, as it was given
     step: int
-    config: dict
-    sets: dict[str, dict[str, Path]]
+    config: dict  # of train.py
+    sets: dict[str, dict[str, Path]]  # {label: {model: weights file}}; first the set that a later stage starts from
     data_dir: str | None = None
     training_seconds: float | None = None
 
@@ -117,7 +118,7 @@ def run_subject(run_dir: str, ckpt: str) -> Subject:
 
 
 def pretrained_subject(folder: str, resolution: int) -> Subject:
-    """Exported models. Raises CheckpointError where encoder or decoder is missing."""
+    """Return exported models. Raise CheckpointError if encoder or decoder is missing."""
     names = [name for name in ("encoder", "quantizer", "decoder") if (Path(folder) / f"{name}.json").is_file()]
     for name in ("encoder", "decoder"):
         if name not in names:
@@ -132,14 +133,18 @@ def pretrained_subject(folder: str, resolution: int) -> Subject:
 
 
 def summarize(scores: Scores, sources: list[str | None]) -> dict:
-    """Mean of every metric, median and 5th percentile of the IoU, the codebook or the KL, and the main scores of
-    each source. scores: of a detailed evaluation."""
-    summary = {"objects": scores.number, **{name: value.mean().item() for name, value in scores.objects.items()}}
+    """Return the mean of every metric, median and 5th percentile of the IoU, the scores of codebook or KL, and the main
+    scores for each source.
+
+    scores: of a detailed evaluation.
+    sources: of each object, None if unknown.
+    """
+    summary: dict = {"objects": scores.number, **{name: value.mean().item() for name, value in scores.objects.items()}}
     ious = [name for name in ("iou", "sampled_iou") if name in scores.objects]
     for name in ious:
         summary[f"{name}_median"] = scores.objects[name].quantile(0.5).item()
         summary[f"{name}_p5"] = scores.objects[name].quantile(0.05).item()
-    if scores.counts is not None:
+    if scores.counts is not None and scores.tokens is not None:
         summary |= codebook_scores(scores.counts, scores.tokens) | occupancy_scores(scores)
     if scores.groups is not None:
         summary |= kl_scores(scores) | {"id_bits": ID_BITS}
@@ -154,8 +159,11 @@ def summarize(scores: Scores, sources: list[str | None]) -> dict:
 
 
 def format_report(results: dict[str, dict]) -> str:
-    """A table per subject, with rows for each set of weights, and one of the sources, for the first set. "sampled":
-    from a sample of the posterior; "occupied", "empty": over the tokens or groups with and without occupied voxels."""
+    """Return a table per subject with a row for each set of weights, and a table of the sources for the first set.
+
+    "sampled" rows: from a sample of the posterior. "occupied" and "empty" rows: over the tokens, or groups of latent
+    cells, with and without occupied voxels.
+    """
     rows = {}
     for label, result in results.items():
         rows[label] = result
@@ -175,7 +183,11 @@ def format_report(results: dict[str, dict]) -> str:
 
 
 def format_table(title: str, columns: dict[str, str], rows: dict[str, dict]) -> str:
-    """columns: {heading: key}. Rows with none of the keys are left out; without any row the result is empty."""
+    """Return a table, without rows that have none of the keys; "" if no row is left.
+
+    columns: {heading: key}.
+    rows: {label: {key: number}}.
+    """
 
     def cell(value: float | int | None) -> str:
         if value is None:
@@ -196,7 +208,7 @@ def format_table(title: str, columns: dict[str, str], rows: dict[str, dict]) -> 
 
 
 def pick_examples(iou: torch.Tensor) -> list[tuple[str, int]]:
-    """(label, object) of the worst, the median and the best by IoU; of few objects, all of them in thirds."""
+    """Return (label, object) of the worst, median and best objects by IoU; of few objects, all of them, in thirds."""
     order = iou.argsort().tolist()
     if len(order) > 3 * OBJECTS_PER_BLOCK:
         third, middle = OBJECTS_PER_BLOCK, len(order) // 2 - OBJECTS_PER_BLOCK // 2
@@ -209,7 +221,7 @@ def pick_examples(iou: torch.Tensor) -> list[tuple[str, int]]:
 
 
 def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
-    """Score the models and write the files. Returns what the JSON file holds, and its path."""
+    """Score the models and write the files. Return the content of the JSON file, and its path."""
     if args.pretrained:
         subject = pretrained_subject(args.pretrained, args.resolution)
     else:
@@ -229,7 +241,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
 
     results, examples = {}, None
     sources = [dataset.source(i) for i in range(len(dataset))]
-    # An object's sample is the same whatever else is scored.
+    # Seeds the sample of each object, independent of the other objects.
     sample_ids = torch.tensor([int(dataset.sha256(i)[:15], 16) for i in range(len(dataset))])
     sets = list(subject.sets.items())
     for label, files in sets if args.weights == "all" else sets[:1]:
@@ -246,7 +258,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
                 progress=lambda done: bar.update(done - bar.n),  # noqa: B023 - called within this turn
             )
         results[label] = summarize(scores, sources)
-        if examples is None:  # the first set is what a later stage and the export take
+        if examples is None:  # a later stage and the export take the first set
             results[label]["per_object"] = {
                 dataset.sha256(i): {"name": dataset.name(i), **{k: v[i].item() for k, v in scores.objects.items()}}
                 for i in range(len(dataset))

@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--dtype",
         choices=("float32", "float16"),
         default="float32",
-        help="of the stored weights; TRELLIS publishes float16",
+        help="precision of the stored weights; TRELLIS publishes float16",
     )
     args = parser.parse_args(argv)
     if args.ckpt not in ("latest", "best") and not args.ckpt.isdigit():

@@ -1,13 +1,14 @@
-"""Turn ids back into meshes or voxels: those of scripts/to_tokens.py, or those that a language model wrote.
+"""Turn ids back into meshes or voxels: ids from scripts/to_tokens.py, or from a language model's answers.
 
     python scripts/from_tokens.py --tokenizer outputs/stage2 --tokens outputs/tokens --output_dir outputs/meshes
     python scripts/from_tokens.py --tokenizer TOKENIZER --text answers.jsonl --output_dir outputs/meshes --repair
 
---tokens: a folder or a Parquet file; each object becomes {sha256}.glb. --text: an answer for each line, which becomes
-line000001.glb; of a .jsonl, a line is a text, or an object with the answer as `predict` (LLaMA-Factory's predictions),
-`output`, `response` or `text`, or with `conversations`, whose last mesh it is. An answer has to hold exactly one whole
-object; with --repair another is repaired, and what was done is printed.
-Nothing is overwritten. Objects that cannot be written are listed, and make the exit code 1.
+--tokens takes a folder or a Parquet file; each object becomes {sha256}.glb.
+--text takes a file with one answer per line, which becomes line000001.glb. A line of a .jsonl is a text, or an object
+that has the answer as `predict` (LLaMA-Factory's predictions), `output`, `response` or `text`, or has `conversations`,
+of which the last mesh is taken. An answer must contain exactly one whole object; with --repair, other answers are
+repaired and the repairs printed.
+Nothing is overwritten. If objects cannot be written, they are listed and the exit code is 1.
 """
 
 import sys
@@ -35,7 +36,7 @@ from trellis.utils.errors import DataError
 FORMATS = {"glb": ".glb", "obj": ".obj", "ply": ".ply", "stl": ".stl", "voxels": ".ply"}
 ANSWERS = ("predict", "output", "response", "text")
 
-# What an object's ids come from, when they are wanted: reading one may fail while others are fine.
+# Reads the ids of one object, later: one may fail while others are fine.
 Reader = Callable[[], Tensor]
 
 
@@ -49,13 +50,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--tokens", metavar="PATH", help="folder of scripts/to_tokens.py, or a Parquet file")
-    source.add_argument("--text", metavar="FILE", help="answers of a language model, one a line; or .jsonl")
+    source.add_argument("--text", metavar="FILE", help="answers of a language model, one per line; or .jsonl")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="glb",
-        help="of a mesh (default: glb), or voxels: a PLY file of their centres, as voxelize.py writes",
+        help="mesh format (default: glb), or voxels: a PLY file of their centers, as voxelize.py writes",
     )
     parser.add_argument("--repair", action="store_true", help="repair damaged answers of --text")
     parser.add_argument("--device", choices=DEVICES, default="auto")
@@ -66,29 +67,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def from_parquet(path: str, tokenizer: SparseStructureTokenizer) -> Iterator[tuple[str, Reader]]:
-    """The name and the ids of each object. Raises DataError where another tokenizer made them."""
+    """Yield the name and the ids of each object. Raise DataError if another tokenizer made them."""
     info = parquet.read_info(path)
     if info.tokenizer_hash != tokenizer.hash:
         raise DataError(
-            f"{path}: its ids are of the tokenizer with hash {info.tokenizer_hash[:12]}…, but this one has "
+            f"{path}: its ids come from the tokenizer with hash {info.tokenizer_hash[:12]}…, but this one has "
             f"{tokenizer.hash[:12]}…. Give the one that made them."
         )
     for row in parquet.read_shards(path):
         if not re.fullmatch(r"[\w-]+", row["sha256"] or ""):
-            raise DataError(f"{path}: sha256 {row['sha256']!r} is no hash, and cannot name a file.")
+            raise DataError(f"{path}: sha256 {row['sha256']!r} is not a hash and cannot name a file.")
         yield row["sha256"], lambda ids=row["tokens"]: torch.from_numpy(ids)
 
 
 def from_text(path: str, tokenizer: SparseStructureTokenizer, repair: bool) -> Iterator[tuple[str, Reader]]:
-    """The name and the ids of each answer. Lines that are blank are no answers. Raises DataError where the file cannot
-    be read; a reader, where its answer is damaged."""
+    """Yield the name and the ids of each answer; blank lines are skipped.
+
+    Raise DataError if the file cannot be read. A reader raises it for a damaged answer.
+    """
     words, fill = tokenizer.token_format(), tokenizer.empty_ids if repair else None
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Give a text file or a .jsonl.") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is no text in UTF-8 ({error}). Give a text file or a .jsonl.") from error
+        raise DataError(f"{path}: is not UTF-8 text ({error}). Give a text file or a .jsonl.") from error
 
     def read(line: str, name: str) -> Tensor:
         answer = answer_of(line, words.start) if path.lower().endswith(".jsonl") else line
@@ -108,14 +111,14 @@ def from_text(path: str, tokenizer: SparseStructureTokenizer, repair: bool) -> I
 
 
 def answer_of(line: str, start: str) -> str:
-    """The answer in a line of a .jsonl. start: the word that a mesh begins with. Raises DataError if there is none."""
+    """Return the answer in a line of a .jsonl. Raise DataError if there is none. start: the first word of a mesh."""
     try:
         value: Any = json.loads(line)
     except ValueError as error:
-        raise DataError(f"is no JSON ({error})") from error
+        raise DataError(f"is not JSON ({error})") from error
     if isinstance(value, dict):
         turns = value.get("conversations")
-        # The mesh is gpt's, or within the question where gpt describes it.
+        # The mesh is gpt's answer, or part of the question if gpt describes it.
         texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
         texts = [text for text in texts if isinstance(text, str) and start in text]
         answers = [value[key] for key in ANSWERS if key in value]
@@ -126,9 +129,9 @@ def answer_of(line: str, start: str) -> str:
 
 
 def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Write a file for each object. Returns their paths, and the names of those left out with the reasons.
+    """Write a file for each object. Return their paths, and (name, reason) of each object left out.
 
-    Raises DataError where a file is there already, before any is written.
+    Raise DataError, before any file is written, if one exists already.
     """
     device = pick_device(args.device)
     tokenizer = SparseStructureTokenizer.load(args.tokenizer).to(device)
@@ -159,7 +162,7 @@ def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str,
 
 
 def write(tokenizer: SparseStructureTokenizer, ids: Tensor, path: Path, kind: str) -> None:
-    """ids: [T]. Raises DataError where they have no voxel."""
+    """Write the object of ids [T] as one of FORMATS. Raise DataError if it has no voxel."""
     if kind != "voxels":
         tokenizer.save_mesh(ids, path)
         return

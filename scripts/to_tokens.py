@@ -1,16 +1,16 @@
-"""Turn objects into ids: Parquet files of a whole data set, and conversations to fine-tune a language model on.
+"""Turn objects into ids: Parquet files of a whole data set, and conversations for fine-tuning a language model.
 
     python scripts/to_tokens.py --tokenizer outputs/stage2 --data_dir data/voxels --output_dir outputs/tokens
     python scripts/to_tokens.py --tokenizer TOKENIZER --meshes meshes/ --output_dir outputs/tokens --sharegpt
 
-Grids come from the data roots of train.py, or from meshes, which are voxelised as the tokenizer's own were. Objects are
-divided into shards, shard-00000-of-00012.parquet … (layout: trellis/tokens/parquet.py), each written whole or not at
-all: the same command goes on with those that are missing. A folder takes one tokenizer, data set, precision and shard
-size, and has IoUs or none. Meshes that cannot be voxelised are listed in failed.csv; to try them again, delete their
-shard.
---sharegpt adds dataset_info.json and sharegpt/*.jsonl as LLaMA-Factory reads them (trellis/tokens/sharegpt.py has its
-rules): of an object with captions two records for each, caption to mesh and mesh to caption. Captions are those of
---captions, else of a column caption or captions of the roots' metadata.csv.
+Grids come from the data roots of train.py, or from meshes, which are voxelized with the tokenizer's settings. Objects
+are divided into shards, shard-00000-of-00012.parquet … (layout: trellis/tokens/parquet.py). Each is written
+atomically, and a rerun of the same command writes only missing shards. All shards of a folder have the same tokenizer,
+data set, precision, shard size and --iou. Meshes that cannot be voxelized are listed in failed.csv; to retry them,
+delete their shard.
+--sharegpt adds dataset_info.json and sharegpt/*.jsonl as LLaMA-Factory reads them (rules: trellis/tokens/sharegpt.py).
+Each caption of an object gives two records, caption to mesh and mesh to caption. Captions come from --captions, else
+from the column caption or captions of the roots' metadata.csv.
 """
 
 import sys
@@ -44,8 +44,8 @@ from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.errors import ConfigError, DataError, UserError
 
 REASONS_SHOWN = 5
-COMPARED = 16  # objects encoded in fp32 too, where ids are those of bf16
-# Two processes may choose other kernels in bf16, and rounding decides between codes that are equally near.
+COMPARED = 16  # objects that a run in bf16 encodes in fp32 too
+# Processes may choose different kernels in bf16, and rounding decides between equally near codes.
 EQUAL_IN_BF16 = 0.9
 
 
@@ -58,38 +58,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data_dir", help="data roots as of train.py, separated by commas")
-    source.add_argument("--meshes", nargs="+", metavar="PATH", help="mesh files, and folders searched with all below")
-    parser.add_argument("--split", choices=("train", "val", "all"), default="all", help="of --data_dir (default: all)")
+    source.add_argument("--data_dir", help="data roots as train.py takes them, separated by commas")
+    source.add_argument("--meshes", nargs="+", metavar="PATH", help="mesh files, and folders to search recursively")
+    parser.add_argument(
+        "--split", choices=("train", "val", "all"), default="all", help="split of --data_dir (default: all)"
+    )
     parser.add_argument("--output_dir", required=True)
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="fp32 (default) is what ids mean; bf16 is faster, and some ids differ",
+        help="fp32 (default) defines the ids; bf16 is faster, but some ids differ",
     )
-    parser.add_argument("--iou", action="store_true", help="decode too, and record each object's IoU")
-    parser.add_argument("--shard_size", type=int, default=4096, help="objects of a file (default: 4096)")
+    parser.add_argument("--iou", action="store_true", help="also decode, and record each object's IoU")
+    parser.add_argument("--shard_size", type=int, default=4096, help="objects per file (default: 4096)")
     parser.add_argument(
         "--verify",
         type=int,
         default=0,
         metavar="N",
-        help="at the end read N random objects back, decode them, and encode their grids again: ids "
-        f"must be equal (in bf16, {EQUAL_IN_BF16:.0%}% of an object's)",
+        help="at the end read back N random objects, decode them, and encode their grids again: the ids "
+        f"must be equal (in bf16, {EQUAL_IN_BF16:.0%}% of an object's ids)",
     )
-    parser.add_argument("--sharegpt", action="store_true", help="write conversations too")
+    parser.add_argument("--sharegpt", action="store_true", help="also write conversations")
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="what asks for a mesh, with {caption} and {name} (default: "
-        f"{sharegpt.PROMPT_OF_CAPTION!r}; without any caption {{name}} instead)",
+        help="question that asks for a mesh, with {caption} and {name} (default: "
+        f"{sharegpt.PROMPT_OF_CAPTION!r}; without captions, {{name}} instead)",
     )
     parser.add_argument(
         "--describe_prompt",
         metavar="TEXT",
         default=sharegpt.DESCRIBE_PROMPT,
-        help="what asks for a caption, with {mesh} and {name} (default: %(default)r)",
+        help="question that asks for a caption, with {mesh} and {name} (default: %(default)r)",
     )
     parser.add_argument("--captions", metavar="FILE", help="CSV or JSON with sha256 and caption")
     parser.add_argument("--device", choices=DEVICES, default="auto")
@@ -97,21 +99,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--num_gpus", type=int, default=-1, help="processes on this machine; -1: one per GPU, or one on a CPU"
     )
     parser.add_argument("--rank", type=int, default=0, help="this machine's share, from 0")
-    parser.add_argument("--world_size", type=int, default=1, help="how many machines share the work and the folder")
+    parser.add_argument(
+        "--world_size", type=int, default=1, help="number of machines that share the work and the folder"
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
     parser.add_argument(
         "--max_workers",
         type=int,
         default=cores,
-        help="with --meshes, voxelising processes of this machine (default: one for each core)",
+        help="with --meshes, voxelizing processes on this machine (default: one per core)",
     )
-    parser.add_argument("--timeout", type=float, default=120, help="with --meshes, seconds for a file (default: 120)")
+    parser.add_argument("--timeout", type=float, default=120, help="with --meshes, seconds per file (default: 120)")
     args = parser.parse_args(argv)
     for name, low in (("shard_size", 1), ("verify", 0), ("world_size", 1), ("rank", 0), ("max_workers", 1)):
         if getattr(args, name) < low:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least {low}")
     if args.rank >= args.world_size:
-        parser.error(f"--rank is {args.rank}; with --world_size {args.world_size} it must be below that")
+        parser.error(f"--rank is {args.rank}; with --world_size {args.world_size} it must be less")
     if args.num_gpus == 0 or args.num_gpus < -1:
         parser.error(f"--num_gpus is {args.num_gpus}; it must be -1 or at least 1")
     if args.timeout <= 0:
@@ -127,9 +131,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def encode_batches(
     tokenizer: SparseStructureTokenizer, batches: Iterable[Tensor], precision: str, iou: bool
 ) -> list[np.ndarray]:
-    """Ids [n, T] and numbers of voxels [n], and with `iou` each object's IoU [n] after decoding.
+    """Return ids [n, T] and numbers of voxels [n]; with `iou`, also each object's IoU [n] after decoding.
 
-    batches: [B, R³ / 8] uint8. Results are fetched a batch later, so that a GPU does not wait for the host.
+    Results are fetched one batch later, so that a GPU does not wait for the host.
+    batches: [B, R³ / 8] uint8.
     """
     device, done, running = tokenizer.device, [], None
 
@@ -162,12 +167,12 @@ def encode_batches(
 
 
 class Work(NamedTuple):
-    """What the processes of this machine share. shards: {number: its objects}, of all machines."""
+    """What the processes of this machine share."""
 
     args: argparse.Namespace
     info: parquet.TokenInfo
     source: DataSource | MeshSource
-    shards: dict[int, slice]
+    shards: dict[int, slice]  # {number: its objects}, of all machines
     prompts: sharegpt.Prompts | None
     captions: dict[str, list[str]]
     cuda: bool
@@ -183,21 +188,21 @@ class Work(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a process has done: objects with new ids, the seconds that took without the start, records written."""
+    """What a process has done."""
 
-    objects: int
-    seconds: float
-    records: int
+    objects: int  # with new ids
+    seconds: float  # without start-up
+    records: int  # conversations written
 
 
 def run_process(
     work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int], process: int, processes: int
 ) -> Report:
-    """Write these shards and their conversations, where they are missing, with the tokenizer on its device."""
+    """Write those of these shards and of their conversations that are missing, with the tokenizer on its device."""
     args, info = work.args, work.info
     missing = {number: work.shards[number] for number in numbers if not work.path(number).exists()}
     count = 0
-    if missing and work.cuda:  # the first call loads kernels, and in bf16 tries which are fastest
+    if missing and work.cuda:  # the first call loads kernels, and in bf16 times them
         torch.backends.cudnn.benchmark = args.precision == "bf16"
         nothing = torch.zeros(1, (info.resolution**3 + 7) // 8, dtype=torch.uint8)
         encode_batches(tokenizer, [nothing], args.precision, args.iou)
@@ -242,7 +247,7 @@ def run_process(
 
 
 def write_conversations(work: Work, tokenizer: SparseStructureTokenizer, number: int) -> int:
-    """Write a shard's records where they are missing. Returns how many are written."""
+    """Write a shard's records if they are missing. Return how many are written."""
     if work.jsonl(number).exists():
         return 0
     words = tokenizer.token_format()
@@ -263,6 +268,7 @@ def write_conversations(work: Work, tokenizer: SparseStructureTokenizer, number:
 
 
 def _spawned(process: int, work: Work, numbers: list[list[int]], answers) -> None:
+    """Run one process. Put its Report, or the error that ends it, into `answers`."""
     if not work.cuda:
         torch.set_num_threads(max(1, torch.get_num_threads() // len(numbers)))
     try:
@@ -277,7 +283,7 @@ def _spawned(process: int, work: Work, numbers: list[list[int]], answers) -> Non
 
 
 def run_processes(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int], processes: int) -> Report:
-    """Divide the shards among processes, one for each GPU, and add up what they have done."""
+    """Divide the shards among processes, one for each GPU, and add up their reports."""
     if processes == 1:
         return run_process(work, tokenizer, numbers, 0, 1)
     answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
@@ -297,12 +303,14 @@ def run_processes(work: Work, tokenizer: SparseStructureTokenizer, numbers: list
     )
 
 
-# --- the whole ------------------------------------------------------------------------------------------------
+# --- all of it ------------------------------------------------------------------------------------------------
 
 
 def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cuda: bool) -> Work:
-    """Look at the data, and take the output folder. Raises UserError where the folder was made in another way, or
-    there is nothing to do."""
+    """Read the data's index, and claim the output folder.
+
+    Raise UserError if the folder was made with other settings, or if there is nothing to do.
+    """
     parquet.require_pyarrow()
     folder = Path(args.output_dir)
     settings = tokenizer.resolution, tokenizer.up_axis, tokenizer.normalization
@@ -335,25 +343,27 @@ def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cud
 def plan_conversations(
     args: argparse.Namespace, source: DataSource | MeshSource
 ) -> tuple[sharegpt.Prompts, dict[str, list[str]]]:
-    """What is asked, and captions by sha256. Raises DataError where no object would have a record."""
+    """Return the questions, and captions by sha256. Raise DataError if no object would have a record."""
     captions = sharegpt.read_captions(Path(args.captions), required=True) if args.captions else source.captions()
     captions = {sha256: captions[sha256] for sha256, _, _ in source.objects if sha256 in captions}
     if args.captions and not captions:
-        raise DataError(f"{args.captions}: has no caption of any object. Its sha256 must be those of the data.")
+        raise DataError(f"{args.captions}: has no caption of any object. Its sha256 must be the data's.")
     default = sharegpt.PROMPT_OF_CAPTION if captions else sharegpt.PROMPT_OF_NAME
     prompts = sharegpt.Prompts(args.prompt or default, args.describe_prompt)
     if not any(
         sharegpt.records(sha256, name, "-", captions.get(sha256, ()), prompts) for sha256, name, _ in source.objects
     ):
         raise DataError(
-            f"--prompt {prompts.make!r}: the objects have no such thing. Give --captions, or a prompt without it."
+            f"--prompt {prompts.make!r}: no object has all that it names. Give --captions, or another prompt."
         )
     return prompts, captions
 
 
 def verify(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int]) -> str:
-    """Read random objects of these shards back, decode them, and encode their grids again. Returns what was found;
-    raises DataError naming the first object that is not as the grid says."""
+    """Read back random objects of these shards, decode them, and encode their grids again. Return the result in words.
+
+    Raise DataError naming the first object whose row does not match its grid.
+    """
     lengths = np.array([parquet.count_rows(work.path(number)) for number in numbers])
     chosen = np.sort(np.random.default_rng().permutation(lengths.sum())[: work.args.verify])
     ends, rows = lengths.cumsum(), []
@@ -379,9 +389,9 @@ def verify(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int]) 
     for row, voxels, share, iou in zip(rows, num_voxels, equal, ious, strict=True):
         if share < (1 if precision == "fp32" else EQUAL_IN_BF16):
             raise DataError(
-                f"--verify: {row['sha256']} has {share:.2%} of the ids that its grid has now (IoU of those "
-                f"stored {iou:.4f}). Another device or version may round differently; else delete the "
-                "shards and run again."
+                f"--verify: {row['sha256']} has only {share:.2%} of the ids that its grid has now (IoU of the stored "
+                f"ids {iou:.4f}). Another device or version may round differently; otherwise delete the shards and "
+                "run again."
             )
         if row["num_voxels"] != voxels or abs(row.get("iou", iou) - iou) > 0.01:
             raise DataError(
@@ -390,20 +400,20 @@ def verify(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int]) 
             )
     return (
         f"verified {len(rows)} objects read back: {equal.mean():.2%} of the ids equal, IoU mean {ious.mean():.4f}, "
-        f"least {ious.min():.4f}"
+        f"minimum {ious.min():.4f}"
     )
 
 
 def agreement(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int]) -> str:
-    """How many of the first objects' ids fp32 would have given too, in words."""
+    """Return, in words, the share of the first objects' ids that fp32 gives too."""
     rows = list(islice((row for number in numbers for row in parquet.read_shards(work.path(number))), COMPARED))
     stored = np.stack([row["tokens"] for row in rows])
     ids, _ = encode_batches(tokenizer, [work.source.grids([row["sha256"] for row in rows])], "fp32", False)
-    return f"of the ids of {len(rows)} objects {(ids == stored).mean():.2%} are those of fp32"
+    return f"{(ids == stored).mean():.2%} of the ids of {len(rows)} objects equal fp32's"
 
 
 def list_failures(work: Work) -> list[dict[str, str]]:
-    """Write failed.csv from the shards that are there, of all machines. Returns its rows."""
+    """Write failed.csv from the shards of all machines that exist so far. Return its rows."""
     present = [work.path(number) for number in work.shards if work.path(number).exists()]
     rows = work.source.failures + [row for path in present for row in parquet.read_left_out(path)]
     if rows:
@@ -413,7 +423,7 @@ def list_failures(work: Work) -> list[dict[str, str]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Tokenize this machine's share and say what came of it."""
+    """Tokenize this machine's share and print what was done."""
     started = time.perf_counter()
     cuda = pick_device(args.device).type == "cuda"
     there = torch.cuda.device_count() if cuda else 1
@@ -436,7 +446,7 @@ def run(args: argparse.Namespace) -> None:
     if report.objects:
         print(
             f"  {report.objects / report.seconds:.1f} objects/s in {args.precision}, {report.seconds:.1f} s without "
-            f"the start, {total:.1f} s with it; processes: {processes} on {'GPUs' if cuda else 'the CPU'}"
+            f"start-up, {total:.1f} s with it; processes: {processes} on {'GPUs' if cuda else 'the CPU'}"
         )
     if args.iou and rows:
         ious = np.concatenate([parquet.read_column(work.path(number), "iou") for number in numbers])

@@ -1,13 +1,14 @@
-"""What a language model will see: how much the ids of objects carry, and how long they are.
+"""What a language model will see: entropy and lengths of the ids of objects.
 
     python scripts/token_stats.py --tokens outputs/tokens --output_dir outputs/token_stats
     python scripts/token_stats.py --tokens outputs/tokens --tokenizer outputs/stage2 --data_dir data/voxels \\
         --output_dir outputs/token_stats
     python scripts/token_stats.py --tokenizer TOKENIZER --data_dir data/voxels --output_dir outputs/token_stats
 
---tokens is a folder of scripts/to_tokens.py; without it, the grids are encoded here, in fp32. The tokenizer gives the
-ids of an empty grid, which empty tokens and the sparse form need; the grids say where voxels are, and what they take
-themselves. Writes stats.json (keys: trellis/tokens/stats.py), stats.md, a reading of them, and pictures.
+--tokens is a folder of scripts/to_tokens.py; without it, grids are encoded here, in fp32. The tokenizer is needed for
+statistics of empty tokens and of the sparse form, the grids for statistics of occupied positions and for the size of
+grids themselves. Writes stats.json (keys: trellis/tokens/stats.py), stats.md, which says the same in words, and
+pictures.
 """
 
 import sys
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import argparse
 import json
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -39,12 +41,12 @@ GRIDS_AT_ONCE = 64
 
 
 class Subject(NamedTuple):
-    """What is measured. total: objects there are, of which `tokens` holds some. about: for stats.json."""
+    """The ids to measure."""
 
     tokens: TokenSet
-    resolution: int
-    total: int
-    about: dict
+    resolution: int  # voxels along an axis
+    total: int  # objects in the folder or data, of which `tokens` has at most --max_objects
+    about: dict  # where the ids come from, for stats.json
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,17 +57,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="SOURCE",
         help="tokenizer folder, run folder, file in ShapeLLM-Omni's layout, or id on the Hub",
     )
-    parser.add_argument("--data_dir", help="data roots as of train.py, separated by commas")
-    parser.add_argument("--split", choices=("train", "val", "all"), default="all", help="of --data_dir (default: all)")
+    parser.add_argument("--data_dir", help="data roots as train.py takes them, separated by commas")
+    parser.add_argument(
+        "--split", choices=("train", "val", "all"), default="all", help="split of --data_dir (default: all)"
+    )
     parser.add_argument("--output_dir", required=True)
     parser.add_argument(
         "--max_objects",
         type=int,
         default=5000,
         metavar="N",
-        help="of more objects, N at equal distances (default: 5000)",
+        help="measure at most N objects, evenly spaced (default: 5000)",
     )
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="to encode on")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="device to encode on")
     args = parser.parse_args(argv)
     if not args.tokens and not (args.tokenizer and args.data_dir):
         parser.error("give --tokens, or --tokenizer with --data_dir")
@@ -78,16 +82,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def spread(total: int, wanted: int) -> np.ndarray:
-    """Numbers of at most `wanted` of `total` objects, at equal distances, [n] in order."""
+    """Return the indices of at most `wanted` of `total` objects, evenly spaced, [n] ascending."""
     return np.arange(total) if total <= wanted else np.arange(wanted) * total // wanted
 
 
 def read_tokens(args: argparse.Namespace, tokenizer: SparseStructureTokenizer | None) -> Subject:
+    """Read the ids of --tokens. Raise ConfigError if another tokenizer made them, DataError if there are none."""
     info = parquet.read_info(args.tokens)
     if tokenizer is not None and tokenizer.hash != info.tokenizer_hash:
         raise ConfigError(
             f"{args.tokenizer}: did not make {args.tokens}, whose tokenizer has the hash "
-            f"{info.tokenizer_hash[:12]}…, not {tokenizer.hash[:12]}…. Give that one, or none."
+            f"{info.tokenizer_hash[:12]}…, not {tokenizer.hash[:12]}…. Give that tokenizer, or none."
         )
     total = sum(parquet.count_rows(path) for path in parquet.shard_files(args.tokens))
     if not total:
@@ -111,6 +116,7 @@ def read_tokens(args: argparse.Namespace, tokenizer: SparseStructureTokenizer | 
 
 
 def encode_grids(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, device: torch.device) -> Subject:
+    """Encode the grids of --data_dir."""
     empty_ids = tokenizer.empty_ids.numpy()
     tokenizer.to(device)
     dataset = SparseStructure(args.data_dir, resolution=tokenizer.resolution, split=args.split)
@@ -132,7 +138,10 @@ def encode_grids(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, 
 
 
 def read_grids(args: argparse.Namespace, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
-    """Whether places have voxels, [N, P] bool, and bytes of compressed grids, [N, 2] as of `stats.grid_sizes`."""
+    """Return whether positions have an occupied voxel, [N, P] bool, and bytes of compressed grids, [N, 2].
+
+    Raise DataError if --data_dir lacks the grid of an object.
+    """
     dataset = SparseStructure(args.data_dir, resolution=subject.resolution, split=args.split)
     numbers = {sha256: i for i, (_, sha256) in enumerate(dataset.instances)}
     missing = [sha256 for sha256 in subject.tokens.objects.tolist() if sha256 not in numbers]
@@ -149,8 +158,8 @@ def read_grids(args: argparse.Namespace, subject: Subject) -> tuple[np.ndarray, 
     return np.concatenate(occupied), np.concatenate(sizes)
 
 
-def batches(indices: np.ndarray, what: str):
-    """indices [n] in parts, with a bar on a terminal."""
+def batches(indices: np.ndarray, what: str) -> Iterator[np.ndarray]:
+    """Yield indices [n] in parts, with a progress bar on a terminal."""
     with tqdm(total=len(indices), desc=what, unit="object", disable=not sys.stderr.isatty()) as bar:
         for start in range(0, len(indices), GRIDS_AT_ONCE):
             part = indices[start : start + GRIDS_AT_ONCE]
@@ -158,11 +167,11 @@ def batches(indices: np.ndarray, what: str):
             bar.update(len(part))
 
 
-# --- the whole --------------------------------------------------------------------------------------------------
+# --- all of it --------------------------------------------------------------------------------------------------
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Everything that stats.json holds."""
+    """Return the content of stats.json."""
     device = pick_device(args.device)
     tokenizer = SparseStructureTokenizer.load(args.tokenizer) if args.tokenizer else None
     subject = read_tokens(args, tokenizer) if args.tokens else encode_grids(args, tokenizer, device)

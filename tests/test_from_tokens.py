@@ -111,7 +111,7 @@ def test_names_that_are_no_hashes_are_refused(base, tokenizer, ids, tmp_path, ca
         np.ones(1),
     )
     assert run(base, tmp_path / "out", "--tokens", tmp_path / "a.parquet", "--format", "voxels") == 1
-    assert "'../../x' is no hash" in capsys.readouterr().err
+    assert "'../../x' is not a hash" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -167,7 +167,7 @@ def test_damaged_answers_are_listed_or_repaired(base, tokenizer, ids, tmp_path, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[1]", "has no text as"),
         ('{"question": "a"}', "has no text as"),
         ('{"conversations": [{"from": "gpt", "value": "no"}]}', "has no text as"),

@@ -104,7 +104,7 @@ def test_rows_are_what_the_tokenizer_makes_of_each_grid(base, tmp_path, precisio
     equal = tokenizer.encode(torch.from_numpy(grids[:first])[:, None]).cpu().numpy() == [
         row["tokens"] for row in rows[:first]
     ]
-    said = f"of the ids of {first} objects {equal.mean():.2%} are those of fp32" in report
+    said = f"{equal.mean():.2%} of the ids of {first} objects equal fp32's" in report
     assert said == (precision == "bf16")
     assert len(rows) == OBJECTS and len({tuple(row["tokens"]) for row in rows}) > OBJECTS / 2
     for i, row in enumerate(rows):

@@ -95,7 +95,7 @@ def make_data(args: argparse.Namespace, folder: Path) -> Path:
 
 def hold_out(voxels: Path) -> None:
     """Assign a split to every mesh without one, in the order of their hashes."""
-    fields, rows = records.read_metadata(voxels)
+    fields, rows = records.read_rows(voxels)
     done = [row for row in rows.values() if records.is_voxelized(row)]
     if len(done) < 2:
         raise DataError(f"{voxels} has {len(done)} voxelized mesh; give at least 2, one to train on and one to score")
@@ -125,7 +125,7 @@ def score(args: argparse.Namespace, folder: Path, voxels: Path, stage: str) -> d
     """Return the scores of a stage's averaged weights on the held-out objects, and its seconds of training."""
     output = folder / "eval" / stage
     source = ("--pretrained", PRETRAINED) if stage == "vae" and not args.from_scratch else ("--run", folder / stage)
-    held_out = {row["sha256"] for row in records.read_metadata(voxels)[1].values() if row.get("split") == "val"}
+    held_out = {row["sha256"] for row in records.read_rows(voxels)[1].values() if row.get("split") == "val"}
     reports = [json.loads(path.read_text()) for path in output.glob("val*.json")]
     scored = [set(next(iter(report["weights"].values()))["per_object"]) for report in reports]
     if held_out not in scored:

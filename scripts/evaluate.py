@@ -27,6 +27,7 @@ from trellis.grids.preview import contact_sheet, save_png
 from trellis.models import build, load_weights
 from trellis.runs.open import open_run
 from trellis.trainers import TRAINERS
+from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
 from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.config import load_config
 from trellis.utils.environment import versions
@@ -234,7 +235,8 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
 
     dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
     dataset = dataset_class(data_dir, split=args.split, **config["dataset"].get("args", {}))
-    reconstruct = TRAINERS.get(config["trainer"]["name"], "trainer.name").reconstruct
+    trainer_class: type[SparseStructureVaeTrainer] = TRAINERS.get(config["trainer"]["name"], "trainer.name")
+    reconstruct = trainer_class.reconstruct
     models = {name: build(spec, f"models.{name}").to(device).eval() for name, spec in config["models"].items()}
     for model in models.values():
         model.convert_to_fp32()

@@ -21,6 +21,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def from_parquet(path: str, tokenizer: SparseStructureTokenizer) -> Iterator[tup
     for row in parquet.read_shards(path):
         if not re.fullmatch(r"[\w-]+", row["sha256"] or ""):
             raise DataError(f"{path}: sha256 {row['sha256']!r} is not a hash and cannot name a file.")
-        yield row["sha256"], lambda ids=row["tokens"]: torch.from_numpy(ids)
+        yield row["sha256"], partial(torch.from_numpy, row["tokens"])
 
 
 def from_text(path: str, tokenizer: SparseStructureTokenizer, repair: bool) -> Iterator[tuple[str, Reader]]:
@@ -105,7 +106,7 @@ def from_text(path: str, tokenizer: SparseStructureTokenizer, repair: bool) -> I
         if line.strip():
             found = True
             name = f"line{number:06d}"
-            yield name, lambda line=line, name=name: read(line, name)
+            yield name, partial(read, line, name)
     if not found:
         raise DataError(f"{path}: is empty. Give a text file with an answer in each line, or a .jsonl.")
 

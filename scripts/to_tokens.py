@@ -38,7 +38,7 @@ from dataset_toolkits.records import FAILED_FIELDS, write_table
 from scripts.token_sources import BATCH, DataSource, MeshSource, Shard
 from trellis.evaluation.metrics import voxel_metrics
 from trellis.grids.voxels import unpack_bits_on_device
-from trellis.tokenizer import SparseStructureTokenizer
+from trellis.tokenizer import Precision, SparseStructureTokenizer
 from trellis.tokens import parquet, sharegpt
 from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.errors import ConfigError, DataError, UserError
@@ -129,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def encode_batches(
-    tokenizer: SparseStructureTokenizer, batches: Iterable[Tensor], precision: str, iou: bool
+    tokenizer: SparseStructureTokenizer, batches: Iterable[Tensor], precision: Precision, iou: bool
 ) -> list[np.ndarray]:
     """Return ids [n, T] and numbers of voxels [n]; with `iou`, also each object's IoU [n] after decoding.
 
@@ -224,7 +224,6 @@ def run_process(
             if writing is not None:
                 writing.result()
             sha256, names, sources = map(list, zip(*shard.objects, strict=True)) if shard.objects else ([], [], [])
-            rows = {"tokens": columns[0], "num_voxels": columns[1], "iou": columns[2] if args.iou else None}
             writing = writer.submit(
                 parquet.write_shard,
                 work.path(shard.number),
@@ -232,8 +231,10 @@ def run_process(
                 sha256,
                 names,
                 sources,
+                tokens=columns[0],
+                num_voxels=columns[1],
+                iou=columns[2] if args.iou else None,
                 left_out=shard.left_out,
-                **rows,
             )
             count += len(sha256)
 
@@ -242,11 +243,13 @@ def run_process(
         if writing is not None:
             writing.result()
     seconds = time.perf_counter() - started
-    records = sum(write_conversations(work, tokenizer, number) for number in numbers) if work.prompts else 0
+    records = 0
+    if work.prompts is not None:
+        records = sum(write_conversations(work, work.prompts, tokenizer, number) for number in numbers)
     return Report(count, seconds, records)
 
 
-def write_conversations(work: Work, tokenizer: SparseStructureTokenizer, number: int) -> int:
+def write_conversations(work: Work, prompts: sharegpt.Prompts, tokenizer: SparseStructureTokenizer, number: int) -> int:
     """Write a shard's records if they are missing. Return how many are written."""
     if work.jsonl(number).exists():
         return 0
@@ -261,7 +264,7 @@ def write_conversations(work: Work, tokenizer: SparseStructureTokenizer, number:
                 row["name"],
                 words.to_text(row["tokens"]),
                 work.captions.get(row["sha256"], ()),
-                work.prompts,
+                prompts,
             )
         ),
     )
@@ -314,6 +317,7 @@ def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cud
     parquet.require_pyarrow()
     folder = Path(args.output_dir)
     settings = tokenizer.resolution, tokenizer.up_axis, tokenizer.normalization
+    source: DataSource | MeshSource
     if args.meshes:
         source = MeshSource(args.meshes, *settings, args.max_workers, args.timeout, folder)
     else:

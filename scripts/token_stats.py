@@ -128,7 +128,7 @@ def encode_grids(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, 
     tokens = TokenSet(
         np.concatenate(parts),
         np.array([dataset.sha256(i) for i in chosen]),
-        tuple(tokenizer.lattice),
+        tokenizer.lattice,
         tokenizer.codes_per_token,
         tokenizer.n_embed,
         empty_ids,
@@ -174,7 +174,11 @@ def measure(args: argparse.Namespace) -> dict:
     """Return the content of stats.json."""
     device = pick_device(args.device)
     tokenizer = SparseStructureTokenizer.load(args.tokenizer) if args.tokenizer else None
-    subject = read_tokens(args, tokenizer) if args.tokens else encode_grids(args, tokenizer, device)
+    if args.tokens:
+        subject = read_tokens(args, tokenizer)
+    else:
+        assert tokenizer is not None  # parse_args asks for it
+        subject = encode_grids(args, tokenizer, device)
     tokens = subject.tokens
     occupied, grid_sizes = read_grids(args, subject) if args.data_dir else (None, None)
     result = {

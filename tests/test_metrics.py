@@ -63,8 +63,8 @@ def test_metrics_equal_a_count_cell_by_cell():
     assert from_logits["exact"][[3, 4]].tolist() == [1, 1]
 
 
-def test_one_wrong_cell_in_a_large_grid_is_not_exact():
-    target = torch.ones(1, 1, 257, 257, 257, dtype=torch.bool)  # more than 2^24 cells
+def test_one_wrong_voxel_in_a_large_grid_is_not_exact():
+    target = torch.ones(1, 1, 257, 257, 257, dtype=torch.bool)  # more than 2^24 voxels
     prediction = target.clone()
     prediction[0, 0, 0, 0, 0] = False
     metrics = voxel_metrics(prediction, target)

@@ -1,8 +1,8 @@
-"""Make `metadata.csv` of the records of all ranks, as voxelize.py does when a rank ends.
+"""Make `metadata.csv` from the records of all ranks, as voxelize.py does when a rank ends.
 
     python dataset_toolkits/build_metadata.py --output_dir data/voxels
 
-Of use when ranks were killed, or while others still run. Columns and rows that others added stay.
+Useful after ranks were killed, or while others still run. Columns and rows of your own are kept.
 """
 
 import argparse
@@ -13,11 +13,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 from dataset_toolkits import records
-from trellis.utils.errors import DataError, UserError
+from trellis.utils.command import run_command
+from trellis.utils.errors import DataError
 
 
 def build_metadata(root: Path) -> str:
-    """Bring metadata.csv up to date and return a summary. Raises DataError where there is nothing."""
+    """Bring metadata.csv up to date and return a summary. Raise DataError if there are neither it nor records."""
     if not (root / "metadata.csv").exists() and not records.read_records(root):
         raise DataError(f"{root}: has neither metadata.csv nor records. Run voxelize.py first.")
     rows = records.update_metadata(root)
@@ -30,12 +31,7 @@ def build_metadata(root: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output_dir", required=True, help="the folder that voxelize.py wrote")
-    try:
-        print(build_metadata(Path(parser.parse_args(argv).output_dir)))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda args: print(build_metadata(Path(args.output_dir))), parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What the data tools share: finding meshes, shares of ranks, records, and the metadata.csv made of them.
+"""What the data tools share: finding meshes, ranks, records of finished grids, and the metadata.csv made from them.
 
-A dataset folder holds `voxels/<sha256>.ply`, `metadata.csv`, `failed.csv` and `records/`. Each rank appends
-to its own file in `records/` as grids are finished; `metadata.csv` is made from all of them, under a lock, so
-that neither a kill nor several ranks lose a row.
+A dataset folder holds `voxels/<sha256>.ply`, `metadata.csv`, `failed.csv` and `records/`. Each rank appends to its own
+file in `records/` as it finishes grids. `metadata.csv` is made from all of them, under a lock, so that no row is lost
+if a rank is killed or several write at once.
 """
 
 import csv
@@ -21,19 +21,20 @@ from trellis.utils.files import written_aside
 
 RECORD_FIELDS = ("sha256", "num_voxels", "up_axis", "resolution", "split", "file", "normalization")
 METADATA_FIELDS = ("sha256", "file", "voxelized", "num_voxels", "up_axis", "resolution", "normalization")
-DEFAULT_NORMALIZATION = "cube"  # the only one there was when records and metadata.csv did not say
-SETTINGS = ("up_axis", "resolution", "normalization")  # which all grids of a folder share
+DEFAULT_NORMALIZATION = "cube"  # of old records and metadata.csv, which do not say
+SETTINGS = ("up_axis", "resolution", "normalization")  # all grids of a folder share them
 FAILED_FIELDS = ("file", "sha256", "reason")
 
 Row = dict[str, str]
 
 
 def find_meshes(inputs: Iterable[str | os.PathLike], exclude: Path) -> dict[str, Path]:
-    """Find the mesh files given, and those in the folders given and below (linked folders too).
+    """Find mesh files.
 
-    exclude: a folder that is not searched: the grids written there are PLY files as well.
-    Returns {recorded name: path}, sorted by name. Raises DataError where an input is missing, a file has
-    another suffix, or there is no mesh at all.
+    inputs: mesh files and folders, which are searched recursively, through links too.
+    exclude: a folder that is not searched: grids written there are PLY files as well.
+    Return {recorded name: path}, sorted by name. Raise DataError if an input is missing, a file has another suffix, or
+    there is no mesh at all.
     """
     inputs = [Path(item) for item in inputs]
     found = {}
@@ -54,7 +55,7 @@ def find_meshes(inputs: Iterable[str | os.PathLike], exclude: Path) -> dict[str,
 
 
 def _walk(folder: Path, exclude: Path) -> Iterator[Path]:
-    visited = set()  # a link to a parent would never end
+    visited = set()  # else a link to a parent would never end
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = Path(parent).resolve()
         if real in visited or real == exclude:
@@ -68,7 +69,7 @@ def _walk(folder: Path, exclude: Path) -> Iterator[Path]:
 
 
 def printable(path: Path) -> str:
-    """Return a path as one line of valid UTF-8, which file names on Linux need not be."""
+    """Return a path as one line of valid UTF-8. File names on Linux can be other bytes."""
     text = os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
@@ -91,7 +92,7 @@ def check_rank(rank: int, world_size: int) -> None:
 def read_table(path: Path) -> tuple[list[str], list[Row]]:
     """Read a CSV file with a header, every value as the text that is there.
 
-    Returns the column names and the rows. Raises DataError naming the line of a damaged row.
+    Return the column names and the rows. Raise DataError naming the line of a damaged row.
     """
     csv.field_size_limit(sys.maxsize)  # captions can be long
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -111,7 +112,7 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
 
 
 def write_table(path: Path, fields: Iterable[str], rows: Iterable[Row]) -> None:
-    """Write a CSV file whole, aside and renamed; a row may lack fields."""
+    """Write a CSV file atomically. A row may lack fields."""
     with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
         writer.writeheader()
@@ -146,8 +147,8 @@ def read_rows(root: Path) -> tuple[list[str], dict[str, Row]]:
 class RecordFile:
     """The grids that one rank has finished, one line each, in `records/voxelized_<rank>.csv`.
 
-    Every line reaches the system at once, so that a killed program loses nothing. A line that a crash cut off
-    is removed when the file is next opened, and `read_records` ignores it until then.
+    Every line is flushed at once, so that a killed program loses none. A line that a crash cut off is removed when the
+    file is next opened; until then `read_records` ignores it.
     """
 
     def __init__(self, root: Path, rank: int):
@@ -160,6 +161,7 @@ class RecordFile:
             self.write(RECORD_FIELDS)
 
     def write(self, values: Iterable[object]) -> None:
+        """Append a line with the values of RECORD_FIELDS."""
         csv.writer(self.file, lineterminator="\n").writerow(values)
         self.file.flush()
 
@@ -171,11 +173,11 @@ class RecordFile:
 
 
 def read_records(root: Path) -> dict[str, Row]:
-    """Read the records of all ranks by sha256; several of one sha256 are joined into one.
+    """Read the records of all ranks by sha256, and merge several records of one sha256.
 
-    The file is then the first by name and the split the first given: the order in which ranks end is of no
-    effect. Lines of older folders have no normalization; it was "cube".
-    Raises DataError where they were made with different settings.
+    A merged record has the first file by name and the first split that is given, so the order in which ranks end does
+    not matter. Lines of older folders have no normalization; it was "cube".
+    Raise DataError if grids were made with different settings.
     """
     records: dict[str, Row] = {}
     for path in sorted((root / "records").glob("voxelized_*.csv")):
@@ -197,9 +199,9 @@ def read_records(root: Path) -> dict[str, Row]:
 
 
 def known_grids(root: Path, up_axis: str, resolution: int, normalization: str) -> dict[str, Row]:
-    """Return the grids that are finished, by sha256: recorded, and the file is there.
+    """Return the finished grids by sha256: those that are recorded and whose file exists.
 
-    Raises DataError where the folder was made with other settings.
+    Raise DataError if the folder was made with other settings.
     """
     _, rows = read_rows(root)
     for sha256, record in read_records(root).items():
@@ -213,7 +215,7 @@ def known_grids(root: Path, up_axis: str, resolution: int, normalization: str) -
 
 
 def is_voxelized(row: Row) -> bool:
-    """Whether a row of metadata.csv says that its grid is there; spreadsheets write TRUE."""
+    """Return whether a row of metadata.csv says that its grid exists. Spreadsheets write TRUE."""
     return row.get("voxelized", "").lower() == "true"
 
 
@@ -222,9 +224,10 @@ def update_metadata(
 ) -> dict[str, Row]:
     """Bring `metadata.csv` up to date with the records of all ranks, and return its rows by sha256.
 
-    base: rows of another metadata.csv (TRELLIS's), whose values are taken over where this one lacks them.
-    splits: sha256 to split. Rows and columns that others made stay, and so does a split set before.
-    Sorted by sha256. Raises DataError where rows were made with different settings.
+    base: rows of another metadata.csv (TRELLIS's), whose values fill gaps in this one.
+    splits: {sha256: split}, for rows without a split.
+    Rows and columns of other origin are kept. Rows are sorted by sha256.
+    Raise DataError if rows were made with different settings.
     """
     with locked(root):
         fields, rows = read_rows(root)
@@ -256,9 +259,10 @@ def update_metadata(
 
 
 def update_failed(root: Path, failures: Iterable[Row], outdated: Callable[[str], bool]) -> None:
-    """Put the files that this run left out into `failed.csv`, sorted by file; no file where there is none.
+    """Bring `failed.csv` up to date with the files that this run left out, sorted by file. Delete it if it is empty.
 
-    outdated(file) says whether an earlier row is replaced by this run; other ranks' rows stay.
+    outdated: called with the file of an earlier row; returns whether this run replaces the row. Rows of other ranks
+        stay.
     """
     path = root / "failed.csv"
     with locked(root):
@@ -272,7 +276,7 @@ def update_failed(root: Path, failures: Iterable[Row], outdated: Callable[[str],
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system releases also when the program is killed."""
+    """Hold the folder's lock. The system releases it if the program is killed."""
     path = root / "records" / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
@@ -281,13 +285,13 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def _present(root: Path) -> set[str]:
-    """Return the sha256 of every grid file; one listing is faster than a look for each."""
+    """Return the sha256 of every grid file. One listing is faster than a check of each file."""
     folder = root / "voxels"
     return {path.stem for path in folder.glob("*.ply")}
 
 
 def _settings(rows: dict[str, Row]) -> set[tuple[str, str, str]]:
-    """Return the SETTINGS of the voxelised rows that say so; those that TRELLIS made do not."""
+    """Return the SETTINGS of the voxelized rows that have them. Rows of TRELLIS do not."""
     found = {
         (
             row.get("up_axis", ""),

@@ -2,12 +2,12 @@
 
     python dataset_toolkits/voxelize.py --input meshes/ --output_dir data/voxels --up_axis y
 
-A voxel is on when a triangle meets it: a grid is the surface, not the solid. The box of the vertices that
-triangles use is centred and its longest edge made 1; `--normalization shapellm` scales as ShapeLLM-Omni does,
-whose token ids depend on it. Run it again after an interruption: finished files are skipped. Files that
-cannot be voxelised are listed with the reason in `failed.csv`.
-A folder of TRELLIS's own as --input (`metadata.csv`, `renders/<sha256>/mesh.ply`, already normalised) gets
-its voxels beside the renders, or in --output_dir.
+A voxel is occupied if a triangle meets it: a grid is the surface, not the solid. The bounding box of the mesh is
+centered and its longest edge made 1; `--normalization shapellm` scales as ShapeLLM-Omni does, whose token ids
+depend on it. Run it again after an interruption: finished files are skipped. Files that cannot be voxelized are
+listed with the reason in `failed.csv`.
+A folder of TRELLIS as --input (`metadata.csv`, `renders/<sha256>/mesh.ply`, already normalized) gets its voxels
+beside the renders, or in --output_dir.
 """
 
 import argparse
@@ -25,24 +25,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from dataset_toolkits import records
 from trellis.grids import meshes, placing
 from trellis.grids.mesh_pool import run_in_pool
-from trellis.utils.errors import ConfigError, DataError, UserError
+from trellis.utils.command import run_command
+from trellis.utils.errors import ConfigError, DataError
 
 REASONS_SHOWN = 5
+INTERRUPTED = "interrupted: run the same command again to go on"
 
 
 class Job(NamedTuple):
-    """A mesh to voxelise. `names` are all files with these bytes; the first is the one recorded."""
+    """A mesh to voxelize."""
 
     sha256: str
     path: Path
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # all files with these bytes; the first is the one recorded
 
 
 class Plan(NamedTuple):
-    """What this rank is to do, before looking at what is done already."""
+    """The share of this rank, before looking at what is done already."""
 
     jobs: list[Job]
-    failures: list[records.Row]  # files that cannot even be started on, as rows of failed.csv
+    failures: list[records.Row]  # files that cannot be opened, as rows of failed.csv
     share: set[str]  # names of this rank's files
     listing: set[str]  # names of the files of all ranks
     base: dict[str, records.Row]  # rows of TRELLIS's metadata.csv
@@ -74,7 +76,7 @@ def plan_meshes(inputs: list[str], output_dir: Path, rank: int, world_size: int,
 
 
 def plan_renders(root: Path, rank: int, world_size: int) -> Plan:
-    """List this rank's share of `renders/<sha256>/mesh.ply` in a folder of TRELLIS's."""
+    """List this rank's share of `renders/<sha256>/mesh.ply` in a folder of TRELLIS."""
     _, base = records.read_rows(root)
     if not base:
         raise DataError(f"{root / 'metadata.csv'}: lists no object. Make it with TRELLIS's toolkit.")
@@ -85,23 +87,24 @@ def plan_renders(root: Path, rank: int, world_size: int) -> Plan:
         if (root / name).is_file():
             jobs.append(Job(sha256, root / name, (name,)))
         else:
-            failures.append({"file": name, "sha256": sha256, "reason": "is not there: not rendered yet?"})
+            failures.append({"file": name, "sha256": sha256, "reason": "is missing: not rendered yet?"})
     return Plan(jobs, failures, set(share.values()), set(names.values()), base)
 
 
 def is_trellis_root(path: str) -> bool:
+    """Return whether a folder is a data root of TRELLIS, with its meshes in renders/."""
     return Path(path, "metadata.csv").is_file() and Path(path, "renders").is_dir()
 
 
 def bar_style() -> dict:
-    """Options of progress bars: on a terminal smooth, in a log a line now and then."""
+    """Return options of progress bars: smooth on a terminal, a line now and then in a log."""
     return {"unit": "mesh", "mininterval": 0.1 if sys.stderr.isatty() else 30, "maxinterval": 60}
 
 
 def voxelize(args: argparse.Namespace) -> int:
-    """Voxelise this rank's share, bring metadata.csv and failed.csv up to date, and print a summary.
+    """Voxelize this rank's share, bring metadata.csv and failed.csv up to date, and print a summary.
 
-    Returns the exit code: 0, or 130 after Ctrl-C. Raises UserError where nothing could be voxelised.
+    Return the exit code: 0, or 130 after Ctrl-C. Raise UserError if nothing could be voxelized.
     """
     started = time.perf_counter()
     from_trellis = is_trellis_root(args.input[0])
@@ -168,7 +171,7 @@ def voxelize(args: argparse.Namespace) -> int:
             f"  {other_split} of those done already belong to another split in {root / 'metadata.csv'}, and stay there"
         )
     if exit_code:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
     elif (
         failures
         and not made
@@ -176,7 +179,7 @@ def voxelize(args: argparse.Namespace) -> int:
         and (args.world_size == 1 or not any(map(records.is_voxelized, rows.values())))
     ):
         raise DataError(
-            f"none of the {len(plan.share)} meshes could be voxelised. The reasons are in "
+            f"none of the {len(plan.share)} meshes could be voxelized. The reasons are in "
             f"{root / 'failed.csv'}; the first: {failures[0]['file']}: {failures[0]['reason']}"
         )
     return exit_code
@@ -210,33 +213,33 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="PATH",
-        help=f"files ({' '.join(records.MESH_SUFFIXES)}), folders that are searched with all "
-        "below, or one TRELLIS folder",
+        help=f"files ({' '.join(records.MESH_SUFFIXES)}), folders, which are searched "
+        "recursively, or one TRELLIS folder",
     )
     parser.add_argument("--output_dir", help="gets voxels/ and metadata.csv; default: the TRELLIS folder")
     parser.add_argument(
         "--up_axis",
         choices=placing.UP_AXES,
-        help="the files' up axis: y is rotated to z-up (glTF), z is z-up already, keep "
+        help="the files' up axis: y is turned to z-up (glTF), z is z-up already, keep "
         "(default) leaves the axes alone without saying what they are",
     )
     parser.add_argument(
         "--normalization",
         choices=placing.NORMALIZATIONS,
         default="cube",
-        help="cube (default): the box is centred and its longest edge made 1; shapellm: one "
+        help="cube (default): the box is centered and its longest edge made 1; shapellm: one "
         "minimum and maximum for all axes, and y-up turned to z-up, as ShapeLLM-Omni does",
     )
-    parser.add_argument("--resolution", type=int, default=64, help="cells along an edge (default 64)")
-    parser.add_argument("--split", choices=("train", "val"), help="recorded for the new grids; default: none")
-    parser.add_argument("--rank", type=int, default=0, help="this process's share, from 0")
-    parser.add_argument("--world_size", type=int, default=1, help="how many processes share the work")
+    parser.add_argument("--resolution", type=int, default=64, help="voxels along an edge (default 64)")
+    parser.add_argument("--split", choices=("train", "val"), help="split of the new grids; default: none")
+    parser.add_argument("--rank", type=int, default=0, help="number of this process, from 0")
+    parser.add_argument("--world_size", type=int, default=1, help="number of processes that share the work")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
     parser.add_argument(
         "--max_workers",
         type=int,
         default=cores,
-        help="worker processes, of one thread each; default: one for each core",
+        help="worker processes of one thread each; default: one per core",
     )
     parser.add_argument("--timeout", type=float, default=120, help="seconds for a file (default 120)")
     return parser.parse_args(argv)
@@ -255,7 +258,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ConfigError(f"--up_axis y: the meshes in {trellis_roots[0]} are z-up. Leave the flag out.")
     if trellis_roots and args.normalization != "cube":
         raise ConfigError(
-            f"--normalization {args.normalization}: the meshes in {trellis_roots[0]} are normalised "
+            f"--normalization {args.normalization}: the meshes in {trellis_roots[0]} are normalized "
             "already. Leave the flag out."
         )
     placing.check_settings(args.up_axis or placing.default_up_axis(args.normalization), args.normalization)
@@ -263,17 +266,14 @@ def check_args(args: argparse.Namespace) -> None:
         raise ConfigError("--output_dir is missing. Only a TRELLIS folder has a default: itself.")
 
 
+def run(args: argparse.Namespace) -> int:
+    check_args(args)
+    return voxelize(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        check_args(args)
-        return voxelize(args)
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_command(run, args, INTERRUPTED)
 
 
 if __name__ == "__main__":

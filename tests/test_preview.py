@@ -79,7 +79,7 @@ def test_every_pixel_shows_the_nearest_cell_on_its_ray():
     hues = rng.integers(0, 3, len(cells))
     image = paint(cells, np.eye(3)[hues] * 255, resolution)
     scale = enlarge / preview.SAMPLES
-    half, depth, height = (length * scale for length in preview.CELL)
+    half, depth, height = (length * scale for length in preview.VOXEL)
     x, y, z = cells.T
     centre_u = (x + y + 1) * half
     centre_v = (x - y + resolution) * depth + (resolution - 1 - z) * height + height / 2

@@ -246,11 +246,11 @@ def test_trellis_folder_is_taken_as_it_is(tmp_path, serial, capsys):
     assert np.array_equal(grid, cells_met(small.vertices, small.faces, 16))
     assert grid.sum() == int(rows[0]["num_voxels"])
     reasons = [row["reason"] for row in table(root / "failed.csv")]
-    assert "not normalized" in reasons[0] and "not there" in reasons[1]
+    assert "not normalized" in reasons[0] and "is missing" in reasons[1]
     assert {row["normalization"] for row in rows if row["voxelized"] == "True"} == {"cube"}
     assert run("--input", root, "--up_axis", "y") == 1 and "z-up" in capsys.readouterr().err
     assert run("--input", root, "--normalization", "shapellm") == 1
-    assert "normalised already" in capsys.readouterr().err
+    assert "normalized already" in capsys.readouterr().err
 
     other = tmp_path / "other"
     assert run("--input", root, "--output_dir", other) == 0
@@ -272,7 +272,7 @@ def test_pool_survives_slow_and_dying_tasks():
         (["--input", "missing"], "missing: no such file or folder"),
         (["--input", "empty"], "empty: no .glb"),
         (["--input", "note.txt"], "note.txt: is not one of .glb"),
-        (["--input", "bad"], "none of the 1 meshes could be voxelised"),
+        (["--input", "bad"], "none of the 1 meshes could be voxelized"),
         (["--input", "bad", "--rank", "2", "--world_size", "2"], "--rank 2 --world_size 2"),
         (["--input", "bad", "--resolution", "0"], "--resolution 0"),
     ],

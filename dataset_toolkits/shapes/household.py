@@ -28,7 +28,7 @@ Parts = list[Trimesh]
 
 
 def legs(rng: Generator, width: float, depth: float, height: float, radius: float) -> Parts:
-    """Four legs below height, at the corners of a rectangle: square posts, or tapered and splayed."""
+    """Make four legs below height, at the corners of a rectangle: square posts, or tapered and splayed."""
     if rng.random() < 0.4:
         side = radius * 1.8
         post = box((width / 2 - side / 2, depth / 2 - side / 2, height / 2), (side, side, height))
@@ -40,7 +40,7 @@ def legs(rng: Generator, width: float, depth: float, height: float, radius: floa
 
 
 def chair(rng: Generator) -> Parts:
-    """A chair with a slatted or solid back, maybe armrests; or a swivel chair on a star of feet."""
+    """Make a chair with a slatted or solid back, maybe armrests; or a swivel chair on a star of feet."""
     width, depth = rng.uniform(0.85, 1.15), rng.uniform(0.85, 1.1)
     seat, back = rng.uniform(0.8, 1.1), rng.uniform(0.8, 1.5)
     thick = rng.uniform(0.06, 0.16)
@@ -92,7 +92,7 @@ def chair(rng: Generator) -> Parts:
 
 
 def table(rng: Generator) -> Parts:
-    """A rectangular table on four legs or two trestles, or a round one on legs or a turned column."""
+    """Make a rectangular table on four legs or two trestles, or a round one on legs or a turned column."""
     width, depth, height = rng.uniform(1.2, 2.2), rng.uniform(0.8, 1.2), rng.uniform(0.6, 1.1)
     thick = rng.uniform(0.05, 0.1)
     if rng.random() < 0.4:
@@ -125,7 +125,7 @@ def table(rng: Generator) -> Parts:
 
 
 def lamp(rng: Generator) -> Parts:
-    """A standing lamp on a foot or a tripod, straight or with a bent neck, and an open shade."""
+    """Make a standing lamp on a foot or a tripod, straight or with a bent neck, and an open shade."""
     height, foot = rng.uniform(1.3, 2.2), rng.uniform(0.3, 0.45)
     top, bottom, tall = rng.uniform(0.18, 0.35), rng.uniform(0.36, 0.55), rng.uniform(0.35, 0.55)
     bent = rng.random() < 0.4
@@ -159,7 +159,7 @@ def lamp(rng: Generator) -> Parts:
 
 
 def vessel(rng: Generator) -> Parts:
-    """A vase, bottle, goblet, jug or cup: a turned wall with a thickness, maybe with a handle or two."""
+    """Make a vase, bottle, goblet, jug or cup: a turned wall with a thickness, maybe with a handle or two."""
     height = rng.uniform(0.9, 1.8)
     kind = rng.integers(4)
     radii = {
@@ -209,7 +209,7 @@ def vessel(rng: Generator) -> Parts:
 
 
 def house(rng: Generator) -> Parts:
-    """A house with a gabled, hipped or flat roof and eaves, door, windows, maybe a chimney, wing or porch."""
+    """Make a house with a gabled, hipped or flat roof and eaves, door, windows, maybe a chimney, wing or porch."""
     width, depth, height = rng.uniform(1.3, 2.2), rng.uniform(0.9, 1.4), rng.uniform(0.6, 1.2)
     rise, eave = rng.uniform(0.4, 0.9), rng.uniform(0.05, 0.15)
 

@@ -1,10 +1,10 @@
-"""Write built-in shapes as mesh files, for trying everything without data of one's own.
+"""Write built-in shapes as mesh files, to try everything without own data.
 
     python dataset_toolkits/shapes/make_shapes.py --output_dir data/shapes --num 240 --num_val 24 --seed 0
 
 Thirteen families with random proportions and parts, in `<output_dir>/train` and `<output_dir>/val`, as obj,
-stl, ply, glb and off in turn; z is up in all of them. Shape i depends on the seed, the split and i alone:
-asking for more adds to what is there, and existing files are left as they are.
+stl, ply, glb and off in turn; z is up in all of them. Shape i depends only on the seed, the split and i:
+a larger --num adds shapes, and existing files stay as they are.
 """
 
 import argparse
@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs 
 from dataset_toolkits.shapes.household import chair, house, lamp, table, vessel
 from dataset_toolkits.shapes.natural import animal, organ, plant
 from dataset_toolkits.shapes.technical import bracket, gear, shell, spring, vehicle
-from trellis.utils.errors import ConfigError, UserError
+from trellis.utils.command import run_command
+from trellis.utils.errors import ConfigError
 from trellis.utils.files import written_aside
 
 FORMATS = ("obj", "stl", "ply", "glb", "off")
@@ -31,11 +32,11 @@ FAMILIES: dict[str, Callable[[np.random.Generator], list[trimesh.Trimesh]]] = {
     family.__name__: family
     for family in (chair, table, lamp, vessel, gear, bracket, house, vehicle, organ, plant, animal, spring, shell)
 }
-DECIMALS = 5  # coordinates are rounded, so that processors that differ in a last bit write the same bytes
+DECIMALS = 5  # of coordinates, so that processors that differ in the last bit write the same bytes
 
 
 def shape_name(index: int) -> str:
-    """The file name of shape `index`; 13 families and 5 formats meet in every pair."""
+    """Return the file name of shape `index`. Every pair of the 13 families and 5 formats occurs."""
     family = list(FAMILIES)[index % len(FAMILIES)]
     return f"{index:05d}_{family}.{FORMATS[index % len(FORMATS)]}"
 
@@ -58,16 +59,16 @@ def make_shape(seed: int, split: str, index: int) -> list[trimesh.Trimesh]:
 
 
 def write_shape(parts: list[trimesh.Trimesh], path: Path) -> None:
-    """Write a shape in the format of the suffix: glb as a scene of one node a part, others as one mesh."""
+    """Write a shape in the format of the suffix: glb as a scene of one node per part, others as one mesh."""
     whole = trimesh.Scene(parts) if path.suffix == ".glb" else trimesh.util.concatenate(parts)
     with written_aside(path) as aside:
         whole.export(aside, file_type=path.suffix[1:])
 
 
 def write_shapes(root: Path, seed: int, counts: dict[str, int]) -> int:
-    """Write the first counts[split] shapes of each split that are not there yet.
+    """Write those of the first counts[split] shapes of each split that are missing.
 
-    Returns how many were written. Raises ConfigError where the folder holds shapes of another seed.
+    Return how many were written. Raise ConfigError if the folder holds shapes of another seed.
     """
     root.mkdir(parents=True, exist_ok=True)
     note = root / "shapes.json"
@@ -90,24 +91,22 @@ def write_shapes(root: Path, seed: int, counts: dict[str, int]) -> int:
     return len(missing)
 
 
+def run(args: argparse.Namespace) -> None:
+    """Write the shapes and print how many."""
+    for name in ("num", "num_val", "seed"):
+        if getattr(args, name) < 0:
+            raise ConfigError(f"--{name} {getattr(args, name)}: must not be negative.")
+    written = write_shapes(Path(args.output_dir), args.seed, {"train": args.num, "val": args.num_val})
+    print(f"{args.output_dir}: {args.num} training and {args.num_val} validation shapes, {written} new")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output_dir", required=True, help="gets the folders train and val")
     parser.add_argument("--num", type=int, default=240, help="training shapes (default 240)")
     parser.add_argument("--num_val", type=int, default=24, help="validation shapes (default 24)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
-    args = parser.parse_args(argv)
-    try:
-        for name in ("num", "num_val", "seed"):
-            if getattr(args, name) < 0:
-                raise ConfigError(f"--{name} {getattr(args, name)}: must not be negative.")
-        counts = {"train": args.num, "val": args.num_val}
-        written = write_shapes(Path(args.output_dir), args.seed, counts)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.output_dir}: {args.num} training and {args.num_val} validation shapes, {written} new")
-    return 0
+    return run_command(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

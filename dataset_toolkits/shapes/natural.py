@@ -24,7 +24,7 @@ Parts = list[Trimesh]
 
 
 def organ(rng: Generator) -> Parts:
-    """A smooth organ: one to three swollen lobes, bent like a kidney, with vessels running out of some."""
+    """Make a smooth organ: one to three swollen lobes, bent like a kidney, with vessels running out of some."""
 
     def lobe(radii: np.ndarray, bumps: float) -> Trimesh:
         ball = ellipsoid((0, 0, 0), (1, 1, 1), 4)
@@ -58,7 +58,7 @@ def branch(
     depth: int,
     tips: list[np.ndarray],
 ) -> Parts:
-    """A curved limb that divides into two or three thinner ones, `depth` times; appends where they end."""
+    """Make a curved limb that divides into two or three thinner ones, `depth` times; appends where they end."""
     bend = rng.normal(scale=0.18 * length, size=3)
     end = start + direction * length
     path = spline([start, (start + end) / 2 + bend, end], 10)
@@ -79,7 +79,7 @@ def branch(
 
 
 def plant(rng: Generator) -> Parts:
-    """A tree with crowns of leaves, a bare tree (or a tree of blood vessels), a conifer, or a pot plant."""
+    """Make a tree with crowns of leaves, a bare tree (or a tree of blood vessels), a conifer, or a pot plant."""
     tips: list[np.ndarray] = []
     up = np.array([0.0, 0.0, 1.0])
     kind = rng.integers(4)
@@ -119,7 +119,7 @@ def plant(rng: Generator) -> Parts:
 
 
 def animal(rng: Generator) -> Parts:
-    """A four-legged animal: long or stout, with a neck, snout, ears or horns, and a tail."""
+    """Make a four-legged animal: long or stout, with a neck, snout, ears or horns, and a tail."""
     length, girth = rng.uniform(0.9, 1.4), rng.uniform(0.25, 0.4)
     leg, neck = rng.uniform(0.45, 0.85), rng.uniform(0.2, 0.7)
     back = leg + girth * 0.8

@@ -11,9 +11,9 @@ def mesh_of(vertices: np.ndarray, faces: np.ndarray) -> trimesh.Trimesh:
     return trimesh.Trimesh(vertices, faces[np.abs(normals).max(axis=1) > 1e-12], process=False)
 
 
-def box(centre, size) -> trimesh.Trimesh:
-    """An axis-aligned box: centre and edge lengths x y z."""
-    return trimesh.creation.box(extents=size).apply_translation(centre)
+def box(center, size) -> trimesh.Trimesh:
+    """Make an axis-aligned box: center and edge lengths x y z."""
+    return trimesh.creation.box(extents=size).apply_translation(center)
 
 
 def tilted(mesh: trimesh.Trimesh, degrees: float, axis, about=(0, 0, 0)) -> trimesh.Trimesh:
@@ -22,13 +22,13 @@ def tilted(mesh: trimesh.Trimesh, degrees: float, axis, about=(0, 0, 0)) -> trim
 
 
 def circle(radius: float, segments: int = 32) -> np.ndarray:
-    """Points [segments, 2] on a circle about the origin, from angle 0 on."""
+    """Return points [segments, 2] on a circle about the origin, from angle 0 on."""
     angles = np.arange(segments) * 2 * np.pi / segments
     return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def rectangle(width: float, height: float, segments: int = 32) -> np.ndarray:
-    """Points [segments, 2] on a rectangle about the origin, at the angles of `circle`.
+    """Return points [segments, 2] on a rectangle about the origin, at the angles of `circle`.
 
     The four points nearest to the corners are moved into them. segments is a multiple of 4.
     """
@@ -43,7 +43,7 @@ def rectangle(width: float, height: float, segments: int = 32) -> np.ndarray:
 
 
 def _strip(rings: int, points: int, closed: bool, around: bool = True) -> np.ndarray:
-    """Faces between consecutive rings of vertices [rings, points]; `closed` joins the last and first."""
+    """Return the faces between consecutive rings of vertices [rings, points]; `closed` joins the last and first."""
     i, j = np.meshgrid(
         np.arange(rings if closed else rings - 1), np.arange(points if around else points - 1), indexing="ij"
     )
@@ -53,7 +53,7 @@ def _strip(rings: int, points: int, closed: bool, around: bool = True) -> np.nda
 
 
 def grid_surface(points: np.ndarray) -> trimesh.Trimesh:
-    """An open sheet through points [U, V, 3]."""
+    """Make an open sheet through points [U, V, 3]."""
     u, v, _ = points.shape
     return mesh_of(points.reshape(-1, 3), _strip(u, v, closed=False, around=False))
 
@@ -91,12 +91,12 @@ def lathe(profile, segments: int = 32, closed: bool = False, squash: float = 1.0
 
 
 def disc(radius: float, low: float, high: float, segments: int = 32) -> trimesh.Trimesh:
-    """A solid cylinder about z."""
+    """Make a solid cylinder about z."""
     return lathe([(0, low), (radius, low), (radius, high), (0, high)], segments)
 
 
 def sweep(path, radius, segments: int = 12, closed: bool = False, squash: float = 1.0) -> trimesh.Trimesh:
-    """A round tube along path [K, 3], capped unless closed. radius: a number or one for each point.
+    """Make a round tube along path [K, 3], capped unless closed. radius: a number or one for each point.
 
     squash: scale of the cross-section along its second axis, which is horizontal for a path that is not.
     """
@@ -121,12 +121,12 @@ def sweep(path, radius, segments: int = 12, closed: bool = False, squash: float 
 
 
 def bar(start, end, start_radius: float, end_radius: float | None = None, segments: int = 10) -> trimesh.Trimesh:
-    """A straight, possibly tapered rod."""
+    """Make a straight, possibly tapered rod."""
     return sweep([start, end], [start_radius, start_radius if end_radius is None else end_radius], segments)
 
 
 def spline(points, count: int = 24) -> np.ndarray:
-    """A smooth curve [count, D] through points [K, D] (Catmull-Rom, evenly in the parameter)."""
+    """Make a smooth curve [count, D] through points [K, D] (Catmull-Rom, evenly in the parameter)."""
     points = np.asarray(points, dtype=float)
     padded = np.concatenate([[2 * points[0] - points[1]], points, [2 * points[-1] - points[-2]]])
     t = np.linspace(0, len(points) - 1, count)
@@ -136,14 +136,14 @@ def spline(points, count: int = 24) -> np.ndarray:
     return 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
 
 
-def ellipsoid(centre, radii, subdivisions: int = 3) -> trimesh.Trimesh:
-    """An ellipsoid with radii x y z."""
+def ellipsoid(center, radii, subdivisions: int = 3) -> trimesh.Trimesh:
+    """Make an ellipsoid with radii x y z."""
     sphere = trimesh.creation.icosphere(subdivisions=subdivisions)
-    return mesh_of(sphere.vertices * np.asarray(radii) + centre, sphere.faces)
+    return mesh_of(sphere.vertices * np.asarray(radii) + center, sphere.faces)
 
 
 def mirrored(meshes: list[trimesh.Trimesh], axis: int) -> list[trimesh.Trimesh]:
-    """The meshes and their copies on the other side of the plane through 0 across the axis."""
+    """Return the meshes and their copies on the other side of the plane through 0 across the axis."""
     scale = np.ones(3)
     scale[axis] = -1
     return meshes + [mesh_of(mesh.vertices * scale, mesh.faces[:, ::-1]) for mesh in meshes]

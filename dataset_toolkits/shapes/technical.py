@@ -27,7 +27,7 @@ Parts = list[Trimesh]
 
 
 def gear(rng: Generator) -> Parts:
-    """A spur gear with bore and hub, solid or spoked, lying or upright, maybe on a shaft or with a pinion."""
+    """Make a spur gear with bore and hub, solid or spoked, lying or upright, maybe on a shaft or with a pinion."""
     teeth, radius, thick = int(rng.integers(10, 25)), 1.0, rng.uniform(0.15, 0.5)
     depth, hub, bore = rng.uniform(0.1, 0.2), rng.uniform(0.28, 0.4), rng.uniform(0.12, 0.2)
 
@@ -61,12 +61,12 @@ def gear(rng: Generator) -> Parts:
 
 
 def plate(width: float, depth: float, thick: float, bore: float) -> Trimesh:
-    """A plate about the origin with a round hole of radius `bore` in the middle."""
+    """Make a plate about the origin with a round hole of radius `bore` in the middle."""
     return prism(rectangle(width, depth), 0, thick, hole=circle(bore))
 
 
 def bracket(rng: Generator) -> Parts:
-    """An L or U bracket of drilled plates, with gussets or a bearing eye."""
+    """Make an L or U bracket of drilled plates, with gussets or a bearing eye."""
     width, thick = rng.uniform(0.6, 1.3), rng.uniform(0.08, 0.18)
     long, tall = rng.uniform(0.9, 1.5), rng.uniform(0.7, 1.4)
     bore = rng.uniform(0.15, 0.3) * min(width, long)
@@ -102,7 +102,7 @@ def bracket(rng: Generator) -> Parts:
 
 
 def vehicle(rng: Generator) -> Parts:
-    """A car, a van or a lorry: a body by its side view, wheels with rims, maybe a load or a roof rack."""
+    """Make a car, a van or a lorry: a body by its side view, wheels with rims, maybe a load or a roof rack."""
     length, width, wheel = rng.uniform(1.9, 2.6), rng.uniform(0.8, 1.0), rng.uniform(0.18, 0.26)
     floor, belt = wheel * 0.8, wheel * 0.8 + rng.uniform(0.28, 0.42)
     nose, tail = -length / 2, length / 2
@@ -160,7 +160,7 @@ def vehicle(rng: Generator) -> Parts:
 
 
 def spring(rng: Generator) -> Parts:
-    """A coil spring, straight or conical, maybe between plates; or a knot or chain of rings."""
+    """Make a coil spring, straight or conical, maybe between plates; or a knot or chain of rings."""
     kind = rng.integers(4)
     wire = rng.uniform(0.05, 0.09)
     if kind <= 1:
@@ -197,7 +197,7 @@ def spring(rng: Generator) -> Parts:
 
 
 def shell(rng: Generator) -> Parts:
-    """An open sheet without thickness: a bowl, half pipe, vault on posts, saddle roof or bent ribbon."""
+    """Make an open sheet without thickness: a bowl, half pipe, vault on posts, saddle roof or bent ribbon."""
     u, v = np.meshgrid(np.linspace(-1, 1, 33), np.linspace(-1, 1, 33), indexing="ij")
     kind = rng.integers(5)
     if kind == 0:

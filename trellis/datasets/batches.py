@@ -88,9 +88,9 @@ def load_batches(
         num_workers = min(MOST_WORKERS, (os.cpu_count() or 1) // processes) if workers_pay else 0
     loader = DataLoader(
         _Batches(dataset),
-        batch_sampler=batches,
+        batch_sampler=batches,  # type: ignore[arg-type]  # torch's types know lists of indices only
         num_workers=num_workers,
-        collate_fn=_collated,
+        collate_fn=_collated,  # type: ignore[arg-type]  # gets what __getitems__ returns, no list
         pin_memory=device.type == "cuda",
         prefetch_factor=(4 if prefetch else 1) if num_workers else None,
         worker_init_fn=_ignore_interrupt,

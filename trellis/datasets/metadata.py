@@ -67,7 +67,8 @@ def setting_of_data(roots: Iterable[str | os.PathLike], name: str) -> str | None
     for root in map(Path, roots):
         packed = [root] if root.suffix == ".npz" else sorted(root.glob("*.npz"))
         for path in packed if all(map(Path.is_file, packed)) else ():
-            found |= set(load_text(path, name) or [None])
+            texts = load_text(path, name)
+            found |= {None} if texts is None else set(texts)
         if not packed and (root / "metadata.csv").is_file():
             metadata = read_metadata(str(root))
             found |= set(metadata[name].dropna().astype(str)) if name in metadata else {None}

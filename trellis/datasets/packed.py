@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,9 +59,10 @@ def save_packed(path: Path, bits: np.ndarray, texts: Mapping[str, np.ndarray]) -
     texts: some of TEXT_ARRAYS, [N] text each.
     Raise DataError for what `load_packed` would refuse.
     """
-    _check(path, {"bits": bits, **texts})
+    arrays: dict[str, Any] = {"bits": bits, **texts}
+    _check(path, arrays)
     with written_aside(path) as aside, open(aside, "wb") as file:
-        np.savez_compressed(file, format=np.array(FORMAT), bits=bits, **texts)
+        np.savez_compressed(file, format=np.array(FORMAT), **arrays)
 
 
 def _read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:

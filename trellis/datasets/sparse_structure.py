@@ -150,7 +150,7 @@ class SparseStructure(StandardDatasetBase):
         Copying keeps that time only on request (cp -p, rsync -t).
         """
         if (root, instance) in self._packed:
-            return f"{zlib.crc32(self._packed[root, instance]):08x}"
+            return f"{zlib.crc32(self._packed[root, instance].data):08x}"
         path = _ply_path(root, instance)
         try:
             status = os.stat(path)

@@ -117,7 +117,8 @@ def run_in_pool(
     The result is a DataError if the function raised one, if it took longer than `timeout` seconds, if it ran out of
     memory, or if its process died. Any other exception, such as a full disk, ends the run.
     """
-    tasks, waiting = iter(tasks), {}
+    tasks = iter(tasks)
+    waiting: dict[Future, tuple] = {}
     with MeshPool(max_workers) as pool:
         while True:
             for task in islice(tasks, 4 * max_workers - len(waiting)):

@@ -9,7 +9,7 @@ them import them.
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -78,11 +78,13 @@ def save_mesh(mesh: "trimesh.Trimesh", path: str | os.PathLike, to_y_up: bool) -
         mesh = trimesh.Trimesh(
             mesh.vertices, mesh.faces, process=False, visual=trimesh.visual.TextureVisuals(material=matte)
         )
-        content = mesh.export(file_type=kind, include_normals=True)  # without them viewers show every triangle flat
+        content: Any = mesh.export(
+            file_type=kind, include_normals=True
+        )  # without them viewers show every triangle flat
     else:
         content = mesh.export(file_type=kind)
     with written_aside(path) as aside:
-        aside.write_bytes(content if isinstance(content, bytes) else content.encode())
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def check_mesh_suffix(path: str | os.PathLike) -> str:

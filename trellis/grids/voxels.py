@@ -131,7 +131,8 @@ def points_to_voxels(points: np.ndarray, resolution: int, name: str = "points") 
 def _on_centers(points: np.ndarray, resolution: int) -> np.ndarray:
     """Return [N] bool: whether all three coordinates are within CENTER_TOLERANCE of a voxel center."""
     offset = (points + 0.5) * resolution - 0.5
-    return (np.abs(offset - np.rint(offset)) <= CENTER_TOLERANCE).all(axis=1)
+    near = np.abs(offset - np.rint(offset)) <= CENTER_TOLERANCE
+    return np.all(near, axis=1)
 
 
 def _coordinates(point: np.ndarray) -> str:

@@ -31,7 +31,7 @@ def create_app(backend: Backend, usage: UsageCounter, opener: Opener, host: str 
     app = Dash(
         "trellis.viewer",
         title="Tokens of sparse structures",
-        update_title=None,
+        update_title=None,  # type: ignore[arg-type]  # None keeps the title, says Dash's documentation
         serve_locally=True,
         assets_folder=str(Path(__file__).parent / "assets"),
         on_error=tell_page,

@@ -15,7 +15,7 @@ PANELS = {"mesh": "Mesh", "voxels": "Voxels", "reconstruction": "Reconstruction"
 UP_AXES = {"z": "z up (most STL)", "y": "y up (glTF)", "keep": "axes as they are"}
 Component = Any  # of Dash, which has no common type for a part of a page
 BLANK = {"data": [], "layout": {"xaxis": {"visible": False}, "yaxis": {"visible": False}}}
-GRAPH: Any = {"displayModeBar": False, "scrollZoom": True, "doubleClick": False}
+GRAPH = {"displayModeBar": False, "scrollZoom": True, "doubleClick": False}
 
 
 def page(backend: Backend) -> Component:
@@ -148,7 +148,8 @@ def heading(title: str, name: str) -> Component:
 
 
 def graph(name: str, className: str = "graph", **config) -> Component:
-    return dcc.Graph(id=name, config={**GRAPH, **config}, className=className, responsive=True, figure=BLANK)
+    settings: Any = {**GRAPH, **config}
+    return dcc.Graph(id=name, config=settings, className=className, responsive=True, figure=BLANK)
 
 
 def chip(color: tuple[int, int, int], text: str) -> Component:

@@ -22,7 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, runs
+from benchmarks.report import Column, Report, Table
 from trellis.datasets.packed import load_packed
+from trellis.utils.command import pick_device, run_command
 
 NETWORK = {
     "models.encoder.args.channels": [8, 32, 64],
@@ -35,6 +37,15 @@ NETWORK = {
 }
 BATCH = 16
 WARM_UP = 25
+COLUMNS = (
+    Column("variant", "key"),
+    Column("IoU before", format=".4f"),
+    Column("IoU after", format=".4f"),
+    Column("usage"),
+    Column("perplexity"),
+    Column("kbit used"),
+    Column("seconds"),
+)
 POOLED_VAL = 160  # so that scoring takes no longer than training
 # Of AdamW, which every variant has unless its name says otherwise. Narrow layers bear larger steps than the full
 # network's.
@@ -206,7 +217,7 @@ def row(name: str, kept: dict) -> list:
     codebook = [last.get(f"val/codebook_{key}") for key in ("usage", "perplexity")]
     bits = last.get("val/entropy_bits_per_object")
     kbit = None if bits is None else bits / 1e3
-    return [name, f"{first['val/iou']:.4f}", f"{last['val/iou']:.4f}", *codebook, kbit, last["seconds"]]
+    return [name, first["val/iou"], last["val/iou"], *codebook, kbit, last["seconds"]]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -230,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--only", nargs="+", help="names of variants, or beginnings of them; a codebook's VAE is added")
     flags.add_argument("--parallel", type=int, default=1, help="variants that run at a time (default: 1)")
     options = flags.parse_args(argv)
-    device = common.pick_device(options.device)
+    device = pick_device(options.device)
     options.data_dir, options.output_dir = options.data_dir.resolve(), options.output_dir.resolve()
     if options.steps <= WARM_UP:
         flags.error(f"--steps is {options.steps}; it must be more than the {WARM_UP} of the warm-up")
@@ -248,12 +259,12 @@ def main(argv: list[str] | None = None) -> None:
         chosen = {name: variant for name, variant in chosen.items() if name in picked}
 
     rows, text, failures = [], "", {}
-    header = [
-        common.describe_machine(device),
+    report = Report("Ablations", __file__, argv, device, options.output)
+    about = (
         f"Narrow network (8/32/64 channels), {options.resolution}³, {options.codes} codes, {options.steps} "
         f"steps of {BATCH}, {options.parallel} runs at a time. IoU of averaged weights on the validation split, before "
-        "and after; usage, perplexity and kbit an object, by the entropy of single ids, after.",
-    ]
+        "and after; usage, perplexity and kbit an object, by the entropy of single ids, after."
+    )
     with ThreadPoolExecutor(options.parallel) as pool:
         for first in (True, False):  # VAEs before what starts from them
             names = [name for name, variant in chosen.items() if (variant.start is None) is first]
@@ -262,12 +273,11 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(row(name, kept))
                 if "failed" in kept:
                     failures[name] = kept["failed"]
-                columns = ["variant", "IoU before", "IoU after", "usage", "perplexity", "kbit used", "seconds"]
-                text = common.write_report("Ablations", [*header, common.markdown_table(columns, rows)], options.output)
+                text = report.write(about, Table(COLUMNS, rows))
     print(text)
     if failures:
         raise SystemExit("\n".join(f"error: {name}: {message}" for name, message in failures.items()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

@@ -1,16 +1,14 @@
-"""What the benchmarks share: the machine's description and ceilings, timers, tables, data and random weights.
+"""Parts of several benchmarks: flags, ceilings of the machine, timers, data and random weights.
 
 Ceilings are measured in the same run as the figures, so that a ratio means the same on any machine.
 """
 
 import argparse
-import importlib.metadata
 import os
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,77 +23,63 @@ sys.path.insert(0, str(ROOT))
 from trellis import models as model_registry
 from trellis.datasets.packed import load_packed
 from trellis.grids.voxels import pack_bits, unpack_bits
+from trellis.utils.command import DEVICES
 from trellis.utils.errors import DataError
 
-# More than the L2 cache of any GPU so far: written between timed runs, so that none finds its inputs there.
+# More than the L2 cache of any GPU so far. Written between timed calls, so that no call finds its inputs in the cache.
 SCRUB_BYTES = 2**28
 # Noise on codes taken from latents, relative to the latents' deviation. Cells of empty space have equal latents,
-# and equal codes would be exact ties, which no trained codebook has many of.
+# and equal codes would be exact ties, which are rare in a trained codebook.
 CODE_JITTER = 0.1
-MIN_RUNS, MAX_RUNS = 5, 200  # of a timed call; the latter on a GPU, where all are enqueued at once
+MIN_RUNS = 5  # timed calls
+MAX_RUNS = 200  # on a GPU, where all calls are enqueued at once
 
 
 # --- arguments -------------------------------------------------------------------------------------------
 
 
 def parser(description: str, *, data: bool = True) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes. data: also the flags of grids to work on."""
+    """Return a parser with the flags that every benchmark takes; with `data`, also those that choose grids."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    flags.add_argument("--output", type=Path, help="file to write the table to, in Markdown")
+    flags.add_argument("--device", choices=DEVICES, default="auto")
+    flags.add_argument(
+        "--output",
+        type=_markdown_file,
+        metavar="FILE.md",
+        help="write the report to this Markdown file and its rows to FILE.json, which check.py compares",
+    )
     if data:
         flags.add_argument("--data_dir", help="a packed .npz file or a folder of them (default: made-up shells)")
-        flags.add_argument("--resolution", type=int, default=64, help="cells along an axis (default: 64)")
-        flags.add_argument("--objects", type=int, default=512, help="made-up grids where no --data_dir is given")
+        flags.add_argument("--resolution", type=int, default=64, help="voxels along an axis (default: 64)")
+        flags.add_argument("--objects", type=int, default=512, help="number of made-up grids (default: 512)")
     return flags
 
 
-def pick_device(name: str) -> torch.device:
-    """Raises SystemExit for a GPU that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda: torch finds no GPU here; use --device cpu")
-    return torch.device("cuda", 0) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+def _markdown_file(text: str) -> Path:
+    if text.endswith(".json"):
+        raise argparse.ArgumentTypeError(
+            f"{text}: give the Markdown file's name; the rows are written beside it as JSON"
+        )
+    return Path(text)
 
 
-# --- machine ---------------------------------------------------------------------------------------------
-
-
-def describe_machine(device: torch.device) -> str:
-    """One line: processor or GPU, threads, and the versions that decide speed."""
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    if device.type == "cpu":
-        return f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}"
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "none"
-    count = torch.cuda.device_count()
-    return (
-        f"{count} x {torch.cuda.get_device_name(device)}, {os.cpu_count()} CPU cores, {versions}, "
-        f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, triton {triton}"
-    )
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+# --- ceilings --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reaches on the simplest work. copy: bytes read plus written per second. arithmetic: FLOP/s of
-    wide products of random numbers, by the operands' type."""
+    """Highest rates of the machine, reached on the simplest work.
+
+    copy: bytes read plus bytes written, per second.
+    arithmetic: FLOP/s of wide products of random numbers, by the dtype of the operands.
+    """
 
     copy: float
     arithmetic: dict[torch.dtype, float]
 
     def seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:
-        """The least time for this many operations in `dtype` and bytes moved, the two overlapping."""
-        rate = self.arithmetic[torch.bfloat16 if dtype == torch.float16 else dtype]  # they run alike
+        """Return the least time for `flops` operations in `dtype` and `moved` bytes, if the two overlap."""
+        rate = self.arithmetic[torch.bfloat16 if dtype == torch.float16 else dtype]  # fp16 runs as fast as bf16
         return max(flops / rate, moved / self.copy)
 
     def __str__(self) -> str:
@@ -105,10 +89,10 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """Copy bandwidth and product rates on random data. fp32 products stay fp32: torch's default, no TF32.
+    """Measure copy bandwidth and product rates on random data. fp32 products run without TF32, as is torch's default.
 
-    A CPU's rate is the better of a square product and a wide convolution, which come from different libraries, of
-    which either may fall short of the machine.
+    A CPU's product rate is the higher of a square product's and a wide convolution's. The two come from different
+    libraries, and either may fall short of the machine.
     """
     if device.type == "cuda":
         arithmetic = {dtype: _product_rate(8192, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
@@ -120,7 +104,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def _ceiling_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """A GPU's median, at the clock that it keeps under load; a CPU's best, since other work may be in the way."""
+    """Return a GPU's median time, at the clock it keeps under load; a CPU's least, since other work may interfere."""
     times = call_seconds(function, device, budget=0.5, scrub=False)
     return statistics.median(times) if device.type == "cuda" else min(times)
 
@@ -137,7 +121,7 @@ def _product_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _convolution_rate() -> float:
-    """On a CPU, of 128 to 128 channels in float32, which fill vector units of any width."""
+    """Return a CPU's FLOP/s in a float32 convolution of 128 channels, which fill vector units of any width."""
     x, weight = torch.randn(1, 128, 16, 16, 16), torch.randn(128, 128, 3, 3, 3)
     x, weight = (tensor.contiguous(memory_format=torch.channels_last_3d) for tensor in (x, weight))
     seconds = _ceiling_seconds(lambda: F.conv3d(x, weight, padding=1), torch.device("cpu"))
@@ -145,7 +129,7 @@ def _convolution_rate() -> float:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """The type whose product rate bounds training: bf16 on a GPU (fp16 runs as fast), fp32 on a CPU."""
+    """Return the dtype whose product rate limits training: bf16 on a GPU (fp16 runs as fast), fp32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -153,17 +137,18 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def median_seconds(function: Callable[[], object], device: torch.device, *, budget: float = 1.0) -> float:
-    """Median time of a call, in seconds; see `call_seconds`."""
+    """Return the median time of a call, in seconds; see `call_seconds`."""
     return statistics.median(call_seconds(function, device, budget=budget))
 
 
 def call_seconds(
     function: Callable[[], object], device: torch.device, *, budget: float, scrub: bool = True
 ) -> list[float]:
-    """Times of calls, in seconds, after a warm-up.
+    """Return the times of calls, in seconds, after a warm-up.
 
-    budget: seconds to spend about; at least MIN_RUNS calls are timed. On a GPU each call is between two events, and
-    `scrub` empties the L2 cache before it, which also lets the host enqueue the call while the GPU is busy.
+    budget: about how many seconds to spend; at least MIN_RUNS calls are timed.
+    scrub: empty a GPU's L2 cache before each call. This also gives the host time to enqueue the call while the GPU is
+        busy. Each call on a GPU is timed between two events.
     """
     for _ in range(2):
         function()
@@ -196,40 +181,14 @@ def _cpu_times(function: Callable[[], object], budget: float) -> list[float]:
     return times
 
 
-# --- results ---------------------------------------------------------------------------------------------
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; None shows as a dash and a float in three digits."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "–"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def write_report(title: str, parts: Sequence[str], output: Path | None) -> str:
-    """The parts as paragraphs under a title, written to `output` where it is given. A long benchmark writes after
-    each row, so that one that is cut off leaves what it has."""
-    text = f"# {title}\n\n" + "\n\n".join(parts) + "\n"
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
-    return text
-
-
 # --- data ------------------------------------------------------------------------------------------------
 
 
 def make_grids(number: int, resolution: int, seed: int = 0) -> np.ndarray:
-    """Shells one cell thick, each of two random ellipsoids or boxes: bool [number, R, R, R], at 64 cells 2 to 3 %
-    occupied."""
+    """Return grids [number, R, R, R] bool, each with the shells of two random ellipsoids or boxes.
+
+    A shell is one voxel thick; at 64³ 2 to 3 % of the voxels are occupied.
+    """
     rng = np.random.default_rng(seed)
     axis = (np.arange(resolution) + 0.5) / resolution
     grids = np.zeros((number, resolution, resolution, resolution), dtype=bool)
@@ -247,7 +206,7 @@ def make_grids(number: int, resolution: int, seed: int = 0) -> np.ndarray:
 
 
 def make_data(folder: Path, number: int, resolution: int) -> str:
-    """Write made-up grids as one packed file, all in the training split. Returns its path."""
+    """Write made-up grids as one packed file, all in the training split, and return its path."""
     bits = np.concatenate([pack_bits(make_grids(1, resolution, seed)) for seed in range(number)])
     path = folder / f"shells{resolution}.npz"
     np.savez(path, bits=bits, split=np.full(number, "train"))
@@ -255,16 +214,16 @@ def make_data(folder: Path, number: int, resolution: int) -> str:
 
 
 def data_for(args: argparse.Namespace, folder: Path) -> str:
-    """The data root that the flags ask for, made in `folder` where they name none."""
+    """Return the data root that the flags name, or make one in `folder` if they name none."""
     return os.path.abspath(args.data_dir) if args.data_dir else make_data(folder, args.objects, args.resolution)
 
 
 def packed_rows(data_dir: str) -> np.ndarray:
-    """The training rows [N, R^3 / 8] uint8 of a packed file or a folder of packed files. Raises DataError."""
+    """Return the training rows [N, R^3 / 8] uint8 of a packed file or a folder of packed files. Raise DataError."""
     path = Path(data_dir)
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"{data_dir}: has no .npz file. The benchmarks read packed data; pack.py makes it")
+        raise DataError(f"{data_dir} has no .npz file; the benchmarks read packed data, which pack.py makes")
     rows = []
     for file in files:
         arrays = load_packed(file)
@@ -275,7 +234,7 @@ def packed_rows(data_dir: str) -> np.ndarray:
 
 
 def grids_of(rows: np.ndarray, device: torch.device) -> Tensor:
-    """[N, R^3 / 8] uint8 to [N, 1, R, R, R] uint8, 0 or 1, on the device."""
+    """Unpack rows [N, R^3 / 8] uint8 to [N, 1, R, R, R] uint8, 0 or 1, on the device."""
     return unpack_bits(rows, round((rows.shape[1] * 8) ** (1 / 3)))[:, None].to(device)
 
 
@@ -283,10 +242,10 @@ def grids_of(rows: np.ndarray, device: torch.device) -> Tensor:
 
 
 def random_weights(models: dict[str, dict], rows: np.ndarray, folder: Path, device: torch.device) -> dict[str, str]:
-    """Write random weights for the `models` of a configuration. Returns {model: path} for finetune_ckpt.
+    """Write random weights for the `models` of a configuration and return {model: path} for finetune_ckpt.
 
-    A fresh network starts with zeros in half of its convolutions, and products of zeros can run faster than real
-    ones, so these get random weights too. The codebook holds latents of the data with a little noise.
+    A fresh network has zeros in half of its convolutions, and products with zeros can run faster than others. So these
+    convolutions get random weights too. The codebook holds latents of the data with a little noise.
     """
     from safetensors.torch import save_file
 
@@ -311,7 +270,7 @@ def random_weights(models: dict[str, dict], rows: np.ndarray, folder: Path, devi
 def latent_codes(
     encoder: torch.nn.Module, quantizer: torch.nn.Module, rows: np.ndarray, device: torch.device
 ) -> Tensor:
-    """A codebook [K, embed_dim] of latent vectors of packed grids, drawn at random, with noise."""
+    """Return a codebook [K, embed_dim] of randomly drawn latent vectors of packed grids, with noise."""
     encoder.to(device)
     latents = [quantizer.to_vectors(encoder(grids_of(row[None], device).float())).flatten(0, -2) for row in rows]
     vectors = torch.cat(latents).float()

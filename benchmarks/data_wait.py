@@ -3,10 +3,10 @@
     python benchmarks/data_wait.py                    # made-up grids in a packed file
     python benchmarks/data_wait.py --data_dir DIR     # any data that train.py takes
 
-Trains the KL configuration with train.py's own loop and marks the device's timeline before and after each batch is
-fetched. Between the two marks a GPU does nothing but copy and unpack that batch, unless the host is behind, and then
-it waits; so the time between them is the wait. On a CPU loading is part of the same work and all of it counts.
-Limit: the training rate over the rate of the loader alone, which is the least share of the wait without loading ahead.
+Trains the KL configuration with train.py's own loop and marks the device's timeline before and after it fetches each
+batch. Between the two marks a GPU only copies and unpacks that batch, or waits for the host. So the time between them
+is the wait. On a CPU loading is part of the same work, and all of it counts. Limit: the training rate over the rate of
+the loader alone, which is the smallest share of waiting that is possible without loading ahead.
 """
 
 import contextlib
@@ -21,9 +21,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, runs
+from benchmarks.report import Column, Report, Table
+from trellis.utils.command import pick_device, run_command
 from trellis.utils.config import load_config
 
-LOADER_SECONDS = 1.0
+LOADER_SECONDS = 1.0  # spent on the loader alone
+COLUMNS = (
+    Column("batch", "key"),
+    Column("samples/s"),
+    Column("ms per step"),
+    Column("ms waiting"),
+    Column("share", format=".2%"),
+    Column("loader alone, samples/s"),
+    Column("limit", format=".2%"),
+)
 
 
 class Marks:
@@ -34,6 +45,7 @@ class Marks:
         self.pairs: list[tuple] = []  # before and after each fetch
 
     def now(self) -> torch.cuda.Event | float:
+        """Return a mark of the present."""
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -41,7 +53,7 @@ class Marks:
         return event
 
     def around(self, batches: Iterator) -> Iterator:
-        """The batches, each with a mark before and after it is fetched."""
+        """Yield the batches, and mark the time before and after each is fetched."""
         with contextlib.closing(batches):
             while True:
                 before = self.now()
@@ -50,10 +62,14 @@ class Marks:
                 yield batch
 
     def seconds(self, start, end) -> float:
+        """Return the time between two marks."""
         return end - start if self.device.type == "cpu" else start.elapsed_time(end) / 1e3
 
     def waits_and_steps(self, warm: int) -> tuple[float, float]:
-        """Seconds per step, of waiting and in all, without the first `warm` steps. The last one has no end."""
+        """Return the mean seconds of waiting and of the whole step, without the first `warm` steps and the last.
+
+        The last step has no mark at its end.
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         pairs = self.pairs[warm:]
@@ -62,7 +78,7 @@ class Marks:
 
 
 def loader_rate(trainer, batch: int) -> float:
-    """Samples per second of the trainer's batches when nothing is done with them."""
+    """Return how many samples per second the trainer's loader yields when nothing is done with them."""
     with contextlib.closing(trainer.batches()) as batches:
         next(batches)
         started, count = time.perf_counter(), 0
@@ -77,12 +93,13 @@ def loader_rate(trainer, batch: int) -> float:
 def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__)
     flags.add_argument("--batch_sizes", nargs="+", type=int, help="default: 32 4 on a GPU, 4 on a CPU")
-    flags.add_argument("--steps", type=int, help="that count (default: 100 on a GPU, 10 on a CPU)")
+    flags.add_argument("--steps", type=int, help="measured steps (default: 100 on a GPU, 10 on a CPU)")
     args = flags.parse_args(argv)
-    device = common.pick_device(args.device)
+    device = pick_device(args.device)
     cuda = device.type == "cuda"
     steps, warm = args.steps or (100 if cuda else 10), 20 if cuda else 2
     path = runs.config_path("ss_vae_conv3d_16l8_fp16" if cuda else "demo_vae")
+    report = Report("Waiting for data", __file__, argv, device, args.output, {"resolution": args.resolution})
     table = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -100,12 +117,10 @@ def main(argv: list[str] | None = None) -> None:
             trainer.run()
             wait, step = marks.waits_and_steps(warm)
             rate = batch / step
-            table.append([batch, rate, step * 1e3, wait * 1e3, f"{wait / step:.2%}", alone, f"{rate / alone:.2%}"])
-    columns = ["batch", "samples/s", "ms per step", "ms waiting", "share", "loader alone, samples/s", "limit"]
+            table.append([batch, rate, step * 1e3, wait * 1e3, wait / step, alone, rate / alone])
     source = args.data_dir or f"made-up grids, {args.resolution}³"
-    parts = [common.describe_machine(device), f"Data: {source}.", common.markdown_table(columns, table)]
-    print(common.write_report("Waiting for data", parts, args.output))
+    print(report.write(f"Data: {source}.", Table(COLUMNS, table)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

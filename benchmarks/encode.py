@@ -22,10 +22,23 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, plain, runs
+from benchmarks.report import Column, Report, Table
 from trellis import models as model_registry
 from trellis.grids.voxels import unpack_bits_on_device
 from trellis.models import load_weights, read_weights
+from trellis.utils.command import pick_device, run_command
 from trellis.utils.config import load_config
+
+COLUMNS = (
+    Column("precision", "key"),
+    Column("batch", "key"),
+    Column("samples/s"),
+    Column("limit"),
+    Column("of limit", "ratio"),
+    Column("plain samples/s"),
+    Column("ratio to plain", "ratio"),
+    Column("equal ids", format=".4f"),
+)
 
 
 def build(models: dict[str, dict], weights: dict[str, str], device: torch.device) -> dict[str, nn.Module]:
@@ -101,10 +114,12 @@ def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__)
     flags.add_argument("--batch_size", type=int, help="default: 32 on a GPU, 4 on a CPU")
     args = flags.parse_args(argv)
-    device = common.pick_device(args.device)
+    device = pick_device(args.device)
     cuda = device.type == "cuda"
     batch = args.batch_size or (32 if cuda else 4)
     specs = load_config(runs.config_path("vqvae_stage1" if cuda else "demo_stage1"))["models"]
+    work = {"resolution": args.resolution, "channels": specs["encoder"]["args"]["channels"]}
+    report = Report("Grid to ids", __file__, argv, device, args.output, work)
     torch.backends.cudnn.benchmark = True
 
     ceilings = common.measure_ceilings(device)
@@ -125,13 +140,9 @@ def main(argv: list[str] | None = None) -> None:
         ]
         equal = (tokenize(models, bits, args.resolution, dtype) == reference).float().mean().item()
         name = "bf16" if dtype == torch.bfloat16 else "fp32"
-        table.append(
-            [name, len(rows), rates[0], limit, rates[0] / limit, rates[1], rates[0] / rates[1], f"{equal:.4f}"]
-        )
-    columns = ["encoder", "batch", "samples/s", "limit", "of limit", "plain samples/s", "ratio to plain", "equal ids"]
-    parts = [common.describe_machine(device), f"Ceilings: {ceilings}.", common.markdown_table(columns, table)]
-    print(common.write_report("Grid to ids", parts, args.output))
+        table.append([name, len(rows), rates[0], limit, rates[0] / limit, rates[1], rates[0] / rates[1], equal])
+    print(report.write(f"Ceilings: {ceilings}.", Table(COLUMNS, table)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

@@ -4,10 +4,10 @@
     python benchmarks/layers.py --device cpu      # the demo's at batch 4
 
 Each kind of layer of the real networks runs alone on random input of its shape; indented rows are its parts. Backward
-is the time of forward and backward less that of forward. Limit: for each convolution the larger of its operations over
-the product rate and its bytes over the copy rate, both measured in this run, with norm, SiLU and residual sum done in
-the passes of the convolutions; for the rest, bytes over the copy rate. Bytes: every input read and every result
-written once.
+is the time of forward and backward together minus the time of forward. Limit: for a convolution the larger of its
+operations over the product rate and its bytes over the copy rate, both measured in this run; norm, SiLU and residual
+sum add nothing to it, since they can be done while the convolution reads and writes. For the rest, bytes over the copy
+rate. Bytes: every input read once and every result written once.
 """
 
 import sys
@@ -24,21 +24,34 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, plain, runs
+from benchmarks.report import Column, Report, Table
 from trellis.modules import conv, fused
 from trellis.modules.blocks3d import DownsampleBlock3d, ResBlock3d, UpsampleBlock3d
 from trellis.modules.losses import RECONSTRUCTION_LOSSES
 from trellis.modules.quantizers.nearest import nearest_code
 from trellis.modules.spatial import voxel_shuffle_3d
 from trellis.trainers.basic import BasicTrainer
+from trellis.utils.command import pick_device, run_command
 from trellis.utils.config import load_config
 
 HOST_STEPS = 10
-INDENT = "– "  # before the name of what is a part of another row
+INDENT = "– "  # in Markdown, before the name of a row that is a part of the row above
+COLUMNS = (
+    Column("layer", "key"),
+    Column("times"),
+    Column("forward ms"),
+    Column("backward ms"),
+    Column("GFLOP"),
+    Column("GB"),
+    Column("limit ms"),
+    Column("of limit", "ratio"),
+    Column("share of step"),
+)
 
 
 @dataclass
 class Work:
-    """Operations and bytes of one stage, in each direction."""
+    """Operations and bytes of one stage for one sample, each as (forward, backward)."""
 
     flops: tuple[float, float] = (0.0, 0.0)
     moved: tuple[float, float] = (0.0, 0.0)
@@ -46,26 +59,33 @@ class Work:
 
 @dataclass
 class Part:
-    """A row of the table. count: how often a step has it, 0 for what the KL step does not have. forward: the work to
-    time; inputs: tensors that backward gives gradients of, None where there is no backward. stages: what it has to
-    do, one after the other."""
+    """A row of the table."""
 
     name: str
     count: int
+    """How often a KL training step has it; 0 for what only other kinds of training have."""
     forward: Callable[[], object]
+    """The call to time."""
     inputs: list[Tensor] | None = None
+    """Tensors that backward computes gradients for; None without a backward."""
     stages: list[Work] = field(default_factory=list)
+    """Its work, one stage after the other."""
     dtype: torch.dtype = torch.float32
+    inner: bool = False
+    """Whether it is a part of the row above, and its time already in that row's."""
 
 
-# --- what layers have to do ------------------------------------------------------------------------------
+# --- work of layers --------------------------------------------------------------------------------------
 
 
 def conv_work(
     convolution: nn.Conv3d, cells: int, sizes: tuple[int, int], *, extra: int = 0, input_grad: bool = True
 ) -> Work:
-    """Of a convolution over [C, cells³], for one sample. sizes: bytes of an element of the input and the output.
-    extra: bytes that the pass forward reads besides, such as a residual."""
+    """Return the work of a convolution over [C, cells, cells, cells].
+
+    sizes: bytes per element of the input and of the output.
+    extra: further bytes that forward reads, such as a residual.
+    """
     out = cells // convolution.stride[0]
     flops = 2 * convolution.weight.numel() * out**3
     inputs, outputs = convolution.in_channels * cells**3 * sizes[0], convolution.out_channels * out**3 * sizes[1]
@@ -74,16 +94,17 @@ def conv_work(
 
 
 def pass_work(elements: int, size: int) -> Work:
-    """Of a layer that reads and writes each element; backward reads the input and the gradient and writes one."""
+    """Return the work of an elementwise layer; its backward reads input and gradient and writes a gradient."""
     return Work((0, 0), (2 * elements * size, 3 * elements * size))
 
 
 def limit_seconds(part: Part, batch: int, ceilings: common.Ceilings) -> float:
+    """Return the least time for a part, forward and backward, on a batch."""
     directions = (0, 1) if part.inputs is not None else (0,)
     return sum(
-        ceilings.seconds(batch * work.flops[way], batch * work.moved[way], part.dtype)
+        ceilings.seconds(batch * work.flops[direction], batch * work.moved[direction], part.dtype)
         for work in part.stages
-        for way in directions
+        for direction in directions
     )
 
 
@@ -91,7 +112,7 @@ def limit_seconds(part: Part, batch: int, ceilings: common.Ceilings) -> float:
 
 
 def blocks_of(trainer: BasicTrainer) -> Iterator[tuple[nn.Module, int]]:
-    """(block, cells along an axis of its input) in the order of execution, without first and last layers."""
+    """Yield (block, cells along an axis of its input) in the order of execution, without first and last layers."""
     encoder, decoder = trainer.models["encoder"], trainer.models["decoder"]
     cells = trainer.dataset.resolution
     for block in (*encoder.blocks, *encoder.middle_block, *decoder.middle_block, *decoder.blocks):
@@ -103,7 +124,7 @@ def blocks_of(trainer: BasicTrainer) -> Iterator[tuple[nn.Module, int]]:
 
 
 def network_parts(trainer: BasicTrainer, batch: int) -> list[Part]:
-    """Every kind of layer once, with its parts after it."""
+    """Return every kind of layer once, each followed by its parts."""
     device, dtype = trainer.device, trainer.precision.dtype
     size, resolution = dtype.itemsize, trainer.dataset.resolution
 
@@ -163,24 +184,26 @@ def network_parts(trainer: BasicTrainer, batch: int) -> list[Part]:
         parts.append(whole)
         if kind is ResBlock3d:
             extra = elements * size
+            at = f"{channels} at {cells}³"
             whole.stages = [
                 conv_work(block.conv1, cells, (size, size)),
                 conv_work(block.conv2, cells, (size, size), extra=extra),
             ]
-            parts += convolution_parts(block.conv1, x, 2 * len(blocks), dtype)
-            parts.append(norm_part(trainer, block, x, 2 * len(blocks)))
+            parts += convolution_parts(block.conv1, x, 2 * len(blocks), dtype, at)
+            parts.append(norm_part(trainer, block, x, 2 * len(blocks), at))
             continue
         whole.stages = [conv_work(convolution, cells, (size, size))]
         if kind is UpsampleBlock3d:
             y = random(convolution.out_channels, cells)
             parts.append(
                 Part(
-                    f"{INDENT}shuffle",
+                    f"shuffle, {convolution.out_channels} at {cells}³",
                     len(blocks),
                     lambda y=y: voxel_shuffle_3d(y, 2),
                     [y],
                     [pass_work(convolution.out_channels * cells**3, size)],
                     dtype,
+                    inner=True,
                 )
             )
     return parts
@@ -190,27 +213,27 @@ def _own(x: Tensor) -> list[Tensor]:
     return [x] if x.requires_grad else []
 
 
-def convolution_parts(convolution: nn.Conv3d, x: Tensor, count: int, dtype: torch.dtype) -> list[Part]:
-    """The three convolutions of a residual block's, each alone."""
+def convolution_parts(convolution: nn.Conv3d, x: Tensor, count: int, dtype: torch.dtype, at: str) -> list[Part]:
+    """Return a residual block's convolution and its two gradients, each alone."""
     x, weight = x.detach(), convolution.weight.detach().to(dtype)
     grad, size = torch.randn_like(x), dtype.itemsize
     work = conv_work(convolution, x.shape[-1], (size, size))
     one = Work((work.flops[0], 0), (work.moved[0], 0))
-    ways = {
-        f"{INDENT}convolution": lambda: conv.forward(x, weight),
-        f"{INDENT}its input's gradient": lambda: conv.input_grad(grad, weight),
-        f"{INDENT}its weight's gradient": lambda: conv.weight_grad(x, grad, weight),
+    calls = {
+        f"convolution, {at}": lambda: conv.forward(x, weight),
+        f"input gradient, {at}": lambda: conv.input_grad(grad, weight),
+        f"weight gradient, {at}": lambda: conv.weight_grad(x, grad, weight),
     }
-    return [Part(name, count, way, None, [one], dtype) for name, way in ways.items()]
+    return [Part(name, count, call, None, [one], dtype, inner=True) for name, call in calls.items()]
 
 
-def norm_part(trainer: BasicTrainer, block: ResBlock3d, x: Tensor, count: int) -> Part:
-    """Norm and SiLU, forward and backward, as the block runs them."""
+def norm_part(trainer: BasicTrainer, block: ResBlock3d, x: Tensor, count: int, at: str) -> Part:
+    """Return norm and SiLU, forward and backward, as the block runs them."""
     elements, size = x[0].numel(), x.element_size()
     work = pass_work(elements, size)
     if not fused.usable(x):
         inputs = [x, *block.norm1.parameters()]
-        return Part(f"{INDENT}norm and SiLU", count, lambda: F.silu(block.norm1(x)), inputs, [work])
+        return Part(f"norm and SiLU, {at}", count, lambda: F.silu(block.norm1(x)), inputs, [work], inner=True)
     from trellis.modules.kernels.norm_silu import norm_silu, norm_silu_backward
 
     gamma, beta, eps = block.norm1.weight.detach(), block.norm1.bias.detach(), block.norm1.eps
@@ -220,14 +243,21 @@ def norm_part(trainer: BasicTrainer, block: ResBlock3d, x: Tensor, count: int) -
         norm_silu(x, None, gamma, beta, eps)
         norm_silu_backward(x, None, gamma, beta, eps, grad)
 
-    return Part(f"{INDENT}norm and SiLU, both ways", count, both, None, [Work((0, 0), (sum(work.moved), 0))])
+    return Part(
+        f"norm and SiLU, forward and backward, {at}",
+        count,
+        both,
+        None,
+        [Work((0, 0), (sum(work.moved), 0))],
+        inner=True,
+    )
 
 
 # --- around the network ----------------------------------------------------------------------------------
 
 
 def step_parts(trainer: BasicTrainer, batch: int) -> list[Part]:
-    """Loss, codebook and the updates. The trainer has taken a step, so that gradients are there."""
+    """Return loss, codebook and updates. The trainer must have taken a step, so that there are gradients."""
     parameters = sum(parameter.numel() for parameter in trainer.parameters)
     resolution, device = trainer.dataset.resolution, trainer.device
     logits = torch.randn(batch, 1, *(resolution,) * 3, device=device, requires_grad=True)
@@ -240,7 +270,7 @@ def step_parts(trainer: BasicTrainer, batch: int) -> list[Part]:
     vectors, codebook = torch.randn(batch * tokens, 8, device=device), torch.randn(codes, 8, device=device)
 
     def updates(moved: int) -> list[Work]:
-        """For `limit_seconds`, which counts per sample."""
+        """Return the work of moving this many bytes per parameter, divided by samples as `limit_seconds` expects."""
         return [Work((0, 0), (moved * parameters / batch, 0))]
 
     return [
@@ -265,7 +295,7 @@ def step_parts(trainer: BasicTrainer, batch: int) -> list[Part]:
 
 
 def host_seconds(trainer: BasicTrainer, batch: dict[str, Tensor]) -> float:
-    """Mean time until a step is enqueued, when the GPU has nothing else to do."""
+    """Return the mean time until a step is enqueued while the GPU has nothing else to do."""
     total = 0.0
     for _ in range(HOST_STEPS):
         torch.cuda.synchronize(trainer.device)
@@ -282,32 +312,40 @@ def host_seconds(trainer: BasicTrainer, batch: dict[str, Tensor]) -> float:
 def measured_row(
     part: Part, batch: int, step: float, seconds: float, device: torch.device, ceilings: common.Ceilings
 ) -> list:
-    """seconds: to spend on each measurement."""
+    """Return a part's row.
+
+    step: seconds of a whole training step.
+    seconds: to spend on each measurement.
+    """
     forward = both = common.median_seconds(part.forward, device, budget=seconds)
     if part.inputs is not None:
         grad = torch.randn_like(part.forward())
         both = common.median_seconds(
             lambda: torch.autograd.grad(part.forward(), part.inputs, grad), device, budget=seconds
         )
-    ways = slice(0, 2 if part.inputs is not None else 1)
-    flops = batch * sum(sum(work.flops[ways]) for work in part.stages)
-    moved = batch * sum(sum(work.moved[ways]) for work in part.stages)
+    directions = slice(0, 2 if part.inputs is not None else 1)
+    flops = batch * sum(sum(work.flops[directions]) for work in part.stages)
+    moved = batch * sum(sum(work.moved[directions]) for work in part.stages)
     limit = limit_seconds(part, batch, ceilings)
     backward = (both - forward) * 1e3 if part.inputs is not None else None
     share = part.count * both / step if part.count else None
-    return [part.name, part.count, forward * 1e3, backward, flops / 1e9, moved / 1e9, limit * 1e3, limit / both, share]
+    name = f"{INDENT}{part.name}" if part.inner else part.name
+    return [name, part.count, forward * 1e3, backward, flops / 1e9, moved / 1e9, limit * 1e3, limit / both, share]
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__)
     flags.add_argument("--batch_size", type=int, help="default: 32 on a GPU, 4 on a CPU")
-    flags.add_argument("--seconds", type=float, default=0.5, help="to spend on each measurement (default: 0.5)")
+    flags.add_argument("--seconds", type=float, default=0.5, help="seconds to spend on each measurement (default: 0.5)")
     args = flags.parse_args(argv)
-    device = common.pick_device(args.device)
+    device = pick_device(args.device)
     cuda = device.type == "cuda"
     batch_size = args.batch_size or (32 if cuda else 4)
     path = runs.config_path("ss_vae_conv3d_16l8_fp16" if cuda else "demo_vae")
     config = load_config(path)
+    channels = config["models"]["encoder"]["args"]["channels"]
+    work = {"resolution": args.resolution, "channels": channels, "batch": batch_size}
+    report = Report("Layers", __file__, argv, device, args.output, work)
     ceilings = common.measure_ceilings(device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -322,16 +360,12 @@ def main(argv: list[str] | None = None) -> None:
     summary = f"{path.stem}, batch {batch_size}: {step * 1e3:.1f} ms a step, {batch_size / step:.1f} samples/s."
     if cuda:
         summary += f" The host enqueues a step in {host_seconds(trainer, batch) * 1e3:.1f} ms."
-    rows = [
-        measured_row(part, batch_size, step, args.seconds, device, ceilings)
-        for part in (*network_parts(trainer, batch_size), *step_parts(trainer, batch_size))
-    ]
-    total = sum(row[-1] for row in rows if row[-1] is not None and not row[0].startswith(INDENT))
-    summary += f" The rows that are no parts of others make {total:.0%} of it."
-    columns = ["layer", "times", "forward ms", "backward ms", "GFLOP", "GB", "limit ms", "of limit", "share of step"]
-    parts = [common.describe_machine(device), f"Ceilings: {ceilings}.", summary, common.markdown_table(columns, rows)]
-    print(common.write_report("Layers", parts, args.output))
+    parts = [*network_parts(trainer, batch_size), *step_parts(trainer, batch_size)]
+    rows = [measured_row(part, batch_size, step, args.seconds, device, ceilings) for part in parts]
+    total = sum(row[-1] for part, row in zip(parts, rows, strict=True) if part.count and not part.inner)
+    summary += f" The rows that are not indented add up to {total:.0%} of it."
+    print(report.write(f"Ceilings: {ceilings}.", summary, Table(COLUMNS, rows)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

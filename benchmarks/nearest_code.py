@@ -5,10 +5,10 @@
     python benchmarks/nearest_code.py --growth        # also with 1k ... 64k codes
 
 Vectors and codes are normal random numbers. Limit: the 2·N·K·D operations of their products over the fp32 product
-rate measured in this run; a first pass on tensor cores may pass it. Extra memory is what one call adds at its peak
-to what is allocated before it, the result included: on a GPU by torch's allocator, on a CPU by the peak of a process
-of its own (Linux only). Equal ids: share of the first vectors whose code is the one of least fp64 distance, the
-lowest index on ties.
+rate measured in this run; a search whose first pass runs on tensor cores can exceed it. Extra memory: the peak of one
+call above what was allocated before it, with the result; on a GPU by torch's allocator, on a CPU in a process of its
+own (Linux only). Equal ids: share of the first vectors that get the code of least fp64 distance, the lowest index on
+ties.
 """
 
 import argparse
@@ -23,23 +23,37 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, plain
+from benchmarks.report import Column, Report, Table
 from trellis.modules.quantizers.nearest import nearest_code
+from trellis.utils.command import pick_device, run_command
 
 SIZES = {"cuda": [(131072, 8192, 8), (32768, 8192, 32)], "cpu": [(16384, 8192, 8), (4096, 8192, 32)]}
 GROWTH = [1024, 4096, 16384, 65536]
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ours": nearest_code, "plain": plain.nearest}
 CHECKED = 2048  # vectors compared with fp64
+COLUMNS = (
+    Column("N × K × D", "key"),
+    Column("ms"),
+    Column("limit ms"),
+    Column("of limit", "ratio"),
+    Column("plain ms"),
+    Column("ratio to plain", "ratio"),
+    Column("extra MiB"),
+    Column("plain extra MiB"),
+    Column("equal ids", format=".6f"),
+    Column("plain equal ids", format=".6f"),
+)
 
 
 def problem(size: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Vectors [N, D] and codebook [K, D] of a size (N, K, D)."""
+    """Return vectors [N, D] and a codebook [K, D] for a size (N, K, D)."""
     n, k, d = size
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(rows, d, generator=generator).to(device) for rows in (n, k))
 
 
 def fp64_nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The reference: least sum of squared differences in fp64, the lowest index on ties."""
+    """Return the reference, [N] int64: the least sum of squared differences in fp64, the lowest index on ties."""
     rows = max(1, 2**24 // codebook.numel())
     found = []
     for part in vectors.double().split(rows):
@@ -53,11 +67,11 @@ def fp64_nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def extra_mib(method: str, size: tuple[int, int, int], device: torch.device) -> float | None:
-    """Memory that one call needs beyond its inputs, in MiB; None where the system does not tell."""
+    """Return the memory of one call beyond its inputs, in MiB; None if the system does not report it."""
     if device.type == "cpu":
         return _extra_mib_cpu(method, size)
     inputs = problem(size, device)
-    METHODS[method](*inputs)  # what stays, such as a library's workspace, is not the call's
+    METHODS[method](*inputs)  # memory that stays, such as a library's workspace, does not count
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -78,11 +92,11 @@ def _extra_mib_cpu(method: str, size: tuple[int, int, int]) -> float | None:
 
 
 def print_peak_growth(method: str, size: tuple[int, int, int]) -> None:
-    """In a process of its own: the growth of this process's peak memory by one call, in MiB."""
+    """Print by how many MiB one call raises the peak memory of this process, which should do nothing else."""
     device = torch.device("cpu")
-    METHODS[method](*problem((64, 64, size[2]), device))  # threads and libraries come with the first call
+    METHODS[method](*problem((64, 64, size[2]), device))  # the first call starts threads and loads libraries
     inputs = problem(size, device)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is in use now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present use
     before = _status_kib("VmHWM")
     METHODS[method](*inputs)
     print((_status_kib("VmHWM") - before) / 1024)
@@ -98,53 +112,49 @@ def _status_kib(field: str) -> int:
 # --- table -----------------------------------------------------------------------------------------------
 
 
-def measure(size: tuple[int, int, int], device: torch.device, ceilings: common.Ceilings) -> list[list]:
-    """Rows of the table for one size."""
+def measure(size: tuple[int, int, int], device: torch.device, ceilings: common.Ceilings) -> list[object]:
+    """Return the row of the table for one size."""
     vectors, codebook = problem(size, device)
     reference = fp64_nearest(vectors[:CHECKED], codebook)
     limit = ceilings.seconds(plain.nearest_flops(*size), vectors.nbytes + codebook.nbytes, torch.float32)
-    seconds = {}
-    rows = []
+    seconds, equal = {}, {}
     for method in reversed(METHODS):  # the baseline first
         function = METHODS[method]
         seconds[method] = common.median_seconds(lambda f=function: f(vectors, codebook), device)
-        equal = (function(vectors, codebook)[:CHECKED] == reference).float().mean().item()
-        rows.append(
-            [
-                " × ".join(map(str, size)),
-                method,
-                seconds[method] * 1e3,
-                limit * 1e3,
-                limit / seconds[method],
-                seconds["plain"] / seconds[method],
-                extra_mib(method, size, device),
-                f"{equal:.6f}",
-            ]
-        )
-    return rows
+        equal[method] = (function(vectors, codebook)[:CHECKED] == reference).float().mean().item()
+    return [
+        " × ".join(map(str, size)),
+        seconds["ours"] * 1e3,
+        limit * 1e3,
+        limit / seconds["ours"],
+        seconds["plain"] * 1e3,
+        seconds["plain"] / seconds["ours"],
+        *(extra_mib(method, size, device) for method in METHODS),
+        *(equal[method] for method in METHODS),
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__, data=False)
-    flags.add_argument("--sizes", nargs="+", type=_size, metavar="N,K,D", help="instead of the device's usual ones")
-    flags.add_argument("--growth", action="store_true", help="also the first size with 1k to 64k codes")
+    flags.add_argument(
+        "--sizes", nargs="+", type=_size, metavar="N,K,D", help="sizes to measure instead of the device's usual ones"
+    )
+    flags.add_argument("--growth", action="store_true", help="also measure the first size with 1k to 64k codes")
     flags.add_argument("--peak_of", nargs=4, help=argparse.SUPPRESS)  # METHOD N K D, see print_peak_growth
     args = flags.parse_args(argv)
     if args.peak_of:
         print_peak_growth(args.peak_of[0], tuple(map(int, args.peak_of[1:])))
         return
-    device = common.pick_device(args.device)
+    device = pick_device(args.device)
     ceilings = common.measure_ceilings(device)
     sizes = args.sizes or SIZES[device.type]
     if args.growth:
         n, _, d = sizes[0]
         sizes = [*sizes, *((n, k, d) for k in GROWTH)]
-    columns = ["N × K × D", "", "ms", "limit ms", "of limit", "times as fast as plain", "extra MiB", "equal ids"]
-    table = []
+    report, table = Report("Nearest code", __file__, argv, device, args.output), []
     for size in sizes:
-        table += measure(size, device, ceilings)
-        parts = [common.describe_machine(device), f"Ceilings: {ceilings}.", common.markdown_table(columns, table)]
-        text = common.write_report("Nearest code", parts, args.output)
+        table.append(measure(size, device, ceilings))
+        text = report.write(f"Ceilings: {ceilings}.", Table(COLUMNS, table))
     print(text)
 
 
@@ -156,4 +166,4 @@ def _size(text: str) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

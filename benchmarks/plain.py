@@ -1,8 +1,8 @@
-"""The same network and nearest code written plainly, as baselines, and the operations they need.
+"""Baselines in plain PyTorch: the same network and nearest-code search, and a count of their operations.
 
-The network is what published code does: channels first, and a layer norm that moves the channels last, copies,
-normalises in fp32, moves back and copies again. Its parameters have the names and shapes of `trellis.models`, so
-that state dicts load strictly, and in fp32 the outputs are the same.
+The network does what published code does: channels first, with a layer norm that moves the channels last, copies,
+normalizes in fp32, moves them back and copies again. Its parameters have the names and shapes of `trellis.models`, so
+that state dicts load strictly; in fp32 the outputs agree.
 
 Axes: B batch, C channels, X Y Z voxels, N vectors, K codes, D channels of a code.
 """
@@ -60,11 +60,11 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """Half of the autoencoder. fp16: run the blocks between the first and the last layer in fp16 autocast."""
+    """Encoder or decoder. fp16: run the blocks between the first and the last layer in fp16 autocast."""
 
     fp16 = False
 
-    def halve(self, x: Tensor, blocks: list[nn.Module]) -> Tensor:
+    def run(self, x: Tensor, blocks: list[nn.Module]) -> Tensor:
         h = self.input_layer(x.float())
         with torch.autocast("cuda", torch.float16) if self.fp16 else contextlib.nullcontext():
             for block in blocks:
@@ -98,8 +98,8 @@ class Encoder(UNet):
         self.out_layer = nn.Sequential(LayerNorm(channels[-1]), nn.SiLU(), last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 1, R, R, R] to (mean, logvar)."""
-        return self.halve(x, [*self.blocks, *self.middle_block]).chunk(2, dim=1)
+        """Encode [B, 1, R, R, R] to (mean, logvar)."""
+        return self.run(x, [*self.blocks, *self.middle_block]).chunk(2, dim=1)
 
 
 class Decoder(UNet):
@@ -119,12 +119,12 @@ class Decoder(UNet):
         self.out_layer = nn.Sequential(LayerNorm(channels[-1]), nn.SiLU(), last)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Latent to logits [B, 1, R, R, R]."""
-        return self.halve(z, [*self.middle_block, *self.blocks])
+        """Decode a latent to logits [B, 1, R, R, R]."""
+        return self.run(z, [*self.middle_block, *self.blocks])
 
 
 class Quantizer(nn.Module):
-    """The obvious codebook: all distances at once, straight-through."""
+    """Plain codebook: all distances at once, straight-through gradients."""
 
     def __init__(self, n_embed: int = 8192, embed_dim: int = 8, latent_channels: int = 8):
         super().__init__()
@@ -132,7 +132,7 @@ class Quantizer(nn.Module):
         self.embeddings = nn.Embedding(n_embed, embed_dim)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(codes for the decoder, indices, codebook loss, commitment loss). z: [B, C, X, Y, Z]."""
+        """Return (codes for the decoder, indices, codebook loss, commitment loss). z: [B, C, X, Y, Z]."""
         cells = z.float().permute(0, 2, 3, 4, 1).contiguous()
         indices = nearest(cells.view(-1, self.embed_dim), self.embeddings.weight)
         codes = self.embeddings(indices).view(cells.shape).permute(0, 4, 1, 2, 3).contiguous()
@@ -141,7 +141,7 @@ class Quantizer(nn.Module):
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The obvious nearest code, through all N x K distances. [N, D], [K, D] to [N] int64."""
+    """Return the index of the nearest code, [N] int64, from all N × K distances. vectors: [N, D]; codebook: [K, D]."""
     return torch.cdist(vectors, codebook).argmin(1)
 
 
@@ -149,29 +149,30 @@ NETWORKS = {"SparseStructureEncoder": Encoder, "SparseStructureDecoder": Decoder
 
 
 def build(spec: dict) -> nn.Module:
-    """The plain counterpart of {"name", "args"}. Raises ValueError for a norm that it does not have."""
+    """Build the plain counterpart of {"name", "args"}. Raise ValueError for a norm that it lacks."""
     args = dict(spec.get("args", {}))
     norm = args.pop("norm_type", "layer")
     if norm != "layer":
         raise ValueError(f"norm_type is {norm!r}; the plain network has layer norm only")
-    for key in ("use_fp16", "init"):  # the trainer's to decide, here as in trellis
+    for key in ("use_fp16", "init"):  # precision and initial weights are chosen by the caller
         args.pop(key, None)
     return NETWORKS[spec["name"]](**args)
 
 
 def tokens_per_sample(models: dict[str, dict], resolution: int) -> int:
-    """Vectors that the codebook meets per sample. models: of a configuration."""
+    """Return how many vectors per sample are quantized. models: those of a configuration."""
     cells = (resolution // 2 ** (len(models["encoder"]["args"]["channels"]) - 1)) ** 3
     args = models["quantizer"].get("args", {})
     return cells * args.get("latent_channels", 8) // args.get("embed_dim", 8)
 
 
 def convolution_flops(models: dict[str, dict], kind: str, resolution: int) -> int:
-    """Operations of the convolutions in training on one sample, a multiply-add as two, without executing any.
+    """Count the operations of the convolutions for one sample without executing them. A multiply-add counts as two.
 
-    models: of a configuration. kind: "encode" or "forward" (of both, no gradients), "kl" and "stage2" (all gradients),
-    "stage1" (encoder forward; decoder forward and the gradient of its input), "stage1_cached" (without the
-    encoder). No gradient is counted for the grid, which needs none.
+    models: those of a configuration.
+    kind: "encode" (encoder forward), "forward" (encoder and decoder forward), "kl" and "stage2" (forward and all
+        gradients), "stage1" (encoder forward; decoder forward and the gradient of its input), "stage1_cached" (stage1
+        without the encoder). No gradient is counted for the grid, which needs none.
     """
     cells = resolution // 2 ** (len(models["encoder"]["args"]["channels"]) - 1)
     with torch.device("meta"):
@@ -193,5 +194,5 @@ def convolution_flops(models: dict[str, dict], kind: str, resolution: int) -> in
 
 
 def nearest_flops(vectors: int, codes: int, channels: int) -> int:
-    """Operations of the products of all vectors and codes."""
+    """Return the operations of the products of all vectors and codes."""
     return 2 * vectors * codes * channels

@@ -1,8 +1,9 @@
-"""Training written plainly, as a baseline: `python benchmarks/plain_train.py --help`.
+"""Training in plain PyTorch, as a baseline: `python benchmarks/plain_train.py --help`.
 
-The KL trainer at TRELLIS's settings, and the obvious vector-quantized trainer in both stages: eager, channels first,
-fp16 autocast with a loss scale on a GPU and fp32 on a CPU, AdamW and averages parameter by parameter, a look at every
-gradient for overflow, every loss read every step. Prints one JSON object with samples_per_second and peak_memory_gib.
+The KL trainer at TRELLIS's settings, and a straightforward vector-quantized trainer in both stages: eager, channels
+first, fp16 autocast with a loss scale on a GPU and fp32 on a CPU, AdamW and averages parameter by parameter; each step
+checks every gradient for overflow and reads every loss. Prints one JSON object with samples_per_second and
+peak_memory_gib.
 """
 
 import argparse
@@ -24,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, plain
 from trellis.models import read_weights
+from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.config import load_config
 
 EMA_RATE = 0.9999
 
 
 class Grids(Dataset):
-    """Unpacked one by one, as float32 [1, R, R, R]."""
+    """Packed grids, unpacked one by one to float32 [1, R, R, R]."""
 
     def __init__(self, rows: np.ndarray):
         self.rows, self.resolution = rows, round((rows.shape[1] * 8) ** (1 / 3))
@@ -44,6 +46,7 @@ class Grids(Dataset):
 
 
 def endless(rows: np.ndarray, batch: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield shuffled batches of the rows without end."""
     cuda = device.type == "cuda"
     workers = min(8, os.cpu_count() or 1) if cuda else 0
     rows = np.resize(rows, (max(len(rows), batch), rows.shape[1]))
@@ -69,7 +72,11 @@ RECONSTRUCTION = {
 
 
 class PlainTrainer:
-    """models: {key: plain module} on their device. kind: one of `plain.KINDS` but "stage1_cached"."""
+    """Trainer of plain modules.
+
+    models: {key: plain module} on their device.
+    kind: one of `plain.KINDS` except "stage1_cached".
+    """
 
     def __init__(self, models: dict[str, nn.Module], kind: str, args: dict, device: torch.device):
         self.models, self.kind, self.args = models, kind, args
@@ -113,8 +120,10 @@ class PlainTrainer:
 
 
 def measure(trainer: PlainTrainer, batches: Iterator[Tensor], batch: int, warm: int, steps: int, chunks: int) -> float:
-    """Samples per second: the median over `chunks` chunks of `steps` steps, after `warm` steps. Each step ends by
-    reading its losses, so the host's clock is the device's."""
+    """Return samples per second: the median over `chunks` chunks of `steps` steps, after `warm` steps.
+
+    Each step ends by reading its losses, so the host's clock shows the device's time.
+    """
     for _ in range(warm):
         trainer.step(next(batches))
     rates = []
@@ -128,18 +137,18 @@ def measure(trainer: PlainTrainer, batches: Iterator[Tensor], batch: int, warm: 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="of trellis: networks and losses are taken from it")
+    parser.add_argument("--config", required=True, help="configuration with the networks and losses")
     parser.add_argument("--kind", choices=("kl", "stage1", "stage2"), required=True)
     parser.add_argument("--data_dir", required=True, help="a packed .npz file or a folder of them")
-    parser.add_argument("--weights", type=json.loads, default={}, help='JSON of {"model": "exported pair"}')
+    parser.add_argument("--weights", type=json.loads, default={}, help='JSON of {"model": "path without .safetensors"}')
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--warm", type=int, default=20, help="steps before the first that is timed")
+    parser.add_argument("--warm", type=int, default=20, help="steps before the first timed one")
     parser.add_argument("--steps", type=int, default=10, help="steps of a timed chunk")
     parser.add_argument("--chunks", type=int, default=6)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args(argv)
 
-    device = common.pick_device(args.device)
+    device = pick_device(args.device)
     config = load_config(args.config)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
@@ -157,4 +166,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

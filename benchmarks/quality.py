@@ -20,6 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, runs
+from benchmarks.report import Column, Report, Table
+from trellis.utils.command import pick_device, run_command
 from trellis.utils.config import load_config
 
 
@@ -41,6 +43,30 @@ PHASES = {
 TRAINED = {"vae": "VAE", "stage1": "codebook", "stage2": "everything"}
 # With fewer objects, a source's mean is mostly chance.
 OBJECTS_OF_A_SOURCE = 10
+PHASE_COLUMNS = (
+    Column("phase", "key"),
+    Column("trained"),
+    Column("steps"),
+    Column("seconds"),
+    Column("samples/s"),
+    Column("GiB"),
+    Column("IoU before", format=".4f"),
+    Column("IoU after", format=".4f"),
+    Column("usage"),
+    Column("perplexity"),
+)
+SCORE_COLUMNS = (
+    Column("model", "key"),
+    Column("IoU", format=".4f"),
+    Column("median", format=".4f"),
+    Column("5 %", format=".4f"),
+    Column("F-score", format=".4f"),
+    Column("chamfer"),
+    Column("usage"),
+    Column("perplexity"),
+    Column("kbit"),
+    Column("kbit used"),
+)
 
 
 def with_ancestors(names: list[str]) -> list[str]:
@@ -135,24 +161,12 @@ def score(options: argparse.Namespace, device: str, name: str) -> dict:
     return next(iter(report["weights"].values()))
 
 
-def phases_table(phases: dict[str, dict]) -> str:
-    columns = [
-        "phase",
-        "trained",
-        "steps",
-        "seconds",
-        "samples/s",
-        "GiB",
-        "IoU before",
-        "IoU after",
-        "usage",
-        "perplexity",
-    ]
+def phases_table(phases: dict[str, dict]) -> Table:
+    """Return what each phase took and reached. IoU is that of validation, by averaged weights."""
     rows = []
     for name, phase in phases.items():
         after = phase["after"]
         codebook = [after.get(f"codebook_{key}") for key in ("usage", "perplexity")]
-        ious = _iou(phase["before"]["iou"]), _iou(after["iou"])
         rows.append(
             [
                 name,
@@ -161,23 +175,19 @@ def phases_table(phases: dict[str, dict]) -> str:
                 phase["wall"],
                 phase["samples_per_second"],
                 phase["peak_memory_gib"],
-                *ious,
+                phase["before"]["iou"],
+                after["iou"],
                 *codebook,
             ]
         )
-    total = sum(phase["wall"] for phase in phases.values())
-    return (
-        f"{common.markdown_table(columns, rows)}\n\n{total / 60:.1f} minutes in all, start-up and validation included. "
-        "IoU of the validation split, averaged weights, in the precision of training."
-    )
+    return Table(PHASE_COLUMNS, rows, "Phases")
 
 
-def scores_table(scores: dict[str, dict]) -> str:
+def scores_table(scores: dict[str, dict]) -> Table:
     """Return the table of scores.
 
-    "kbit" is the length of an object's ids. "kbit used" is their entropy over all objects; for a VAE, the KL.
+    kbit: of an object's ids. kbit used: by the ids' entropy over all objects; for a VAE, the KL of a sample.
     """
-    columns = ["model", "IoU", "median", "5 %", "F-score", "chamfer", "usage", "perplexity", "kbit", "kbit used"]
     rows = []
     for name, found in scores.items():
         used = found.get("entropy_bits_per_object", found.get("kl_bits_per_object"))
@@ -185,32 +195,28 @@ def scores_table(scores: dict[str, dict]) -> str:
         rows.append(
             [
                 name,
-                *(_iou(found[key]) for key in ("iou", "iou_median", "iou_p5", "f_score")),
-                found["chamfer"],
+                *(found[key] for key in ("iou", "iou_median", "iou_p5", "f_score", "chamfer")),
                 found.get("codebook_usage"),
                 found.get("codebook_perplexity"),
                 *kbits,
             ]
         )
-    return common.markdown_table(columns, rows)
+    return Table(SCORE_COLUMNS, rows, "Scores")
 
 
-def sources_table(scores: dict[str, dict]) -> str:
-    """Return the table of IoU by source, for sources with enough objects."""
+def sources_table(scores: dict[str, dict]) -> Table:
+    """Return the IoU by source, for sources with enough objects."""
     sources = {
         name: part
         for name, part in next(iter(scores.values()))["sources"].items()
         if part["objects"] >= OBJECTS_OF_A_SOURCE
     }
     rows = [
-        [source, part["objects"], *(_iou(found["sources"][source]["iou"]) for found in scores.values())]
+        [source, part["objects"], *(found["sources"][source]["iou"] for found in scores.values())]
         for source, part in sources.items()
     ]
-    return common.markdown_table(["source", "objects", *scores], rows)
-
-
-def _iou(value: float) -> str:
-    return f"{value:.4f}"
+    columns = (Column("source", "key"), Column("objects"), *(Column(name, format=".4f") for name in scores))
+    return Table(columns, rows, "Sources")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -235,22 +241,29 @@ def main(argv: list[str] | None = None) -> None:
     options = flags.parse_args(argv)
     options.output_dir = options.output_dir.resolve()
     options.data_dir = ",".join(str(Path(root).resolve()) for root in options.data_dir.split(","))
-    device = common.pick_device(options.device)
+    device = pick_device(options.device)
 
     names = ", ".join(Path(root).name for root in options.data_dir.split(","))
-    header = [common.describe_machine(device), f"Data: {names}."]
+    outputs = [path for path in (options.output_dir / "results.md", options.output) if path]
+    reports = [Report("Quality", __file__, argv, device, path) for path in outputs]
     phases, scores = {}, {}
     for name in with_ancestors(options.phases):
         phases[name] = train(options, device.type, name)
         if PHASES[name].scored:
             scores[name] = score(options, device.type, name)
-        parts = [*header, "## Phases", phases_table(phases)]
+        total = sum(phase["wall"] for phase in phases.values())
+        parts = [
+            f"Data: {names}.",
+            phases_table(phases),
+            f"{total / 60:.1f} minutes in all, start-up and validation included. IoU of the validation split, averaged "
+            "weights, in the precision of training.",
+        ]
         if scores:
-            parts += ["## Scores", scores_table(scores), "## Sources", sources_table(scores)]
-        for path in filter(None, (options.output_dir / "results.md", options.output)):
-            text = common.write_report("Quality", parts, path)
+            parts += [scores_table(scores), sources_table(scores)]
+        for report in reports:
+            text = report.write(*parts)
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

@@ -1,10 +1,11 @@
-"""Rate against distortion: the bits that an object's ids really use, and the IoU that they bring back.
+"""Rate against distortion: the bits that an object's ids use, and the IoU of the decoded grids.
 
-    python benchmarks/rate_distortion.py --ablation outputs/ablation --quality outputs/quality --output docs/rate.png
+    python benchmarks/rate_distortion.py --ablation outputs/ablation --quality outputs/quality --output outputs/rate.png
 
-Draws what ablation.py and quality.py left in their output folders; either may be left out. Bits are the entropy of
-single ids over all validation objects, times the ids of an object: an upper bound of what they carry. Of a VAE without
-a codebook they are its KL, with the IoU of a sample of the posterior, which is what that many bits can bring across.
+Draws the results in output folders of ablation.py and quality.py, and writes the points beside the picture as Markdown
+and JSON. Bits are the entropy of single ids over all validation objects times the ids of an object, which is an upper
+bound of their information. A VAE without a codebook is shown at its KL and the IoU of a sample of its posterior, since
+that many bits can transmit such a sample.
 """
 
 import argparse
@@ -13,21 +14,26 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import ablation, common, quality
+from benchmarks import ablation, quality
+from benchmarks.report import Column, Report, Table
 from trellis.tokens.stats_report import require_matplotlib
-from trellis.utils.errors import ConfigError
+from trellis.utils.command import run_command
+
+COLUMNS = (Column("variant", "key"), Column("kbit used"), Column("IoU", format=".4f"))
 
 
 class Point(NamedTuple):
     name: str
-    kbit: float  # of an object
+    kbit: float  # per object
     iou: float
 
 
 def of_ablation(folder: Path) -> list[Point]:
-    """The finished codebooks of an output folder of ablation.py."""
+    """Return the finished codebooks in an output folder of ablation.py."""
     points = []
     for tokens in (1024, 4096):
         for name, variant in ablation.variants(tokens).items():
@@ -39,7 +45,7 @@ def of_ablation(folder: Path) -> list[Point]:
 
 
 def of_quality(folder: Path) -> list[Point]:
-    """The scored phases of an output folder of quality.py."""
+    """Return the scored phases in an output folder of quality.py."""
     points = []
     for name in quality.PHASES:
         for path in (folder / "eval" / name).glob("val_*.json"):
@@ -52,12 +58,12 @@ def of_quality(folder: Path) -> list[Point]:
 
 
 def draw(panels: dict[str, list[Point]], path: Path) -> None:
-    """A panel for each list of points, with their names beside it from the best down, a line from each to its point."""
+    """Draw a panel for each list of points. Their names stand beside it, the best first, with a line to each point."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9 * len(panels), 6), layout="constrained")
     for axes, (title, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        axes.set(title=title, xlabel="kbit an object, by the entropy of single ids", ylabel="mean IoU, validation")
+        axes.set(title=title, xlabel="kbit per object, by the entropy of single ids", ylabel="mean IoU, validation")
         axes.margins(x=0.08)
         axes.grid(alpha=0.3)
         points = sorted(points, key=lambda point: -point.iou)
@@ -81,12 +87,13 @@ def main(argv: list[str] | None = None) -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--ablation", type=Path, help="output folder of ablation.py")
     flags.add_argument("--quality", type=Path, help="output folder of quality.py")
-    flags.add_argument("--output", type=Path, required=True, help="picture to write, .png")
+    flags.add_argument(
+        "--output", type=Path, required=True, help="picture to write, .png; the points go to .md and .json beside it"
+    )
     options = flags.parse_args(argv)
-    try:
-        require_matplotlib()
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from error
+    if options.output.suffix != ".png":
+        flags.error(f"--output {options.output} must end in .png")
+    require_matplotlib()
     panels = {}
     for title, script, folder, read in (
         ("Narrow network, equal budget", "ablation.py", options.ablation, of_ablation),
@@ -95,13 +102,14 @@ def main(argv: list[str] | None = None) -> None:
         if folder is not None:
             panels[title] = read(folder)
             if not panels[title]:
-                flags.error(f"{folder} holds nothing that {script} has finished; give its --output_dir")
+                flags.error(f"{folder} has no finished result of {script}; give the --output_dir of that command")
     if not panels:
         flags.error("give --ablation, --quality or both")
     draw(panels, options.output)
     points = [point for found in panels.values() for point in found]
-    print(common.markdown_table(["variant", "kbit used", "IoU"], [(n, kbit, f"{iou:.4f}") for n, kbit, iou in points]))
+    report = Report("Rate and distortion", __file__, argv, torch.device("cpu"), options.output.with_suffix(".md"))
+    print(report.write(Table(COLUMNS, points)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

@@ -3,9 +3,10 @@
     python benchmarks/scaling.py                          # everything
     python benchmarks/scaling.py --of gpus --batch 32     # 1, 2, 4 ... GPUs
 
-Batch and resolution by KL training, codes by stage 2, GPUs by KL training with the batch on each. Every row is a run
-of train.py as in train_speed.py. Limit as there, for all GPUs together. Rate, time of a step and work, the operations
-of a step's convolutions on each GPU, are also given over those of the first row.
+Batch and resolution are varied in KL training, the number of codes in stage 2, and the number of GPUs in KL training
+with a constant batch on each. Every row is a run of train.py as in train_speed.py, with the same limit, for all GPUs
+together. Rate, time of a step, and work (operations of a step's convolutions on each GPU) are also given relative to
+the first row of their kind.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, plain, runs
+from benchmarks.report import Column, Report, Table
+from trellis.utils.command import pick_device, run_command
 from trellis.utils.config import apply_override, load_config
 
 AXES = ("batch", "resolution", "codes", "gpus")
@@ -29,13 +32,25 @@ CONFIGS = {
     "cuda": {"kl": "ss_vae_conv3d_16l8_fp16", "stage2": "vqvae_stage2"},
     "cpu": {"kl": "demo_vae", "stage2": "demo_stage2"},
 }
-STEPS = {"cuda": 10, "cpu": 2}  # in an interval of the log
+STEPS = {"cuda": 10, "cpu": 2}  # between two entries of the log
+COLUMNS = (
+    Column("varied", "key"),
+    Column("value", "key"),
+    Column("batch", "key"),
+    Column("samples/s"),
+    Column("rate to first"),
+    Column("ms per step"),
+    Column("time to first"),
+    Column("work to first"),
+    Column("GiB"),
+    Column("of limit", "ratio"),
+)
 
 
 def run(
     path: Path, device: torch.device, data_dir: str, folder: Path, settings: dict, intervals: int, gpus: int
 ) -> runs.Speed:
-    """One run of train.py in `folder`. settings: what differs from the configuration."""
+    """Run train.py in `folder` and return its speed. settings: differences from the configuration."""
     config, interval = load_config(path), STEPS[device.type]
     for key, value in settings.items():
         apply_override(config, f"{key}={value}")
@@ -47,6 +62,7 @@ def run(
 
 
 def values_of(args: argparse.Namespace, device: torch.device, axis: str) -> list[int]:
+    """Return the values to measure; none for GPUs if there is no GPU."""
     if axis == "gpus":
         there = torch.cuda.device_count() if device.type == "cuda" else 0
         return [n for n in (1, 2, 4, 8) if n <= there]
@@ -55,33 +71,22 @@ def values_of(args: argparse.Namespace, device: torch.device, axis: str) -> list
 
 def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__)
-    flags.add_argument("--of", nargs="+", choices=AXES, default=list(AXES))
-    flags.add_argument("--values", nargs="+", type=int, help="with one --of: what to measure")
+    flags.add_argument("--of", nargs="+", choices=AXES, default=list(AXES), help="what to vary (default: all)")
+    flags.add_argument("--values", nargs="+", type=int, help="with one --of: values to measure")
     flags.add_argument(
         "--batch",
         type=int,
-        help="where it does not vary (default: 16 on a GPU, 2 on a CPU; an eighth of it above 64 cells)",
+        help="batch size, unless it is varied (default: 16 on a GPU, 2 on a CPU; an eighth of it above 64³)",
     )
-    flags.add_argument("--intervals", type=int, default=4, help="intervals of the log that count (default: 4)")
+    flags.add_argument("--intervals", type=int, default=4, help="entries of the log that count (default: 4)")
     args = flags.parse_args(argv)
     if args.values and (len(args.of) > 1 or args.of == ["gpus"]):
         flags.error("--values needs one --of, of batch, resolution or codes")
-    device = common.pick_device(args.device)
+    device = pick_device(args.device)
     cuda = device.type == "cuda"
     usual = args.batch or (16 if cuda else 2)
     ceilings = common.measure_ceilings(device)
-    columns = [
-        "",
-        "value",
-        "batch",
-        "samples/s",
-        "rate to first",
-        "ms per step",
-        "time to first",
-        "work to first",
-        "GiB",
-        "of limit",
-    ]
+    report = Report("Scaling", __file__, argv, device, args.output, {"resolution": args.resolution})
     table, text = [], "There is no GPU, so nothing to scale over."
     with tempfile.TemporaryDirectory() as name:
         made: dict[int, str] = {}
@@ -119,14 +124,9 @@ def main(argv: list[str] | None = None) -> None:
                     ]
                 )
                 print(f"{axis} {value}: {rate:.1f} samples/s", flush=True)
-                parts = [
-                    common.describe_machine(device),
-                    f"Ceilings: {ceilings}.",
-                    common.markdown_table(columns, table),
-                ]
-                text = common.write_report("Scaling", parts, args.output)
+                text = report.write(f"Ceilings: {ceilings}.", Table(COLUMNS, table))
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

@@ -1,11 +1,11 @@
-"""How long things take to start.
+"""Time to start: imports, `--tryrun`, and the first optimizer step.
 
     python benchmarks/startup.py
 
-`import trellis` and all that train.py imports, above `import torch`; `--tryrun` of the demo's configurations on a CPU;
-train.py from the start of its process to its first optimizer step, with empty and with filled caches of compiled
-kernels. The first step counts as taken when its loss is printed. `import torch`, the least that any start takes, stands
-beside them in place of a limit.
+Measures `import trellis` and the imports of train.py beyond `import torch`; `--tryrun` of the demo's configurations on
+a CPU; and train.py from the start of its process to its first optimizer step, with empty and with filled caches of
+compiled kernels. The first step is over when its loss is printed. In place of a limit, the table has `import torch`,
+the least that any start takes.
 """
 
 import argparse
@@ -22,6 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, runs
+from benchmarks.report import Column, Report, Table
+from trellis.utils.command import pick_device, run_command
 from trellis.utils.config import load_config
 
 IMPORTS = """
@@ -33,13 +35,14 @@ then = time.perf_counter()
 {statement}
 print(then - started, time.perf_counter() - then)
 """
-# Everything that keeps compiled kernels between processes.
+# Variables that say where compiled kernels are kept between processes.
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
 FIRST_STEP = "step 1/"
+COLUMNS = (Column("start", "key"), Column("seconds"))
 
 
 def import_seconds(statement: str, repeats: int) -> tuple[float, float]:
-    """Medians of `import torch` and, after it, of `statement`, each time in a new process."""
+    """Return the median seconds of `import torch` and, after it, of `statement`, each time in a new process."""
     code = IMPORTS.format(root=str(common.ROOT), statement=statement)
     times = []
     for _ in range(repeats + 1):  # the first fills the file cache
@@ -50,7 +53,7 @@ def import_seconds(statement: str, repeats: int) -> tuple[float, float]:
 
 
 def first_step_seconds(command_line: list[str], caches: Path) -> float:
-    """From the start of train.py's process to its first optimizer step, with compiled kernels kept in `caches`."""
+    """Return the seconds from the start of train.py to its first optimizer step. `caches` keeps compiled kernels."""
     environment = {**os.environ, **{name: str(caches / name.lower()) for name in CACHES}}
     started = time.perf_counter()
     with subprocess.Popen(
@@ -67,7 +70,9 @@ def first_step_seconds(command_line: list[str], caches: Path) -> float:
             if seconds is None and line.startswith(FIRST_STEP):
                 seconds = time.perf_counter() - started
     if process.returncode or seconds is None:
-        raise RuntimeError(f"train.py ended with {process.returncode}:\n{''.join(printed)[-3000:]}")
+        raise RuntimeError(
+            f"train.py {' '.join(command_line)} ended with {process.returncode}:\n{''.join(printed)[-3000:]}"
+        )
     return seconds
 
 
@@ -76,8 +81,8 @@ def import_rows(args: argparse.Namespace) -> list[tuple[str, float]]:
     _, everything = import_seconds("import train", args.repeats)
     return [
         ("import torch", torch_seconds),
-        ("import trellis, above import torch", package),
-        ("all that train.py imports, above import torch", everything),
+        ("import trellis, beyond import torch", package),
+        ("all imports of train.py, beyond import torch", everything),
     ]
 
 
@@ -115,13 +120,14 @@ def main(argv: list[str] | None = None) -> None:
         "--of",
         nargs="+",
         choices=("imports", "tryrun", "first_step"),
-        help="default: all",
         default=("imports", "tryrun", "first_step"),
+        help="what to measure (default: all)",
     )
-    flags.add_argument("--batch_size", type=int, help="of the first step (default: 32 on a GPU, 4 on a CPU)")
+    flags.add_argument("--batch_size", type=int, help="batch size of the first step (default: 32 on a GPU, 4 on a CPU)")
     flags.add_argument("--repeats", type=int, default=5, help="processes for each import (default: 5)")
     args = flags.parse_args(argv)
-    device = common.pick_device(args.device)
+    device = pick_device(args.device)
+    report = Report("Start", __file__, argv, device, args.output)
     rows: list[tuple[str, float]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -132,9 +138,8 @@ def main(argv: list[str] | None = None) -> None:
             rows += tryrun_rows(args, data_dir, folder)
         if "first_step" in args.of:
             rows += first_step_rows(args, device, data_dir, folder)
-    parts = [common.describe_machine(device), common.markdown_table(["", "seconds"], rows)]
-    print(common.write_report("Start", parts, args.output))
+    print(report.write(Table(COLUMNS, rows)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

@@ -1,15 +1,17 @@
-"""The tokenizer as a user calls it: objects per second to ids, and to ids with their IoU; and how many ids agree.
+"""Speed of the tokenizer as a user calls it, to ids and to ids with their IoU; and how many ids agree.
 
     python benchmarks/tokenizer.py                                   # GPU: full size, random weights
     python benchmarks/tokenizer.py --tokenizer outputs/stage2 --data_dir DATA
     python benchmarks/tokenizer.py --device cpu                      # the demo's networks
 
-"encode" is SparseStructureTokenizer.encode on grids that are on the device, "encode, IoU" that and decode and the IoU.
-"script" is scripts/to_tokens.py on a packed file, from reading to Parquet, by its own clock, without its start.
-Limit: operations of the convolutions over the product rate in that precision, measured in this run. Equal ids: share
-that are those of fp32; and of fp32 on the CPU, of a few objects. Of random weights the ids' shares say little.
+"encode" is SparseStructureTokenizer.encode on grids that are on the device; "encode, IoU" adds decode and the IoU.
+"script" is scripts/to_tokens.py on a packed file, from reading to Parquet, by its own clock, without its start-up.
+Limit: operations of the convolutions over the product rate in that precision, measured in this run. Equal ids: share of
+the ids that equal fp32's; for a few objects also the share of fp32 ids that equal a CPU's. With random weights these
+shares say little.
 """
 
+import math
 import re
 import sys
 import tempfile
@@ -22,17 +24,28 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, plain, runs
+from benchmarks.report import Column, Report, Table
 from trellis import SparseStructureTokenizer
 from trellis.evaluation.metrics import voxel_metrics
 from trellis.models import load_weights
+from trellis.utils.command import pick_device, run_command
 from trellis.utils.config import load_config
 
 ON_CPU = 8  # objects that are encoded on the CPU too
-OF_SCRIPT = {("cuda", "bf16"): 8192, ("cuda", "fp32"): 256, ("cpu", "fp32"): 16}  # objects
+OF_SCRIPT = {("cuda", "bf16"): 8192, ("cuda", "fp32"): 256, ("cpu", "fp32"): 16}  # objects that the script encodes
+COLUMNS = (
+    Column("precision", "key"),
+    Column("task", "key"),
+    Column("objects/s"),
+    Column("script, objects/s"),
+    Column("limit"),
+    Column("of limit", "ratio"),
+    Column("ids equal to fp32", format=".4f"),
+)
 
 
 def full_size(rows: np.ndarray, resolution: int, folder: Path, device: torch.device) -> SparseStructureTokenizer:
-    """A tokenizer with random weights: of 1024 tokens on a GPU, the demo's networks on a CPU."""
+    """Return a tokenizer with random weights: full size and 1024 tokens on a GPU, the demo's networks on a CPU."""
     name = "vqvae_1024_stage1" if device.type == "cuda" else "demo_stage1"
     models = load_config(runs.config_path(name))["models"]
     weights = common.random_weights(models, rows, folder, device)
@@ -43,6 +56,7 @@ def full_size(rows: np.ndarray, resolution: int, folder: Path, device: torch.dev
 
 
 def with_iou(tokenizer: SparseStructureTokenizer, grids: Tensor, precision: str) -> Tensor:
+    """Encode and decode grids and return their IoU, [B]."""
     ids = tokenizer.encode(grids, precision)
     return voxel_metrics(tokenizer.decode(ids, precision), grids)["iou"]
 
@@ -50,7 +64,7 @@ def with_iou(tokenizer: SparseStructureTokenizer, grids: Tensor, precision: str)
 def of_script(
     tokenizer: SparseStructureTokenizer, rows: np.ndarray, folder: Path, device: torch.device, precision: str, iou: bool
 ) -> float:
-    """Objects per second of scripts/to_tokens.py, on distinct copies of the rows."""
+    """Return the objects per second of scripts/to_tokens.py, on copies of the rows with hashes of their own."""
     number = OF_SCRIPT[device.type, precision]
     data = folder / f"objects{number}.npz"
     if not data.exists():
@@ -79,10 +93,10 @@ def of_script(
 
 def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__)
-    flags.add_argument("--tokenizer", help="folder, run or file of a trained one (default: random weights)")
+    flags.add_argument("--tokenizer", help="tokenizer's folder, run or file (default: random weights)")
     flags.add_argument("--batch_size", type=int, help="default: 64 on a GPU, 4 on a CPU")
     args = flags.parse_args(argv)
-    device = common.pick_device(args.device)
+    device = pick_device(args.device)
     cuda = device.type == "cuda"
     batch = args.batch_size or (64 if cuda else 4)
 
@@ -97,7 +111,13 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = tokenizer.to(device)
         grids = common.grids_of(rows[:batch], device)
         reference = tokenizer.encode(grids)
-        table = []
+        work = {
+            "resolution": args.resolution,
+            "channels": tokenizer.specs["encoder"]["args"]["channels"],
+            "tokens": math.prod(tokenizer.lattice),
+            "batch": len(grids),
+        }
+        report, table = Report("Tokenizer", __file__, argv, device, args.output, work), []
         for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             if not cuda and precision == "bf16":
                 continue
@@ -109,19 +129,15 @@ def main(argv: list[str] | None = None) -> None:
                 limit = 1 / ceilings.seconds(plain.convolution_flops(tokenizer.specs, kind, args.resolution), 0, dtype)
                 rate = len(grids) / common.median_seconds(function, device, budget=3.0)
                 script = of_script(tokenizer, rows, folder, device, precision, task != "encode")
-                table.append([precision, task, rate, script, limit, rate / limit, f"{equal:.4f}"])
+                table.append([precision, task, rate, script, limit, rate / limit, equal])
                 print(f"{precision} {task}: {rate:.1f} objects/s, script {script:.1f}", file=sys.stderr, flush=True)
         some = grids[:ON_CPU]
         here = reference[: len(some)].cpu()
         there = (tokenizer.cpu().encode(some.cpu()) == here).float().mean().item() if cuda else None
-    columns = ["precision", "task", "objects/s", "script, objects/s", "limit", "of limit", "ids equal to fp32"]
     about = f"{args.tokenizer or 'Random weights'}, batches of {len(grids)}."
-    table = common.markdown_table(columns, table)
-    parts = [common.describe_machine(device), f"Ceilings: {ceilings}.", about, table]
-    if there is not None:
-        parts.append(f"fp32 ids of {len(some)} objects equal on GPU and CPU: {there:.6f}.")
-    print(common.write_report("Tokenizer", parts, args.output))
+    agreement = [] if there is None else [f"fp32 ids of {len(some)} objects equal on GPU and CPU: {there:.6f}."]
+    print(report.write(f"Ceilings: {ceilings}.", about, Table(COLUMNS, table), *agreement))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

@@ -1,13 +1,13 @@
-"""Training speed and memory, with the real loader, logging, averages and clipping, beside a plain trainer.
+"""Training speed and memory with the real loader, logging, averages and clipping, compared with a plain trainer.
 
     python benchmarks/train_speed.py                          # GPU: full-size networks at batch 32 and 4
-    python benchmarks/train_speed.py --memory_saving          # GPU: batch 32 in parts, in at most 10 GiB
+    python benchmarks/train_speed.py --memory_saving          # GPU: batch 32 in micro-batches, in at most 10 GiB
     python benchmarks/train_speed.py --device cpu             # the demo's networks at batch 4
 
-Each figure is a run of train.py on a shipped configuration from random weights: the median of samples_per_second over
-the intervals of its log after warm-up. The plain trainer (plain_train.py) runs right after it on the same data.
-Limit: operations of the convolutions over the product rate measured in this run, in bf16 on a GPU and fp32 on a CPU;
-for the codebook alone, of the products of vectors and codes over the fp32 rate.
+Each row is a run of train.py on a shipped configuration from random weights: the median of samples_per_second over the
+entries of its log after warm-up. The plain trainer (plain_train.py) runs right after it on the same data. Limit:
+operations of the convolutions over the product rate measured in this run, in bf16 on a GPU and in fp32 on a CPU; for
+the codebook alone, the products of vectors and codes over the fp32 rate.
 """
 
 import argparse
@@ -24,25 +24,44 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, plain, runs
+from benchmarks.report import Column, Report, Table
+from trellis.utils.command import pick_device, run_command
 from trellis.utils.config import load_config
 
 MEMORY_SAVING_GIB = 10.0
-PLAIN_WARM_STEPS = 10  # on a GPU, so that the fp16 loss scale has come down from its start
+PLAIN_WARM_STEPS = 10  # on a GPU, until the fp16 loss scale has come down from its start
+COLUMNS = (
+    Column("training", "key"),
+    Column("batch", "key"),
+    Column("micro-batches", "key"),
+    Column("samples/s"),
+    Column("GiB"),
+    Column("limit"),
+    Column("of limit", "ratio"),
+    Column("plain samples/s"),
+    Column("plain GiB"),
+    Column("ratio to plain", "ratio"),
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of training. full, demo: configurations for a GPU and a CPU. kind: of its convolutions, see `plain`;
-    None where there are none. plain: kind of the plain trainer beside it. cache: whether latents come from a cache.
-    samples: in an interval of the log, on a GPU and on a CPU."""
+    """One kind of training."""
 
     full: str
+    """Configuration for a GPU."""
     demo: str
+    """Configuration for a CPU."""
     kind: str | None
+    """Which convolutions it runs, one of `plain.KINDS`; None if it runs none."""
     plain: str
+    """The kind of plain training to compare with."""
     cache: bool | None = None
+    """Whether latents come from a cache; None if the configuration has no frozen encoder."""
     settings: tuple[tuple[str, object], ...] = ()
+    """Differences from the configuration."""
     samples: tuple[int, int] = (320, 16)
+    """Samples between two entries of the log, on a GPU and on a CPU."""
 
 
 ROWS = {
@@ -63,7 +82,7 @@ ROWS = {
 
 
 class Bench:
-    """What all runs share: device, data and a folder for runs, weights and caches."""
+    """Device, data and a folder for runs, weights and caches, shared by all rows."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, folder: Path):
         self.args, self.device, self.folder = args, device, folder
@@ -76,7 +95,7 @@ class Bench:
         return runs.config_path(row.full if self.device.type == "cuda" else row.demo)
 
     def interval(self, row: Row, batch: int) -> int:
-        """Steps between two entries of the log."""
+        """Return the steps between two entries of the log."""
         return max(2, row.samples[self.device.type == "cpu"] // batch)
 
     def weights(self, config: dict) -> dict[str, str]:
@@ -85,11 +104,12 @@ class Bench:
         return common.random_weights(config["models"], self.rows, folder, self.device)
 
     def ours(self, row: Row, batch: int, split: int = 1) -> runs.Speed:
+        """Run train.py and return its speed. split: micro-batches per step."""
         self.count += 1
         output = self.folder / f"run{self.count}"
         config, interval = load_config(self.config(row)), self.interval(row, batch)
         warm = runs.WARM_INTERVALS
-        if row.cache:  # the first pass over the data fills it
+        if row.cache:  # the first pass over the data fills the cache
             warm = max(warm, 1 + math.ceil(len(self.rows) / (batch * interval)))
         settings = runs.steady_settings(self.weights(config), (warm + self.args.intervals) * interval, interval)
         settings |= runs.batch_setting(config, batch) | dict(row.settings)
@@ -104,7 +124,7 @@ class Bench:
         )
 
     def plain(self, row: Row, batch: int) -> runs.Speed:
-        """The plain trainer's, measured once for each kind and batch."""
+        """Return the plain trainer's speed, measured once for each kind and batch."""
         if (row.plain, batch) not in self.plain_results:
             like = next(other for other in ROWS.values() if other.kind == row.plain)
             path, interval = self.config(like), self.interval(like, batch)
@@ -140,7 +160,7 @@ class Bench:
         return self.plain_results[row.plain, batch]
 
     def limit(self, row: Row, ceilings: common.Ceilings) -> float:
-        """Samples per second."""
+        """Return the highest possible rate, in samples per second."""
         models = load_config(self.config(row))["models"]
         if row.kind is not None:
             flops = plain.convolution_flops(models, row.kind, self.args.resolution)
@@ -151,7 +171,7 @@ class Bench:
         return 1 / ceilings.seconds(flops, 0, torch.float32)
 
     def saving(self, row: Row, batch: int) -> tuple[int, runs.Speed]:
-        """The fewest parts of the batch, a power of two, that need no more than MEMORY_SAVING_GIB."""
+        """Return the fewest micro-batches, a power of two, that need at most MEMORY_SAVING_GIB, and their speed."""
         split = 2
         while True:
             speed = self.ours(row, batch, split)
@@ -166,41 +186,27 @@ def main(argv: list[str] | None = None) -> None:
         "--rows", nargs="+", choices=ROWS, help="kinds of training (default: all; kl with --memory_saving)"
     )
     flags.add_argument("--batch_sizes", nargs="+", type=int, help="default: 32 4 on a GPU, 4 on a CPU")
-    flags.add_argument("--intervals", type=int, default=6, help="intervals of the log that count (default: 6)")
+    flags.add_argument("--intervals", type=int, default=6, help="entries of the log that count (default: 6)")
     flags.add_argument(
         "--memory_saving",
         action="store_true",
-        help=f"work the batch off in parts that need at most {MEMORY_SAVING_GIB:g} GiB together",
+        help=f"accumulate gradients over the fewest micro-batches that need at most {MEMORY_SAVING_GIB:g} GiB",
     )
     args = flags.parse_args(argv)
-    device = common.pick_device(args.device)
+    device = pick_device(args.device)
     if args.memory_saving and device.type == "cpu":
-        flags.error("--memory_saving counts GPU memory; there is none on a CPU")
+        flags.error("--memory_saving limits GPU memory and needs a GPU")
     cuda = device.type == "cuda"
     names = args.rows or (["kl"] if args.memory_saving else list(ROWS))
     batches = args.batch_sizes or ([32, 4] if cuda and not args.memory_saving else [32] if cuda else [4])
 
     ceilings = common.measure_ceilings(device)
-    header = [common.describe_machine(device), f"Ceilings: {ceilings}."]
-    columns = [
-        "training",
-        "batch",
-        "parts",
-        "samples/s",
-        "GiB",
-        "limit",
-        "of limit",
-        "plain samples/s",
-        "plain GiB",
-        "ratio to plain",
-    ]
+    report = Report("Training speed", __file__, argv, device, args.output, {"resolution": args.resolution})
     table = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, device, Path(folder))
-        header.append(
-            f"{'Data: ' + args.data_dir if args.data_dir else 'Made-up grids'}, {len(bench.rows)} objects of "
-            f"{args.resolution}³."
-        )
+        source = f"Data: {args.data_dir}" if args.data_dir else "Made-up grids"
+        data = f"{source}, {len(bench.rows)} objects of {args.resolution}³."
         for name in names:
             row = ROWS[name]
             limit = bench.limit(row, ceilings)
@@ -222,11 +228,9 @@ def main(argv: list[str] | None = None) -> None:
                         rate / base.samples_per_second,
                     ]
                 )
-                text = common.write_report(
-                    "Training speed", [*header, common.markdown_table(columns, table)], args.output
-                )
+                text = report.write(f"Ceilings: {ceilings}.", data, Table(COLUMNS, table))
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, None))

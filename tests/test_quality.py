@@ -7,7 +7,8 @@ import pytest
 from helpers import ROOT
 from PIL import Image
 
-from benchmarks import ablation, common, quality, rate_distortion
+from benchmarks import ablation, quality, rate_distortion
+from benchmarks.report import Table
 from trellis.trainers import TRAINERS
 from trellis.utils.config import load_config
 
@@ -80,8 +81,10 @@ def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd)
         ("1024_stage2", "entropy_bits_per_object", "iou"),
     ):
         found = scores_of(tmp_path, name.split(",")[0])
-        row = common.markdown_table(["", "", ""], [[name, found[rate] / 1e3, f"{found[iou]:.4f}"]]).splitlines()[-1]
-        assert row in printed
+        row = [name, found[rate] / 1e3, found[iou]]
+        assert Table(rate_distortion.COLUMNS, [row]).markdown().splitlines()[-1] in printed
+        points = json.loads((tmp_path / "picture" / "rate.json").read_text())["tables"][0]["rows"]
+        assert row in points
     with Image.open(tmp_path / "picture" / "rate.png") as picture:
         assert picture.size == (900, 600)
 

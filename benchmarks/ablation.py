@@ -1,12 +1,15 @@
-"""What each choice is worth: quantizers, losses, learning rates, augmentation, at equal budget on a narrow network.
+"""Effect of each choice: quantizers, losses, learning rates, augmentation, at equal budget on a narrow network.
 
     python benchmarks/ablation.py --data_dir DATA --output_dir outputs/ablation
 
-Each variant is train.py on a configuration of the recipe (see quality.py), with the demo's network in place of the
-full one and the settings below, for the same number of samples. VAEs of different losses start from random weights;
-those of different KL weights from the demo's VAE; codebooks from one of the latter, by k-means and joint training. The
-score is the validation's, of averaged weights. Finished variants are not run again; --parallel runs several at a time,
-which a GPU has room for.
+Each variant runs train.py on a configuration of the recipe (see quality.py), with the demo's narrow network and the
+settings below, for the same number of samples. VAEs with different losses start from random weights, VAEs with
+different KL weights from the demo's VAE, and codebooks from one of the latter, by k-means and joint training. The score
+is that of validation, by averaged weights. Finished variants are not run again. --parallel runs several at a time, for
+which a GPU has room.
+
+What a variant trains follows from its settings alone. Its name is shown in the table, chosen by --only, and names the
+run's folder.
 """
 
 import argparse
@@ -37,6 +40,11 @@ NETWORK = {
 }
 BATCH = 16
 WARM_UP = 25
+STEPS = 400
+CODES = 8192
+POOLED_VAL = 160  # validation grids after pooling, so that scoring takes no longer than training
+# The lr of AdamW, unless a variant sets the optimizer. Narrow layers bear larger steps than the full network's.
+LR = 2e-3
 COLUMNS = (
     Column("variant", "key"),
     Column("IoU before", format=".4f"),
@@ -46,27 +54,33 @@ COLUMNS = (
     Column("kbit used"),
     Column("seconds"),
 )
-POOLED_VAL = 160  # so that scoring takes no longer than training
-# Of AdamW, which every variant has unless its name says otherwise. Narrow layers bear larger steps than the full
-# network's.
-LR = 2e-3
 
 
 @dataclass(frozen=True)
 class Variant:
-    """config: of the recipe. settings: what differs from it. start: the VAE whose weights it continues."""
+    """A training run of the comparison."""
 
+    name: str
+    """Shown in the table, and names the run's folder."""
     config: str
+    """Configuration of the recipe."""
     settings: dict
-    start: str | None = None
+    """Differences from that configuration and the settings that all variants share."""
+    start: "Variant | None" = None
+    """The VAE from whose weights it starts."""
+
+    def folder(self, root: Path) -> Path:
+        """Return its run folder in an output folder of this program."""
+        return root / "".join(c if c.isalnum() or c in ".-" else "_" for c in self.name)
 
 
 def args(**values) -> dict:
-    """Settings of the trainer."""
+    """Return settings of the trainer."""
     return {f"trainer.args.{key}": value for key, value in values.items()}
 
 
 def quantizer(name: str, **values) -> dict:
+    """Return settings of a quantizer."""
     return {"models.quantizer.name": name, **{f"models.quantizer.args.{key}": value for key, value in values.items()}}
 
 
@@ -74,75 +88,87 @@ def adamw(lr: float) -> dict:
     return {"name": "AdamW", "args": {"lr": lr, "weight_decay": 0.0}}
 
 
-DEMO_VAE = args(
-    finetune_ckpt={name: str(common.ROOT / "pretrained" / "demo_vae" / name) for name in ("encoder", "decoder")}
-)
-BASE_VAE = "lambda_kl 4e-3"
-VAES = {
-    **{
-        f"from random weights: {loss}": args(loss_type=loss)
-        for loss in ("bce_dice", "bce", "dice", "focal", "bce_iou", "l1_l2")
-    },
-    "from random weights: all 48 symmetries": {"dataset.args.augmentation": "all"},
-    **{
-        f"lambda_kl {weight}": DEMO_VAE | args(lambda_kl=float(weight))
-        for weight in ("1e-3", "4e-3", "1.6e-2", "6.4e-2")
-    },
-}
-COMMIT = 2.5  # the recipe's weight of the commitment loss
-VECTOR = quantizer("VectorQuantizer")
-CODEBOOKS = {
-    "EMAVectorQuantizer": {},
-    "lambda_commit 0.25": args(lambda_commit=0.25),
-    "lambda_commit 10": args(lambda_commit=10.0),
-    "VectorQuantizer": VECTOR | args(lambda_vq=4 * COMMIT),
-    "VectorQuantizer, lambda_vq 1, lambda_commit 0.25": VECTOR | args(lambda_vq=1.0, lambda_commit=0.25),
-    "SimVQ": quantizer("SimVQ") | args(lambda_vq=4 * COMMIT),
-    "RotationVectorQuantizer": quantizer("RotationVectorQuantizer") | args(lambda_vq=4 * COMMIT),
-    "FiniteScalarQuantizer": quantizer("FiniteScalarQuantizer") | args(lambda_commit=0.0),
-    "LookupFreeQuantizer": quantizer("LookupFreeQuantizer"),
-    "IndexBackpropagationQuantizer": quantizer("IndexBackpropagationQuantizer") | args(lambda_vq=4 * COMMIT),
-    "two codes a token: residual": quantizer("ResidualVectorQuantizer", num_codes=2) | args(lambda_vq=4 * COMMIT),
-    "two codes a token: product": quantizer("ProductVectorQuantizer", num_codes=2) | args(lambda_vq=4 * COMMIT),
-    "groups of 2x2x1 cells": {"models.quantizer.args.group": [2, 2, 1]},
-    "no revival": args(revive_every=0),
-    "decay 0.9": {"models.quantizer.args.decay": 0.9},
-    "l1_l2": args(loss_type="l1_l2"),
-    "dice": args(loss_type="dice"),
-    "bce_dice": args(loss_type="bce_dice"),
-    "the 8 symmetries about z": {"dataset.args.augmentation": "z"},
-    "all 48 symmetries": {"dataset.args.augmentation": "all"},
-    **{
-        f"ConvMuon, lr {lr}": args(optimizer=adamw(float(lr)) | {"name": "ConvMuon"}) for lr in ("1e-3", "2e-3", "4e-3")
-    },
-    "lr 5e-4": args(optimizer=adamw(5e-4)),
-    "lr 5e-3": args(optimizer=adamw(5e-3)),
-    "lr 5e-3, warm-up over half": args(optimizer=adamw(5e-3)),
-    "lr 5e-3 relative to RMS": args(optimizer=adamw(5e-3), lr_scaling="rms"),
-    "lr 5e-3, decoder's a fifth": args(optimizer=adamw(5e-3), lr_multipliers={"decoder": 0.2}),
-}
-LEVELS = {8192: [8, 8, 8, 4, 4], 1024: [8, 8, 4, 4]}  # of finite scalars, by the number of codes
-
-
-def variants(tokens: int) -> dict[str, Variant]:
-    """All of them by name; those of a codebook begin with the number of tokens."""
-    config = f"recipe_{tokens}_stage2"
-    found = {name: Variant("recipe_vae", settings) for name, settings in VAES.items()}
-    for name, settings in CODEBOOKS.items():
-        found[f"{tokens}: {name}"] = Variant(config, settings, BASE_VAE)
-    for start in VAES:
-        if start.startswith("lambda_kl") and start != BASE_VAE:
-            found[f"{tokens}: after {start}"] = Variant(config, {}, start)
-    return found
-
-
 def schedule(steps: int, warm_up: int) -> dict:
+    """Return a linear warm-up followed by a cosine to the end of the training."""
     return {"name": "CosineAnnealingLR", "args": {"T_max": steps - warm_up}, "warmup_steps": warm_up}
 
 
+VAE = "recipe_vae"
+DEMO_VAE = args(
+    finetune_ckpt={name: str(common.ROOT / "pretrained" / "demo_vae" / name) for name in ("encoder", "decoder")}
+)
+VAES = [
+    *(
+        Variant(f"from random weights: {loss}", VAE, args(loss_type=loss))
+        for loss in ("bce_dice", "bce", "dice", "focal", "bce_iou", "l1_l2")
+    ),
+    Variant("from random weights: all 48 symmetries", VAE, {"dataset.args.augmentation": "all"}),
+]
+KL_VAES = {
+    weight: Variant(f"lambda_kl {weight}", VAE, DEMO_VAE | args(lambda_kl=float(weight)))
+    for weight in ("1e-3", "4e-3", "1.6e-2", "6.4e-2")
+}
+BASE_VAE = KL_VAES["4e-3"]  # all codebooks start from it, and one from each of the others
+COMMIT = 2.5  # the recipe's weight of the commitment loss
+LEVELS = {8192: [8, 8, 8, 4, 4], 1024: [8, 8, 4, 4]}  # of FiniteScalarQuantizer, by the number of codes
+
+
+def codebook_settings(codes: int, steps: int) -> dict[str, dict]:
+    """Return {name: settings} of the codebooks."""
+    vector, fast = quantizer("VectorQuantizer"), adamw(5e-3)
+    return {
+        "EMAVectorQuantizer": {},
+        "lambda_commit 0.25": args(lambda_commit=0.25),
+        "lambda_commit 10": args(lambda_commit=10.0),
+        "VectorQuantizer": vector | args(lambda_vq=4 * COMMIT),
+        "VectorQuantizer, lambda_vq 1, lambda_commit 0.25": vector | args(lambda_vq=1.0, lambda_commit=0.25),
+        "SimVQ": quantizer("SimVQ") | args(lambda_vq=4 * COMMIT),
+        "RotationVectorQuantizer": quantizer("RotationVectorQuantizer") | args(lambda_vq=4 * COMMIT),
+        "FiniteScalarQuantizer": quantizer("FiniteScalarQuantizer", levels=LEVELS[codes]) | args(lambda_commit=0.0),
+        "LookupFreeQuantizer": quantizer("LookupFreeQuantizer"),
+        "IndexBackpropagationQuantizer": quantizer("IndexBackpropagationQuantizer") | args(lambda_vq=4 * COMMIT),
+        "two codes a token: residual": quantizer("ResidualVectorQuantizer", num_codes=2) | args(lambda_vq=4 * COMMIT),
+        "two codes a token: product": quantizer("ProductVectorQuantizer", num_codes=2) | args(lambda_vq=4 * COMMIT),
+        "groups of 2x2x1 cells": {"models.quantizer.args.group": [2, 2, 1]},
+        "no revival": args(revive_every=0),
+        "decay 0.9": {"models.quantizer.args.decay": 0.9},
+        "l1_l2": args(loss_type="l1_l2"),
+        "dice": args(loss_type="dice"),
+        "bce_dice": args(loss_type="bce_dice"),
+        "the 8 symmetries about z": {"dataset.args.augmentation": "z"},
+        "all 48 symmetries": {"dataset.args.augmentation": "all"},
+        **{
+            f"ConvMuon, lr {lr}": args(optimizer=adamw(float(lr)) | {"name": "ConvMuon"})
+            for lr in ("1e-3", "2e-3", "4e-3")
+        },
+        "lr 5e-4": args(optimizer=adamw(5e-4)),
+        "lr 5e-3": args(optimizer=fast),
+        "lr 5e-3, warm-up over half": args(optimizer=fast, lr_scheduler=schedule(steps, steps // 2)),
+        "lr 5e-3 relative to RMS": args(optimizer=fast, lr_scaling="rms"),
+        "lr 5e-3, decoder's a fifth": args(optimizer=fast, lr_multipliers={"decoder": 0.2}),
+    }
+
+
+def variants(tokens: int, codes: int = CODES, steps: int = STEPS) -> list[Variant]:
+    """Return all variants for a number of tokens per object at 64³, of codes, and of training steps."""
+    config, size = f"recipe_{tokens}_stage2", {"models.quantizer.args.n_embed": codes}
+    return [
+        *VAES,
+        *KL_VAES.values(),
+        *(
+            Variant(f"{tokens}: {name}", config, size | settings, BASE_VAE)
+            for name, settings in codebook_settings(codes, steps).items()
+        ),
+        *(Variant(f"{tokens}: after {vae.name}", config, size, vae) for vae in KL_VAES.values() if vae is not BASE_VAE),
+    ]
+
+
 def pooled(data_dir: Path, resolution: int, folder: Path) -> Path:
-    """Packed grids of `data_dir` at a lower resolution, a cell on where any of it was, each once, as files of the same
-    names in `folder`; of a validation file the first POOLED_VAL. What is in two files stays in the validation's."""
+    """Write the packed grids of `data_dir` at a lower resolution to files of the same names in `folder`; return it.
+
+    A voxel is occupied if any of the voxels in it was. Equal grids are kept once, in a validation file if one of them
+    is there. A validation file keeps its first POOLED_VAL grids.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     seen = set()
     for path in sorted(data_dir.glob("*.npz"), key=lambda path: not path.stem.endswith("val")):
@@ -163,17 +189,15 @@ def pooled(data_dir: Path, resolution: int, folder: Path) -> Path:
     return folder
 
 
-def folder_of(root: Path, name: str) -> Path:
-    return root / "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+def run(options: argparse.Namespace, device: torch.device, variant: Variant) -> dict:
+    """Train a variant, unless it is finished, and return the log's first and last entries with a validation.
 
-
-def run(options: argparse.Namespace, device: torch.device, name: str, variant: Variant) -> dict:
-    """Train a variant and return the first and the last validation, the steps and seconds, or what is kept of them."""
-    folder = folder_of(options.output_dir, name)
+    The result of a failed training is {"failed": message}; the other variants go on.
+    """
+    folder = variant.folder(options.output_dir)
     result = folder / "result.json"
     if result.exists():
         return json.loads(result.read_text())
-    warm_up = options.steps // 2 if "warm-up over half" in name else WARM_UP
     settings = NETWORK | args(
         max_steps=options.steps,
         batch_size=BATCH,
@@ -185,39 +209,37 @@ def run(options: argparse.Namespace, device: torch.device, name: str, variant: V
         i_sample=runs.NEVER,
         i_ddpcheck=runs.NEVER,
         optimizer=adamw(LR),
-        lr_scheduler=schedule(options.steps, warm_up),
+        lr_scheduler=schedule(options.steps, WARM_UP),
     )
+    settings |= {"dataset.args.resolution": options.resolution, "dataset.args.augmentation": "none"}
     flags = ["--num_gpus", "1"]
     if variant.start is not None:
-        flags += ["--load_dir", str(folder_of(options.output_dir, variant.start))]
-        settings["models.quantizer.args.n_embed"] = options.codes
-        if "Finite" in name:
-            settings["models.quantizer.args.levels"] = LEVELS[options.codes]
-    settings |= {"dataset.args.resolution": options.resolution, "dataset.args.augmentation": "none"}
+        flags += ["--load_dir", str(variant.start.folder(options.output_dir))]
     line = runs.arguments(
         runs.config_path(variant.config), device, str(options.data_dir), folder, settings | variant.settings, *flags
     )
-    print(f"{name} ...", flush=True)
+    print(f"{variant.name} ...", flush=True)
     try:
         runs.run_train(line)
-    except RuntimeError as error:  # told at the end; the others go on
+    except RuntimeError as error:  # reported at the end
         return {"failed": str(error)}
     log = [json.loads(text) for text in (folder / "log.txt").read_text().splitlines()]
     scores = [entry for entry in log if "val/iou" in entry]
     kept = {"first": scores[0], "last": scores[-1]}
     result.write_text(json.dumps(kept, indent=2) + "\n")
-    print(f"{name}: IoU {scores[0]['val/iou']:.4f} -> {scores[-1]['val/iou']:.4f}", flush=True)
+    print(f"{variant.name}: IoU {scores[0]['val/iou']:.4f} -> {scores[-1]['val/iou']:.4f}", flush=True)
     return kept
 
 
-def row(name: str, kept: dict) -> list:
+def row(variant: Variant, kept: dict) -> list:
+    """Return the row of the table for what `run` returned."""
     if "failed" in kept:
-        return [name, None, "failed", None, None, None, None]
+        return [variant.name, None, "failed", None, None, None, None]
     first, last = kept["first"], kept["last"]
     codebook = [last.get(f"val/codebook_{key}") for key in ("usage", "perplexity")]
     bits = last.get("val/entropy_bits_per_object")
     kbit = None if bits is None else bits / 1e3
-    return [name, first["val/iou"], last["val/iou"], *codebook, kbit, last["seconds"]]
+    return [variant.name, first["val/iou"], last["val/iou"], *codebook, kbit, last["seconds"]]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -226,19 +248,20 @@ def main(argv: list[str] | None = None) -> None:
         "--data_dir",
         type=Path,
         required=True,
-        help="data root with a validation split; to be pooled, "
-        "a folder of packed .npz files, that split's with names ending in val",
+        help="data root with a validation split; with pooling, a folder of packed files, one of them named *val.npz",
     )
     flags.add_argument(
-        "--resolution", type=int, default=64, help="where lower than 64, grids are pooled to it (default: 64)"
+        "--resolution", type=int, default=64, help="voxels along an axis; below 64, grids are pooled (default: 64)"
     )
-    flags.add_argument("--codes", type=int, choices=LEVELS, default=8192, help="of a codebook (default: 8192)")
-    flags.add_argument("--output_dir", type=Path, required=True, help="for a run folder of each variant")
     flags.add_argument(
-        "--tokens", type=int, choices=(1024, 4096), default=1024, help="of an object at 64³ (default: 1024)"
+        "--codes", type=int, choices=LEVELS, default=CODES, help=f"codes of a codebook (default: {CODES})"
     )
-    flags.add_argument("--steps", type=int, default=400, help=f"of {BATCH} samples (default: 400)")
-    flags.add_argument("--only", nargs="+", help="names of variants, or beginnings of them; a codebook's VAE is added")
+    flags.add_argument("--output_dir", type=Path, required=True, help="parent of the variants' run folders")
+    flags.add_argument(
+        "--tokens", type=int, choices=(1024, 4096), default=1024, help="tokens of an object at 64³ (default: 1024)"
+    )
+    flags.add_argument("--steps", type=int, default=STEPS, help=f"steps of {BATCH} samples (default: {STEPS})")
+    flags.add_argument("--only", nargs="+", help="variants whose names begin like this, and the VAEs they start from")
     flags.add_argument("--parallel", type=int, default=1, help="variants that run at a time (default: 1)")
     options = flags.parse_args(argv)
     device = pick_device(options.device)
@@ -249,30 +272,32 @@ def main(argv: list[str] | None = None) -> None:
         if not list(options.data_dir.glob("*val.npz")):
             flags.error(f"--data_dir {options.data_dir} has no *val.npz, which pooling needs; see pack.py")
         options.data_dir = pooled(options.data_dir, options.resolution, options.output_dir / "pooled")
-    chosen = variants(options.tokens)
+    chosen = variants(options.tokens, options.codes, options.steps)
     if options.only:
         wanted = tuple(options.only)
-        picked = {name for name in chosen if name.startswith(wanted) or name.split(": ", 1)[-1].startswith(wanted)}
+        picked = [
+            variant
+            for variant in chosen
+            if variant.name.startswith(wanted) or variant.name.split(": ", 1)[-1].startswith(wanted)
+        ]
         if not picked:
-            flags.error(f"--only fits none of: {'; '.join(chosen)}")
-        picked |= {chosen[name].start for name in picked} - {None}
-        chosen = {name: variant for name, variant in chosen.items() if name in picked}
+            flags.error(f"--only fits none of: {'; '.join(variant.name for variant in chosen)}")
+        starts = [variant.start for variant in picked]
+        chosen = [variant for variant in chosen if variant in picked or variant in starts]
 
-    rows, text, failures = [], "", {}
-    report = Report("Ablations", __file__, argv, device, options.output)
+    report, rows, text, failures = Report("Ablations", __file__, argv, device, options.output), [], "", {}
     about = (
-        f"Narrow network (8/32/64 channels), {options.resolution}³, {options.codes} codes, {options.steps} "
-        f"steps of {BATCH}, {options.parallel} runs at a time. IoU of averaged weights on the validation split, before "
-        "and after; usage, perplexity and kbit an object, by the entropy of single ids, after."
+        f"Narrow network (8/32/64 channels), {options.resolution}³, {options.codes} codes, {options.steps} steps of "
+        f"{BATCH}, {options.parallel} runs at a time. IoU of averaged weights on the validation split, before and "
+        "after; usage, perplexity and kbit per object, by the entropy of single ids, after."
     )
     with ThreadPoolExecutor(options.parallel) as pool:
-        for first in (True, False):  # VAEs before what starts from them
-            names = [name for name, variant in chosen.items() if (variant.start is None) is first]
-            results = pool.map(lambda name: run(options, device, name, chosen[name]), names)
-            for name, kept in zip(names, results, strict=True):
-                rows.append(row(name, kept))
+        for first in (True, False):  # VAEs before the codebooks that start from them
+            group = [variant for variant in chosen if (variant.start is None) is first]
+            for variant, kept in zip(group, pool.map(lambda v: run(options, device, v), group), strict=True):
+                rows.append(row(variant, kept))
                 if "failed" in kept:
-                    failures[name] = kept["failed"]
+                    failures[variant.name] = kept["failed"]
                 text = report.write(about, Table(COLUMNS, rows))
     print(text)
     if failures:

@@ -36,11 +36,11 @@ def of_ablation(folder: Path) -> list[Point]:
     """Return the finished codebooks in an output folder of ablation.py."""
     points = []
     for tokens in (1024, 4096):
-        for name, variant in ablation.variants(tokens).items():
-            path = ablation.folder_of(folder, name) / "result.json"
+        for variant in ablation.variants(tokens):
+            path = variant.folder(folder) / "result.json"
             if variant.start is not None and path.is_file():
                 last = json.loads(path.read_text())["last"]
-                points.append(Point(name, last["val/entropy_bits_per_object"] / 1e3, last["val/iou"]))
+                points.append(Point(variant.name, last["val/entropy_bits_per_object"] / 1e3, last["val/iou"]))
     return points
 
 

@@ -1,5 +1,6 @@
 """The recipe and the ablations run from start to end, go on where they stopped, and report what was measured."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -40,18 +41,78 @@ def test_every_phase_has_a_valid_configuration(name):
         assert name.startswith(str(tokens)) and config["models"]["quantizer"]["args"]["n_embed"] == 8192
 
 
-def test_a_variant_changes_what_its_name_says_and_starts_from_a_variant():
-    for tokens in (1024, 4096):
-        found = ablation.variants(tokens)
-        assert all(variant.start is None or variant.start in found for variant in found.values())
-        assert len({str(ablation.folder_of(ROOT, name)) for name in found}) == len(found)
-    for name, variant in found.items():
+@pytest.mark.parametrize("codes", ablation.LEVELS)
+@pytest.mark.parametrize("tokens", [1024, 4096])
+def test_a_variant_sets_existing_sections_and_starts_from_a_variant(tokens, codes):
+    found = ablation.variants(tokens, codes)
+    assert all(variant.start is None or variant.start in found for variant in found)
+    assert len({variant.folder(ROOT) for variant in found}) == len(found)
+    for variant in found:
         config = load_config(ROOT / "configs" / "vae" / f"{variant.config}.json")
         for key in variant.settings:
             section = config
             for part in key.split(".")[:-1]:
-                assert part in section, f"{name}: {key}"
+                assert part in section, f"{variant.name}: {key}"
                 section = section[part]
+    # No two rows train the same.
+    assert len({str((v.config, v.settings, v.start and v.start.settings)) for v in found}) == len(found)
+
+
+def train_commands(monkeypatch, folder: Path, *flags: str) -> list[dict]:
+    """Return train.py's flags for every variant that ablation.py runs, without the free port it picks."""
+    commands = []
+
+    def run_train(line: list[str]) -> None:
+        flags = dict(zip(line[::2], line[1::2], strict=True))
+        settings = [value for name, value in zip(line[::2], line[1::2], strict=True) if name == "--set"]
+        commands.append({**flags, "--set": settings, "--master_port": None})
+        raise RuntimeError("not in this test")
+
+    monkeypatch.setattr(ablation.runs, "run_train", run_train)
+    with pytest.raises(SystemExit):
+        ablation.main(["--data_dir", "data", "--output_dir", str(folder), "--device", "cpu", *flags])
+    return commands
+
+
+def test_renaming_a_variant_changes_nothing_but_its_folder(tmp_path, monkeypatch, capsys):
+    before = train_commands(monkeypatch, tmp_path)
+    chosen = ablation.variants(1024)
+    renamed: dict[int, ablation.Variant] = {}
+    for number, variant in enumerate(chosen):
+        start = variant.start and renamed[id(variant.start)]
+        renamed[id(variant)] = dataclasses.replace(variant, name=f"row {number}", start=start)
+    monkeypatch.setattr(ablation, "variants", lambda *args: list(renamed.values()))
+    after = train_commands(monkeypatch, tmp_path)
+    names = {variant.folder(tmp_path): renamed[id(variant)].folder(tmp_path) for variant in chosen}
+    for command in before:
+        for flag in ("--output_dir", "--load_dir"):
+            if flag in command:
+                command[flag] = str(names[Path(command[flag])])
+    assert len(before) == len(chosen) and after == before
+
+
+def test_what_a_variant_adds_to_the_shared_settings(tmp_path, monkeypatch, capsys):
+    """Warm-up, levels and codes are data of the row."""
+    flags = ("--codes", "1024", "--steps", "300")
+    commands = {
+        Path(command["--output_dir"]).name: command for command in train_commands(monkeypatch, tmp_path, *flags)
+    }
+    plain, half = (set(commands[f"1024__lr_5e-3{name}"]["--set"]) for name in ("", "__warm-up_over_half"))
+    cosine = 'trainer.args.lr_scheduler={{"name": "CosineAnnealingLR", "args": {{"T_max": {}}}, "warmup_steps": {}}}'
+    assert plain - half == {cosine.format(275, 25)} and half - plain == {cosine.format(150, 150)}
+    assert "models.quantizer.args.levels=[8, 8, 4, 4]" in commands["1024__FiniteScalarQuantizer"]["--set"]
+    for command in commands.values():
+        has_codebook = "models.quantizer.args.n_embed=1024" in command["--set"]
+        assert has_codebook == ("--load_dir" in command) == ("_stage2" in command["--config"])
+
+
+def test_finished_codebooks_of_the_ablations_become_points(tmp_path):
+    vae, codebook = ablation.BASE_VAE, next(v for v in ablation.variants(4096) if v.start is not None)
+    for variant in (vae, codebook):
+        variant.folder(tmp_path).mkdir()
+        last = {"val/iou": 0.75, "val/entropy_bits_per_object": 1500.0}
+        (variant.folder(tmp_path) / "result.json").write_text(json.dumps({"first": {}, "last": last}))
+    assert rate_distortion.of_ablation(tmp_path) == [rate_distortion.Point(codebook.name, 1.5, 0.75)]
 
 
 def scores_of(folder: Path, phase: str) -> dict:
@@ -118,6 +179,6 @@ def test_ablations_find_mistakes_before_they_train(flags, message, tmp_path, cap
         assert message in capsys.readouterr().err and not started
     else:  # by the name that the tables have, with the VAE it needs, and with paths that hold in any folder
         assert [line[line.index("--output_dir") + 1] for line in started] == [
-            str(ablation.folder_of(tmp_path / "out", name)) for name in (ablation.BASE_VAE, "1024: EMAVectorQuantizer")
+            str(tmp_path / "out" / name) for name in ("lambda_kl_4e-3", "1024__EMAVectorQuantizer")
         ]
         assert all(line[line.index("--data_dir") + 1] == str(tmp_path / "data") for line in started)

@@ -48,6 +48,7 @@ ADDED = {
     "tryrun": ["--tryrun"],
     "one step": [f"--set trainer.args.{name}" for name in ("max_steps=1", "i_eval=100", "i_sample=100")],
     "one sample": ["--set trainer.args.batch_size_per_gpu=1"],
+    "batch of one": ["--set trainer.args.batch_size=1"],
     "64 codes": ["--set models.quantizer.args.n_embed=64"],
     "small networks": [
         f"--set models.{model}.args.{argument}"
@@ -144,7 +145,7 @@ def make_run(grids: torch.Tensor) -> None:
     run_bash(
         "python train.py --config configs/vae/demo_stage1.json --data_dir data/general_train.npz "
         "--output_dir outputs/general",
-        " ".join(ADDED["64 codes"] + ADDED["one step"]),
+        " ".join(ADDED["64 codes"] + ADDED["batch of one"] + ADDED["one step"]),
     )
 
 

@@ -28,6 +28,7 @@ import trellis.tokens
 from trellis.datasets import DATASETS
 from trellis.models import MODELS
 from trellis.trainers import TRAINERS
+from trellis.trainers.configuration import TRELLIS_ARGS
 from trellis.utils.config import apply_override, config_arguments, describe, load_config
 from trellis.utils.errors import ConfigError
 
@@ -474,6 +475,8 @@ def test_other_tables_of_the_configuration():
     path = DOCS / "configuration.md"
     quantizers = [name for name, cls in COMPONENTS.items() if issubclass(cls, trellis.modules.quantizers.Quantizer)]
     assert sorted(table(path, "class", "how its codes come about").column("class")) == sorted(quantizers)
+    shown = table(path, "key of TRELLIS").column("type")
+    assert shown == {name: describe(annotation) for name, annotation in TRELLIS_ARGS.items()}
     flags = {flag for row in table(path, "flag").rows for flag in re.findall(r"--\w+", row[0])}
     assert flags == flags_of(parser_of("train.py")) - {"--help"}
 

@@ -39,7 +39,7 @@ def test_merging_changes_no_result(inputs, outputs, m, monkeypatch):
 @pytest.mark.parametrize("inputs, outputs", CHANNELS)
 @pytest.mark.parametrize("z", [8, 6, 5])
 def test_layer_equals_torch_with_gradients(inputs, outputs, z):
-    """Merged or not, and where z does not divide."""
+    """Merged or not, and for a z that no factor divides."""
     x, weight, bias, grad = (t.float() for t in layer(inputs, outputs, z))
     module = conv.Conv3d(inputs, outputs)
     module.load_state_dict({"weight": weight, "bias": bias})

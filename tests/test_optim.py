@@ -371,7 +371,7 @@ def test_factors_of_the_lr_that_cannot_be_are_one_clear_error(spec, lr_scaling, 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_rows_are_forgotten_as_if_they_had_never_moved(name):
-    """Of what is kept for each row, zero is where every optimizer but Rprop starts."""
+    """The state of each row starts at zero in every optimizer but Rprop."""
     weight = nn.Parameter(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)))
     other = nn.Parameter(weight.detach().clone())
     optimizer = optim.build_optimizer({"name": name, "args": {"lr": 0.1}}, {"m.a": weight, "m.b": other}, "none")

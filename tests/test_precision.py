@@ -106,7 +106,7 @@ def test_the_default_growth_doubles_the_scale_in_a_thousand_steps(scaled):
 
 
 def test_scaling_leaves_no_trace_in_fp32_weights(scaled):
-    """The scale starts at a power of two, so that of the first step is exact; later ones are close."""
+    """The scale starts at a power of two, so the first step is exact; later ones are close."""
     assert torch.equal(regression(scaled(), 1).weight, regression(Precision(None, "float16", CPU), 1).weight)
     torch.testing.assert_close(regression(scaled(), 9).weight, regression(Precision(None, "float16", CPU), 9).weight)
 
@@ -171,7 +171,7 @@ def vae(seed: int = 0, **args) -> tuple[nn.Module, nn.Module]:
 
 
 def check_outputs(autocast, device: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Inside, the torso computes in dtype; latents and logits are fp32 and near those of plain fp32."""
+    """Inside, the torso computes in dtype; latents and logits are fp32 and close to plain fp32's."""
     ss = torch.from_numpy(solid_grids(4, 16, 0))[:, None].float()
     encoder, decoder = vae()
     with torch.no_grad():
@@ -239,7 +239,7 @@ def gradients(precision: Precision, seed: int) -> torch.Tensor:
 @needs_gpu
 @pytest.mark.parametrize("mode, dtype", [("amp", "bfloat16"), ("inflat_all", "float16")])
 def test_gradients_of_reduced_precision_are_fp32_and_close(mode, dtype, monkeypatch):
-    """Within a few units of rounding, and no further off than those of the plain modules under the same autocast."""
+    """Errors are a few units of rounding, and no larger than the plain modules' under the same autocast."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     device, usable = torch.device("cuda"), fused.usable
 

@@ -16,7 +16,7 @@ def exact_nearest(vectors, codebook):
 
 @pytest.mark.parametrize("offset, spread", [(0, 1), (100, 1), (0, 1e-3), (3, 1e-6), (0, 1e6)])
 def test_nearest_code_is_the_exact_one(offset, spread):
-    """Also where codes are so close, or so far from the origin, that fp32 distances cannot tell them apart."""
+    """Also for codes so close, or so far from the origin, that fp32 distances cannot tell them apart."""
     torch.manual_seed(0)
     codebook = offset + spread * torch.randn(300, 8)
     vectors = offset + spread * torch.randn(500, 8)
@@ -159,7 +159,7 @@ def test_kmeans_never_gets_worse_and_is_seeded():
 
 
 def test_kmeans_gives_few_codes_to_near_identical_vectors():
-    """Most cells of a grid are empty and alike; they must not take most of the codebook."""
+    """Most cells of a latent are empty space and alike; they must not take most of the codebook."""
     torch.manual_seed(0)
     vectors = torch.cat([1e-4 * torch.randn(9000, 8), 5 + torch.randn(1000, 8)])
     codes = kmeans(vectors, 100, iterations=5, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The quantizers against an independent implementation, where it has the same algorithm."""
+"""The quantizers against an independent implementation, if it has the same algorithm."""
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_finite_scalars(levels):
     theirs = reference.FSQ(levels=levels)
     want, indices = theirs(as_rows(z))
     got = ours(z)
-    # It stretches the bound by a thousandth, so the levels meet at slightly other places.
+    # It stretches the bound by a thousandth, so the boundaries between levels differ slightly.
     place = ours.soft(as_rows(z).double()) * ours.middle
     clear = ((place - place.floor() - 0.5).abs() > 0.01).all(-1)
     assert clear.float().mean() > 0.8

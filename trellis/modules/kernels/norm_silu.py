@@ -23,12 +23,12 @@ PROGRAMS_PER_SM = 8
 
 
 @triton.jit
-def _normalise(x, in_row, C: tl.constexpr, eps):
+def _normalize(x, in_row, C: tl.constexpr, eps):
     """Return (x̂, 1/σ) of rows [BLOCK_M, BLOCK_C] float32, of which the first C columns count."""
     mean = tl.sum(x, 1) / C
-    centred = tl.where(in_row[None, :], x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
-    return centred * rstd[:, None], rstd
+    centered = tl.where(in_row[None, :], x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered, 1) / C + eps)
+    return centered * rstd[:, None], rstd
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _norm_silu_kernel(
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if HAS_SHIFT:
         x += tl.load(shift_ptr + columns, mask=in_row, other=0.0)[None, :]
-    normal, _ = _normalise(x, in_row, C, eps)
+    normal, _ = _normalize(x, in_row, C, eps)
     n = normal * gamma + beta
     tl.store(out_ptr + offsets, (n * tl.sigmoid(n)).to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -76,7 +76,7 @@ def _norm_silu_backward_kernel(
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         if HAS_SHIFT:
             x += shift
-        normal, rstd = _normalise(x, in_row, C, eps)
+        normal, rstd = _normalize(x, in_row, C, eps)
         n = normal * gamma + beta
         s = tl.sigmoid(n)
         grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)

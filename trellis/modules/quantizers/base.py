@@ -31,7 +31,7 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(Model):
-    """Base of the quantizers: the shared arguments, the layout of tokens, and what a trainer may ask for.
+    """Base of the quantizers: the shared arguments, the layout of tokens, and the methods that trainers call.
 
     An algorithm implements `quantize`, and either `table` or `decode`. All of it runs in fp32, even under autocast.
     It names its own arguments and passes the shared ones on as `**kwargs`.

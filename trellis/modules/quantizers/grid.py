@@ -96,14 +96,14 @@ class GridQuantizer(Quantizer):
             noise = torch.randn(d, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             frame = F.normalize(torch.linalg.qr(noise).Q, dim=1)
             whiten = frame.to(x.device) @ whiten
-        centre, order = self.aim()
+        center, order = self.aim()
         weight = torch.empty_like(whiten[:d])
         weight[order] = SPREAD * whiten[:d]
         self.proj_in.weight.copy_(weight)
-        self.proj_in.bias.copy_(centre - weight @ mean)
+        self.proj_in.bias.copy_(center - weight @ mean)
 
         points = self.points[self.ids_of(self.project(x))].double()
-        centred = points - points.mean(0)
-        back = torch.linalg.pinv(centred.T @ centred, hermitian=True) @ (centred.T @ (x - mean))  # [d, D]
+        centered = points - points.mean(0)
+        back = torch.linalg.pinv(centered.T @ centered, hermitian=True) @ (centered.T @ (x - mean))  # [d, D]
         self.proj_out.weight.copy_(back.T)
         self.proj_out.bias.copy_(mean - points.mean(0) @ back)

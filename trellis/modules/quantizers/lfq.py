@@ -58,7 +58,7 @@ class LookupFreeQuantizer(GridQuantizer):
         u = u.float()
         logits = (4 / self.temperature) * u.flatten(0, -2)
         one = logits.sigmoid()  # [N, d]
-        # In this form the gradient stays finite where a probability rounds to 0 or 1.
+        # In this form the gradient stays finite when a probability rounds to 0 or 1.
         own = (one * F.softplus(-logits) + (1 - one) * F.softplus(logits)).sum(1).mean()
         low, high = (_joint(part) for part in (one[:, : one.shape[1] // 2], one[:, one.shape[1] // 2 :]))
         share = (high.T @ low).flatten() / len(one)  # [K], the id's low bits fastest

@@ -103,22 +103,22 @@ def nearest_code_cuda(vectors: Tensor, codebook: Tensor) -> Tensor:
     bound = 1.01 * (D + 2 * D % 16 + 7) * 2.0**-22
     rounding = (D + 8) * 2.0**-51
     bias = (0.5 - bound - rounding) * 2.0**-BIAS_SCALE.value
-    # In the scale of scores: 2⁻²⁵·(|z'|₁ + |e'|₁) <= √D·2⁻¹⁰, r·2⁻²⁵ <= 2⁻¹³ for b₃, and 2⁻¹⁰ where fp16 has no such r.
+    # In the scale of scores: 2⁻²⁵·(|z'|₁ + |e'|₁) <= √D·2⁻¹⁰, r·2⁻²⁵ <= 2⁻¹³ for b₃, and 2⁻¹⁰ if fp16 has no such r.
     floor = (1.01 * math.sqrt(D) + 1.2) * 2.0**-10
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=vectors.device)
 
     with on_device_of(vectors):
-        centre = codebook.mean(0)
+        center = codebook.mean(0)
         reach = torch.zeros(1, dtype=torch.int64, device=vectors.device)
-        _reach_kernel[(triton.cdiv(K, rows),)](codebook, centre, reach, K, D=D, BLOCK_D=channels, ROWS=rows)
+        _reach_kernel[(triton.cdiv(K, rows),)](codebook, center, reach, K, D=D, BLOCK_D=channels, ROWS=rows)
         tiles = triton.cdiv(K, sizes.codes)
         padded = tiles * sizes.codes
         code_columns = empty(padded, sizes.columns, dtype=torch.float16)
         transposed = empty(D, K, dtype=torch.float32)
         _code_columns_kernel[(triton.cdiv(padded, rows),)](
-            codebook, centre, reach, code_columns, transposed, K, padded,
+            codebook, center, reach, code_columns, transposed, K, padded,
             BIAS=bias, D=D, BLOCK_D=channels, COLUMNS=sizes.columns, STEP=sizes.step, ROWS=rows,
         )  # fmt: skip
 
@@ -136,7 +136,7 @@ def nearest_code_cuda(vectors: Tensor, codebook: Tensor) -> Tensor:
         for part, nearest, count in parts:
             n = len(part)
             _vector_columns_kernel[(triton.cdiv(n, rows),)](
-                part, centre, reach, columns, scale, limit, n, BOUND=bound, FLOOR=floor, ROUNDING=rounding,
+                part, center, reach, columns, scale, limit, n, BOUND=bound, FLOOR=floor, ROUNDING=rounding,
                 D=D, BLOCK_D=channels, COLUMNS=sizes.columns, STEP=sizes.step, ROWS=rows,
             )  # fmt: skip
             _score_kernel[(triton.cdiv(n, sizes.vectors),)](
@@ -170,38 +170,38 @@ def _exponent_above(squared):
 
 
 @triton.jit
-def _centred_squares(source_ptr, centre_ptr, row, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _centered_squares(source_ptr, center_ptr, row, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return |x - c|² of each row in fp64."""
     d = tl.arange(0, BLOCK_D)[None, :]
     here = inside[:, None] & (d < D)
     x = tl.load(source_ptr + row[:, None].to(tl.int64) * D + d, mask=here, other=0.0).to(tl.float64)
-    x -= tl.load(centre_ptr + d, mask=d < D, other=0.0).to(tl.float64)
+    x -= tl.load(center_ptr + d, mask=d < D, other=0.0).to(tl.float64)
     x = tl.where(here, x, 0.0)
     return tl.sum(x * x, 1)
 
 
 @triton.jit
-def _parts(source_ptr, centre_ptr, row, inside, column, factor, low_in: tl.constexpr, D: tl.constexpr):
+def _parts(source_ptr, center_ptr, row, inside, column, factor, low_in: tl.constexpr, D: tl.constexpr):
     """Return columns of the scaled high and low parts as fp64, the low ones in third `low_in`. Other columns are 0."""
     third, d = column // D, column % D
     here = inside[:, None] & (column < 3 * D)
     x = tl.load(source_ptr + row[:, None].to(tl.int64) * D + d, mask=here, other=0.0).to(tl.float64)
-    x = tl.where(here, (x - tl.load(centre_ptr + d).to(tl.float64)) * factor[:, None], 0.0)
+    x = tl.where(here, (x - tl.load(center_ptr + d).to(tl.float64)) * factor[:, None], 0.0)
     high = x.to(tl.float16).to(tl.float64)
     return tl.where(third == low_in, x - high, high)
 
 
 @triton.jit(do_not_specialize=["K"])
-def _reach_kernel(codebook_ptr, centre_ptr, reach_ptr, K, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+def _reach_kernel(codebook_ptr, center_ptr, reach_ptr, K, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
     """Raise `reach` to the largest |e'|², as the bits of fp64, which sort like the numbers."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    squared = _centred_squares(codebook_ptr, centre_ptr, row, row < K, D, BLOCK_D)
+    squared = _centered_squares(codebook_ptr, center_ptr, row, row < K, D, BLOCK_D)
     tl.atomic_max(reach_ptr, tl.max(squared, 0).to(tl.int64, bitcast=True))
 
 
 @triton.jit(do_not_specialize=["K", "padded"])
 def _code_columns_kernel(
-    codebook_ptr, centre_ptr, reach_ptr, columns_ptr, transposed_ptr, K, padded, BIAS: tl.constexpr,
+    codebook_ptr, center_ptr, reach_ptr, columns_ptr, transposed_ptr, K, padded, BIAS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write the codes' columns and the transposed codebook. BIAS: the factor of |e'|²."""
@@ -212,14 +212,14 @@ def _code_columns_kernel(
     e = tl.load(codebook_ptr + row[:, None].to(tl.int64) * D + d, mask=here)
     tl.store(transposed_ptr + d.to(tl.int64) * K + row[:, None], e, mask=here)
     factor = _power_of_two(-_exponent_above(tl.load(reach_ptr).to(tl.float64, bitcast=True)) + SCALE)
-    squared = _centred_squares(codebook_ptr, centre_ptr, row, inside, D, BLOCK_D)
+    squared = _centered_squares(codebook_ptr, center_ptr, row, inside, D, BLOCK_D)
     b = squared * factor * factor * BIAS
     b1 = b.to(tl.float16).to(tl.float64)
     b2 = (b - b1).to(tl.float16).to(tl.float64)
     b3 = b - b1 - b2
     for start in range(0, COLUMNS, STEP):
         column = start + tl.arange(0, STEP)[None, :]
-        value = -_parts(codebook_ptr, centre_ptr, row, inside, column, tl.zeros([ROWS], tl.float64) + factor, 0, D)
+        value = -_parts(codebook_ptr, center_ptr, row, inside, column, tl.zeros([ROWS], tl.float64) + factor, 0, D)
         value = tl.where(column == 3 * D, b1[:, None], value)
         value = tl.where(column == 3 * D + 1, b2[:, None], value)
         value = tl.where(column == 3 * D + 2, b3[:, None], value)
@@ -230,7 +230,7 @@ def _code_columns_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _vector_columns_kernel(
-    vectors_ptr, centre_ptr, reach_ptr, columns_ptr, scale_ptr, limit_ptr, N,
+    vectors_ptr, center_ptr, reach_ptr, columns_ptr, scale_ptr, limit_ptr, N,
     BOUND: tl.constexpr, FLOOR: tl.constexpr, ROUNDING: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -238,14 +238,14 @@ def _vector_columns_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
     reach_squared = tl.load(reach_ptr).to(tl.float64, bitcast=True)
-    squared = _centred_squares(vectors_ptr, centre_ptr, row, inside, D, BLOCK_D)
+    squared = _centered_squares(vectors_ptr, center_ptr, row, inside, D, BLOCK_D)
     code_exponent = _exponent_above(reach_squared)
     exponent = tl.maximum(_exponent_above(squared), code_exponent)
     factor = _power_of_two(-exponent + SCALE)
     bias_factor = _power_of_two(code_exponent - exponent + BIAS_SCALE)
     for start in range(0, COLUMNS, STEP):
         column = start + tl.arange(0, STEP)[None, :]
-        value = _parts(vectors_ptr, centre_ptr, row, inside, column, factor, 1, D)
+        value = _parts(vectors_ptr, center_ptr, row, inside, column, factor, 1, D)
         value = tl.where((column >= 3 * D) & (column < 3 * D + 3), bias_factor[:, None], value)
         value = tl.where(column == 3 * D + 3, 32768.0, value)
         tl.store(columns_ptr + row[:, None] * COLUMNS + column, value.to(tl.float16), mask=inside[:, None])

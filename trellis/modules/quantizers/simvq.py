@@ -54,6 +54,6 @@ class SimVQ(Quantizer):
 
     @torch.no_grad()
     def replace_codes(self, rows: Tensor, vectors: Tensor) -> None:
-        """Set the base's rows to what the map turns into the vectors, as nearly as a map that lost its rank can."""
+        """Set rows of the base so that the map gives the vectors, or, without full rank, the nearest it can reach."""
         inverse = torch.linalg.pinv(self.map.double())
         self.base[rows] = (vectors.to(inverse) @ inverse).float()

@@ -7,12 +7,9 @@ The same command continues a run that was cut off. `--help` lists the flags; REA
 
 import argparse
 import gc
-import math
 import os
-import resource
 import signal
 import sys
-import time
 import traceback
 from dataclasses import dataclass
 
@@ -22,18 +19,20 @@ import torch.multiprocessing
 
 from trellis import models as model_registry
 from trellis.datasets import DATASETS
-from trellis.modules.kernels.launch import obstacle
 from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.configuration import complete_config
-from trellis.trainers.optim import preview_schedule
 from trellis.trainers.profile import profile
+from trellis.trainers.report import describe, tryrun
 from trellis.trainers.weights import plan_weights
 from trellis.utils import dist_utils
+from trellis.utils.command import DEVICES, pick_device
 from trellis.utils.config import apply_override, load_config
 from trellis.utils.environment import keep_freed_memory
 from trellis.utils.errors import ConfigError, UserError
 from trellis.utils.random_utils import derive_seed
+
+# --- flags -----------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--auto_retry", type=int, default=3, help="retries after a failure (default: 3)")
     parser.add_argument("--tryrun", action="store_true", help="check that a run would start, and show it")
     parser.add_argument("--profile", action="store_true", help="trace a few steps instead of training")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--num_nodes", type=int, default=1)
     parser.add_argument("--node_rank", type=int, default=0)
     parser.add_argument(
@@ -108,40 +107,43 @@ def check_config(config: dict, world_size: int) -> dict:
 
 @dataclass
 class Launch:
-    """The processes of a run. local: those of this node that we start; 1 where torchrun started us."""
+    """The processes of a run."""
 
-    device: str
-    local: int
-    world: int
+    device: str  # "cuda" or "cpu"
+    local: int  # processes that this program starts on this node; 1 if torchrun has started it
+    world: int  # processes on all nodes
 
 
 def plan_launch(args: argparse.Namespace) -> Launch:
-    """Raises ConfigError for a device or a number of GPUs that is not there."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu, or install a CUDA build of torch")
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    """Return the processes to start. Raise ConfigError for a device or a number of GPUs that the machine lacks."""
+    device = pick_device(args.device).type
     if dist_utils.under_torchrun():
         return Launch(device, 1, int(os.environ["WORLD_SIZE"]))
-    there = torch.cuda.device_count() if device == "cuda" else 1
-    local = there if args.num_gpus == -1 else args.num_gpus
-    if device == "cuda" and local > there:
-        raise ConfigError(f"--num_gpus is {local}, but this machine has {there}")
+    available = torch.cuda.device_count() if device == "cuda" else 1
+    local = available if args.num_gpus == -1 else args.num_gpus
+    if device == "cuda" and local > available:
+        raise ConfigError(f"--num_gpus is {local}, but this machine has {available}; give at most {available}")
     return Launch(device, local, local * args.num_nodes)
 
 
 def launch(args: argparse.Namespace, config: Configuration, plan: Launch) -> int:
-    """Run on every process of this node, waiting for them. Returns the exit code."""
+    """Run on every process of this node and wait for them. Return the exit code."""
     if dist_utils.under_torchrun():
         return join_and_run(args, config, plan, int(os.environ["LOCAL_RANK"]))
     if plan.world > 1:
         return spawn(args, config, plan)
-    return run(args, config, torch.device(plan.device, 0) if plan.device == "cuda" else torch.device("cpu"))
+    return run(args, config, rank_device(plan, 0))
+
+
+def rank_device(plan: Launch, local_rank: int) -> torch.device:
+    """Return the device of a process."""
+    return torch.device("cuda", local_rank) if plan.device == "cuda" else torch.device("cpu")
 
 
 def spawn(args: argparse.Namespace, config: Configuration, plan: Launch) -> int:
-    """Start this node's processes and wait for them, passing on signals. Raises what they failed with."""
-    mistakes = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    processes = torch.multiprocessing.spawn(_spawned, (args, config, plan, mistakes), nprocs=plan.local, join=False)
+    """Start this node's processes and wait for them, passing on signals. Raise the error that ended one of them."""
+    errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    processes = torch.multiprocessing.spawn(_spawned, (args, config, plan, errors), nprocs=plan.local, join=False)
 
     def pass_on(signum: int, frame) -> None:
         for process in processes.processes:
@@ -153,8 +155,8 @@ def spawn(args: argparse.Namespace, config: Configuration, plan: Launch) -> int:
             pass
         return 0
     except torch.multiprocessing.ProcessExitedException as error:
-        if not mistakes.empty():  # the ranks tend to find the same one; the first will do
-            raise mistakes.get() from None
+        if not errors.empty():  # ranks tend to find the same error, so one of them is enough
+            raise errors.get() from None
         if error.exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             return error.exit_code
         raise
@@ -163,7 +165,7 @@ def spawn(args: argparse.Namespace, config: Configuration, plan: Launch) -> int:
             signal.signal(signum, handler)
 
 
-def _spawned(local_rank: int, args: argparse.Namespace, config: Configuration, plan: Launch, mistakes) -> None:
+def _spawned(local_rank: int, args: argparse.Namespace, config: Configuration, plan: Launch, errors) -> None:
     os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
     os.environ.update(
         RANK=str(args.node_rank * plan.local + local_rank),
@@ -177,12 +179,13 @@ def _spawned(local_rank: int, args: argparse.Namespace, config: Configuration, p
     try:
         sys.exit(join_and_run(args, config, plan, local_rank))
     except UserError as error:
-        mistakes.put(error)
+        errors.put(error)
         sys.exit(1)
 
 
 def join_and_run(args: argparse.Namespace, config: Configuration, plan: Launch, local_rank: int) -> int:
-    device = torch.device("cuda", local_rank) if plan.device == "cuda" else torch.device("cpu")
+    """Run as one rank of the process group. Return the exit code."""
+    device = rank_device(plan, local_rank)
     dist_utils.init_process_group(device)
     try:
         return run(args, config, device)
@@ -195,7 +198,7 @@ def join_and_run(args: argparse.Namespace, config: Configuration, plan: Launch, 
 
 
 def run(args: argparse.Namespace, config: Configuration, device: torch.device) -> int:
-    """Build everything by name, then try, profile or train. Returns the exit code."""
+    """Build the trainer, then try, profile or train. Return the exit code."""
     trainer = build_trainer(args, config, device)
     if dist_utils.is_main():
         describe(trainer)
@@ -210,7 +213,7 @@ def run(args: argparse.Namespace, config: Configuration, device: torch.device) -
 
 
 def build_trainer(args: argparse.Namespace, config: Configuration, device: torch.device) -> BasicTrainer:
-    """Data, models with their weights, and the trainer around them."""
+    """Return the trainer around data and models with their weights."""
     if device.type == "cpu":
         keep_freed_memory()
     models, dataset, trainer = (config.completed[key] for key in ("models", "dataset", "trainer"))
@@ -230,73 +233,6 @@ def build_trainer(args: argparse.Namespace, config: Configuration, device: torch
         config=config.written,
         **trainer["args"],
     )
-
-
-def describe(trainer: BasicTrainer) -> None:
-    """What is about to run: models, where their weights come from, data."""
-    plan = trainer.plan
-    print(f"{'model':<12}{'class':<26}{'parameters':>12}  {'':<10}{'dtype':<8}weights")
-    for name, model in trainer.models.items():
-        count = sum(parameter.numel() for parameter in model.parameters())
-        role = "frozen" if name in trainer.frozen else "trainable"
-        origin = plan.origin[name]
-        if origin == "initialised" and getattr(model, "init", None) == "kmeans":
-            origin = "initialised from the data's latents when the run starts"
-        dtype = str(next(iter(model.state_dict().values())).dtype).removeprefix("torch.")
-        print(f"{name:<12}{type(model).__name__:<26}{count:>12,}  {role:<10}{dtype:<8}{origin}")
-    for name, model in trainer.models.items():
-        if name not in trainer.frozen and not list(model.parameters()):
-            print(f"note: {name} has no parameters: its codes follow averages of the latents, not the optimizer")
-    for note in plan.notes:
-        print(f"note: {note}")
-    random = [name for name, origin in plan.origin.items() if origin == "initialised" and name != "quantizer"]
-    if random and plan.resume is None:
-        print(f"note: {', '.join(random)} start from random weights; give --load_dir to start from a trained run")
-    print(trainer.dataset.summary())
-    if not trainer.dataset.split_sizes()["val"]:
-        print(
-            "note: no object is in the validation split, so nothing is validated and no checkpoint is the best; "
-            "set the split column of some objects in metadata.csv to val"
-        )
-    where = f"{dist_utils.world_size()} x {trainer.device.type}"
-    print(f"{where}, {trainer.precision.name}, {trainer.global_batch} samples per step, {trainer.max_steps} steps")
-    if trainer.precision.note:
-        print(f"note: {trainer.precision.note}")
-    if trainer.device.type == "cuda" and obstacle(trainer.device):
-        print(f"note: plain modules run in place of the GPU kernels, which are faster: {obstacle(trainer.device)}")
-    sys.stdout.flush()
-
-
-def tryrun(trainer: BasicTrainer) -> None:
-    """Show what a run would do and take one sample forward and backward. Writes nothing."""
-    started = time.monotonic()
-    losses = trainer.tryrun()
-    seconds = time.monotonic() - started
-    if not dist_utils.is_main():
-        return
-    groups: dict[str, list[float]] = {}
-    for group in trainer.optimizer.param_groups:
-        groups.setdefault(group.get("name", "all").split(".")[0], []).append(group["lr"])
-    print(f"optimizer {type(trainer.optimizer).__name__}, lr_scaling {trainer.lr_scaling}")
-    for name, rates in groups.items():
-        span = f"{min(rates):.3g}" if len(rates) == 1 else f"{min(rates):.3g} to {max(rates):.3g}"
-        print(f"  {name}: {len(rates)} group{'s' if len(rates) > 1 else ''}, lr {span}")
-    schedule = preview_schedule(trainer.optimizer_spec, trainer.scheduler_spec, trainer.max_steps)
-    name = trainer.scheduler_spec["name"] if trainer.scheduler_spec else "constant"
-    print(f"schedule {name}: " + ", ".join(f"lr {rate:.3g} at step {step}" for step, rate in schedule.items()))
-    quantizer, encoder = trainer.models.get("quantizer"), trainer.models["encoder"]
-    if quantizer is not None:
-        cells = trainer.dataset.resolution // encoder.downsampling
-        tokens = cells**3 // quantizer.cells_per_token
-        each = f" ({quantizer.codes_per_token} a token)" if quantizer.codes_per_token > 1 else ""
-        bits = tokens * quantizer.codes_per_token * math.log2(quantizer.n_embed)
-        print(f"{tokens} tokens of {quantizer.n_embed} codes{each} per object: {bits:.0f} bits")
-    print("one sample, forward and backward: " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
-    if trainer.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(trainer.device)
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"{seconds:.1f} s, peak memory {memory / 2**30:.2f} GiB; a run would start")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -120,7 +120,7 @@ def test_damaged_rows_and_they_alone_are_computed_anew(tmp_path, apply, lost):
     opened.fetch(range(12))
     assert opened.encoded == lost and opened.cache.complete
     absent = opened.lines[0] != f"latent cache: 12 of 12 objects in {opened.folder}"
-    told = f"latent cache: {opened.folder} has damaged rows; they are computed anew" in opened.lines
+    told = f"latent cache: {opened.folder} has damaged rows; they are computed again" in opened.lines
     assert absent or told  # damage that the count at the start does not show is told
     assert Opened(tmp_path).cache.complete
 
@@ -194,7 +194,9 @@ def test_another_key_is_another_folder_and_a_foreign_one_is_refused(tmp_path):
     assert cache_folder(tmp_path, dict(reversed(KEY.items())), SHAPE) == folder
     assert cache_folder(tmp_path, {**KEY, "weights": "abd"}, SHAPE) != folder
     (folder / "key.json").write_text(json.dumps({**KEY, "weights": "x"}))
-    with pytest.raises(ConfigError, match=f"{folder} holds latents that weights in its key.json set apart"):
+    with pytest.raises(
+        ConfigError, match=f"{folder} holds other latents than this run's: its key.json differs in weights; delete"
+    ):
         cache_folder(tmp_path, KEY, SHAPE)
     for content in ("{", None):
         (folder / "key.json").write_text(content) if content else (folder / "key.json").unlink()

@@ -145,13 +145,19 @@ class BasicTrainer:
         """Give models without loaded weights a start that depends on the data."""
 
     def validate(self) -> dict[str, float] | None:
-        """Scores on the validation split, the same on every rank; the best checkpoint is the one with the
-        highest `best_by`. None where there is no such split."""
+        """Return scores on the validation split, the same on every rank; None without such a split.
+
+        The step with the highest score `best_by` is the best one.
+        """
         return None
 
     def run_snapshot(self) -> dict[str, Any]:
-        """Pictures by name, [H, W, 3] uint8."""
+        """Return pictures by name, [H, W, 3] uint8."""
         return {}
+
+    def facts(self) -> list[str]:
+        """Return lines on what is trained, for --tryrun."""
+        return []
 
     @classmethod
     def check_config(cls, config: dict, world_size: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Ranks and the few collectives that training needs. Everything works without a process group too."""
+"""Ranks and the few collectives that training needs. All of it works without a process group too."""
 
 import datetime
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,17 +23,18 @@ def is_main() -> bool:
 
 
 def init_process_group(device: torch.device) -> None:
-    """Join the group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: NCCL for GPUs, else gloo."""
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: NCCL for GPUs, else gloo."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        # A rank may wait while rank 0 runs k-means or a Hub download is under way.
+        # Ranks may wait while rank 0 runs k-means or downloads from the Hub.
         timeout=datetime.timedelta(minutes=60),
     )
 
 
 def under_torchrun() -> bool:
+    """Return whether torchrun has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -42,7 +44,7 @@ def barrier() -> None:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every rank."""
+    """Return rank 0's value on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -50,7 +52,7 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def broadcast_(tensors) -> None:
+def broadcast_(tensors: Iterable[Tensor]) -> None:
     """Overwrite each tensor with rank 0's."""
     if dist.is_initialized():
         for tensor in tensors:
@@ -61,7 +63,7 @@ def broadcast_(tensors) -> None:
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks, as a new tensor."""
+    """Return the sum over ranks, as a new tensor if there are several."""
     if not dist.is_initialized():
         return tensor
     tensor = tensor.detach().clone()
@@ -70,12 +72,12 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 def all_mean(tensor: Tensor) -> Tensor:
-    """Mean over ranks, as a new tensor."""
+    """Return the mean over ranks, as a new tensor."""
     return all_sum(tensor) / world_size()
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank."""
+    """Return whether the flag is set on any rank."""
     if not dist.is_initialized():
         return flag
     return bool(all_sum(torch.tensor(float(flag), device=device)).item())

@@ -1,4 +1,4 @@
-"""What a run was made with, and what it asks of the operating system."""
+"""Versions that a run was made with, and settings of the C library and of cuDNN."""
 
 import contextlib
 import ctypes
@@ -16,8 +16,10 @@ from .. import __version__
 
 @cache
 def versions() -> dict[str, str | None]:
-    """Versions of this package, Python, torch, numpy and CUDA, and the git commit of the source ("+" where
-    files differ from it; None outside a checkout)."""
+    """Return the versions of this package, Python, torch, numpy and CUDA, and the git commit of the source.
+
+    The commit ends in "+" if files differ from it; it is None outside a checkout.
+    """
     return {
         "trellis": __version__,
         "python": platform.python_version(),
@@ -44,16 +46,15 @@ def _git_commit() -> str | None:
     return commit.stdout.strip() + ("+" if changed else "")
 
 
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep memory that is freed, for the process's next allocation.
+    """Make glibc keep freed memory for the process's next allocation. Do nothing with another C library.
 
-    glibc maps every large block anew and unmaps it when it is freed, so each step of training on a CPU would fault
-    in all its activations page by page. The process then holds its peak until it ends. Does nothing where the C
-    library is another.
+    By default glibc maps each large block and unmaps it when it is freed, so that every training step on a CPU faults
+    in its activations page by page. With this the process holds its peak of memory until it ends.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -63,8 +64,10 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def tuned_convolutions(tuned: bool) -> Iterator[None]:
-    """Inside, cuDNN times a few of its algorithms for each new shape and takes the quickest; with `tuned` false, and
-    outside, it takes the one that it expects to be quick."""
+    """Let cuDNN time a few algorithms for each new shape and take the fastest.
+
+    With `tuned` false, and outside the block, cuDNN takes the algorithm that it expects to be fast.
+    """
     before = torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = tuned, 3
     try:

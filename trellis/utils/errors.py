@@ -1,8 +1,8 @@
-"""Errors that are the user's to mend: reported as one message, without a traceback."""
+"""Errors that the user can mend: reported as one message, without a traceback."""
 
 
 class UserError(Exception):
-    """Names the file or key, the value found there, and the remedy."""
+    """A message that names the file or key, the value found there, and the remedy."""
 
 
 class ConfigError(UserError):

@@ -8,11 +8,11 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a new path beside `path`; when the block ends without an error, sync that file and rename it.
+    """Write a file atomically: yield a temporary path beside `path`; sync and rename it when the block ends.
 
-    A reader therefore sees the old file or the whole new one, also after a crash. The name is hidden and
-    carries the process id, so that several processes may write the same file; the last one wins.
-    After an error the file is removed and `path` is untouched.
+    A reader sees the old file or the whole new one, also after a crash. The temporary name is hidden and carries the
+    process id, so that several processes may write the same file; the last one wins. After an error in the block the
+    temporary file is removed and `path` is untouched.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

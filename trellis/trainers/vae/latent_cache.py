@@ -1,15 +1,21 @@
 """Latents of a frozen encoder on disk, so that each object passes through it once.
 
-A cache folder holds `latents.bin`, float32 [N, C, X, Y, Z], one row for each object of the training split in its
-order (128 KiB at 16^3 x 8; holes, until a row is there, take no space); `checks.bin`, uint32 [N], the CRC-32 of
-each row or 0 where it is absent; and `key.json`, in the open, everything that the rows follow from. The folder's
-name is a hash of that, so other weights, data, resolution or precision find another folder, and a data set that
-grew starts a new one: one epoch of encoding. Nothing refers to a folder but the runs that use it; old ones may be
+A cache folder holds
+
+    latents.bin   float32 [N, C, X, Y, Z], a row per object of the training split in its order (128 KiB at 16^3 x 8;
+                  the file is sparse, so that absent rows take no space)
+    checks.bin    uint32 [N], the CRC-32 of each row, or 0 if it is absent
+    key.json      lists everything the cached rows depend on
+
+The folder's name is a hash of the key: other weights, data, resolution or precision use another folder, and so does a
+data set that grew, at the price of one epoch of encoding. Only the runs that use a folder need it; old ones may be
 deleted.
 
-Several ranks, and several runs, may share a folder. A row's checksum is written after the row and checked
-when a process first reads it, so that a row that was cut off or damaged counts as absent and is computed anew.
-Two writers of one row write the same values, up to what rounding owes to the size of their batches.
+Several ranks, and several runs, may share a folder. A row's checksum is written after the row and checked when a
+process first reads it, so that a torn or damaged row counts as absent and is computed again. Two writers of a row
+write equal values, up to rounding that depends on the size of their batches.
+
+Axes: N objects, B objects of a batch, n absent ones, C latent channels, X Y Z latent cells.
 """
 
 import contextlib
@@ -31,18 +37,20 @@ from torch import Tensor, nn
 from ...utils.config import differing_keys
 from ...utils.errors import ConfigError
 
-# To be raised with every change that gives the same key other latents or another layout.
+# Raise this with every change that gives the same key other latents or another layout.
 FORMAT = 1
-# Of the GPU's memory that is free, at most this share: the models and their activations need the rest.
+# Largest share of a GPU's free memory to use: the models and their activations need the rest.
 DEVICE_SHARE = 1 / 4
 ROWS_PER_COPY = 256
 
 
 def latent_key(spec: dict, encoder: nn.Module, content: dict, precision: str, device: torch.device) -> dict:
-    """What latents follow from, as JSON values.
+    """Return everything that latents depend on, as JSON values.
 
-    spec: the encoder's name and arguments. content: the dataset's `content_key`. precision: that the encoder
-    runs in. device: its type counts, since a CPU and a GPU round differently.
+    spec: the encoder's name and arguments.
+    content: the dataset's `content_key`.
+    precision: the encoder's.
+    device: its type counts, since a CPU and a GPU round differently.
     """
     digest = hashlib.sha256()
     for name, value in sorted(encoder.state_dict().items()):
@@ -59,15 +67,15 @@ def latent_key(spec: dict, encoder: nn.Module, content: dict, precision: str, de
 
 
 def folder_of(root: Path, key: dict) -> Path:
-    """Where below `root` the cache of this key lies."""
+    """Return the folder below `root` for the cache of this key."""
     return root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cache_folder(root: Path, key: dict, shape: tuple[int, ...]) -> Path:
-    """The folder of this key below `root`, made where it is not there; one rank does this before all open it.
+    """Return the folder of this key below `root`, and make it if it is absent. One rank calls this before all open it.
 
-    shape: [N, C, X, Y, Z]. Raises ConfigError where it cannot be made, where the disk has too little room, or
-    where a folder of this name is no cache of this key.
+    shape: [N, C, X, Y, Z].
+    Raise ConfigError if the folder cannot be made, the disk has too little room, or the folder holds another key.
     """
     folder = folder_of(root, key)
     sizes = {"latents.bin": 4 * math.prod(shape), "checks.bin": 4 * shape[0]}
@@ -78,7 +86,7 @@ def cache_folder(root: Path, key: dict, shape: tuple[int, ...]) -> Path:
             _make(folder, key, sizes)
         _require_key(folder, key)
         for file, size in sizes.items():
-            # What a file lost at its end comes back as zeros, which no checksum fits.
+            # A truncated file is filled up with zeros, which fit no checksum.
             if not (folder / file).exists() or (folder / file).stat().st_size < size:
                 with open(folder / file, "ab") as stream:
                     stream.truncate(size)
@@ -86,7 +94,7 @@ def cache_folder(root: Path, key: dict, shape: tuple[int, ...]) -> Path:
 
 
 def _make(folder: Path, key: dict, sizes: dict[str, int]) -> None:
-    """Make a folder of empty files, whole or not at all; another run that makes the same one may come first."""
+    """Make a folder of empty files by an atomic rename. Another run may make the same folder first."""
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     aside.mkdir()
     for file, size in sizes.items():
@@ -102,8 +110,10 @@ def _make(folder: Path, key: dict, sizes: dict[str, int]) -> None:
 
 
 def require_place(root: Path, folder: Path, shape: tuple[int, ...]) -> None:
-    """Raise ConfigError where `root` is no folder that can be written to, or its disk has too little room for
-    `folder`, unless that is there already. Writes nothing. shape: [N, C, X, Y, Z]."""
+    """Raise ConfigError if `root` cannot be written to, or its disk has too little room for a new `folder`.
+
+    Write nothing. shape: [N, C, X, Y, Z].
+    """
     there = next(path for path in (root, *root.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "is not a folder" if not there.is_dir() else "cannot be written to"
@@ -126,14 +136,15 @@ def _require_key(folder: Path, key: dict) -> None:
         raise ConfigError(f"{folder}/key.json is missing or damaged ({error}); delete {folder}") from error
     if found != key:
         raise ConfigError(
-            f"{folder} holds latents that {', '.join(differing_keys(found, key))} in its key.json set apart from "
-            f"this run's; delete {folder} or name another folder as trainer.args.latent_cache"
+            f"{folder} holds other latents than this run's: its key.json differs in "
+            f"{', '.join(differing_keys(found, key))}; delete {folder} or name another folder as "
+            "trainer.args.latent_cache"
         )
 
 
 @contextlib.contextmanager
 def _reported(folder: Path) -> Iterator[None]:
-    """Turn a failure of the file system into one message."""
+    """Turn an error of the file system into a ConfigError."""
     try:
         yield
     except OSError as error:
@@ -144,17 +155,19 @@ def _reported(folder: Path) -> Iterator[None]:
 
 
 class LatentCache:
-    """The rows of a cache folder that is there already, for one process.
+    """The rows of an existing cache folder, for one process.
 
-    folder: see `cache_folder`. shape: [N, C, X, Y, Z]. device: where latents are wanted; once every row is
-    there, they move to a GPU that has room. say: prints a line.
-    complete: whether every row is there and has been checked by this process.
-    Raises ConfigError where the files cannot be opened or written.
+    folder: see `cache_folder`.
+    shape: [N, C, X, Y, Z].
+    device: device of the latents that are returned. Once every row is present, they move to a GPU that has room.
+    say: prints a line.
+    complete: whether every row is present and has been checked by this process.
+    Raise ConfigError if the files cannot be opened or written.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...], device: torch.device, say: Callable[[str], None]):
         self.folder, self.shape, self.device, self.say = folder, shape, device, say
-        # Written by pwrite and not through the map, where a full disk would end the process without a word.
+        # Written by pwrite and not through the memory map, where a full disk would kill the process without a message.
         with _reported(folder):
             self._files = {name: open(folder / name, "r+b", buffering=0) for name in ("latents.bin", "checks.bin")}
             self._latents = np.memmap(folder / "latents.bin", np.float32, "r", shape=shape)
@@ -167,10 +180,9 @@ class LatentCache:
         self._note_completion()
 
     def fetch(self, rows: np.ndarray, encode: Callable[[np.ndarray], Tensor]) -> Tensor:
-        """Latents [B, C, X, Y, Z] float32 of these rows, [B] int64, on the device. Those absent are computed
-        and kept.
+        """Return latents [B, C, X, Y, Z] float32 of these rows, [B] int64, on the device. Compute and keep absent ones.
 
-        encode: gets the places in `rows` of those absent, [n] int64; returns their latents [n, C, X, Y, Z].
+        encode: takes the indices of the absent rows within `rows`, [n] int64; returns their latents [n, C, X, Y, Z].
         """
         if self._on_device is not None:
             return self._on_device[torch.from_numpy(rows).pin_memory().to(self.device, non_blocking=True)]
@@ -188,11 +200,11 @@ class LatentCache:
         return latents
 
     def _present(self, rows: np.ndarray) -> np.ndarray:
-        """Which of the rows are there and whole, [B] bool. A row is checked once, then trusted."""
+        """Return which of the rows are present and whole, [B] bool. A row is checked once, then trusted."""
         for row in np.unique(rows[~self._trusted[rows]]):
             self._trusted[row] = self._checks[row] and self._checks[row] == _checksum(self._latents[row])
             if self._checks[row] and not self._trusted[row] and not self._damage_told:
-                self.say(f"latent cache: {self.folder} has damaged rows; they are computed anew")
+                self.say(f"latent cache: {self.folder} has damaged rows; they are computed again")
                 self._damage_told = True
         return self._trusted[rows]
 
@@ -202,7 +214,7 @@ class LatentCache:
         return latents.to(self.device, non_blocking=True)
 
     def _write(self, rows: np.ndarray, latents: np.ndarray) -> None:
-        """Rows first, then their checksums: what is cut off in between counts as absent."""
+        """Write rows, then their checksums: a row without its checksum counts as absent."""
         with _reported(self.folder):
             for row, latent in zip(rows.tolist(), latents, strict=True):
                 _write_at(self._files["latents.bin"].fileno(), row * latent.nbytes, latent)
@@ -211,7 +223,7 @@ class LatentCache:
         self._trusted[rows] = True
 
     def _note_completion(self) -> None:
-        """See whether this process and others have made all rows by now, and move them to the device."""
+        """Find out whether all rows are present by now; if so, move them to a device that has room."""
         if not self._checks.all() or not self._present(np.arange(self.shape[0])).all():
             return
         self.complete = True
@@ -228,7 +240,7 @@ class LatentCache:
 
 
 def _checksum(latent: np.ndarray) -> int:
-    """The CRC-32 of a row, but never 0, which stands for absent."""
+    """Return the CRC-32 of a row, but never 0, which stands for absent."""
     return zlib.crc32(latent.data) or 1
 
 

@@ -1,8 +1,8 @@
 """Latent vectors that a fresh codebook is made from.
 
-Nine tenths of a grid's cells are empty and much alike. Codes that k-means gives to them are missing where the surface
-is, so the sample is stratified: an equal share of each object, and mostly tokens with occupied voxels. Empty tokens
-stay in it, since a decoder needs those near the surface too.
+Nine tenths of the tokens are empty and much alike. Codes that k-means spends on them are missing at the surface, so
+the sample is stratified: an equal share of each object, and mostly tokens with occupied voxels. Some empty tokens stay,
+since the decoder needs codes for the ones near the surface.
 
 Axes: B objects, C latent channels, X Y Z latent cells, R voxels along an axis, T tokens of an object, D channels of a
 token, N vectors.
@@ -20,11 +20,11 @@ from ...utils.random_utils import permutation
 
 # A code should stand for this many vectors, so that k-means fits the data and not its sample.
 VECTORS_PER_CODE = 128
-# And these should come from many objects, since neighbouring cells of one are alike.
+# And the vectors should come from at least this many objects, since neighbouring cells of one object are alike.
 OBJECTS_AT_LEAST = 256
-# Of the sample; the others hold occupied voxels.
+# Share of empty tokens in the sample; the others hold occupied voxels.
 EMPTY_SHARE = 1 / 4
-# Numbers in the sample at most, 1 GiB, whatever the codebook's size.
+# Largest number of elements in the sample, 1 GiB, whatever the codebook's size.
 LARGEST_SAMPLE = 2**28
 
 
@@ -37,11 +37,12 @@ def latent_sample(
     batch_size: int,
     seed: int,
 ) -> Tensor:
-    """A stratified sample of latent vectors of the training data, [N, D] float32, fixed by the seed.
+    """Return a stratified sample of latent vectors of the training data, [N, D] float32, fixed by the seed.
 
-    latents_of: latents [B, C, X, Y, Z] and grids [B, 1, R, R, R] of objects [B] int64. objects: how many there are.
-    batch_size: objects at once. Small data give fewer vectors than VECTORS_PER_CODE for each code: all with occupied
-    voxels, and a share of the others.
+    latents_of: returns latents [B, C, X, Y, Z] and grids [B, 1, R, R, R] of objects [B] int64.
+    objects: number of objects.
+    batch_size: objects at once.
+    Small data give fewer than VECTORS_PER_CODE vectors per code: all with occupied voxels, and a share of the others.
     """
     wanted = min(VECTORS_PER_CODE * quantizer.n_embed, LARGEST_SAMPLE // quantizer.embed_dim)
     wanted_occupied = round((1 - EMPTY_SHARE) * wanted)

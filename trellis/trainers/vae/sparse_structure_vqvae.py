@@ -5,6 +5,7 @@ Stage 1 freezes encoder and decoder and trains the codebook; stage 2 trains ever
 Axes: B batch, C latent channels, X Y Z latent cells, R voxels along an axis.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -172,6 +173,13 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         counts = codebook_counts(quantized.indices, quantizer.n_embed, quantizer.codes_per_token)
         error = (z - quantized.codes).square().flatten(1).mean(1)
         return Reconstruction(models["decoder"](quantized.codes), quantized.indices, counts, error)
+
+    def facts(self) -> list[str]:
+        quantizer = self.quantizer
+        tokens = math.prod(quantizer.lattice(self.latents.shape[2:]))
+        each = f" ({quantizer.codes_per_token} a token)" if quantizer.codes_per_token > 1 else ""
+        bits = tokens * quantizer.codes_per_token * math.log2(quantizer.n_embed)
+        return [f"{tokens} tokens of {quantizer.n_embed} codes{each} per object: {bits:.0f} bits"]
 
     def initialize_models(self) -> None:
         """Fill a fresh codebook from latents of the training data, on the main process."""

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ..datasets import DATASETS
 from ..datasets.metadata import setting_of_data
-from ..utils.config import load_config
+from ..utils.config import fill_in, load_config
 from ..utils.errors import CheckpointError
 from .checkpoint import Checkpoints, model_file
 
@@ -82,7 +83,8 @@ class Run:
     @property
     def resolution(self) -> int:
         """Voxels along an axis of the data."""
-        return self.config["dataset"].get("args", {}).get("resolution", 64)
+        dataset = self.config["dataset"]
+        return fill_in(dataset.get("args", {}), DATASETS.get(dataset["name"], "dataset.name"))["resolution"]
 
     def data_setting(self, name: str) -> str | None:
         """Return "normalization" or "up_axis" of the data, or None if the data are gone or do not say."""

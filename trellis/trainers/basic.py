@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from ..datasets.base import StandardDatasetBase
 from ..datasets.batches import endless_batches
 from ..grids.preview import save_png
 from ..models import build
+from ..modules.model import Model
 from ..runs.checkpoint import Checkpoints
 from ..runs.folder import open_run_folder
 from ..utils import dist_utils
@@ -60,7 +61,7 @@ class BasicTrainer:
 
     def __init__(
         self,
-        models: dict[str, nn.Module],
+        models: dict[str, Model],
         dataset: StandardDatasetBase,  # the training split
         *,
         output_dir: str,  # the run folder
@@ -197,7 +198,7 @@ class BasicTrainer:
         return config
 
     @classmethod
-    def check_models(cls, models: dict[str, nn.Module], config: dict) -> None:
+    def check_models(cls, models: dict[str, Model], config: dict) -> None:
         """Raise ConfigError for models that do not fit each other, the data's settings or the trainer's arguments.
 
         models: on the meta device. config: completed.
@@ -576,7 +577,7 @@ def samples_per_rank(batch_size: int | None, batch_size_per_gpu: int | None, wor
 class Objective(nn.Module):
     """`training_losses` as a module, which DDP can wrap."""
 
-    def __init__(self, trained: dict[str, nn.Module], training_losses: Callable):
+    def __init__(self, trained: Mapping[str, nn.Module], training_losses: Callable):
         super().__init__()
         self.models = nn.ModuleDict(trained)
         self.training_losses = training_losses
@@ -585,7 +586,7 @@ class Objective(nn.Module):
         return self.training_losses(**batch)
 
 
-def build_objective(trained: dict[str, nn.Module], training_losses: Callable, device: torch.device) -> nn.Module:
+def build_objective(trained: Mapping[str, nn.Module], training_losses: Callable, device: torch.device) -> nn.Module:
     """Return the objective, wrapped in DDP if there are several ranks and gradients to reduce."""
     module = Objective(trained, training_losses)
     if not dist.is_initialized() or not any(True for _ in module.parameters()):

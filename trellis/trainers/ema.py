@@ -1,6 +1,7 @@
 """Exponential moving averages of the trained models, buffers and codebook included."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class EMA:
     rates: such as [0.9999].
     """
 
-    def __init__(self, models: dict[str, nn.Module], rates: list[float]):
+    def __init__(self, models: Mapping[str, nn.Module], rates: list[float]):
         self.models, self.rates = models, rates
         self.averages: dict[float, dict[str, dict[str, Tensor]]] = {
             rate: {name: self._copy(model) for name, model in models.items()} for rate in rates

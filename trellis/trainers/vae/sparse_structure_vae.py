@@ -3,6 +3,7 @@
 Axes: B batch, C latent channels, X Y Z latent cells, R voxels along an axis, K codes.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from ...evaluation.metrics import gaussian_kl_bits
 from ...grids.preview import contact_sheet
 from ...models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
 from ...modules.losses import RECONSTRUCTION_LOSSES, ReconstructionLoss, gaussian_kl
+from ...modules.model import Model
 from ...utils import dist_utils
 from ...utils.config import Range
 from ...utils.errors import ConfigError
@@ -45,7 +47,7 @@ class SparseStructureVaeTrainer(BasicTrainer):
         self.loss_type, self.lambda_kl = loss_type, lambda_kl
 
     @classmethod
-    def check_models(cls, models: dict[str, nn.Module], config: dict) -> None:
+    def check_models(cls, models: dict[str, Model], config: dict) -> None:
         encoder, decoder = models["encoder"], models["decoder"]
         if not isinstance(encoder, SparseStructureEncoder):
             raise ConfigError(f"models.encoder.name is {type(encoder).__name__!r}, which is no encoder")
@@ -90,7 +92,9 @@ class SparseStructureVaeTrainer(BasicTrainer):
         return terms, EasyDict()
 
     @classmethod
-    def reconstruct(cls, models: dict[str, nn.Module], ss: Tensor, sample_ids: Tensor | None = None) -> Reconstruction:
+    def reconstruct(
+        cls, models: Mapping[str, nn.Module], ss: Tensor, sample_ids: Tensor | None = None
+    ) -> Reconstruction:
         """Reconstruct grids ss [B, 1, R, R, R] from the mean of the posterior.
 
         sample_ids: [B] int64 on the CPU. With these, also reconstruct from a sample of the posterior, which depends on
@@ -104,7 +108,7 @@ class SparseStructureVaeTrainer(BasicTrainer):
         sampled = models["decoder"](mean + torch.exp(0.5 * logvar) * noise)
         return Reconstruction(logits, sampled=sampled, kl_bits=gaussian_kl_bits(mean, logvar))
 
-    def averaged_models(self) -> dict[str, nn.Module]:
+    def averaged_models(self) -> Mapping[str, nn.Module]:
         """Return the models that a later stage would load: averages at the highest rate, and frozen models."""
         if not self.ema_rates:
             return self.models

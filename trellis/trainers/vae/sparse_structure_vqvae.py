@@ -6,6 +6,7 @@ Axes: B batch, C latent channels, X Y Z latent cells, R voxels along an axis.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -17,6 +18,7 @@ from ...evaluation.evaluate import Reconstruction
 from ...evaluation.metrics import codebook_counts
 from ...models.sparse_structure_vae import SparseStructureEncoder
 from ...modules.losses import RECONSTRUCTION_LOSSES, ReconstructionLoss
+from ...modules.model import Model
 from ...modules.quantizers.base import Quantizer
 from ...modules.quantizers.kmeans import kmeans
 from ...utils import dist_utils
@@ -89,7 +91,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
             self.parts["codebook_watch"] = self.watch
 
     @classmethod
-    def check_models(cls, models: dict[str, nn.Module], config: dict) -> None:
+    def check_models(cls, models: dict[str, Model], config: dict) -> None:
         super().check_models(models, config)
         encoder, quantizer = cast(SparseStructureEncoder, models["encoder"]), models["quantizer"]
         if not isinstance(quantizer, Quantizer):
@@ -166,7 +168,9 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         return terms, EasyDict(codebook_usage=(counts > 0).float().mean(), codebook_perplexity=entropy.exp())
 
     @classmethod
-    def reconstruct(cls, models: dict[str, nn.Module], ss: Tensor, sample_ids: Tensor | None = None) -> Reconstruction:
+    def reconstruct(
+        cls, models: Mapping[str, nn.Module], ss: Tensor, sample_ids: Tensor | None = None
+    ) -> Reconstruction:
         """Reconstruct grids [B, 1, R, R, R]. sample_ids: unused, since there is no posterior."""
         z, quantizer = models["encoder"](ss.float()), cast(Quantizer, models["quantizer"])
         quantized = quantizer(z)

@@ -78,9 +78,8 @@ def save_mesh(mesh: "trimesh.Trimesh", path: str | os.PathLike, to_y_up: bool) -
         mesh = trimesh.Trimesh(
             mesh.vertices, mesh.faces, process=False, visual=trimesh.visual.TextureVisuals(material=matte)
         )
-        content: Any = mesh.export(
-            file_type=kind, include_normals=True
-        )  # without them viewers show every triangle flat
+        # Without normals viewers show every triangle flat.
+        content: Any = mesh.export(file_type=kind, include_normals=True)
     else:
         content = mesh.export(file_type=kind)
     with written_aside(path) as aside:

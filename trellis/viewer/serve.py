@@ -73,7 +73,7 @@ def build(args: argparse.Namespace):
 
 
 def open_data(args: argparse.Namespace, resolution: int):
-    """The data of --data_dir or, without it, of the run where they are still there; None without either."""
+    """Return the data of --data_dir, or else the run's if they still exist; None without either."""
     from ..datasets.sparse_structure import SparseStructure
     from ..runs.open import open_run
 

@@ -97,7 +97,13 @@ def worse(new: Result, old: Result, keys: list[Key], tolerance: float) -> list[s
 def main(argv: list[str] | None = None) -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("result", type=Path, help="JSON file of a new run")
-    flags.add_argument("--against", type=Path, nargs="+", metavar="FILE", help="default: benchmarks/results/*.json")
+    flags.add_argument(
+        "--against",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="results to compare with (default: benchmarks/results/*.json)",
+    )
     flags.add_argument(
         "--tolerance", type=float, default=TOLERANCE, help=f"share that a ratio may fall by (default: {TOLERANCE:g})"
     )
@@ -112,6 +118,8 @@ def main(argv: list[str] | None = None) -> int:
             if path.resolve() == args.result.resolve():
                 continue
             old = read(path)
+            if not args.against and old.same["benchmark"] != new.same["benchmark"]:
+                continue
             try:
                 keys = common_ratios(new, old)
             except NotComparable as reason:
@@ -125,7 +133,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not compared:
-        print("error: nothing to compare", *reasons, sep="\n  ", file=sys.stderr)
+        error = f"error: no result of {new.same['benchmark']} compares with {args.result}"
+        print(error, *reasons, sep="\n  ", file=sys.stderr)
         return 2
     print(f"{lost} of {compared} ratios fell by more than {args.tolerance:.0%}" if lost else "nothing got worse")
     return 1 if lost else 0

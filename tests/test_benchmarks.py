@@ -386,6 +386,19 @@ def test_committed_results_can_be_compared(path):
     }
 
 
+@pytest.mark.parametrize("path", sorted(check.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_transcribed_results_have_the_figures_of_the_markdown(path):
+    content = json.loads(path.read_text())
+    if content["commit"] is not None:
+        pytest.skip("was written by a benchmark")
+    source = content["notes"][0].removeprefix("Transcribed from ").split(",")[0]
+    lines = [line.strip("|").split("|") for line in (check.RESULTS / source).read_text().splitlines()]
+    printed = {cell.strip() for line in lines for cell in line}
+    figures = [value for table in content["tables"] for row in table["rows"] for value in row]
+    numbers = {float(cell) for cell in printed if cell.replace(".", "").isdigit()}
+    assert {value for value in figures if isinstance(value, int | float)} <= numbers
+
+
 # --- commands --------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .grids.meshes import mesh_to_grid
 from .grids.placing import check_settings
 from .grids.voxels import has_faces, points_to_occupancy, read_ply
-from .models import build, load_weights
+from .models import build, load_state, load_weights, read_weights
 from .models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
 from .modules.conv import deterministic_convolutions
 from .modules.quantizers.base import Quantizer
@@ -299,7 +299,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
             weights = sources.download(model_id, token=token, local_files_only=local_files_only, **options)
         tokenizer = cls(**settings)
-        load_weights(tokenizer, weights)
+        load_state(tokenizer, read_weights(weights), weights)
         return tokenizer.eval()
 
     @classmethod

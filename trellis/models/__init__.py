@@ -111,11 +111,16 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: Model, path: str | Path) -> None:
-    """Load a state dict strictly, once the model has `completed` it.
+    """Load a file of weights once the model has `completed` them. Raise CheckpointError if they do not fit."""
+    load_state(model, model.completed(read_weights(path)), path)
+
+
+def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Load a state dict strictly. path: the file it is from, for errors.
 
     Raise CheckpointError naming the first tensors that do not fit.
     """
-    state, own = model.completed(read_weights(path)), model.state_dict()
+    own = module.state_dict()
     shapes = [
         f"{key} is {list(state[key].shape)} there and {list(own[key].shape)} in the model"
         for key in own
@@ -126,10 +131,10 @@ def load_weights(model: Model, path: str | Path) -> None:
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(
-            f"{path} does not fit {type(model).__name__}: {'; '.join(problems[:3])}{more}. "
+            f"{path} does not fit {type(module).__name__}: {'; '.join(problems[:3])}{more}. "
             "Give the weights that belong to this configuration's models, or change its models.*.args"
         )
-    model.load_state_dict(state)
+    module.load_state_dict(state)
 
 
 def model_spec(model_config: dict) -> str:

@@ -13,7 +13,7 @@ from ..utils.files import written_aside
 from .checkpoint import Checkpoints
 
 
-def open_run_folder(checkpoints: Checkpoints, config: dict, step: int, facts: dict) -> None:
+def prepare_run_folder(checkpoints: Checkpoints, config: dict, step: int, facts: dict) -> None:
     """Prepare a run folder for training after `step`: write config.json, and append to command.txt.
 
     An earlier config.json that differs is kept beside it. Later checkpoints move to a sub-folder, with a copy of the

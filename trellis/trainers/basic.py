@@ -24,7 +24,7 @@ from ..grids.preview import save_png
 from ..models import build
 from ..modules.model import Model
 from ..runs.checkpoint import Checkpoints
-from ..runs.folder import open_run_folder
+from ..runs.folder import prepare_run_folder
 from ..utils import dist_utils
 from ..utils.config import Count, Range
 from ..utils.environment import tuned_convolutions, versions
@@ -362,7 +362,7 @@ class BasicTrainer:
         """Make the run folder ready to continue after the plan's checkpoint."""
         if dist_utils.is_main():
             step = self.plan.resume[1] if self.plan.resume else 0
-            open_run_folder(self.checkpoints, self.config, step, {"seed": self.seed, "device": str(self.device)})
+            prepare_run_folder(self.checkpoints, self.config, step, {"seed": self.seed, "device": str(self.device)})
         dist_utils.barrier()
 
     def broadcast_models(self) -> None:

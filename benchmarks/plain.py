@@ -8,11 +8,15 @@ Axes: B batch, C channels, X Y Z voxels, N vectors, K codes, D channels of a cod
 """
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from trellis.models import MODELS
+from trellis.utils.config import complete_component
 
 KINDS = ("kl", "stage1", "stage1_cached", "stage2")
 
@@ -162,8 +166,13 @@ def build(spec: dict) -> nn.Module:
 def tokens_per_sample(models: dict[str, dict], resolution: int) -> int:
     """Return how many vectors per sample are quantized. models: those of a configuration."""
     cells = (resolution // 2 ** (len(models["encoder"]["args"]["channels"]) - 1)) ** 3
-    args = models["quantizer"].get("args", {})
-    return cells * args.get("latent_channels", 8) // args.get("embed_dim", 8)
+    args = quantizer_args(models)
+    return cells * args["latent_channels"] // args["embed_dim"]
+
+
+def quantizer_args(models: dict[str, dict]) -> dict[str, Any]:
+    """Return the arguments of a configuration's quantizer with defaults filled in."""
+    return complete_component(models["quantizer"], MODELS, "models.quantizer")["args"]
 
 
 def convolution_flops(models: dict[str, dict], kind: str, resolution: int) -> int:

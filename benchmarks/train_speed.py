@@ -165,9 +165,9 @@ class Bench:
         if row.kind is not None:
             flops = plain.convolution_flops(models, row.kind, self.args.resolution)
             return 1 / ceilings.seconds(flops, 0, common.compute_dtype(self.device))
-        book = models["quantizer"].get("args", {})
+        book = plain.quantizer_args(models)
         tokens = plain.tokens_per_sample(models, self.args.resolution)
-        flops = plain.nearest_flops(tokens, book.get("n_embed", 8192), book.get("embed_dim", 8))
+        flops = plain.nearest_flops(tokens, book["n_embed"], book["embed_dim"])
         return 1 / ceilings.seconds(flops, 0, torch.float32)
 
     def saving(self, row: Row, batch: int) -> tuple[int, runs.Speed]:

@@ -50,9 +50,13 @@ class SparseStructureVaeTrainer(BasicTrainer):
     def check_models(cls, models: dict[str, Model], config: dict) -> None:
         encoder, decoder = models["encoder"], models["decoder"]
         if not isinstance(encoder, SparseStructureEncoder):
-            raise ConfigError(f"models.encoder.name is {type(encoder).__name__!r}, which is no encoder")
+            raise ConfigError(
+                f"models.encoder.name is {type(encoder).__name__!r}, which is no encoder; use SparseStructureEncoder"
+            )
         if not isinstance(decoder, SparseStructureDecoder):
-            raise ConfigError(f"models.decoder.name is {type(decoder).__name__!r}, which is no decoder")
+            raise ConfigError(
+                f"models.decoder.name is {type(decoder).__name__!r}, which is no decoder; use SparseStructureDecoder"
+            )
         if encoder.in_channels != 1 or decoder.out_channels != 1:
             raise ConfigError(
                 f"models.encoder.args.in_channels is {encoder.in_channels} and models.decoder.args.out_channels is "

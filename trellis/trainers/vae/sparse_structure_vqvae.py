@@ -54,7 +54,8 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         super().__init__(*args, loss_type=loss_type, **kwargs)  # type: ignore[arg-type]  # "none" is of this class alone
         self.quantizer = cast(Quantizer, self.models["quantizer"])
         self.weights = {loss_type: 1.0, "vq": lambda_vq, "commit": lambda_commit, "entropy": lambda_entropy}
-        # Losses that no trained model can lower are left out: "vq" if the codebook is frozen, all if the encoder is.
+        # Losses that no trained model can lower are left out: "vq" if the codebook is frozen, and the others too if
+        # the encoder is frozen as well.
         self.quantizer_losses: tuple[str, ...] = ()
         if "quantizer" in self.trained:
             self.quantizer_losses = self.quantizer.losses
@@ -95,7 +96,10 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         super().check_models(models, config)
         encoder, quantizer = cast(SparseStructureEncoder, models["encoder"]), models["quantizer"]
         if not isinstance(quantizer, Quantizer):
-            raise ConfigError(f"models.quantizer.name is {type(quantizer).__name__!r}, which is no quantizer")
+            raise ConfigError(
+                f"models.quantizer.name is {type(quantizer).__name__!r}, which is no quantizer; use "
+                "VectorQuantizer or another one"
+            )
         if quantizer.latent_channels != encoder.latent_channels:
             raise ConfigError(
                 f"models.quantizer.args.latent_channels is {quantizer.latent_channels}, but the encoder's latent has "

@@ -1,13 +1,14 @@
-# Sourced by demo.sh and test.sh: makes the environment once and leaves its Python in $PYTHON.
-# TRELLIS_VENV chooses another place than .venv for it.
+# Sourced by the shell scripts beside it: makes the environment once and leaves its Python in $PYTHON.
+# TRELLIS_VENV chooses another place than .venv for it, TRELLIS_CONSTRAINTS another file of pins than constraints.txt.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${TRELLIS_VENV:-$ROOT/.venv}"
 PYTHON="$VENV/bin/python"
+PINS="$ROOT/${TRELLIS_CONSTRAINTS:-constraints.txt}"
 
 set_up() {
     local wanted stamp="$VENV/installed"
-    wanted="$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | sha256sum | cut -d' ' -f1)"
+    wanted="$(cat "$ROOT/pyproject.toml" "$PINS" | sha256sum | cut -d' ' -f1)"
     if [ ! -x "$PYTHON" ]; then
         local base
         base="$(command -v python3 || command -v python)" || { echo "error: no python3 found; install Python 3.10 or newer" >&2; return 1; }
@@ -18,8 +19,8 @@ set_up() {
             { echo "error: $base cannot make environments; on Debian: apt-get install python3-venv" >&2; return 1; }
     fi
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        echo "Installing what constraints.txt pins (some minutes the first time)"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$ROOT/constraints.txt" -e "$ROOT[meshes,tokens,viewer,test]" || return 1
+        echo "Installing what $(basename "$PINS") pins (some minutes the first time)"
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$PINS" -e "$ROOT[meshes,tokens,viewer,test]" || return 1
         echo "$wanted" > "$stamp"
     fi
     check_open3d

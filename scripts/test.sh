@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Sets up what is missing and runs the whole test suite. Arguments go to pytest.
+# Sets up what is missing and runs linter, formatter, type checker and the whole test suite. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
 exec "$PYTHON" -m pytest -q --durations=10 "$@"

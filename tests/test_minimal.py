@@ -46,7 +46,7 @@ def python(code: str, *args: str) -> str:
 
 
 def outside(statement: str) -> set[str]:
-    """Packages from outside the standard library that a statement loads beyond those of torch and numpy."""
+    """Packages from outside the standard library that a statement loads beyond numpy, torch and what torch loads."""
     return set(
         json.loads(
             python(f"""
@@ -55,7 +55,7 @@ import numpy, torch
 before = set(sys.modules)
 {statement}
 names = {{name.partition(".")[0] for name in set(sys.modules) - before}}
-print(json.dumps(sorted(names - set(sys.stdlib_module_names) - {{"numpy", "torch"}})))
+print(json.dumps(sorted(names - set(sys.stdlib_module_names) - {{"numpy", "torch", "sympy", "mpmath"}})))
 """)
         )
     )

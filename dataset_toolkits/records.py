@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,20 +36,20 @@ def find_meshes(inputs: Iterable[str | os.PathLike], exclude: Path) -> dict[str,
     Return {recorded name: path}, sorted by name. Raise DataError if an input is missing, a file has another suffix, or
     there is no mesh at all.
     """
-    inputs = [Path(item) for item in inputs]
-    found = {}
-    for item in inputs:
-        if item.is_dir():
-            found.update({os.path.abspath(path): path for path in _walk(item, exclude.resolve())})
-        elif not item.exists():
-            raise DataError(f"{item}: no such file or folder. Give a mesh or a folder of meshes.")
-        elif item.suffix.lower() not in MESH_SUFFIXES:
-            raise DataError(f"{item}: is not one of {' '.join(MESH_SUFFIXES)}. Convert it to one of them.")
+    paths = [Path(item) for item in inputs]
+    found: dict[str, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            found.update({os.path.abspath(mesh): mesh for mesh in _walk(path, exclude.resolve())})
+        elif not path.exists():
+            raise DataError(f"{path}: no such file or folder. Give a mesh or a folder of meshes.")
+        elif path.suffix.lower() not in MESH_SUFFIXES:
+            raise DataError(f"{path}: is not one of {' '.join(MESH_SUFFIXES)}. Convert it to one of them.")
         else:
-            found[os.path.abspath(item)] = item
+            found[os.path.abspath(path)] = path
     if not found:
         raise DataError(
-            f"{', '.join(map(str, inputs))}: no {' '.join(MESH_SUFFIXES)} there or below. Give a folder of meshes."
+            f"{', '.join(map(str, paths))}: no {' '.join(MESH_SUFFIXES)} there or below. Give a folder of meshes."
         )
     return dict(sorted((printable(path), path) for path in found.values()))
 
@@ -99,19 +99,20 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
         reader = csv.DictReader(file)
         rows = []
         try:
+            fields = list(reader.fieldnames or ())
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(
                         f"{path}: line {reader.line_num} does not have the header's "
-                        f"{len(reader.fieldnames)} columns. Mend or delete that line."
+                        f"{len(fields)} columns. Mend or delete that line."
                     )
                 rows.append(row)
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}: line {reader.line_num + 1}: {error}. Mend or delete it.") from error
-        return list(reader.fieldnames or ()), rows
+        return fields, rows
 
 
-def write_table(path: Path, fields: Iterable[str], rows: Iterable[Row]) -> None:
+def write_table(path: Path, fields: Collection[str], rows: Iterable[Row]) -> None:
     """Write a CSV file atomically. A row may lack fields."""
     with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
@@ -240,7 +241,7 @@ def update_metadata(
         recorded = {sha256: row["split"] for sha256, row in records.items() if row["split"]}
         splits = {**recorded, **(splits or {})}
         for sha256, record in records.items():
-            split = rows.get(sha256, {}).get("split")
+            split = rows.get(sha256, {}).get("split", "")
             rows.setdefault(sha256, {}).update(record, split=split, voxelized=str(sha256 in present))
         for sha256, row in rows.items():
             row["voxelized"] = row.get("voxelized") or "False"
@@ -304,7 +305,7 @@ def _settings(rows: dict[str, Row]) -> set[tuple[str, str, str]]:
     return found - {("", "", DEFAULT_NORMALIZATION)}
 
 
-def _mixed(root: Path, settings: set[tuple[str, str, str]]) -> DataError:
+def _mixed(root: Path, settings: Iterable[tuple[str, ...]]) -> DataError:
     found = " and ".join(
         " ".join(f"--{name} {value}" for name, value in zip(SETTINGS, values, strict=True))
         for values in sorted(settings)

@@ -5,7 +5,7 @@ Axes: B objects of a batch, R voxels along an axis.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trellis.datasets.batches import load_batches
-from trellis.datasets.metadata import setting_of_data
+from trellis.datasets.metadata import Split, setting_of_data
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import pack_bits, voxels_to_grid
 from trellis.tokens.sharegpt import read_captions
@@ -29,7 +29,7 @@ class Shard(NamedTuple):
     """A run of objects with their grids."""
 
     number: int
-    objects: list[tuple[str, str, str | None]]  # sha256, name, source of the objects that have a grid
+    objects: Sequence[tuple[str, str, str | None]]  # sha256, name, source of the objects that have a grid
     batches: Iterable[Tensor]  # [B, ceil(R³ / 8)] uint8 on the CPU, in the order of `objects`
     left_out: list[dict[str, str]]  # {"file", "sha256", "reason"} of the objects without a grid
 
@@ -44,7 +44,7 @@ class DataSource:
     normalization.
     """
 
-    def __init__(self, roots: str, split: str, resolution: int, normalization: str):
+    def __init__(self, roots: str, split: Split, resolution: int, normalization: str):
         self.given = roots, split, resolution, normalization
         self.dataset = SparseStructure(roots, resolution=resolution, split=split)
         self.objects = [(entry.sha256, entry.name, entry.source) for entry in self.dataset.entries]
@@ -68,7 +68,7 @@ class DataSource:
 
     def captions(self) -> dict[str, list[str]]:
         """Return captions by sha256, if metadata.csv has any."""
-        captions = {}
+        captions: dict[str, list[str]] = {}
         for root in self.dataset.roots:
             if (path := Path(root, "metadata.csv")).is_file():
                 captions |= read_captions(path, required=False)
@@ -196,10 +196,12 @@ class MeshSource:
         paths = {job.sha256: job.path for job in self.jobs}
         results: dict[Path, np.ndarray | DataError] = {}
         self._voxelize([paths[each] for each in sha256], results.__setitem__, self.max_workers)
+        grids: dict[Path, np.ndarray] = {}
         for path, result in results.items():
             if isinstance(result, DataError):
                 raise DataError(f"{path}: {result}")
-        return torch.from_numpy(np.stack([results[paths[each]] for each in sha256]))
+            grids[path] = result
+        return torch.from_numpy(np.stack([grids[paths[each]] for each in sha256]))
 
     def _voxelize(
         self, paths: list[Path], finish: Callable[[Path, np.ndarray | DataError], None], workers: int

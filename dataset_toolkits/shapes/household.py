@@ -149,7 +149,7 @@ def lamp(rng: Generator) -> Parts:
     parts.append(sweep(path, rng.uniform(0.03, 0.05)))
     end = path[-1]
     if rng.random() < 0.65:
-        shade = [(bottom, end[2] - tall * 0.75), (top, end[2] + tall * 0.25)]
+        shade = np.array([(bottom, end[2] - tall * 0.75), (top, end[2] + tall * 0.25)])
     else:  # a dome
         angles = np.linspace(0, np.pi / 2, 12)
         shade = np.column_stack([bottom * np.cos(angles), end[2] - tall * 0.5 + tall * 0.7 * np.sin(angles)])

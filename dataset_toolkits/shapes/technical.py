@@ -189,9 +189,9 @@ def spring(rng: Generator) -> Parts:
     t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     loop = np.column_stack([long * np.cos(t), 0.3 * np.sin(t), np.zeros(40)])
     wire = rng.uniform(0.08, 0.12)
-    ring = sweep(loop, wire, closed=True)
+    link = sweep(loop, wire, closed=True)
     return [
-        tilted(ring.copy(), 90 * (k % 2), (1, 0, 0)).apply_translation((k * (2 * long - 3 * wire), 0, 0))
+        tilted(link.copy(), 90 * (k % 2), (1, 0, 0)).apply_translation((k * (2 * long - 3 * wire), 0, 0))
         for k in range(links)
     ]
 

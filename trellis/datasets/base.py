@@ -6,14 +6,14 @@ A bad item is an error. It is never replaced by another one: a damaged folder wo
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ..utils.errors import DataError
-from .metadata import SPLITS, Entry, check_sha256, entries_of
+from .metadata import SPLITS, Entry, Split, check_sha256, entries_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -38,7 +38,7 @@ class StandardDatasetBase(Dataset, ABC):
 
     runtime_args = ("roots", "split")  # given by the program, not by a configuration
 
-    def __init__(self, roots: str, *, split: Literal["train", "val", "all"] = "train"):
+    def __init__(self, roots: str, *, split: Split = "train"):
         self.roots = [root.strip() for root in roots.split(",")]
         if not all(self.roots):
             raise DataError(f"data_dir {roots!r} has an empty entry; give folders or .npz files, separated by commas")
@@ -113,7 +113,7 @@ class StandardDatasetBase(Dataset, ABC):
                 "or choose another split (evaluate.py --split all)."
             )
 
-    def for_split(self, split: Literal["train", "val", "all"]) -> "StandardDatasetBase":
+    def for_split(self, split: Split) -> "StandardDatasetBase":
         """Return the same data restricted to another split; nothing is read again.
 
         Raise DataError if that split is empty; `split_sizes` tells beforehand.

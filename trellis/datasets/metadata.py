@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..utils.errors import DataError
 from .packed import load_text
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 SPLITS = ("train", "val")
+Split = Literal["train", "val", "all"]
 VAL_FRACTION = 0.05
 NAME_COLUMNS = ("name", "file", "file_identifier")  # packed files, voxelize.py, TRELLIS
 TEXT_COLUMNS = ("sha256", "source", "split", *NAME_COLUMNS)

@@ -8,7 +8,7 @@ import os
 import re
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ..grids.voxels import (
 from ..utils.config import Count
 from ..utils.errors import DataError
 from .base import StandardDatasetBase
-from .metadata import read_flags, read_metadata, require_files
+from .metadata import Split, read_flags, read_metadata, require_files
 from .packed import check_resolution, load_packed
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class SparseStructure(StandardDatasetBase):
         resolution: Count = 64,
         min_aesthetic_score: float | None = None,
         augmentation: Augmentation = "none",
-        split: Literal["train", "val", "all"] = "train",
+        split: Split = "train",
     ):
         self.resolution = resolution
         self.min_aesthetic_score = min_aesthetic_score

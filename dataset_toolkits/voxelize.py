@@ -11,7 +11,6 @@ beside the renders, or in --output_dir.
 """
 
 import argparse
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from dataset_toolkits import records
 from trellis.grids import meshes, placing
 from trellis.grids.mesh_pool import run_in_pool
-from trellis.utils.command import run_command
+from trellis.utils.command import available_cores, run_command
 from trellis.utils.errors import ConfigError, DataError
 
 REASONS_SHOWN = 5
@@ -234,11 +233,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("train", "val"), help="split of the new grids; default: none")
     parser.add_argument("--rank", type=int, default=0, help="number of this process, from 0")
     parser.add_argument("--world_size", type=int, default=1, help="number of processes that share the work")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
     parser.add_argument(
         "--max_workers",
         type=int,
-        default=cores,
+        default=available_cores(),
         help="worker processes of one thread each; default: one per core",
     )
     parser.add_argument("--timeout", type=float, default=120, help="seconds for a file (default 120)")

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import argparse
 import contextlib
-import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +39,7 @@ from trellis.evaluation.metrics import voxel_metrics
 from trellis.grids.voxels import unpack_bits_on_device
 from trellis.tokenizer import Precision, SparseStructureTokenizer
 from trellis.tokens import parquet, sharegpt
-from trellis.utils.command import DEVICES, pick_device, run_command
+from trellis.utils.command import DEVICES, available_cores, pick_device, run_command
 from trellis.utils.errors import ConfigError, DataError, UserError
 
 REASONS_SHOWN = 5
@@ -102,11 +101,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--world_size", type=int, default=1, help="number of machines that share the work and the folder"
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
     parser.add_argument(
         "--max_workers",
         type=int,
-        default=cores,
+        default=available_cores(),
         help="with --meshes, voxelizing processes on this machine (default: one per core)",
     )
     parser.add_argument("--timeout", type=float, default=120, help="with --meshes, seconds per file (default: 120)")

@@ -15,7 +15,7 @@ torch.set_num_threads(2)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from helpers import run, solid_grids, tiny_config  # noqa: E402
+from helpers import RESOLUTION, make_tokenizer, run, solid_grids, tiny_config  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +49,20 @@ def write_config(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def without_pictures(monkeypatch) -> None:
+    """Runs draw none of their pictures, which take most of a tiny run's time."""
+    from trellis.trainers import SparseStructureVqVaeTrainer
+
+    monkeypatch.setattr(SparseStructureVqVaeTrainer, "run_snapshot", lambda self: {})
+
+
+@pytest.fixture(scope="module")
+def backend(data_dir):
+    """What the viewer's page computes with: a tiny tokenizer and all grids of `data_dir`."""
+    from trellis.datasets.sparse_structure import SparseStructure
+    from trellis.viewer.backend import Backend
+
+    return Backend(make_tokenizer(), SparseStructure(data_dir, resolution=RESOLUTION, split="all"), name="tiny")

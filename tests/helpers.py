@@ -136,6 +136,29 @@ def assert_logits(logits: torch.Tensor, expected: dict[str, torch.Tensor], atol:
         torch.testing.assert_close(logits, expected["logits"], atol=atol, rtol=0)
 
 
+def exact_nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """The lowest index among the closest codes, all in fp64. argmin gives the first of equal ones."""
+    result = []
+    for rows in vectors.double().split(2**25 // len(codebook)):
+        distance = rows.new_zeros(len(rows), len(codebook))
+        for z, e in zip(rows.T, codebook.double().T, strict=True):
+            distance += (z[:, None] - e).square()
+        result.append(distance.argmin(1))
+    return torch.cat(result)
+
+
+# --- tokenizers ---
+
+
+def save_tokenizer(folder: Path, seed: int, **settings) -> SparseStructureTokenizer:
+    """Write a tokenizer of 16³ grids with random weights, whose codes are far enough apart for different ids."""
+    torch.manual_seed(seed)
+    tokenizer = SparseStructureTokenizer(tiny_config(VQ)["models"], 16, **settings)
+    tokenizer.quantizer.embeddings.weight.data.normal_()
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 # --- viewer ---
 
 

@@ -8,17 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import VQ, run, tiny_config
 
-import train
 from trellis import __version__
 from trellis.models import build
 from trellis.runs.checkpoint import Checkpoints, misc_file, model_file
 from trellis.trainers import SparseStructureVaeTrainer, SparseStructureVqVaeTrainer
 from trellis.trainers.weights import plan_weights
 from trellis.utils.errors import CheckpointError, ConfigError
-
-VQ = "SparseStructureVqVaeTrainer"
 
 
 def weights(value: float) -> dict:
@@ -445,8 +442,8 @@ def test_a_new_run_over_incomplete_sets_keeps_its_own_and_uses_its_own_frozen_we
     (stale.folder / model_file("quantizer", 6)).unlink()
     (tmp_path / "run" / "log.txt").write_text('{"step": 0, "old": 1}\n{"step": 6, "old": 1}\n')
     trellis_run(tmp_path / "theirs", tiny_config(), ema=False)
-    flags = ["--config", write_config(stage1), "--data_dir", data_dir, "--load_dir", str(tmp_path / "theirs")]
-    assert train.main([*flags, "--output_dir", str(tmp_path / "run"), "--device", "cpu", "--auto_retry", "0"]) == 0
+    flags = ("--config", write_config(stage1), "--data_dir", data_dir, "--load_dir", tmp_path / "theirs")
+    assert run(*flags, "--output_dir", tmp_path / "run") == 0
     checkpoints = Checkpoints(tmp_path / "run")
     assert checkpoints.steps()[-1] == 1 and 6 not in checkpoints.steps()
     for name in ("encoder", "decoder"):

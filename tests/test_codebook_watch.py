@@ -18,6 +18,7 @@ from trellis.trainers.vae.codebook_watch import CodebookWatch
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
 from trellis.utils.random_utils import derive_seed, sample_noise
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 K, CELLS = 16, (2, 2, 4)
 
 
@@ -208,11 +209,6 @@ def test_a_codebook_in_use_is_left_alone():
 # --- runs ---
 
 
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    monkeypatch.setattr(SparseStructureVqVaeTrainer, "run_snapshot", lambda self: {})
-
-
 @pytest.fixture
 def collapsed(tmp_path) -> str:
     """A quantizer's weights: one code at the origin, all others far away."""
@@ -360,19 +356,8 @@ def test_moving_averages_train_without_any_parameter(vae_run, data_dir, write_co
     scheduler = {"name": "ExponentialLR", "args": {"gamma": 0.5}}
     config = stage1("EMAVectorQuantizer", loss_type="none", lr_scheduler=scheduler)
     config["models"]["quantizer"]["args"].update(init="uniform", decay=0.5)
-    assert (
-        run(
-            "--config",
-            write_config(config),
-            "--data_dir",
-            data_dir,
-            "--load_dir",
-            vae_run,
-            "--output_dir",
-            tmp_path / "run",
-        )
-        == 0
-    )
+    flags = ("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run)
+    assert run(*flags, "--output_dir", tmp_path / "run") == 0
     lines = [line for line in logged(tmp_path / "run") if "loss" in line]
     assert lines[-1]["commit"] < 0.5 * lines[0]["commit"] and lines[-1]["grad_norm"] == 0
     assert lines[-1]["loss"] == pytest.approx(0.25 * lines[-1]["commit"])
@@ -380,19 +365,8 @@ def test_moving_averages_train_without_any_parameter(vae_run, data_dir, write_co
 
 def test_several_codes_a_token_are_counted_by_place(vae_run, data_dir, write_config, tmp_path):
     config = stage1("ResidualVectorQuantizer", max_steps=4)
-    assert (
-        run(
-            "--config",
-            write_config(config),
-            "--data_dir",
-            data_dir,
-            "--load_dir",
-            vae_run,
-            "--output_dir",
-            tmp_path / "run",
-        )
-        == 0
-    )
+    flags = ("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run)
+    assert run(*flags, "--output_dir", tmp_path / "run") == 0
     line = [line for line in logged(tmp_path / "run") if "loss" in line][-1]
     assert 0 < line["codebook_usage"] <= line["codebook_window_usage"] <= 1 and "codes_revived" not in line
     assert 1 <= line["codebook_perplexity"] <= 32

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import pytest
 import torch
-from helpers import ROOT, tiny_config
+from helpers import ROOT, VQ, tiny_config
 
 import train
 from trellis.models import MODELS, build
@@ -26,8 +26,6 @@ from trellis.utils.config import (
     matches,
 )
 from trellis.utils.errors import ConfigError
-
-VQ = "SparseStructureVqVaeTrainer"
 
 # (annotation, its description, values that fit, values that do not)
 KINDS = [

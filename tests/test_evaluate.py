@@ -9,16 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import solid_grids, tiny_config
+from helpers import VQ, run, solid_grids, tiny_config
 from PIL import Image
 
-import train
 from scripts import evaluate as script
 from trellis.models import build
 from trellis.runs.checkpoint import Checkpoints, model_file
 from trellis.utils.random_utils import derive_seed
 
-VQ = "SparseStructureVqVaeTrainer"
 SOURCES = ["chairs", "tables", "chairs", "", "tables", "chairs", "lamps"]  # "": unknown
 
 
@@ -37,8 +35,7 @@ def sourced_data(tmp_path_factory) -> Path:
 def trained(folder: Path, data: Path, config: dict, *flags) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(config))
-    common = ["--config", str(path), "--data_dir", str(data), "--output_dir", str(folder / "run")]
-    assert train.main([*common, *map(str, flags), "--device", "cpu", "--auto_retry", "0"]) == 0
+    assert run("--config", path, "--data_dir", data, "--output_dir", folder / "run", *flags) == 0
     return folder / "run"
 
 

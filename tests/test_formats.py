@@ -13,16 +13,10 @@ from safetensors.torch import load_file
 from trellis import SparseStructureTokenizer
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.runs.checkpoint import Checkpoints, model_file
-from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 OLD = DATA / "v0.1.0"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """Drawing takes most of a tiny run's time."""
-    monkeypatch.setattr(SparseStructureVqVaeTrainer, "run_snapshot", lambda self: {})
 
 
 @pytest.fixture

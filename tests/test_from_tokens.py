@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import solid_grids, tiny_config
+from helpers import save_tokenizer, solid_grids
 
 pytest.importorskip("pyarrow")
 
@@ -17,14 +17,6 @@ from trellis.grids.voxels import points_to_occupancy, read_ply
 from trellis.tokens import parquet
 
 OBJECTS = 3
-
-
-def save_tokenizer(folder: Path, seed: int) -> SparseStructureTokenizer:
-    torch.manual_seed(seed)
-    tokenizer = SparseStructureTokenizer(tiny_config("SparseStructureVqVaeTrainer")["models"], 16)
-    tokenizer.quantizer.embeddings.weight.data.normal_()
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

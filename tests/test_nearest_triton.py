@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import exact_nearest
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -24,17 +25,6 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # Multiples of no block. Below, some tests have more vectors than one program scores.
 N, K = 77, 301
-
-
-def exact_nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The lowest index among the closest codes, all in fp64. argmin gives the first of equal ones."""
-    result = []
-    for rows in vectors.double().split(2**25 // len(codebook)):
-        distance = rows.new_zeros(len(rows), len(codebook))
-        for z, e in zip(rows.T, codebook.double().T, strict=True):
-            distance += (z[:, None] - e).square()
-        result.append(distance.argmin(1))
-    return torch.cat(result)
 
 
 def normal(D, n=N, k=K):

@@ -1,17 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import exact_nearest
 
 from trellis.modules.quantizers import nearest
 from trellis.modules.quantizers.kmeans import kmeans
 from trellis.modules.quantizers.nearest import nearest_code
 from trellis.modules.quantizers.vq import VectorQuantizer
-
-
-def exact_nearest(vectors, codebook):
-    """The lowest index among the closest codes, all in fp64."""
-    distance = (vectors.double()[:, None] - codebook.double()[None]).square().sum(-1)
-    return distance.argmin(1)
 
 
 @pytest.mark.parametrize("offset, spread", [(0, 1), (100, 1), (0, 1e-3), (3, 1e-6), (0, 1e6)])

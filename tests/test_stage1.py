@@ -21,11 +21,7 @@ from trellis.trainers.vae import latent_sample, sparse_structure_vqvae
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
 from trellis.utils.random_utils import permutation
 
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """Drawing takes most of a tiny run's time."""
-    monkeypatch.setattr(SparseStructureVqVaeTrainer, "run_snapshot", lambda self: {})
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 def stage1(init: str = "uniform", **args) -> dict:
@@ -194,19 +190,8 @@ def test_kmeans_gets_an_equal_share_of_objects_and_mostly_what_is_occupied(
     monkeypatch.setattr(latent_sample, "OBJECTS_AT_LEAST", at_least)
     config = stage1("kmeans", max_steps=1, batch_size=3, i_eval=100)
     config["models"]["quantizer"]["args"]["embed_dim"] = embed_dim
-    assert (
-        run(
-            "--config",
-            write_config(config),
-            "--data_dir",
-            data_dir,
-            "--load_dir",
-            vae_run,
-            "--output_dir",
-            tmp_path / "run",
-        )
-        == 0
-    )
+    flags = ("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run)
+    assert run(*flags, "--output_dir", tmp_path / "run") == 0
 
     encoder = SparseStructureEncoder(**config["models"]["encoder"]["args"]).eval()
     encoder.load_state_dict(torch.load(vae_run / "ckpts" / "encoder_ema0.9999_step0000004.pt", weights_only=True))
@@ -245,19 +230,8 @@ def test_other_weights_and_other_data_find_other_latents(vae_run, data_dir, writ
     for number, (weights, data) in enumerate([(vae_run, data_dir), (other, data_dir), (vae_run, mirrored)]):
         counts.clear()
         for attempt in ("first", "again"):
-            assert (
-                run(
-                    "--config",
-                    write_config(config),
-                    "--data_dir",
-                    data,
-                    "--load_dir",
-                    weights,
-                    "--output_dir",
-                    tmp_path / f"{attempt}{number}",
-                )
-                == 0
-            )
+            flags = ("--config", write_config(config), "--data_dir", data, "--load_dir", weights)
+            assert run(*flags, "--output_dir", tmp_path / f"{attempt}{number}") == 0
         assert counts["encoder"] == 24 and len(list(shared.iterdir())) == number + 1
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, solid_grids, tiny_config
+from helpers import ROOT, save_tokenizer, solid_grids
 
 pytest.importorskip("pyarrow")
 import pyarrow as pa
@@ -26,14 +26,6 @@ from trellis.utils.errors import ConfigError, DataError
 
 OBJECTS, SHARD_SIZE = 30, 8
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
-
-
-def save_tokenizer(folder: Path, seed: int, **settings) -> Path:
-    torch.manual_seed(seed)
-    tokenizer = SparseStructureTokenizer(tiny_config("SparseStructureVqVaeTrainer")["models"], 16, **settings)
-    tokenizer.quantizer.embeddings.weight.data.normal_()  # far enough apart for different ids
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +356,8 @@ def test_meshes_are_voxelised_as_the_tokenizer_has_it(base, tmp_path, capsys):
         mesh.export(folder / name)
     (folder / "copy.stl").write_bytes((folder / "cone.stl").read_bytes())
     (folder / "broken.stl").write_bytes(b"solid nothing\nendsolid nothing\n")
-    tokenizer = SparseStructureTokenizer.load(save_tokenizer(tmp_path / "y", 2, up_axis="y"))
+    save_tokenizer(tmp_path / "y", 2, up_axis="y")
+    tokenizer = SparseStructureTokenizer.load(tmp_path / "y")
     command = [
         "--tokenizer",
         str(tmp_path / "y"),

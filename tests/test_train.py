@@ -76,18 +76,23 @@ def test_killed_at_random_moments_ends_in_the_same_weights(stage1_run, data_dir,
     assert logged(tmp_path / "whole") == logged(checkpoints.run_dir)
 
 
+def stop_and_continue(flags: tuple, run_dir: Path, signum: signal.Signals, step: int, max_steps: int) -> None:
+    """Send a signal to a run once it prints `step`: it saves and says how to go on, and the same command does."""
+    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True)
+    assert any(f"step {step}/{max_steps}" in line for line in iter(process.stdout.readline, ""))
+    process.send_signal(signum)
+    assert "the same command continues" in process.communicate()[0]
+    assert process.returncode == 128 + signum
+    saved = Checkpoints(run_dir).latest()
+    assert step <= saved < max_steps
+    assert run(*flags, "--set", f"trainer.args.max_steps={saved + 2}") == 0
+    assert Checkpoints(run_dir).latest() == saved + 2
+
+
 def test_interrupt_saves_and_the_same_command_continues(data_dir, write_config, tmp_path):
     path = write_config(tiny_config(max_steps=400, i_save=1000, i_eval=1000))
     flags = ("--config", path, "--data_dir", data_dir, "--output_dir", tmp_path / "run")
-    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True)
-    assert any("step 2/400" in line for line in iter(process.stdout.readline, ""))
-    process.send_signal(signal.SIGINT)
-    assert "the same command continues" in process.communicate()[0]
-    assert process.returncode == 128 + signal.SIGINT
-    step = Checkpoints(tmp_path / "run").latest()
-    assert 2 <= step < 400
-    assert run(*flags, "--set", f"trainer.args.max_steps={step + 2}") == 0
-    assert Checkpoints(tmp_path / "run").latest() == step + 2
+    stop_and_continue(flags, tmp_path / "run", signal.SIGINT, step=2, max_steps=400)
 
 
 def test_a_finished_run_is_left_as_it_is(vae_run, data_dir, capsys):
@@ -152,19 +157,8 @@ def test_stage_1_trains_the_codebook_alone(vae_run, stage1_run):
 
 def test_stage_2_starts_from_stage_1s_averages(stage1_run, data_dir, write_config, tmp_path):
     config = tiny_config(VQ, **STAGE2, max_steps=1)
-    assert (
-        run(
-            "--config",
-            write_config(config),
-            "--data_dir",
-            data_dir,
-            "--output_dir",
-            tmp_path / "run",
-            "--load_dir",
-            stage1_run,
-        )
-        == 0
-    )
+    flags = ("--config", write_config(config), "--data_dir", data_dir, "--load_dir", stage1_run)
+    assert run(*flags, "--output_dir", tmp_path / "run") == 0
     source, start = checkpoint(stage1_run, 4), checkpoint(tmp_path / "run", 0)
     assert_equal(source["quantizer_ema0.9999_step0000004.pt"], start["quantizer_step0000000.pt"])
     assert_equal(source["encoder_step0000004.pt"], start["encoder_step0000000.pt"])
@@ -268,20 +262,8 @@ def test_kl_noise_does_not_depend_on_ranks(data_dir, write_config, tmp_path):
 
 def test_tryrun_shows_the_run_and_writes_nothing(vae_run, data_dir, write_config, tmp_path, capsys):
     config = tiny_config(VQ, freeze=["encoder", "decoder"], lr_scheduler=STAGE2["lr_scheduler"])
-    assert (
-        run(
-            "--config",
-            write_config(config),
-            "--data_dir",
-            data_dir,
-            "--output_dir",
-            tmp_path / "new",
-            "--load_dir",
-            vae_run,
-            "--tryrun",
-        )
-        == 0
-    )
+    flags = ("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run)
+    assert run(*flags, "--output_dir", tmp_path / "new", "--tryrun") == 0
     assert not (tmp_path / "new").exists()
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert "frozen" in lines["encoder"] and "encoder_ema0.9999_step0000004.pt" in lines["encoder"]
@@ -325,15 +307,7 @@ def test_ranks_stop_together_and_go_on(data_dir, write_config, tmp_path):
         "--master_port",
         free_port(),
     )
-    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True)
-    assert any("step 10/4000" in line for line in iter(process.stdout.readline, ""))
-    process.send_signal(signal.SIGTERM)
-    assert "the same command continues" in process.communicate()[0]
-    assert process.returncode == 128 + signal.SIGTERM
-    step = Checkpoints(tmp_path / "run").latest()
-    assert 10 <= step < 4000
-    assert run(*flags, "--set", f"trainer.args.max_steps={step + 2}") == 0
-    assert Checkpoints(tmp_path / "run").latest() == step + 2
+    stop_and_continue(flags, tmp_path / "run", signal.SIGTERM, step=10, max_steps=4000)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -16,12 +16,6 @@ from trellis.viewer.backend import Backend, pack_grid, pack_ids, unpack_grid, un
 from trellis.viewer.callbacks import similar_code
 from trellis.viewer.code_usage import UsageCounter
 
-
-@pytest.fixture(scope="module")
-def backend(data_dir) -> Backend:
-    return Backend(make_tokenizer(), SparseStructure(data_dir, resolution=RESOLUTION, split="all"), name="tiny")
-
-
 # --- faces ---
 
 

@@ -38,11 +38,6 @@ needs_surface = needs("skimage", "trimesh")
 
 
 @pytest.fixture(scope="module")
-def backend(data_dir) -> Backend:
-    return Backend(make_tokenizer(), SparseStructure(data_dir, resolution=RESOLUTION, split="all"), name="tiny")
-
-
-@pytest.fixture(scope="module")
 def opener():
     opener = uploads.Opener(workers=1)
     yield opener

@@ -1,8 +1,9 @@
-"""What every program's `main` does alike: choose a device, and turn errors into one line and an exit code.
+"""What programs do alike: choose a device, count cores, and turn errors into one line and an exit code.
 
 Imports torch only when a device is chosen, since worker processes import a program's module again.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -26,6 +27,13 @@ def pick_device(name: str) -> "torch.device":
     if name == "cuda" and not found:
         raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu, or install a CUDA build of torch")
     return torch.device("cuda" if name != "cpu" and found else "cpu")
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use, or all of the machine's if the system does not say."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_command(command: Callable[[Args], int | None], args: Args, interrupted: str = "interrupted") -> int:

@@ -69,14 +69,14 @@ def unpack(packed: Path, output_dir: Path) -> int:
     if resolution is None:
         raise DataError(f"{packed}: rows of {bits.shape[1]} bytes are no cube of voxels")
     dataset = SparseStructure(str(packed), resolution=resolution, split="all")
-    aside = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
-    (aside / "voxels").mkdir(parents=True)
+    partial = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
+    (partial / "voxels").mkdir(parents=True)
     try:
         rows = []
         settings = {name: value for name in SETTINGS if (value := setting_of_data([packed], name)) is not None}
         for index, entry in enumerate(tqdm(dataset.entries, desc="unpacking", unit="grid", disable=None)):
             points = occupancy_to_points(dataset[index]["ss"][0])
-            write_ply(aside / "voxels" / f"{entry.sha256}.ply", points)
+            write_ply(partial / "voxels" / f"{entry.sha256}.ply", points)
             rows.append(
                 {
                     "sha256": entry.sha256,
@@ -88,10 +88,10 @@ def unpack(packed: Path, output_dir: Path) -> int:
                     **settings,
                 }
             )
-        records.write_table(aside / "metadata.csv", rows[0].keys(), rows)
-        aside.rename(output_dir)
+        records.write_table(partial / "metadata.csv", rows[0].keys(), rows)
+        partial.rename(output_dir)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return len(dataset)
 
 

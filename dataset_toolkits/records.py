@@ -17,7 +17,7 @@ from pathlib import Path
 from trellis.datasets.metadata import is_sha256
 from trellis.grids.meshes import MESH_SUFFIXES
 from trellis.utils.errors import ConfigError, DataError
-from trellis.utils.files import written_aside
+from trellis.utils.files import atomic_write
 
 RECORD_FIELDS = ("sha256", "num_voxels", "up_axis", "resolution", "split", "file", "normalization")
 METADATA_FIELDS = ("sha256", "file", "voxelized", "num_voxels", "up_axis", "resolution", "normalization")
@@ -114,7 +114,7 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
 
 def write_table(path: Path, fields: Collection[str], rows: Iterable[Row]) -> None:
     """Write a CSV file atomically. A row may lack fields."""
-    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+    with atomic_write(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

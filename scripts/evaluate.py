@@ -32,7 +32,7 @@ from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.config import load_config
 from trellis.utils.environment import versions
 from trellis.utils.errors import CheckpointError, ConfigError
-from trellis.utils.files import written_aside
+from trellis.utils.files import atomic_write
 
 OBJECTS_PER_BLOCK = 3  # objects on the contact sheet for each of worst, median and best
 # The KL of a group of latent cells is compared with an id of ShapeLLM-Omni (arXiv:2506.01853): 8192 codes, four cells.
@@ -282,8 +282,8 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
         "device": str(device), "training_seconds": subject.training_seconds, "versions": versions(),
         "weights": results,
     }  # fmt: skip
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     save_png(path.with_suffix(".png"), contact_sheet(examples))
     return report, path
 

@@ -18,7 +18,7 @@ from trellis.models import build, load_weights, model_spec
 from trellis.runs.open import open_run
 from trellis.utils.command import run_command
 from trellis.utils.errors import CheckpointError
-from trellis.utils.files import written_aside
+from trellis.utils.files import atomic_write
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,10 +55,10 @@ def export(args: argparse.Namespace) -> None:
         model = build(spec, f"models.{name}")
         load_weights(model, weights[name])
         state = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
-        with written_aside(targets[name].with_suffix(".safetensors")) as aside:
-            save_file(state, aside)
-        with written_aside(targets[name].with_suffix(".json")) as aside:
-            aside.write_text(model_spec(spec), encoding="utf-8")
+        with atomic_write(targets[name].with_suffix(".safetensors")) as partial:
+            save_file(state, partial)
+        with atomic_write(targets[name].with_suffix(".json")) as partial:
+            partial.write_text(model_spec(spec), encoding="utf-8")
         print(f"written: {targets[name]}.json, {targets[name]}.safetensors")
 
 

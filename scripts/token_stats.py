@@ -35,7 +35,7 @@ from trellis.tokens.stats_report import draw, reading, require_matplotlib
 from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.environment import versions
 from trellis.utils.errors import ConfigError, DataError
-from trellis.utils.files import written_aside
+from trellis.utils.files import atomic_write
 
 GRIDS_AT_ONCE = 64
 
@@ -214,8 +214,8 @@ def write_stats(args: argparse.Namespace) -> None:
     pictures = draw(result, folder)
     text = reading(result, pictures)
     for name, content in (("stats.md", text), ("stats.json", json.dumps(result, indent=2) + "\n")):
-        with written_aside(folder / name) as aside:
-            aside.write_text(content, encoding="utf-8")
+        with atomic_write(folder / name) as partial:
+            partial.write_text(content, encoding="utf-8")
     print(text)
     print(f"written: {folder}/stats.json, stats.md, {', '.join(pictures)}")
 

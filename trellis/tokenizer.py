@@ -36,7 +36,7 @@ from .tokens.shapellm import read_shapellm, shapellm_state
 from .tokens.sources import CONFIG, FORMAT_VERSION, WEIGHTS
 from .tokens.text import TokenFormat
 from .utils.errors import CheckpointError, ConfigError, DataError
-from .utils.files import written_aside
+from .utils.files import atomic_write
 
 if TYPE_CHECKING:
     import trimesh
@@ -366,8 +366,8 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
                 f'normalization="{self.normalization}", up_axis="{self.up_axis}")',
                 stacklevel=2,
             )
-        with written_aside(path) as aside:
-            torch.save(state, aside)
+        with atomic_write(path) as partial:
+            torch.save(state, partial)
 
     def save_pretrained(self, save_directory: Source, **kwargs) -> str | None:
         """Write config.json, model.safetensors and README.md, the model card, into a folder.

@@ -24,7 +24,7 @@ from dataset_toolkits.shapes.natural import animal, organ, plant
 from dataset_toolkits.shapes.technical import bracket, gear, shell, spring, vehicle
 from trellis.utils.command import run_command
 from trellis.utils.errors import ConfigError
-from trellis.utils.files import written_aside
+from trellis.utils.files import atomic_write
 
 FORMATS = ("obj", "stl", "ply", "glb", "off")
 SPLITS = ("train", "val")
@@ -61,8 +61,8 @@ def make_shape(seed: int, split: str, index: int) -> list[trimesh.Trimesh]:
 def write_shape(parts: list[trimesh.Trimesh], path: Path) -> None:
     """Write a shape in the format of the suffix: glb as a scene of one node per part, others as one mesh."""
     whole = trimesh.Scene(parts) if path.suffix == ".glb" else trimesh.util.concatenate(parts)
-    with written_aside(path) as aside:
-        whole.export(aside, file_type=path.suffix[1:])
+    with atomic_write(path) as partial:
+        whole.export(partial, file_type=path.suffix[1:])
 
 
 def write_shapes(root: Path, seed: int, counts: dict[str, int]) -> int:
@@ -77,8 +77,8 @@ def write_shapes(root: Path, seed: int, counts: dict[str, int]) -> int:
         raise ConfigError(
             f"{note}: these shapes have seed {before}, not {seed}. Give that --seed or another --output_dir."
         )
-    with written_aside(note) as aside:
-        aside.write_text(json.dumps({"seed": seed}) + "\n")
+    with atomic_write(note) as partial:
+        partial.write_text(json.dumps({"seed": seed}) + "\n")
     missing = [
         (split, index, root / split / shape_name(index))
         for split in SPLITS

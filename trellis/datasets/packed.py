@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..utils.errors import DataError
-from ..utils.files import written_aside
+from ..utils.files import atomic_write
 
 FORMAT = 1
 TEXT_ARRAYS = ("name", "source", "sha256", "split", "up_axis", "normalization")
@@ -61,7 +61,7 @@ def save_packed(path: Path, bits: np.ndarray, texts: Mapping[str, np.ndarray]) -
     """
     arrays: dict[str, Any] = {"bits": bits, **texts}
     _check(path, arrays)
-    with written_aside(path) as aside, open(aside, "wb") as file:
+    with atomic_write(path) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, format=np.array(FORMAT), **arrays)
 
 

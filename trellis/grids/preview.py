@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..utils.files import written_aside
+from ..utils.files import atomic_write
 from .shading import slope_and_hollow
 
 BACKGROUND = (250, 250, 251)
@@ -206,5 +206,5 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Write an image [H, W, 3] uint8 as PNG, atomically."""
     from PIL import Image
 
-    with written_aside(path) as aside:
-        Image.fromarray(image).save(aside, format="PNG")
+    with atomic_write(path) as partial:
+        Image.fromarray(image).save(partial, format="PNG")

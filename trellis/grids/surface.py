@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..utils.errors import ConfigError, DataError
-from ..utils.files import written_aside
+from ..utils.files import atomic_write
 from .placing import turn_to_y_up
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def save_mesh(mesh: "trimesh.Trimesh", path: str | os.PathLike, to_y_up: bool) -
         content: Any = mesh.export(file_type=kind, include_normals=True)
     else:
         content = mesh.export(file_type=kind)
-    with written_aside(path) as aside:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    with atomic_write(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def check_mesh_suffix(path: str | os.PathLike) -> str:

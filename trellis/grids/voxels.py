@@ -13,7 +13,7 @@ import numpy as np
 from plyfile import PlyData, PlyElement, PlyListProperty, PlyParseError
 
 from ..utils.errors import DataError
-from ..utils.files import written_aside
+from ..utils.files import atomic_write
 
 if TYPE_CHECKING:  # torch is imported only to make a tensor: the workers of voxelize.py need none
     from torch import Tensor
@@ -89,8 +89,8 @@ def write_ply(path: str | os.PathLike, points: np.ndarray) -> None:
     points: [N, 3] float, N >= 1; see `voxel_centers`.
     """
     vertices = np.ascontiguousarray(points, dtype="<f4").view(VERTEX).squeeze(1)
-    with written_aside(path) as aside:
-        PlyData([PlyElement.describe(vertices, "vertex")], byte_order="<").write(aside)
+    with atomic_write(path) as partial:
+        PlyData([PlyElement.describe(vertices, "vertex")], byte_order="<").write(partial)
 
 
 def voxel_centers(voxels: np.ndarray, resolution: int) -> np.ndarray:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import CheckpointError
-from ..utils.files import written_aside
+from ..utils.files import atomic_write
 from ..utils.formats import check_version
 
 FORMAT_VERSION = 1
@@ -155,8 +155,8 @@ class Checkpoints:
 
     def _write(self, name: str, content: Any) -> Path:
         path = self.folder / name
-        with written_aside(path) as aside:
-            torch.save(content, aside)
+        with atomic_write(path) as partial:
+            torch.save(content, partial)
         return path
 
     def _link_or_write(self, file: str, name: str, state: dict[str, Tensor]) -> Path:

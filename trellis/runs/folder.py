@@ -9,7 +9,7 @@ import time
 from ..utils import dist_utils
 from ..utils.environment import versions
 from ..utils.errors import ConfigError
-from ..utils.files import written_aside
+from ..utils.files import atomic_write
 from .checkpoint import Checkpoints
 
 
@@ -36,8 +36,8 @@ def prepare_run_folder(checkpoints: Checkpoints, config: dict, step: int, facts:
     path, text = folder / "config.json", json.dumps(config, indent=4) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") != text:
         path.rename(folder / f"config_until_step{step:07d}_{time.strftime('%Y%m%d_%H%M%S')}.json")
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     facts = {**versions(), **facts, "ranks": dist_utils.world_size()}
     with open(folder / "command.txt", "a", encoding="utf-8") as file:
         file.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {json.dumps(facts)}\npython {shlex.join(sys.argv)}\n")

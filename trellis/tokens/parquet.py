@@ -26,7 +26,7 @@ import numpy as np
 
 from ..utils.config import differing_keys
 from ..utils.errors import ConfigError, DataError
-from ..utils.files import written_aside
+from ..utils.files import atomic_write
 from ..utils.formats import check_version
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def claim(path: Path, settings: dict[str, Any]) -> None:
     """Write settings as JSON, or compare them with the file that is there. Raise ConfigError if they differ."""
     settings = json.loads(json.dumps(settings))
     if not path.exists():
-        with written_aside(path) as aside:
-            aside.write_text(json.dumps(settings, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+        with atomic_write(path) as partial:
+            partial.write_text(json.dumps(settings, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))  # another machine may have been first
     except ValueError as error:
@@ -159,8 +159,8 @@ def write_shard(
     if iou is not None:
         columns["iou"] = iou.astype(np.float32)
     layout = layout.with_metadata({**info.to_metadata(), LEFT_OUT: json.dumps(left_out or [])})
-    with written_aside(path) as aside:
-        pa.parquet.write_table(pa.table(columns, schema=layout), aside, compression="zstd")
+    with atomic_write(path) as partial:
+        pa.parquet.write_table(pa.table(columns, schema=layout), partial, compression="zstd")
 
 
 def shard_files(source: str | Path) -> list[Path]:

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..utils.errors import ConfigError, DataError
-from ..utils.files import written_aside
+from ..utils.files import atomic_write
 
 DATASET = "mesh_tokens"
 FOLDER = "sharegpt"
@@ -129,8 +129,8 @@ def write_jsonl(path: Path, lines: Iterable[Record]) -> int:
     Without any record write no file: LLaMA-Factory's reader refuses empty files.
     """
     count = 0
-    with written_aside(path) as aside:
-        with open(aside, "w", encoding="utf-8") as file:
+    with atomic_write(path) as partial:
+        with open(partial, "w", encoding="utf-8") as file:
             for record in lines:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 count += 1

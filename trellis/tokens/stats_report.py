@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..utils.errors import ConfigError
-from ..utils.files import written_aside
+from ..utils.files import atomic_write
 from .stats import COMPRESSORS, FOLDS, ORDERS
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def draw(result: dict, folder: Path) -> list[str]:
     for name, fill in pictures.items():
         figure = Figure(figsize=(8, 4), layout="constrained")
         fill(figure, result)
-        with written_aside(folder / f"{name}.png") as aside:
-            figure.savefig(aside, format="png", dpi=110)
+        with atomic_write(folder / f"{name}.png") as partial:
+            figure.savefig(partial, format="png", dpi=110)
     return [f"{name}.png" for name in pictures]
 
 

@@ -29,7 +29,7 @@ from ..utils import dist_utils
 from ..utils.config import Count, Range
 from ..utils.environment import tuned_convolutions, versions
 from ..utils.errors import ConfigError
-from ..utils.files import written_aside
+from ..utils.files import atomic_write
 from ..utils.registry import did_you_mean
 from . import optim
 from .configuration import as_list, complete_config
@@ -438,8 +438,8 @@ class BasicTrainer:
                 misc,
             )
             if self.best is not None:
-                with written_aside(self.output_dir / "best.json") as aside:
-                    aside.write_text(json.dumps(self.best) + "\n", encoding="utf-8")
+                with atomic_write(self.output_dir / "best.json") as partial:
+                    partial.write_text(json.dumps(self.best) + "\n", encoding="utf-8")
             if self.keep_last is not None:
                 self.checkpoints.prune(self.keep_last, self.best_step)
         dist_utils.barrier()

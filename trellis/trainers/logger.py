@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..utils import dist_utils
-from ..utils.files import written_aside
+from ..utils.files import atomic_write
 
 
 class RunLog:
@@ -38,8 +38,8 @@ class RunLog:
                 continue  # the line during which the process was killed
             if entry["step"] <= step:
                 kept.append(line)
-        with written_aside(self.path) as aside:
-            aside.write_text("".join(kept), encoding="utf-8")
+        with atomic_write(self.path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
 
     def write(self, entries: list[dict[str, Any]]) -> None:
         """Append one line per entry; each has "step". Return once they are in the file."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextmanager
-def written_aside(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path beside `path`; sync and rename it when the block ends.
 
     A reader sees the old file or the whole new one, also after a crash. The temporary name is hidden and carries the
@@ -15,11 +15,11 @@ def written_aside(path: str | os.PathLike) -> Iterator[Path]:
     temporary file is removed and `path` is untouched.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield aside
-        with open(aside, "rb") as file:
+        yield partial
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(partial, path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

@@ -95,16 +95,16 @@ def cache_folder(root: Path, key: dict, shape: tuple[int, ...]) -> Path:
 
 def _make(folder: Path, key: dict, sizes: dict[str, int]) -> None:
     """Make a folder of empty files by an atomic rename. Another run may make the same folder first."""
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    aside.mkdir()
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    partial.mkdir()
     for file, size in sizes.items():
-        with open(aside / file, "wb") as stream:
+        with open(partial / file, "wb") as stream:
             stream.truncate(size)
-    (aside / "key.json").write_text(json.dumps(key, indent=4) + "\n", encoding="utf-8")
+    (partial / "key.json").write_text(json.dumps(key, indent=4) + "\n", encoding="utf-8")
     try:
-        aside.rename(folder)
+        partial.rename(folder)
     except OSError as error:
-        shutil.rmtree(aside)
+        shutil.rmtree(partial)
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
 

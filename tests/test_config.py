@@ -336,6 +336,14 @@ def test_defaults_are_filled_in_once_and_equal_settings_get_one_form():
         ({"seed": -1}, "seed is -1; it must be integer >= 0"),
         ({"fp16_mode": "fp16"}, 'fp16_mode is "fp16"; it must be "amp" or "inflat_all"'),
         ({"fp16_mode": "unset"}, 'fp16_mode is "unset"; it must be "amp" or "inflat_all"'),
+        (
+            {"mix_precision_mode": None},
+            'fp16_mode, which means mix_precision_mode "inflat_all", and mix_precision_mode null;',
+        ),
+        (
+            {"mix_precision_dtype": "bfloat16"},
+            'means mix_precision_dtype "float16", and mix_precision_dtype "bfloat16"; leave',
+        ),
         ({"lambda_kl": float("inf")}, "lambda_kl is Infinity; it must be number >= 0"),
         ({"finetune_ckpt": {"decodr": "x"}}, "finetune_ckpt has 'decodr'; did you mean decoder?"),
         ({"finetune_ckpt": {"decoder": None}}, "finetune_ckpt is"),

@@ -3,6 +3,7 @@
 What fits together is checked by the trainer's `check_config`.
 """
 
+import json
 from types import NoneType
 from typing import Any, Literal
 
@@ -55,7 +56,14 @@ def _without_trellis_args(args: dict) -> dict[str, Any]:
             check_value(args[name], annotation, f"trainer.args.{name}")
     own = {name: value for name, value in args.items() if name not in TRELLIS_ARGS}
     if "fp16_mode" in args:
-        own |= {"mix_precision_mode": args["fp16_mode"], "mix_precision_dtype": "float16"}
+        meant = {"mix_precision_mode": args["fp16_mode"], "mix_precision_dtype": "float16"}
+        for name, value in meant.items():
+            if own.get(name, value) != value:
+                raise ConfigError(
+                    f"trainer.args has fp16_mode, which means {name} {json.dumps(value)}, and {name} "
+                    f"{json.dumps(own[name])}; leave fp16_mode out"
+                )
+        own |= meant
     if own.get("batch_split", 1) is None:
         own["batch_split"] = 1
     return own

@@ -338,11 +338,11 @@ def test_defaults_are_filled_in_once_and_equal_settings_get_one_form():
         ({"fp16_mode": "unset"}, 'fp16_mode is "unset"; it must be "amp" or "inflat_all"'),
         (
             {"mix_precision_mode": None},
-            'fp16_mode, which means mix_precision_mode "inflat_all", and mix_precision_mode null;',
+            'means mix_precision_mode "inflat_all", and mix_precision_mode null; leave',
         ),
         (
             {"mix_precision_dtype": "bfloat16"},
-            'means mix_precision_dtype "float16", and mix_precision_dtype "bfloat16"; leave',
+            'means mix_precision_dtype "float16", and mix_precision_dtype "bfloat16"',
         ),
         ({"lambda_kl": float("inf")}, "lambda_kl is Infinity; it must be number >= 0"),
         ({"finetune_ckpt": {"decodr": "x"}}, "finetune_ckpt has 'decodr'; did you mean decoder?"),

@@ -2,9 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
+from helpers import RESOLUTION, run, tiny_config
+from PIL import Image
 
+from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids import preview
 from trellis.grids.preview import BACKGROUND, contact_sheet, render_difference, render_voxels, save_png
+from trellis.models import build, load_weights
+from trellis.runs.open import open_run
+from trellis.trainers.vae import sparse_structure_vae
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -203,7 +210,6 @@ def test_a_long_caption_loses_its_middle_and_leaves_the_counts_alone():
 
 
 def test_a_saved_picture_comes_back_and_a_failure_leaves_the_old_one(tmp_path):
-    from PIL import Image
 
     image = render_voxels(shell())
     save_png(tmp_path / "a.png", image)
@@ -214,3 +220,26 @@ def test_a_saved_picture_comes_back_and_a_failure_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     with Image.open(tmp_path / "a.png") as file:
         assert np.array_equal(np.asarray(file), image)
+
+
+@torch.no_grad()
+def test_a_run_draws_held_out_objects_as_its_averaged_models_reconstruct_them(
+    data_dir, write_config, tmp_path, monkeypatch
+):
+    """With real pictures, which conftest.py replaces in the runs of other tests."""
+    monkeypatch.setattr(sparse_structure_vae, "contact_sheet", contact_sheet)
+    config = write_config(tiny_config(max_steps=1))
+    with torch.enable_grad():
+        assert run("--config", config, "--data_dir", data_dir, "--output_dir", tmp_path) == 0
+    opened, dataset = open_run(tmp_path), SparseStructure(data_dir, resolution=RESOLUTION, split="val")
+    encoder, decoder = (build(opened.config["models"][name]) for name in ("encoder", "decoder"))
+    for name, model in (("encoder", encoder), ("decoder", decoder)):
+        load_weights(model, opened.weight_file(name))
+        model.eval()
+    rows = []
+    for index in range(len(dataset)):
+        ss = dataset[index]["ss"][None]
+        occupied = decoder(encoder(ss.float()))[0, 0] > 0
+        rows.append((ss[0, 0].numpy(), occupied.numpy(), dataset.name(index)))
+    picture = np.asarray(Image.open(tmp_path / "samples" / "reconstruction_step0000001.png"))
+    assert np.array_equal(picture, contact_sheet(rows))

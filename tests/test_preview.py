@@ -210,7 +210,6 @@ def test_a_long_caption_loses_its_middle_and_leaves_the_counts_alone():
 
 
 def test_a_saved_picture_comes_back_and_a_failure_leaves_the_old_one(tmp_path):
-
     image = render_voxels(shell())
     save_png(tmp_path / "a.png", image)
     with Image.open(tmp_path / "a.png") as file:

@@ -2,7 +2,7 @@
 
     python train.py --config configs/vae/vqvae_stage1.json --output_dir outputs/stage1 --data_dir data/voxels
 
-The same command continues a run that was cut off. `--help` lists the flags; README.md explains them.
+The same command continues a run that was cut off. `--help` lists the flags; docs/configuration.md explains them.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import torch.multiprocessing
 
 from trellis import models as model_registry
 from trellis.datasets import DATASETS
+from trellis.runs.checkpoint import Checkpoints, misc_file
 from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.configuration import complete_config
@@ -41,7 +42,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, help="run folder; a run found there is continued")
     parser.add_argument("--data_dir", required=True, help="data roots, separated by commas")
     parser.add_argument("--load_dir", help="run folder to take weights from, such as stage 1's")
-    parser.add_argument("--ckpt", default="latest", help="latest, best, none or a step (default: latest)")
+    parser.add_argument(
+        "--ckpt",
+        default="latest",
+        help="checkpoint of --output_dir, else of --load_dir: latest, best, none or a step (default: latest)",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -235,11 +240,19 @@ def build_trainer(args: argparse.Namespace, config: Configuration, device: torch
     )
 
 
+def last_checkpoint(run_dir: str) -> tuple[int, int] | None:
+    """Return the last complete step of a run folder and when it was written, in ns; None if there is none."""
+    checkpoints = Checkpoints(run_dir)
+    step = checkpoints.latest()
+    return None if step is None else (step, (checkpoints.folder / misc_file(step)).stat().st_mtime_ns)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         plan = plan_launch(args)
         config = read_config(args, plan.world)
+        last = last_checkpoint(args.output_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -247,6 +260,9 @@ def main(argv: list[str] | None = None) -> int:
     retries = 0 if args.tryrun or args.profile or dist_utils.under_torchrun() else args.auto_retry
     for attempt in range(retries + 1):
         try:
+            # Once the run has saved, or gone back to --ckpt, a retry continues it. Before, --ckpt still holds.
+            if attempt and last_checkpoint(args.output_dir) != last:
+                args.ckpt = "latest"
             return launch(args, config, plan)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -257,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         except Exception:
             traceback.print_exc()
             if attempt < retries:
-                print(f"failed; trying again from the last checkpoint ({attempt + 1} of {retries})", file=sys.stderr)
+                print(f"failed; trying again ({attempt + 1} of {retries})", file=sys.stderr)
     return 1
 
 

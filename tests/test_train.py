@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from helpers import VQ, assert_equal, checkpoint, command, free_port, logged, ru
 
 import train
 from trellis.runs.checkpoint import Checkpoints
+from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
 
 ADAPTIVE = {"name": "AdaptiveGradClipper", "args": {"max_norm": 1.0, "clip_percentile": 90, "buffer_size": 4}}
@@ -387,7 +389,7 @@ def test_a_wrong_configuration_is_one_clear_error(override, message, write_confi
             ["trainer.args.latent_cache=true", 'trainer.args.freeze=["encoder"]', "dataset.args.augmentation=all"],
             'latent_cache keeps one latent of each object, but dataset.args.augmentation is "all"',
         ),
-        (["models.quantizer.args.embed_dim=6"], "models.quantizer.args: embed_dim 6 is no multiple"),
+        (["models.quantizer.args.embed_dim=6"], "models.quantizer.args: embed_dim 6 is not a multiple"),
         (["models.quantizer.args.embed_dim=8", "models.quantizer.args.latent_channels=8"], "latent_channels is 8, but"),
         (
             ["models.quantizer.args.embed_dim=12", "models.quantizer.args.group=[3, 1, 1]"],
@@ -400,7 +402,7 @@ def test_a_wrong_configuration_is_one_clear_error(override, message, write_confi
             "models.quantizer.args: levels [8, 8, 8, 4, 4] make 8192 codes",
         ),
         (['models.quantizer={"name": "SparseStructureDecoder", "args": {}}'], "models.quantizer.args.out_channels is"),
-        (["models.quantizer.name=LookupFreeQuantizer", "models.quantizer.args.n_embed=30"], "30 is no power of two"),
+        (["models.quantizer.name=LookupFreeQuantizer", "models.quantizer.args.n_embed=30"], "30 is not a power of two"),
         (
             ["models.decoder.args.latent_channels=8"],
             "models.decoder.args.latent_channels is 8, but the encoder's latent",
@@ -412,7 +414,7 @@ def test_a_wrong_configuration_is_one_clear_error(override, message, write_confi
         ),
         (
             ['models.encoder={"name": "VectorQuantizer"}'],
-            "models.encoder.name is 'VectorQuantizer', which is no encoder",
+            "models.encoder.name is 'VectorQuantizer', which is not an encoder",
         ),
         (["dataset.args.resolution=18"], "dataset.args.resolution is 18, but a latent cell of the encoder covers 4"),
         (['trainer.args.lr_multipliers={"codebook": 2}'], "lr_multipliers has 'codebook', which is not trained here"),
@@ -462,7 +464,7 @@ def test_the_vq_trainer_has_no_kl(write_config, tmp_path, capsys):
 
 def test_latent_and_codebook_must_fit(write_config, tmp_path, capsys):
     cases = (
-        ({"embed_dim": 6}, "embed_dim 6 is no multiple"),
+        ({"embed_dim": 6}, "embed_dim 6 is not a multiple"),
         ({"latent_channels": 8, "embed_dim": 8}, "latent_channels is 8, but the encoder's latent has 4"),
     )
     for quantizer, message in cases:
@@ -472,9 +474,54 @@ def test_latent_and_codebook_must_fit(write_config, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_bug_ends_non_zero_after_the_last_retry(data_dir, write_config, tmp_path, monkeypatch, capsys):
-    from trellis.trainers.basic import BasicTrainer
+@pytest.mark.parametrize(
+    "ckpt, fails_in, starts",
+    [
+        ("none", "open_folder", [0]),
+        ("none", "save", [0, 2]),
+        ("0", "open_folder", [0]),
+        ("0", "save", [0, 2]),
+        ("0", "open_log", [0, 0]),
+    ],
+)
+def test_a_retry_goes_on_from_what_the_run_has_saved(ckpt, fails_in, starts, vae_run, tmp_path, monkeypatch):
+    """ckpt: of the command. fails_in: where it fails once, after step 2 is saved if in `save`."""
+    if ckpt != "none":
+        shutil.copytree(vae_run, tmp_path / "run")
+    started, failed = [], []
+    originals = {name: getattr(BasicTrainer, name) for name in ("open_folder", "open_log", "save")}
 
+    def break_once(name: str) -> None:
+        if name == fails_in and not failed:
+            failed.append(name)
+            raise RuntimeError("broken on purpose")
+
+    def open_folder(self):
+        break_once("open_folder")
+        originals["open_folder"](self)
+
+    def open_log(self):
+        started.append(self.step)
+        break_once("open_log")
+        originals["open_log"](self)
+
+    def save(self):
+        originals["save"](self)
+        if self.step == 2:
+            break_once("save")
+
+    for method in (open_folder, open_log, save):
+        monkeypatch.setattr(BasicTrainer, method.__name__, method)
+    data_dir = Checkpoints(vae_run).read_misc(4)["data_dir"]
+    flags = ["--config", str(vae_run / "config.json"), "--data_dir", data_dir, "--output_dir", str(tmp_path / "run")]
+    assert train.main([*flags, "--ckpt", ckpt, "--auto_retry", "1", "--device", "cpu"]) == 0
+    assert started == starts and failed == [fails_in]
+    assert_equal(checkpoint(tmp_path / "run", 4), checkpoint(vae_run, 4))
+    later = sorted(path.name for path in (tmp_path / "run" / "ckpts").glob("superseded_*"))
+    assert later == ([] if ckpt == "none" else ["superseded_1"])
+
+
+def test_a_bug_ends_non_zero_after_the_last_retry(data_dir, write_config, tmp_path, monkeypatch, capsys):
     def fail(self):
         raise RuntimeError("broken on purpose")
 

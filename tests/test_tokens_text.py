@@ -70,8 +70,12 @@ BAD = {
     "neither": (words(1, 2, 3, 4), [1, 2, 3, 4], "no start"),
     "only an end": ("<mesh-end>", FILL, "no start before '<mesh-end>'"),
     "out of range": (whole(1, 10, 3, 4), [1, 8, 3, 4], "'<mesh10>' is not one of the codes 0 to 9"),
-    "out of range, surplus": (whole(1, 10, 2, 3, 4), [1, 2, 3, 4], "'<mesh10>'.*left out"),
-    "out of range, too few": (whole(1, 10, 3), [1, 8, 3, 6], "'<mesh10>'.*replaced"),
+    "out of range, surplus": (
+        whole(1, 10, 2, 3, 4),
+        [1, 2, 3, 4],
+        "'<mesh10>' is not one of the codes 0 to 9; left out",
+    ),
+    "out of range, too few": (whole(1, 10, 3), [1, 8, 3, 6], "'<mesh10>' is not one of the codes 0 to 9; replaced"),
     "huge number": (whole(1, 2, "9" * 10_000, 4), [1, 2, 7, 4], "'<mesh9999.*…' is not one"),
     "negative": (whole(1, -2, 3, 4), [1, 8, 3, 4], "'<mesh-2>' is not one"),
     "leading zero": (whole(1, 2, "03", 4), [1, 2, 7, 4], "'<mesh03>' is not one"),
@@ -80,7 +84,11 @@ BAD = {
     "text between": (f"<mesh-start>{words(1, 2)} and then {words(3, 4)}<mesh-end>", [1, 2, 3, 4], "'and then' stands"),
     "text before the end": (f"<mesh-start>{words(1, 2, 3, 4)}.<mesh-end>", [1, 2, 3, 4], "'.' stands"),
     "two objects": (whole(1, 2, 3, 4) + whole(5, 6, 7, 8), [1, 2, 3, 4], "there are 2 objects"),
-    "the second is whole": (whole(1) + whole(5, 6, 1, 8), [5, 6, 1, 8], "there are 2 objects.*number 2 is read"),
+    "the second is whole": (
+        whole(1) + whole(5, 6, 1, 8),
+        [5, 6, 1, 8],
+        "there are 2 objects, .*; number 2 is read",
+    ),
     "two starts": ("<mesh-start>" + whole(1, 2, 3, 4), [1, 2, 3, 4], "there are 2 objects"),
     "two ends": (whole(1, 2, 3, 4) + "<mesh-end>", [1, 2, 3, 4], "there are 2 objects"),
     "words after the end": (whole(1, 2, 3, 4) + words(5), [1, 2, 3, 4], "there are 2 objects"),
@@ -90,9 +98,10 @@ BAD = {
 
 @pytest.mark.parametrize(("text", "repaired", "message"), BAD.values(), ids=BAD)
 def test_bad_text_is_refused_or_repaired(text, repaired, message):
-    with pytest.raises(DataError, match=message):
+    defect = message.partition("; ")[0]  # a refusal names no repair
+    with pytest.raises(DataError, match=defect):
         FORMAT.from_text(text, 4)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=defect):
         FORMAT.from_text(text, 4, fill=FILL)
     parsed = FORMAT.from_text(text, 4, strict=False, fill=FILL)
     assert parsed.ids.tolist() == repaired
@@ -113,14 +122,18 @@ BAD_IDS = {
     "no start": ([101, 102, 103, 104, 111], [1, 2, 3, 4], "no start before 101"),
     "out of range": ([110, 101, 112, 103, 104, 111], [1, 8, 3, 4], "112 is not one of the codes"),
     "below the range": ([110, 101, 99, -100, 104, 111], [1, 8, 7, 4], r"99 is not one of the codes.*\(2 such\)"),
-    "one more between": ([110, 101, 99, 102, 103, 104, 111], [1, 2, 3, 4], "99 is not one.*left out"),
+    "one more between": (
+        [110, 101, 99, 102, 103, 104, 111],
+        [1, 2, 3, 4],
+        "99 is not one.* 0 to 9; left out",
+    ),
     "two objects": ([110, 101, 111, 110, 101, 102, 103, 104, 111], [1, 2, 3, 4], "there are 2 objects"),
 }
 
 
 @pytest.mark.parametrize(("values", "repaired", "message"), BAD_IDS.values(), ids=BAD_IDS)
 def test_bad_vocabulary_ids_are_refused_or_repaired(values, repaired, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message.partition("; ")[0]):
         FORMAT.from_vocabulary(values, 4)
     parsed = FORMAT.from_vocabulary(values, 4, strict=False, fill=torch.tensor(FILL))
     assert parsed.ids.tolist() == repaired
@@ -131,12 +144,25 @@ def test_what_stands_around_the_object_in_the_vocabulary_is_not_looked_at():
     assert FORMAT.from_vocabulary([1, 2, 110, 101, 102, 103, 104, 111, 3], 4).ids.tolist() == [1, 2, 3, 4]
 
 
+def test_a_refusal_names_the_defect_and_a_repair_what_was_done():
+    surplus, replaced = whole(1, 10, 2, 3, 4), whole(1, 10, 3, 4)
+    for text, problems in (
+        (surplus, ["{}; left out", "the object has 5 ids, not 4; 4 without those left out"]),
+        (replaced, ["{}; replaced by the fill id at its index"]),
+    ):
+        defect = "'<mesh10>' is not one of the codes 0 to 9"
+        with pytest.raises(DataError) as error:
+            FORMAT.from_text(text, 4)
+        assert str(error.value) == f"{defect}. Refused: strict=False, or from_tokens.py --repair, repairs it."
+        assert FORMAT.from_text(text, 4, strict=False).problems == [problem.format(defect) for problem in problems]
+
+
 def test_each_kind_of_repair_is_reported_once_in_order():
     text = f"<mesh-start>{words(1, 12, 13)}so{words(14)}so{words(2)}"
     parsed = FORMAT.from_text(text, 6, strict=False, fill=[0, 1, 2, 3, 4, 5])
     assert parsed.ids.tolist() == [1, 1, 2, 3, 2, 5]
     assert parsed.problems == [
-        "'<mesh12>' is not one of the codes 0 to 9 (3 such); replaced by the id that fills its place",
+        "'<mesh12>' is not one of the codes 0 to 9 (3 such); replaced by the fill id at its index",
         "'so' stands between the object's words (2 such); left out",
         "the object has no end",
         "the object has 5 ids, not 6; the last are filled",
@@ -181,7 +207,7 @@ def test_no_text_raises_and_every_repair_is_reported_when_not_strict():
         if parsed.problems:
             with pytest.raises(DataError) as caught:
                 FORMAT.from_text(text, 2)
-            assert str(caught.value).startswith(parsed.problems[0])
+            assert parsed.problems[0].startswith(str(caught.value).rpartition(". Refused: ")[0])
         else:
             assert torch.equal(FORMAT.from_text(text, 2).ids, parsed.ids)
 
@@ -226,8 +252,8 @@ def test_a_fill_must_be_an_object(fill):
         ({"token": "<{}{}>"}, "have {} once"),
         ({"token": "{}"}, "run into each other"),
         ({"token": "m1{}"}, "run into each other"),
-        ({"start": "<mesh5>"}, "hold none of a code"),
-        ({"end": " "}, "must be a word"),
+        ({"start": "<mesh5>"}, "must not be blank or contain a code's word"),
+        ({"end": " "}, "must not be blank"),
         ({"end": "<mesh-start>>"}, "one holds"),
     ],
 )

@@ -41,10 +41,15 @@ class Item(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A defect of an object, and its position, as in `Item`."""
+    """A defect of an object."""
 
-    position: int
+    position: int  # as in `Item`
     message: str
+    repair: str = ""  # what strict=False does about it, if that needs saying
+
+    def repaired(self) -> str:
+        """Return the message with the repair."""
+        return f"{self.message}; {self.repair}" if self.repair else self.message
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class TokenFormat:
         codes_word = re.compile(re.escape(before) + "[0-9]+" + re.escape(after))
         for name, word in (("start", self.start), ("end", self.end)):
             if not word.strip() or codes_word.search(word):
-                raise ConfigError(f"{name} is {word!r}; it must be a word, and hold none of a code ({self.token})")
+                raise ConfigError(f"{name} is {word!r}; it must not be blank or contain a code's word ({self.token})")
         if self.start in self.end or self.end in self.start:
             raise ConfigError(f"start {self.start!r} and end {self.end!r}: one holds the other")
 
@@ -211,8 +216,8 @@ class TokenFormat:
         codes, further = self._repaired(chosen, num_tokens, self._checked_fill(fill, num_tokens), length)
         problems = sorted(problems + further, key=lambda problem: problem.position)
         if strict and problems:
-            raise DataError(f"{problems[0].message}. Refused: only strict=False, or from_tokens.py --repair, repairs.")
-        return Parsed(torch.tensor(codes, dtype=torch.int64), [problem.message for problem in problems])
+            raise DataError(f"{problems[0].message}. Refused: strict=False, or from_tokens.py --repair, repairs it.")
+        return Parsed(torch.tensor(codes, dtype=torch.int64), [problem.repaired() for problem in problems])
 
     def _checked_fill(self, fill: Sequence[int] | Tensor | None, num_tokens: int | None) -> list[int]:
         if num_tokens is not None and num_tokens < 1:
@@ -233,7 +238,8 @@ class TokenFormat:
             problems.append(
                 Problem(
                     foreign[0].position,
-                    f"{foreign[0].word} stands between the object's words{_further(foreign)}; left out",
+                    f"{foreign[0].word} stands between the object's words{_further(foreign)}",
+                    "left out",
                 )
             )
         words = [item for item in items if item.kind in WORDS]
@@ -241,11 +247,11 @@ class TokenFormat:
         written = len(words)
         if bad:
             keep = num_tokens is not None and written - len(bad) != num_tokens
-            done = "replaced by the id that fills its place" if keep else "left out"
             problems.append(
                 Problem(
                     bad[0].position,
-                    f"{bad[0].word} is not one of the codes 0 to {self.n_embed - 1}{_further(bad)}; {done}",
+                    f"{bad[0].word} is not one of the codes 0 to {self.n_embed - 1}{_further(bad)}",
+                    "replaced by the fill id at its index" if keep else "left out",
                 )
             )
             if not keep:
@@ -254,11 +260,15 @@ class TokenFormat:
             return [item.code for item in words], problems
         codes = [item.code if item.kind == "code" else default for item, default in zip(words, fill, strict=False)]
         if len(words) != num_tokens:
-            done = "the last are dropped" if len(words) > num_tokens else "the last are filled"
+            repair = "the last are dropped" if len(words) > num_tokens else "the last are filled"
             position = words[num_tokens].position if len(words) > num_tokens else length
-            problems.append(Problem(position, f"the object has {written} ids, not {num_tokens}; {done}"))
+            problems.append(Problem(position, f"the object has {written} ids, not {num_tokens}", repair))
         elif written != num_tokens:
-            problems.append(Problem(length, f"the object has {written} ids, not {num_tokens}, with those left out"))
+            problems.append(
+                Problem(
+                    length, f"the object has {written} ids, not {num_tokens}", f"{num_tokens} without those left out"
+                )
+            )
         return codes + fill[len(codes) :], problems
 
 
@@ -303,7 +313,8 @@ def _choose(objects: list[list[Item]], num_tokens: int | None, length: int) -> t
         problems.append(
             Problem(
                 objects[1][0].position,
-                f"there are {len(objects)} objects, or parts of them; number {number + 1} is read",
+                f"there are {len(objects)} objects, or parts of them",
+                f"number {number + 1} is read",
             )
         )
     return chosen, problems

@@ -1,9 +1,15 @@
+"""What quantizers share: the nearest code, k-means, the layout of tokens; and a new quantizer by the guide."""
+
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import exact_nearest
+from helpers import VQ, checkpoint, exact_nearest, logged, run, tiny_config
+from torch import nn
 
-from trellis.modules.quantizers import nearest
+from trellis import SparseStructureTokenizer
+from trellis.models import MODELS
+from trellis.modules.quantizers import Quantizer, nearest
+from trellis.modules.quantizers.base import straight_through
 from trellis.modules.quantizers.kmeans import kmeans
 from trellis.modules.quantizers.nearest import nearest_code
 from trellis.modules.quantizers.vq import VectorQuantizer
@@ -118,11 +124,11 @@ def test_losses_pull_only_their_own_side():
 
 
 def test_shapes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="embed_dim 12 is no multiple of the latent's 8 channels"):
+    with pytest.raises(ValueError, match="embed_dim 12 is not a multiple of the latent's 8 channels"):
         VectorQuantizer(embed_dim=12)
     with pytest.raises(ValueError, match="covers 4 cells along z, and the latent's 6 cells do not divide"):
         VectorQuantizer(n_embed=4, embed_dim=32)(torch.randn(1, 8, 4, 4, 6))
-    with pytest.raises(ValueError, match="60 tokens of 4 cells make no cubic latent"):
+    with pytest.raises(ValueError, match="60 tokens of 4 cells do not make a cubic latent"):
         VectorQuantizer(n_embed=4, embed_dim=32).lookup(torch.zeros(1, 60, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"the latent must be \[B, 8, X, Y, Z\]"):
         VectorQuantizer(n_embed=4)(torch.randn(1, 4, 4, 4, 4))
@@ -167,3 +173,47 @@ def test_kmeans_with_fewer_vectors_than_codes_uses_them_all():
     assert torch.equal(codes.unique(dim=0), vectors)
     with pytest.raises(ValueError, match="finite"):
         kmeans(torch.full((4, 2), torch.nan), 2, iterations=1, generator=torch.Generator())
+
+
+class ManhattanQuantizer(Quantizer):
+    """A codebook searched by the sum of absolute differences, written by CONTRIBUTING.md and `Quantizer` alone."""
+
+    nearest_of_table = False
+    code_rows = ("codes",)
+
+    def __init__(self, *, power: int = 1, **kwargs):
+        super().__init__(**kwargs)
+        self.power = power
+        self.codes = nn.Parameter(torch.zeros(self.n_embed, self.embed_dim))
+
+    def quantize(self, vectors):
+        flat = vectors.flatten(0, -2)
+        indices = torch.cdist(flat, self.codes, p=self.power).argmin(1).view(vectors.shape[:-1])
+        codes = self.decode(indices)
+        losses = {"vq": F.l1_loss(codes, vectors.detach()), "commit": F.l1_loss(vectors, codes.detach())}
+        return straight_through(codes, vectors), indices, losses
+
+    def table(self):
+        return self.codes
+
+    @torch.no_grad()
+    def fill(self, codes):
+        self.codes.copy_(codes)
+
+    @torch.no_grad()
+    def replace_codes(self, rows, vectors):
+        self.codes[rows] = vectors
+
+
+def test_a_quantizer_by_the_guide_runs_stage_1_from_kmeans(vae_run, data_dir, write_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS.classes, "ManhattanQuantizer", __name__)
+    config = tiny_config(VQ, freeze=["encoder", "decoder"], loss_type="l1", max_steps=4, revive_every=2)
+    config["models"]["quantizer"]["name"] = "ManhattanQuantizer"
+    flags = ("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run)
+    assert run(*flags, "--output_dir", tmp_path / "run") == 0
+    before, after = (checkpoint(tmp_path / "run", n)[f"quantizer_step000000{n}.pt"]["codes"] for n in (0, 4))
+    assert before.any(1).sum() > 1 and not torch.equal(before, after)
+    assert all({"vq", "commit", "l1"} <= line.keys() for line in logged(tmp_path / "run") if "loss" in line)
+    tokenizer = SparseStructureTokenizer.load(tmp_path / "run")
+    ids = tokenizer.encode(torch.ones(1, 1, 16, 16, 16))
+    assert ids.shape == (1, 64) and tokenizer.decode(ids).shape == (1, 1, 16, 16, 16)

@@ -33,8 +33,9 @@ class Quantized(NamedTuple):
 class Quantizer(Model):
     """Base of the quantizers: the shared arguments, the layout of tokens, and the methods that trainers call.
 
-    An algorithm implements `quantize`, and either `table` or `decode`. All of it runs in fp32, even under autocast.
-    It names its own arguments and passes the shared ones on as `**kwargs`.
+    An algorithm implements `quantize`, either `table` or `decode`, and `fill` or `fit`, which `init` "kmeans" needs.
+    If unused codes can be revived, it has `code_rows` and `replace_codes`. All of it runs in fp32, even under
+    autocast. It names its own arguments and passes the shared ones on as `**kwargs`.
 
     Token layout. A token holds the channels of its first cell, then those of the next, with the cells in order of x,
     y, z. On a 16³×8 latent, embed_dim 8 gives 4096 tokens on a 16×16×16 lattice, and embed_dim 32 gives 1024: on
@@ -45,7 +46,7 @@ class Quantizer(Model):
     """
 
     codes_per_token = 1  # Q
-    losses: tuple[str, ...] = ("vq", "commit")  # names in `Quantized.losses`
+    losses: tuple[str, ...] = ("vq", "commit")  # names in `Quantized.losses` that the trainer weights
     nearest_of_table = True  # whether a vector's id is the row of `table()` nearest to it
     code_rows: tuple[str, ...] = ()  # state-dict keys whose rows belong to codes, which `replace_codes` can change
 
@@ -60,7 +61,7 @@ class Quantizer(Model):
         super().__init__()
         if embed_dim % latent_channels:
             raise ValueError(
-                f"embed_dim {embed_dim} is no multiple of the latent's {latent_channels} channels: a code must "
+                f"embed_dim {embed_dim} is not a multiple of the latent's {latent_channels} channels: a code must "
                 f"cover whole cells. Use a multiple, such as {latent_channels} or {4 * latent_channels}"
             )
         cells = embed_dim // latent_channels
@@ -105,7 +106,7 @@ class Quantizer(Model):
 
         indices: [B, X', Y', Z'] int64, or [B, T] in the same order for a cubic latent. With Q codes per token,
         [B, X', Y', Z', Q] or [B, T·Q], a token's codes one after the other.
-        Raise ValueError if the tokens make no cube.
+        Raise ValueError if the tokens do not make a cube.
         """
         with torch.autocast(indices.device.type, enabled=False):
             return self.ungroup_cells(self.decode(self._on_lattice(indices)))
@@ -118,7 +119,10 @@ class Quantizer(Model):
 
     def fill(self, codes: Tensor) -> None:
         """Set the codebook to `codes` [K, D], with the statistics of a fresh one."""
-        raise NotImplementedError(f"{type(self).__name__} has no codebook to fill; call fit with latent vectors")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no codebook to fill: implement fill or fit, or "
+            'set init to another value than "kmeans"'
+        )
 
     def replace_codes(self, rows: Tensor, vectors: Tensor) -> None:
         """Set the codes `rows` [n] int64 to `vectors` [n, D], with the statistics of fresh codes."""
@@ -176,7 +180,7 @@ class Quantizer(Model):
         if not whole or any(side % size for size in self.group):
             each = f" in {count} codes, {self.codes_per_token} per token," if several else ""
             raise ValueError(
-                f"{T} tokens{each} of {self.cells_per_token} cells make no cubic latent; give "
+                f"{T} tokens{each} of {self.cells_per_token} cells do not make a cubic latent; give "
                 f"[B, X, Y, Z{', Q' if several else ''}] indices"
             )
         return indices.view(B, *self.lattice((side, side, side)), *several)

@@ -84,7 +84,7 @@ def common_ratios(new: Result, old: Result) -> list[Key]:
 
 
 def worse(new: Result, old: Result, keys: list[Key], tolerance: float) -> list[str]:
-    """Return a line for each ratio that fell by more than the tolerance, or is no number."""
+    """Return a line for each ratio that fell by more than the tolerance, or is not a number."""
     lines = []
     for key in keys:
         before, after = old.ratios[key], new.ratios[key]

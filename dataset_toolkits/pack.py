@@ -67,7 +67,7 @@ def unpack(packed: Path, output_dir: Path) -> int:
     bits = load_packed(packed)["bits"]
     resolution = packed_resolution(bits)
     if resolution is None:
-        raise DataError(f"{packed}: rows of {bits.shape[1]} bytes are no cube of voxels")
+        raise DataError(f"{packed}: rows of {bits.shape[1]} bytes are not a cube of voxels")
     dataset = SparseStructure(str(packed), resolution=resolution, split="all")
     partial = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     (partial / "voxels").mkdir(parents=True)

@@ -102,7 +102,7 @@ def test_arguments_follow_keywords_up_to_the_constructor_that_takes_no_more():
         (Child, {"size": 1, "rate": 2}, "w.args.rate is 2; it must be number >= 0 and <= 1"),
         (Child, {"size": 1, "extra": None}, 'w.args.extra is null; it must be "p" or "q"'),
         (Grandparent, {"size": 1, "rate": 2}, None),
-        (Child, [1], "w.args is a list; it must be an object of arguments of Child"),
+        (Child, [1], "w.args has type list; it must be an object of arguments of Child"),
     ],
 )
 def test_arguments_are_checked_against_the_constructor(cls, args, message):
@@ -120,10 +120,10 @@ def test_arguments_are_checked_against_the_constructor(cls, args, message):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        (None, "w is a null; it must be an object"),
+        (None, "w has type null; it must be an object"),
         ({}, "w.name is missing"),
         ({"name": 3}, "w.name is missing; give the class name as a string"),
-        ({"name": "A", "args": None}, "w.args is a null; it must be an object"),
+        ({"name": "A", "args": None}, "w.args has type null; it must be an object"),
         ({"name": "A", "agrs": {}}, "w.agrs is unknown; did you mean args?"),
     ],
 )
@@ -201,7 +201,7 @@ def test_an_override_may_add_a_key_but_no_parent():
     for assignment, message in (
         ("a.c.d=1", "a.c is not in the configuration"),
         ("aa.d=1", "aa is not in the configuration; did you mean a?"),
-        ("a.new.d=1", "not an object"),
+        ("a.new.d=1", "a.new has type integer, not object"),
         ("top.x.y=1", "top.x is not in the configuration"),
         ("a.new", "write it as path.to.key=value"),
         ("=1", "write it as path.to.key=value"),
@@ -372,7 +372,7 @@ def test_a_wrong_trainer_argument_is_named(change, message):
         (("models", "encoder", "args", "norm_type"), "group", "models.encoder.args: norm_type 'group' uses 32 groups"),
         (("models", "encoder", "args", "model_channels"), 1, "models.encoder.args.model_channels is unknown"),
         (("models", "encoder", "name"), "VectorQuantiser", "did you mean VectorQuantizer?"),
-        (("models", "quantizer"), {"name": "VectorQuantizer", "args": {"embed_dim": 12}}, "12 is no multiple"),
+        (("models", "quantizer"), {"name": "VectorQuantizer", "args": {"embed_dim": 12}}, "12 is not a multiple"),
         (("models", "quantizer"), {"name": "VectorQuantizer"}, "quantizer is unknown to SparseStructureVaeTrainer"),
     ],
 )

@@ -365,7 +365,7 @@ def test_kl_rates_of_groups_with_and_without_voxels():
     assert scores.objects["kl_bits_per_object"].tolist() == [28, 92, 156]
     assert scores.objects["kl_bits_per_object_occupied"].tolist() == [4 + 5, 0, 156]
     assert scores.objects["groups_occupied"].tolist() == [1, 0, 4]
-    # Two cells along z make one group, since they are no multiple of four.
+    # Two cells along z make one group, since two is not a multiple of four.
     assert kl_scores(scores) == pytest.approx(
         {
             "kl_cells_per_group": 2,

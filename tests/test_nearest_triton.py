@@ -134,7 +134,7 @@ def test_is_the_exact_nearest_code(case):
 @pytest.mark.parametrize("case", [clusters, lattice])
 @pytest.mark.parametrize("channels", [1, 3, 10, 32, 40, 50])
 def test_any_number_of_channels(case, channels):
-    """10 and 3 are no multiples of 16 or 8; from 42 on, one dot product does not hold all columns."""
+    """10 and 3 are not multiples of 16 or 8; from 42 on, one dot product does not hold all columns."""
     vectors, codebook = draw(case, channels)
     assert torch.equal(nearest_code_cuda(vectors, codebook), exact_nearest(vectors, codebook))
 

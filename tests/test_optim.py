@@ -228,6 +228,10 @@ def test_the_preview_is_what_a_run_would_do(name):
         ({"name": "ReduceLROnPlateau", "warmup_steps": 3}, "warmup_steps cannot precede ReduceLROnPlateau"),
         ({"name": "ExponentialLR", "args": {"gamma": 0.9}, "warmup_steps": -1}, "where.warmup_steps is -1"),
         ({"name": "ExponentialLR", "args": {"gamma": 0.9}, "warmup_steps": 2.5}, "where.warmup_steps is 2.5"),
+        (
+            {"name": "ExponentialLR", "args": {"gamma": 0.9}, "warmup_step": 3},
+            "where.warmup_step is unknown; did you mean warmup_steps?",
+        ),
         ({"name": "ExponentialLR", "arg": {}}, "where.arg is unknown; did you mean args?"),
         ({"args": {"gamma": 0.9}}, "where.name is missing"),
     ],
@@ -346,7 +350,7 @@ def test_rms_scaling_has_a_floor_for_tensors_that_start_at_zero():
         ({"name": "AdamW", "args": {"betas": [0.9]}}, "where.args does not build AdamW"),
         ({"name": "AdamW", "args": {"weight_decay": -1}}, "does not build AdamW: Invalid weight_decay"),
         ({"name": "AdamW", "args": {"fused": True, "foreach": True}}, "does not build AdamW"),
-        ("AdamW", "where is a string; it must be an object"),
+        ("AdamW", "where has type string; it must be an object"),
     ],
 )
 def test_a_wrong_optimizer_is_a_clear_error(spec, message):
@@ -489,8 +493,8 @@ def test_numeric_clip_and_none():
     [
         (0, "where is 0; the largest gradient norm must be > 0"),
         (-1.5, "where is -1.5; the largest gradient norm must be > 0"),
-        ("1", "where is a string; it must be an object"),
-        (True, "where is a boolean; it must be an object"),
+        ("1", "where has type string; it must be an object"),
+        (True, "where has type boolean; it must be an object"),
         ({"name": "GradClipper"}, "where.name is 'GradClipper'; it can be AdaptiveGradClipper"),
         ({"name": "AdaptiveGradClipper", "args": {"maxnorm": 1}}, "maxnorm is unknown; did you mean max_norm?"),
         ({"name": "AdaptiveGradClipper", "args": {"max_norm": 0}}, "max_norm is 0; it must be number > 0 or null"),

@@ -259,18 +259,18 @@ def test_groups_that_do_not_fit_are_named():
             Quantizer(2, 32, 8, group)
     with pytest.raises(ValueError, match="covers 2 cells along y, and the latent's 5 cells do not divide"):
         Quantizer(2, 32, 8, [2, 2, 1]).lattice((4, 5, 4))
-    with pytest.raises(ValueError, match="2 tokens of 4 cells make no cubic latent"):
+    with pytest.raises(ValueError, match="2 tokens of 4 cells do not make a cubic latent"):
         quantizer_of("VectorQuantizer", [1, 1, 4]).lookup(torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"indices must be \[B, X', Y', Z', 3\]; they are \[1, 4, 4, 4\]"):
         quantizer_of("ResidualVectorQuantizer").lookup(torch.zeros(1, 4, 4, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="in 63 codes, 3 per token, of 1 cells make no cubic latent"):
+    with pytest.raises(ValueError, match="in 63 codes, 3 per token, of 1 cells do not make a cubic latent"):
         quantizer_of("ResidualVectorQuantizer").lookup(torch.zeros(1, 63, dtype=torch.int64))
 
 
 def test_arguments_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"levels \[4, 4\] make 16 codes, but n_embed is 8192"):
         MODELS.get("FiniteScalarQuantizer", "")(levels=[4, 4])
-    with pytest.raises(ValueError, match="n_embed 1000 is no power of two; use 512 or 1024"):
+    with pytest.raises(ValueError, match="n_embed 1000 is not a power of two; use 512 or 1024"):
         MODELS.get("LookupFreeQuantizer", "")(n_embed=1000)
     with pytest.raises(ValueError, match="num_codes 3 does not divide embed_dim 8"):
         MODELS.get("ProductVectorQuantizer", "")(num_codes=3)

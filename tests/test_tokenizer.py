@@ -367,7 +367,7 @@ def test_grids_and_ids_of_another_shape_are_errors(tmp_path):
     with pytest.raises(ValueError, match="one object"):
         tokenizer.save_mesh(ids.repeat(2, 1), tmp_path / "mesh.glb")
     (tmp_path / "mesh.glb").write_bytes(b"glTF")
-    with pytest.raises(CheckpointError, match="is no tokenizer"):
+    with pytest.raises(CheckpointError, match="is not a tokenizer"):
         SparseStructureTokenizer.load(tmp_path / "mesh.glb")
 
 

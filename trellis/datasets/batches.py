@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..utils import dist_utils
+from ..utils.command import available_cores
 from ..utils.errors import DataError
 from .base import StandardDatasetBase
 from .sampler import ResumableSampler
@@ -85,7 +86,7 @@ def load_batches(
     if num_workers is None:
         # On a CPU the model itself needs every core; rows in memory only have to be put together.
         workers_pay = device.type == "cuda" and not dataset.in_memory
-        num_workers = min(MOST_WORKERS, (os.cpu_count() or 1) // processes) if workers_pay else 0
+        num_workers = min(MOST_WORKERS, available_cores() // processes) if workers_pay else 0
     loader = DataLoader(
         _Batches(dataset),
         batch_sampler=batches,  # type: ignore[arg-type]  # torch's types know lists of indices only

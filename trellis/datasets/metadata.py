@@ -118,7 +118,7 @@ def is_sha256(value: object) -> bool:
 
 
 def check_sha256(where: str, column: "Series") -> None:
-    """Raise DataError for a name that is no sha256, or given twice. where: what errors call the table."""
+    """Raise DataError for a name that is not a sha256, or given twice. where: what errors call the table."""
     valid = column.map(is_sha256).astype(bool)
     if not valid.all():
         first = column[~valid].iloc[0]

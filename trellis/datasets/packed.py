@@ -121,7 +121,7 @@ def check_resolution(path: Path, bits: np.ndarray, resolution: int) -> None:
     """Raise DataError if rows [N, R^3 / 8] have another resolution."""
     found = packed_resolution(bits)
     if found != resolution:
-        what = f"hold grids of resolution {found}" if found else "are no cube"
+        what = f"hold grids of resolution {found}" if found else "are not a cube"
         raise DataError(
             f"{path}: rows of {bits.shape[1]} bytes {what}, but resolution is {resolution}. "
             "Set the config's resolution or choose another file."

@@ -79,7 +79,7 @@ def pretrained_files(path: str) -> tuple[str, str]:
     looks_like_hub = len(parts) > 2 and all(part and part not in (".", "..") for part in parts)
     if not looks_like_hub:
         raise CheckpointError(
-            f"{path}: there is no {local[0]} and {local[1]}, and it is no Hub path (org/repo/sub/name)"
+            f"{path}: there is no {local[0]} and {local[1]}, and it is not a Hub path (org/repo/sub/name)"
         )
     # Imported here: local files do not need the Hub client.
     from huggingface_hub import hf_hub_download

@@ -283,4 +283,4 @@ def _open(path: Path) -> "pyarrow.parquet.ParquetFile":
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: is no readable Parquet file ({error}). Delete it and run scripts/to_tokens.py again.")
+    return DataError(f"{path}: is not a readable Parquet file ({error}). Delete it and run scripts/to_tokens.py again.")

@@ -153,7 +153,7 @@ def read_captions(path: Path, required: bool) -> dict[str, list[str]]:
         captions: dict[str, list[str]] = {}
         for sha256, value in pairs:
             if not isinstance(sha256, str):
-                raise ValueError(f"sha256 {sha256!r} is no text")
+                raise ValueError(f"sha256 {sha256!r} is not text")
             captions.setdefault(sha256, []).extend(_captions(value))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Give a CSV or JSON file of captions.") from error

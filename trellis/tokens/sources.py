@@ -24,7 +24,7 @@ def kind_of(source: str | Path) -> Kind:
     if path.is_file():
         if path.suffix not in WEIGHT_SUFFIXES:
             raise CheckpointError(
-                f"{path}: is no tokenizer. Give a folder, or a file of ShapeLLM-Omni's layout, "
+                f"{path}: is not a tokenizer. Give a folder, or a file of ShapeLLM-Omni's layout, "
                 f"whose name ends in {', '.join(WEIGHT_SUFFIXES)}"
             )
         return "shapellm"
@@ -38,7 +38,7 @@ def kind_of(source: str | Path) -> Kind:
             "folder that has one of them, such as outputs/stage2"
         )
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise CheckpointError(f"{source}: there is no such file or folder, and it is no id on the Hub (org/name)")
+        raise CheckpointError(f"{source}: there is no such file or folder, and it is not an id on the Hub (org/name)")
     if path.parent.is_dir():  # a slip in a path, which the Hub would take long to not know
         raise CheckpointError(
             f"{source}: {path.parent}/ has no file or folder {path.name}. For an id on the Hub use from_pretrained"

@@ -169,8 +169,8 @@ def check_lr_scheduler(spec: dict | None, optimizer_spec: dict, max_steps: int, 
     """Raise ConfigError unless the spec builds a schedule that can take a step and lasts max_steps."""
     if spec is None:
         return
+    check_component(spec, where, ("name", "args", "warmup_steps"))
     named = {key: value for key, value in spec.items() if key != "warmup_steps"}
-    check_component(named, where)
     for trial in (spec, named):  # under a warm-up, the named schedule's own first steps would come late
         optimizer = build_optimizer(optimizer_spec, {"weight": nn.Parameter(torch.zeros(1, 1))}, "none")
         scheduler = build_lr_scheduler(trial, optimizer, where)

@@ -95,7 +95,7 @@ def apply_override(config: dict, assignment: str) -> None:
             )
         node = node[key]
     if not isinstance(node, dict):
-        raise ConfigError(f"--set {assignment}: {'.'.join(keys[:-1])} is a {json_type(node)}, not an object")
+        raise ConfigError(f"--set {assignment}: {'.'.join(keys[:-1])} has type {json_type(node)}, not object")
     node[keys[-1]] = value
 
 
@@ -197,7 +197,7 @@ def check_args(args: Any, cls: type, where: str) -> dict[str, Any]:
     Raise ConfigError for arguments that its constructor does not take, lacks, or takes with other values.
     """
     if not isinstance(args, dict):
-        raise ConfigError(f"{where} is a {json_type(args)}; it must be an object of arguments of {cls.__name__}")
+        raise ConfigError(f"{where} has type {json_type(args)}; it must be an object of arguments of {cls.__name__}")
     known = config_arguments(cls)
     for name, value in args.items():
         if name not in known:
@@ -209,17 +209,20 @@ def check_args(args: Any, cls: type, where: str) -> dict[str, Any]:
     return fill_in(args, cls)
 
 
-def check_component(spec: Any, where: str) -> None:
-    """Raise ConfigError unless `spec` is {"name": string, "args": object}; `args` may be left out."""
+def check_component(spec: Any, where: str, keys: tuple[str, ...] = ("name", "args")) -> None:
+    """Raise ConfigError unless `spec` is {"name": string, "args": object}; `args` may be left out.
+
+    keys: all that it may have.
+    """
     if not isinstance(spec, dict):
-        raise ConfigError(f'{where} is a {json_type(spec)}; it must be an object {{"name": …, "args": {{…}}}}')
+        raise ConfigError(f'{where} has type {json_type(spec)}; it must be an object {{"name": …, "args": {{…}}}}')
     for key in spec:
-        if key not in ("name", "args"):
-            raise ConfigError(f"{where}.{key} is unknown{did_you_mean(key, ('name', 'args'))}")
+        if key not in keys:
+            raise ConfigError(f"{where}.{key} is unknown{did_you_mean(key, keys)}")
     if not isinstance(spec.get("name"), str):
         raise ConfigError(f"{where}.name is missing; give the class name as a string")
     if not isinstance(spec.get("args", {}), dict):
-        raise ConfigError(f"{where}.args is a {json_type(spec['args'])}; it must be an object")
+        raise ConfigError(f"{where}.args has type {json_type(spec['args'])}; it must be an object")
 
 
 def complete_component(spec: Any, registry: Registry, where: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def edits_of(state: dict[str, str], edits: dict[str, Any] | None) -> list[list[i
 
 
 def check_code(backend: Backend, code: int | float | None) -> int:
-    """Return the code as an int. Raise DataError for a number that is no code."""
+    """Return the code as an int. Raise DataError for a number that is not a code."""
     if not isinstance(code, (int, float)) or code != int(code) or not 0 <= code < backend.n_embed:
         what = "nothing" if code is None else code
         raise DataError(f"the code is {what}; it must be a whole number from 0 to {backend.n_embed - 1}")

@@ -23,7 +23,7 @@ from .grid import GridQuantizer
 
 
 class LookupFreeQuantizer(GridQuantizer):
-    """The signs of log2 `n_embed` numbers. Raises ValueError if n_embed is no power of two."""
+    """The signs of log2 `n_embed` numbers. Raises ValueError if n_embed is not a power of two."""
 
     strides: Tensor  # [d], of each bit in the id
 
@@ -38,7 +38,7 @@ class LookupFreeQuantizer(GridQuantizer):
         super().__init__(**kwargs)
         bits = self.n_embed.bit_length() - 1
         if 2**bits != self.n_embed:
-            raise ValueError(f"n_embed {self.n_embed} is no power of two; use {2**bits} or {2 ** (bits + 1)}")
+            raise ValueError(f"n_embed {self.n_embed} is not a power of two; use {2**bits} or {2 ** (bits + 1)}")
         strides = 2 ** torch.arange(bits)
         self.set_grid((torch.arange(self.n_embed)[:, None] // strides % 2 * 2 - 1).float())
         self.temperature = temperature

@@ -51,11 +51,12 @@ class SparseStructureVaeTrainer(BasicTrainer):
         encoder, decoder = models["encoder"], models["decoder"]
         if not isinstance(encoder, SparseStructureEncoder):
             raise ConfigError(
-                f"models.encoder.name is {type(encoder).__name__!r}, which is no encoder; use SparseStructureEncoder"
+                f"models.encoder.name is {type(encoder).__name__!r}, which is not an encoder; use "
+                "SparseStructureEncoder"
             )
         if not isinstance(decoder, SparseStructureDecoder):
             raise ConfigError(
-                f"models.decoder.name is {type(decoder).__name__!r}, which is no decoder; use SparseStructureDecoder"
+                f"models.decoder.name is {type(decoder).__name__!r}, which is not a decoder; use SparseStructureDecoder"
             )
         if encoder.in_channels != 1 or decoder.out_channels != 1:
             raise ConfigError(

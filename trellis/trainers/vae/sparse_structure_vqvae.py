@@ -97,7 +97,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         encoder, quantizer = cast(SparseStructureEncoder, models["encoder"]), models["quantizer"]
         if not isinstance(quantizer, Quantizer):
             raise ConfigError(
-                f"models.quantizer.name is {type(quantizer).__name__!r}, which is no quantizer; use "
+                f"models.quantizer.name is {type(quantizer).__name__!r}, which is not a quantizer; use "
                 "VectorQuantizer or another one"
             )
         if quantizer.latent_channels != encoder.latent_channels:

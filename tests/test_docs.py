@@ -198,9 +198,10 @@ def run_document(path: Path) -> None:
             raise AssertionError(f"{path.name}, line {block.line}: {error}") from error
 
 
-def test_the_readme_runs(workplace):
+def test_the_readme_and_the_snippet_of_the_api_run(workplace):
     prepare_readme()
     run_document(README)
+    run_document(DOCS / "api.md")
     made = [*Path("outputs/tokens").glob("*.parquet"), *Path("outputs/meshes").glob("*.glb"), Path("chair_back.glb")]
     assert len(made) == 4 and Path("tokenizers/mine/model.safetensors").is_file()
     assert list(Path("outputs/stage2/eval").glob("val_*.png"))

@@ -194,8 +194,8 @@ def make_grids(number: int, resolution: int, seed: int = 0) -> np.ndarray:
     grids = np.zeros((number, resolution, resolution, resolution), dtype=bool)
     for grid in grids:
         for _ in range(2):
-            centre, radius = rng.uniform(0.4, 0.6, 3), rng.uniform(0.1, 0.35, 3)
-            x, y, z = (np.abs(axis - c) / r for c, r in zip(centre, radius, strict=True))
+            center, radius = rng.uniform(0.4, 0.6, 3), rng.uniform(0.1, 0.35, 3)
+            x, y, z = (np.abs(axis - c) / r for c, r in zip(center, radius, strict=True))
             x, y, z = x[:, None, None], y[None, :, None], z[None, None, :]
             if rng.random() < 0.5:
                 distance = np.maximum(np.maximum(x, y), z)

@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--ckpt", default="latest", help="latest, best or a step (default: latest)")
-    parser.add_argument("--raw", action="store_true", help="raw weights instead of the average (EMA)")
+    parser.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones (EMA)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16"),

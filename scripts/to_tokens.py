@@ -3,7 +3,7 @@
     python scripts/to_tokens.py --tokenizer outputs/stage2 --data_dir data/voxels --output_dir outputs/tokens
     python scripts/to_tokens.py --tokenizer TOKENIZER --meshes meshes/ --output_dir outputs/tokens --sharegpt
 
-Grids come from the data roots of train.py, or from meshes, which are voxelized with the tokenizer's settings. Objects
+Grids come from data roots, as for train.py, or from meshes, which are voxelized with the tokenizer's settings. Objects
 are divided into shards, shard-00000-of-00012.parquet … (layout: trellis/tokens/parquet.py). Each is written
 atomically, and a rerun of the same command writes only missing shards. All shards of a folder have the same tokenizer,
 data set, precision, shard size and --iou. Meshes that cannot be voxelized are listed in failed.csv; to retry them,
@@ -355,8 +355,10 @@ def plan_conversations(
     if not any(
         sharegpt.records(sha256, name, "-", captions.get(sha256, ()), prompts) for sha256, name, _ in source.objects
     ):
+        fields = ", ".join(f"{{{name}}}" for name in prompts.fields)
         raise DataError(
-            f"--prompt {prompts.make!r}: no object has all that it names. Give --captions, or another prompt."
+            f"--prompt {prompts.make!r}: no object has every field that it uses ({fields}). Give --captions, or "
+            "another prompt."
         )
     return prompts, captions
 

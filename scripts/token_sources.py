@@ -158,7 +158,7 @@ class MeshSource:
         tokenize: Callable[[Shard], None],
         progress: Callable[[int], object],
     ) -> None:
-        """As `DataSource.feed`. tokenize runs in a thread while the meshes of the next shards are voxelized."""
+        """Do as `DataSource.feed` does. tokenize runs in a thread while the meshes of the next shards are voxelized."""
         jobs = {number: self.jobs[objects] for number, objects in shards.items()}
         number_of = {job.path: number for number, part in jobs.items() for job in part}
         unfinished = {number: len(part) for number, part in jobs.items()}

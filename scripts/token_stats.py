@@ -138,7 +138,7 @@ def encode_grids(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, 
 
 
 def read_grids(args: argparse.Namespace, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
-    """Return whether positions have an occupied voxel, [N, P] bool, and bytes of compressed grids, [N, 2].
+    """Return whether positions have an occupied voxel, [N, L] bool, and bytes of compressed grids, [N, 2].
 
     Raise DataError if --data_dir lacks the grid of an object.
     """

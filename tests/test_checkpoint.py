@@ -308,7 +308,7 @@ def test_a_trellis_run_gives_weights_only(ema, misc, tmp_path):
     loaded = models(config, seed=99)
     plan.load(loaded)
     for name, model in loaded.items():
-        assert ("EMA" if ema else "raw") in plan.origin[name] and "step0000010" in plan.origin[name]
+        assert ("averaged" if ema else "raw") in plan.origin[name] and "step0000010" in plan.origin[name]
         for key, value in model.state_dict().items():
             assert torch.equal(value, states[name][key] + ema)
 
@@ -317,7 +317,7 @@ def test_a_trellis_run_feeds_stage_1_and_the_codebook_is_named(tmp_path):
     trellis_run(tmp_path / "theirs", tiny_config())
     config = tiny_config(VQ, freeze=["encoder", "decoder"])
     plan = plan_weights(config, SparseStructureVqVaeTrainer, str(tmp_path / "out"), str(tmp_path / "theirs"), "10")
-    assert plan.files["quantizer"] is None and plan.origin["quantizer"] == "initialised"
+    assert plan.files["quantizer"] is None and plan.origin["quantizer"] == "initialized"
     assert plan.notes == [f"{tmp_path / 'theirs'} at step 10 has no quantizer"]
     assert not (tmp_path / "out").exists()
 

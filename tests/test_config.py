@@ -362,8 +362,8 @@ def test_a_wrong_trainer_argument_is_named(change, message):
     "path, value, message",
     [
         (("model",), {}, "model is unknown; did you mean models?"),
-        (("models",), [], "models is missing or no object"),
-        (("trainer",), None, "trainer is missing or no object"),
+        (("models",), [], "models is missing or not a JSON object"),
+        (("trainer",), None, "trainer is missing or not a JSON object"),
         (("dataset", "name"), "Shapes", "dataset.name is 'Shapes', which is not known"),
         (("dataset", "args", "roots"), "x", "dataset.args.roots is unknown"),
         (("dataset", "args", "resolution"), 0, "dataset.args.resolution is 0; it must be integer >= 1"),

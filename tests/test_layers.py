@@ -71,10 +71,10 @@ def wrong_arrows(root: Path) -> list[str]:
             continue
         room = room_of(module)
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        neighbours = {other.stem for other in path.parent.glob("*.py")} if room in ("scripts", "benchmarks") else set()
+        neighbors = {other.stem for other in path.parent.glob("*.py")} if room in ("scripts", "benchmarks") else set()
         for line, target in imported(ast.parse(path.read_text(encoding="utf-8")), module, package):
             top = target.partition(".")[0]
-            if top in neighbours or top not in TOPS:
+            if top in neighbors or top not in TOPS:
                 continue
             other = room_of(target)
             if other == DOOR:

@@ -134,9 +134,9 @@ def shapellm_reference(mesh: trimesh.Trimesh, resolution: int) -> np.ndarray:
     voxels = open3d.geometry.VoxelGrid.create_from_triangle_mesh_within_bounds(
         mesh, 1 / resolution, (-0.5, -0.5, -0.5), (0.5, 0.5, 0.5)
     ).get_voxels()
-    centres = (np.array([voxel.grid_index for voxel in voxels]) + 0.5) / resolution - 0.5
+    centers = (np.array([voxel.grid_index for voxel in voxels]) + 0.5) / resolution - 0.5
     turned = (
-        centres
+        centers
         @ np.array([(1, 0, 0), (0, np.cos(np.pi / 2), -np.sin(np.pi / 2)), (0, np.sin(np.pi / 2), np.cos(np.pi / 2))]).T
     )
     grid = np.zeros((resolution,) * 3, dtype=bool)
@@ -174,7 +174,7 @@ def test_shapellm_normalization_by_separating_axes(tmp_path):
     assert np.array_equal(grid[0].numpy(), expected)
     voxels = meshes.mesh_voxels(tmp_path / "mesh.off", 16, "y", "shapellm")
     assert np.array_equal(voxels, np.argwhere(expected))  # the order too
-    assert expected.any((1, 2))[15] and not expected.any((1, 2))[0]  # x is greatest, and in no way centred
+    assert expected.any((1, 2))[15] and not expected.any((1, 2))[0]  # x is greatest, and in no way centered
 
 
 @pytest.mark.parametrize("up_axis, normalization", [("keep", "cube"), ("y", "cube"), ("z", "cube"), ("y", "shapellm")])

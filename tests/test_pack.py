@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset_toolkits.pack import pack, unpack  # noqa: E402
 from trellis.datasets.metadata import setting_of_data  # noqa: E402
-from trellis.datasets.packed import FORMAT, TEXT_ARRAYS, load_packed, save_packed  # noqa: E402
+from trellis.datasets.packed import FORMAT_VERSION, TEXT_ARRAYS, load_packed, save_packed  # noqa: E402
 from trellis.datasets.sparse_structure import SparseStructure  # noqa: E402
 from trellis.grids.voxels import pack_bits  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
@@ -56,7 +56,7 @@ def test_packed_to_folder_and_back_is_the_identity(packed, tmp_path):
     assert first == second and len(first) == 8
 
 
-def test_how_objects_were_turned_and_normalised_stays_known(packed, tmp_path):
+def test_how_objects_were_turned_and_normalized_stays_known(packed, tmp_path):
     roots = [tmp_path / "a", tmp_path / "b"]
     for root, axis in zip(roots, "yz", strict=True):
         unpack(packed, root)
@@ -115,7 +115,7 @@ def test_files_of_before_there_was_a_format_are_format_1_and_newer_ones_are_refu
     assert all(np.array_equal(old[key], new[key]) for key in old)
 
     newer = tmp_path / "newer.npz"
-    np.savez(newer, format=FORMAT + 1, **arrays())
+    np.savez(newer, format=FORMAT_VERSION + 1, **arrays())
     readers = [
         lambda: load_packed(newer),
         lambda: setting_of_data([newer], "up_axis"),
@@ -123,7 +123,9 @@ def test_files_of_before_there_was_a_format_are_format_1_and_newer_ones_are_refu
         lambda: unpack(newer, tmp_path / "root"),
     ]
     for read in readers:
-        with pytest.raises(DataError, match=f"newer.npz: has format {FORMAT + 1}, .*up to format {FORMAT}.*Update"):
+        with pytest.raises(
+            DataError, match=f"newer.npz: has format {FORMAT_VERSION + 1}, .*up to format {FORMAT_VERSION}.*Update"
+        ):
             read()
     assert not (tmp_path / "root").exists()
     for wrong in (0, -1, 1.0, [1], "1", True):

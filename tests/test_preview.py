@@ -1,4 +1,4 @@
-"""Pictures of grids: every cell at its place, near ones before far ones, errors in their colours."""
+"""Pictures of grids: every voxel where it belongs, near ones before far ones, errors in their colors."""
 
 import numpy as np
 import pytest
@@ -16,9 +16,9 @@ from trellis.trainers.vae import sparse_structure_vae
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
-def grid_of(cells, resolution: int = 64) -> np.ndarray:
+def grid_of(voxels, resolution: int = 64) -> np.ndarray:
     grid = np.zeros((resolution,) * 3, dtype=bool)
-    grid[tuple(np.array(cells).T)] = True
+    grid[tuple(np.array(voxels).T)] = True
     return grid
 
 
@@ -26,11 +26,11 @@ def drawn(image: np.ndarray) -> np.ndarray:
     return (image != np.array(BACKGROUND)).any(-1)
 
 
-def paint(cells, colors, resolution: int = 64) -> np.ndarray:
-    """The picture of cells in one colour each."""
+def paint(voxels, colors, resolution: int = 64) -> np.ndarray:
+    """The picture of voxels in one color each."""
     palette = np.zeros((resolution,) * 3 + (3,))
-    palette[tuple(np.array(cells).T)] = colors
-    return render_voxels(grid_of(cells, resolution), palette)
+    palette[tuple(np.array(voxels).T)] = colors
+    return render_voxels(grid_of(voxels, resolution), palette)
 
 
 def of_hue(image: np.ndarray, channel: int) -> np.ndarray:
@@ -50,9 +50,9 @@ def test_an_empty_grid_is_background_and_the_input_stays_as_it_was():
 
 @pytest.mark.parametrize("axis, right, down", [(0, 7, 4), (1, 7, -4), (2, 0, -8)])
 def test_three_cells_along_an_axis_move_the_picture_by_whole_pixels(axis, right, down):
-    cells = np.array([(20, 20, 20), (21, 20, 20), (20, 20, 22)])
-    image = render_voxels(grid_of(cells))
-    moved = render_voxels(grid_of(cells + 3 * np.eye(3, dtype=int)[axis]))
+    voxels = np.array([(20, 20, 20), (21, 20, 20), (20, 20, 22)])
+    image = render_voxels(grid_of(voxels))
+    moved = render_voxels(grid_of(voxels + 3 * np.eye(3, dtype=int)[axis]))
     assert drawn(image).sum() > 20
     assert np.array_equal(moved, np.roll(image, (down, right), axis=(0, 1)))
 
@@ -79,32 +79,32 @@ def test_the_nearer_of_two_cells_hides_the_other_whichever_is_drawn_first():
 
 
 def test_every_pixel_shows_the_nearest_cell_on_its_ray():
-    """Against a search over all cells for each of many points of the picture."""
+    """Against a search over all voxels for each of many points of the picture."""
     rng = np.random.default_rng(0)
     resolution, enlarge = 6, round(64 / 6)
-    cells = np.argwhere(rng.random((resolution,) * 3) < 0.15)
-    hues = rng.integers(0, 3, len(cells))
-    image = paint(cells, np.eye(3)[hues] * 255, resolution)
+    voxels = np.argwhere(rng.random((resolution,) * 3) < 0.15)
+    hues = rng.integers(0, 3, len(voxels))
+    image = paint(voxels, np.eye(3)[hues] * 255, resolution)
     scale = enlarge / preview.SAMPLES
     half, depth, height = (length * scale for length in preview.VOXEL)
-    x, y, z = cells.T
-    centre_u = (x + y + 1) * half
-    centre_v = (x - y + resolution) * depth + (resolution - 1 - z) * height + height / 2
+    x, y, z = voxels.T
+    center_u = (x + y + 1) * half
+    center_v = (x - y + resolution) * depth + (resolution - 1 - z) * height + height / 2
 
-    compared = {"cell": 0, "background": 0}
+    compared = {"voxel": 0, "background": 0}
     for v, u in rng.integers(0, image.shape[:2], (3000, 2)):
-        du, dv = np.abs(u + 0.5 - centre_u), np.abs(v + 0.5 - centre_v)
+        du, dv = np.abs(u + 0.5 - center_u), np.abs(v + 0.5 - center_v)
         inside = np.minimum(half - du, depth + height / 2 - dv - du / half * depth)  # > 0 in the outline
-        if (np.abs(inside) < 1.5).any():  # the pixel may show two cells
+        if (np.abs(inside) < 1.5).any():  # the pixel may show two voxels
             continue
         hit = np.flatnonzero(inside > 0)
         if not hit.size:
-            assert tuple(image[v, u]) == BACKGROUND or image[v, u].min() > 150  # or the outline beside a cell
+            assert tuple(image[v, u]) == BACKGROUND or image[v, u].min() > 150  # or the outline beside a voxel
             compared["background"] += 1
         else:
             nearest = hit[np.argmax((x - y + z)[hit])]
             assert image[v, u].argmax() == hues[nearest] and np.delete(image[v, u], hues[nearest]).max() == 0
-            compared["cell"] += 1
+            compared["voxel"] += 1
     assert min(compared.values()) > 100
 
 
@@ -141,7 +141,7 @@ def test_missing_cells_are_red_and_extra_cells_blue():
     target = shell()
     assert drawn(render_difference(target, target)).any()
     same = render_difference(target, target).astype(int)
-    assert (same.max(-1) - same.min(-1)).max() < 20  # grey
+    assert (same.max(-1) - same.min(-1)).max() < 20  # gray
 
     broken = target.copy()
     broken[:, :16] = False  # the half that is seen

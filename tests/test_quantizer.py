@@ -136,8 +136,8 @@ def test_shapes_that_do_not_fit_are_named():
 
 def test_kmeans_recovers_separate_clusters():
     torch.manual_seed(0)
-    centres = 10 * torch.randn(20, 4)
-    vectors = (centres[:, None] + 0.01 * torch.randn(20, 50, 4)).flatten(0, 1)
+    centers = 10 * torch.randn(20, 4)
+    vectors = (centers[:, None] + 0.01 * torch.randn(20, 50, 4)).flatten(0, 1)
     codes = kmeans(vectors, 20, iterations=10, generator=torch.Generator().manual_seed(0))
     expected = vectors.view(20, 50, 4).mean(1)
     order = nearest_code(expected, codes)

@@ -168,8 +168,8 @@ def test_noise_leaves_the_global_generator_alone_and_is_not_moved_by_it():
 def test_noise_is_standard_normal_and_independent_between_samples():
     noise = sample_noise(torch.arange(4000), (16,), 0, torch.device("cpu")).double()
     assert abs(noise.mean()) < 5 / 64000**0.5 and abs(noise.var() - 1) < 5 * (2 / 64000) ** 0.5
-    neighbours = (noise[1:] * noise[:-1]).mean()
-    assert abs(neighbours) < 5 / 64000**0.5
+    neighbors = (noise[1:] * noise[:-1]).mean()
+    assert abs(neighbors) < 5 / 64000**0.5
 
 
 def test_seeds_do_not_depend_on_the_process_and_keep_parts_apart():

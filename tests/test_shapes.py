@@ -1,4 +1,4 @@
-"""Built-in shapes: the same bytes for the same seed, no two alike, all fit to be voxelised."""
+"""Built-in shapes: the same bytes for the same seed, no two alike, all fit to be voxelized."""
 
 import filecmp
 import hashlib

@@ -16,8 +16,8 @@ from trellis.grids.surface import SUFFIXES, save_mesh, surface_mesh  # noqa: E40
 from trellis.utils.errors import ConfigError, DataError  # noqa: E402
 
 
-def centres(resolution: int) -> np.ndarray:
-    """The centres of all cells, [R, R, R, 3] float64."""
+def centers(resolution: int) -> np.ndarray:
+    """The centers of all voxels, [R, R, R, 3] float64."""
     return np.moveaxis(np.indices((resolution,) * 3), 0, -1) / resolution + 0.5 / resolution - 0.5
 
 
@@ -37,11 +37,11 @@ def winding_numbers(mesh: trimesh.Trimesh, points: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("share", [0.03, 0.3, 0.5, 0.8, 1.0])
-def test_exactly_the_centres_of_occupied_cells_lie_inside(share):
-    """Of any grid, also where cells touch at edges and corners only, and at the border of the cube."""
+def test_exactly_the_centers_of_occupied_voxels_lie_inside(share):
+    """Of any grid, also where voxels touch at edges and corners only, and at the border of the cube."""
     grid = np.random.default_rng(int(100 * share)).random((7, 7, 7)) < share
     mesh = surface_mesh(grid, smooth=False)
-    winding = winding_numbers(mesh, centres(7).reshape(-1, 3)).reshape(grid.shape)
+    winding = winding_numbers(mesh, centers(7).reshape(-1, 3)).reshape(grid.shape)
     assert np.abs(winding - grid).max() < 1e-9
     assert mesh.is_watertight and mesh.volume > 0
 
@@ -49,20 +49,20 @@ def test_exactly_the_centres_of_occupied_cells_lie_inside(share):
 def test_solid_and_hollow_shapes_enclose_their_cells():
     for grid in solid_grids(2, 12, seed=3):
         mesh = surface_mesh(grid, smooth=False)
-        assert np.abs(winding_numbers(mesh, centres(12).reshape(-1, 3)).reshape(grid.shape) - grid).max() < 1e-9
+        assert np.abs(winding_numbers(mesh, centers(12).reshape(-1, 3)).reshape(grid.shape) - grid).max() < 1e-9
 
 
 def test_a_cell_is_at_its_place():
     grid = np.zeros((8, 8, 8), dtype=np.uint8)
     grid[0, 3, 7] = 1
     mesh = surface_mesh(grid, smooth=False)
-    expected = np.array([(0.5, 3.5, 7.5)] * 6) + 0.5 * np.array([*np.eye(3), *-np.eye(3)])  # half way to each neighbour
+    expected = np.array([(0.5, 3.5, 7.5)] * 6) + 0.5 * np.array([*np.eye(3), *-np.eye(3)])  # halfway to each neighbor
     assert sorted(mesh.vertices.tolist()) == sorted((expected / 8 - 0.5).tolist())
     assert np.array_equal(surface_mesh(grid * -2.0 + 1.0, smooth=False).bounds, [[-0.5] * 3, [0.5] * 3])  # logits
 
 
 def test_normals_point_outwards():
-    grid = np.linalg.norm(centres(16), axis=-1) < 0.4
+    grid = np.linalg.norm(centers(16), axis=-1) < 0.4
     for smooth in (False, True):
         mesh = surface_mesh(grid, smooth)
         outwards = mesh.triangles_center / np.linalg.norm(mesh.triangles_center, axis=1, keepdims=True)
@@ -70,7 +70,7 @@ def test_normals_point_outwards():
 
 
 def test_smoothing_makes_a_ball_rounder_at_the_same_volume():
-    grid = np.linalg.norm(centres(32), axis=-1) < 0.4
+    grid = np.linalg.norm(centers(32), axis=-1) < 0.4
     rough, smooth = surface_mesh(grid, smooth=False), surface_mesh(grid)
     assert np.array_equal(smooth.faces, rough.faces) and smooth.is_watertight
     assert smooth.volume == pytest.approx(rough.volume, rel=2e-3)
@@ -109,9 +109,9 @@ def test_files_hold_the_mesh(suffix, to_y_up, tmp_path):
         assert corners(read) == corners(mesh)
 
 
-def test_voxelising_a_saved_mesh_with_its_up_axis_finds_the_same_cells(tmp_path):
+def test_voxelizing_a_saved_mesh_with_its_up_axis_finds_the_same_voxels(tmp_path):
     pytest.importorskip("open3d")
-    grid = np.linalg.norm(centres(24) * (1.1, 1.7, 2.9) - 0.1, axis=-1) < 0.42
+    grid = np.linalg.norm(centers(24) * (1.1, 1.7, 2.9) - 0.1, axis=-1) < 0.42
     mesh = surface_mesh(grid)
     save_mesh(mesh, tmp_path / "mesh.glb", to_y_up=True)
     save_mesh(mesh, tmp_path / "mesh.ply", to_y_up=False)
@@ -121,7 +121,7 @@ def test_voxelising_a_saved_mesh_with_its_up_axis_finds_the_same_cells(tmp_path)
 
 
 def test_a_glb_has_outward_normals_and_is_no_metal(tmp_path):
-    save_mesh(surface_mesh(np.linalg.norm(centres(16), axis=-1) < 0.4), tmp_path / "ball.glb", to_y_up=True)
+    save_mesh(surface_mesh(np.linalg.norm(centers(16), axis=-1) < 0.4), tmp_path / "ball.glb", to_y_up=True)
     [read] = trimesh.load_scene(tmp_path / "ball.glb", process=False).geometry.values()
     assert "vertex_normals" in read._cache  # as the file has them, not computed
     assert (read.vertex_normals * read.vertices).sum(1).min() > 0.3

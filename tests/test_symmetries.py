@@ -28,7 +28,7 @@ def matrix(symmetry: Symmetry) -> np.ndarray:
 
 
 def moved(grid: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Move every occupied cell's centre, in half cells from the middle of the cube, by a matrix."""
+    """Move every occupied voxel's center, in half voxels from the middle of the cube, by a matrix."""
     size = len(grid)
     points = (2 * np.argwhere(grid) - (size - 1)) @ rows.T
     result = np.zeros_like(grid)
@@ -85,7 +85,7 @@ def test_scores_do_not_change_when_both_grids_are_moved_alike():
 
 
 @pytest.mark.parametrize("augmentation", ["z", "all"])
-def test_each_symmetry_is_equally_likely_and_seeds_and_neighbours_are_unrelated(augmentation):
+def test_each_symmetry_is_equally_likely_and_seeds_and_neighbors_are_unrelated(augmentation):
     number = len(SYMMETRIES[augmentation])
     drawn = [symmetry_of(augmentation, 0, sample_id) for sample_id in range(200 * number)]
     counts = collections.Counter(drawn)

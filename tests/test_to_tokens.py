@@ -341,7 +341,7 @@ def test_damaged_files_are_refused(tmp_path, damage):
 # --- meshes ---------------------------------------------------------------------------------------------------
 
 
-def test_meshes_are_voxelised_as_the_tokenizer_has_it(base, tmp_path, capsys):
+def test_meshes_are_voxelized_as_the_tokenizer_has_it(base, tmp_path, capsys):
     trimesh = pytest.importorskip("trimesh")
     pytest.importorskip("open3d")
     pytest.importorskip("pebble")
@@ -492,7 +492,7 @@ def test_objects_without_captions_are_asked_for_by_name(base, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--prompt", "Make {colour}"], "{colour} is not known"),
+        (["--prompt", "Make {color}"], "{color} is not known"),
         (["--prompt", "Make {"], "Single '{'"),
         (["--prompt", " "], "--prompt is empty"),
         (["--describe_prompt", "What?"], "must contain {mesh}"),

@@ -81,7 +81,7 @@ def test_a_markov_chain_has_its_entropy_rate():
     assert bits["previous_raster"] == pytest.approx((1 + 4 * rate) / 5, abs=1e-12)
 
 
-def test_each_axis_has_its_own_neighbour():
+def test_each_axis_has_its_own_neighbor():
     """Along y ids repeat; along x and z they are independent. Objects are all there are."""
     rows = []
     for a, b, c, d in itertools.product(range(2), repeat=4):  # ids at (x, z)

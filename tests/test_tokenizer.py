@@ -298,7 +298,7 @@ def test_what_that_layout_cannot_hold_is_refused(tmp_path):
             SparseStructureTokenizer.from_shapellm(tmp_path / f"{name}.bin")
 
 
-def test_export_says_that_the_file_does_not_know_the_normalisation(tmp_path):
+def test_export_says_that_the_file_does_not_know_the_normalization(tmp_path):
     tokenizer = make(**QUANTIZERS["along z"])
     with pytest.warns(UserWarning, match='normalization="cube", up_axis="y"'):
         tokenizer.export_shapellm(tmp_path / "x.bin")

@@ -20,17 +20,17 @@ from trellis.viewer.code_usage import UsageCounter
 
 
 def exposed(labels: np.ndarray) -> set[tuple]:
-    """(side, plane, u, v, label) of every outer unit square, found cell by cell."""
+    """(side, plane, u, v, label) of every outer unit square, found voxel by voxel."""
     found = set()
-    for cell in np.argwhere(labels):
+    for voxel in np.argwhere(labels):
         for axis in range(3):
             for upper in (0, 1):
-                beside = cell.copy()
+                beside = voxel.copy()
                 beside[axis] += 2 * upper - 1
                 outside = beside.min() < 0 or beside.max() >= len(labels)
                 if outside or not labels[tuple(beside)]:
-                    u, v = (cell[other] for other in range(3) if other != axis)
-                    found.add((axis, cell[axis] + upper, u, v, labels[tuple(cell)]))
+                    u, v = (voxel[other] for other in range(3) if other != axis)
+                    found.add((axis, voxel[axis] + upper, u, v, labels[tuple(voxel)]))
     return found
 
 
@@ -66,7 +66,7 @@ def test_faces_cover_each_outer_square_once_with_its_label(kind, merged, monkeyp
     }[kind]
     drawn = faces.outer_faces(labels)
     found, wanted = squares(drawn), exposed(labels)
-    # Both sides of a plane may be drawn, for two cells that meet at an edge.
+    # Both sides of a plane may be drawn, for two voxels that meet at an edge.
     assert len(found) == len(set(found)) or kind in ("noise", "one")
     assert set(found) == wanted and drawn.coarser == 1
     if merged and kind == "full":
@@ -100,7 +100,7 @@ def array(spec: dict) -> np.ndarray:
     return values.reshape([int(size) for size in spec["shape"].split(",")]) if "shape" in spec else values
 
 
-def test_difference_shows_missing_extra_and_correct_cells_in_the_colours_of_the_contact_sheet():
+def test_difference_shows_missing_extra_and_correct_voxels_in_the_colors_of_the_contact_sheet():
     target, reconstruction = solid_grids(2, RESOLUTION, 0)
     traces = [trace for trace in figures.difference_figure(target, reconstruction)["data"] if trace["type"] == "mesh3d"]
     wanted = {MISSING: target & ~reconstruction, EXTRA: reconstruction & ~target, CORRECT: target & reconstruction}
@@ -126,7 +126,7 @@ def test_a_layer_and_the_lattice_say_which_token_is_where(backend):
     facts = array(boxes["customdata"]).reshape(-1, 8, 3)
     assert np.array_equal(facts[:, :, 0], np.flatnonzero(occupied)[:, None].repeat(8, 1))
     x = array(boxes["x"]).reshape(-1, 8)
-    assert np.array_equal(np.floor(x.mean(1) / 8), np.flatnonzero(occupied) // 8)  # 8 cells a token along x
+    assert np.array_equal(np.floor(x.mean(1) / 8), np.flatnonzero(occupied) // 8)  # 8 voxels a token along x
 
 
 # --- what travels ---

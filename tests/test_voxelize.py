@@ -25,7 +25,7 @@ from trellis.utils.errors import DataError  # noqa: E402
 
 @pytest.fixture
 def serial(monkeypatch):
-    """Voxelise in this process, which saves the start of workers; returns the paths that were worked on."""
+    """Voxelize in this process, which saves the start of workers; returns the paths that were worked on."""
     worked = []
 
     def run(function, tasks, finish, max_workers, timeout):
@@ -174,7 +174,7 @@ def test_rerun_skips_what_is_done_and_keeps_what_users_added(tmp_path, serial, c
     for row in rows:
         row.update(aesthetic_score="6.50", caption='a "thing", thin', split="")
     rows[0]["split"] = "val"
-    rows.append({**dict.fromkeys(rows[0], ""), "sha256": "f" * 64, "caption": "not voxelised yet"})
+    rows.append({**dict.fromkeys(rows[0], ""), "sha256": "f" * 64, "caption": "not voxelized yet"})
     records.write_table(metadata, rows[0], rows)
     (tmp_path / "out" / "voxels" / f"{shas[1]}.ply").unlink()
 
@@ -184,7 +184,7 @@ def test_rerun_skips_what_is_done_and_keeps_what_users_added(tmp_path, serial, c
     assert "1 of those done already belong to another split" in capsys.readouterr().out
     after = {row["sha256"]: row for row in table(metadata)}
     assert len(after) == 4 and after["f" * 64]["voxelized"] == "False"
-    assert after["f" * 64]["caption"] == "not voxelised yet"
+    assert after["f" * 64]["caption"] == "not voxelized yet"
     for row in rows[:-1]:
         assert after[row["sha256"]] == {**row, "split": row["split"] or "train"}
 
@@ -233,7 +233,7 @@ def test_trellis_folder_is_taken_as_it_is(tmp_path, serial, capsys):
         (root / "renders" / sha).mkdir(parents=True)
     small = trimesh.creation.box(extents=(0.5, 0.27, 0.97)).apply_translation((0.21, 0, 0))
     small.export(root / "renders" / shas[0] / "mesh.ply")
-    tetrahedron().export(root / "renders" / shas[1] / "mesh.ply")  # not normalised
+    tetrahedron().export(root / "renders" / shas[1] / "mesh.ply")  # not normalized
     (root / "metadata.csv").write_text(
         "sha256,aesthetic_score,rendered\n" + "".join(f"{sha},7.25,True\n" for sha in shas)
     )

@@ -23,12 +23,12 @@ from trellis.grids.voxels import (
 from trellis.utils.errors import DataError
 
 
-def all_cells(resolution: int) -> np.ndarray:
+def all_voxels(resolution: int) -> np.ndarray:
     return np.stack(np.unravel_index(np.arange(resolution**3), (resolution,) * 3), axis=1)
 
 
 @pytest.mark.parametrize("resolution", [6, 64])
-def test_a_written_grid_is_read_back_cell_for_cell(tmp_path, resolution):
+def test_a_written_grid_is_read_back_voxel_for_voxel(tmp_path, resolution):
     grid = np.random.default_rng(0).random((resolution,) * 3) < 0.3
     grid[0, 0, 0] = grid[-1, -1, -1] = grid[0, -1, 0] = True  # corners of the cube
     write_ply(tmp_path / "grid.ply", occupancy_to_points(grid))
@@ -37,34 +37,34 @@ def test_a_written_grid_is_read_back_cell_for_cell(tmp_path, resolution):
     assert np.array_equal(read[0].numpy(), grid)
 
 
-def test_each_cell_alone_is_marked_at_its_own_place():
-    cells = all_cells(6)
-    grids = torch.stack([points_to_occupancy(centre[None], 6) for centre in voxel_centers(cells, 6)])
+def test_each_voxel_alone_is_marked_where_it_is():
+    voxels = all_voxels(6)
+    grids = torch.stack([points_to_occupancy(center[None], 6) for center in voxel_centers(voxels, 6)])
     assert torch.equal(grids.view(216, 216), torch.eye(216, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("resolution", [64, 100, 256])
-def test_float32_centres_of_every_slice_are_within_the_tolerance(resolution):
+def test_float32_centers_of_every_slice_are_within_the_tolerance(resolution):
     indices = np.repeat(np.arange(resolution)[:, None], 3, axis=1)
-    centres = voxel_centers(indices, resolution)
-    assert centres.dtype == np.float32
-    assert np.array_equal(points_to_occupancy(centres, resolution)[0].nonzero().numpy(), indices)
+    centers = voxel_centers(indices, resolution)
+    assert centers.dtype == np.float32
+    assert np.array_equal(points_to_occupancy(centers, resolution)[0].nonzero().numpy(), indices)
 
 
 def test_points_up_to_the_tolerance_are_taken_and_none_beyond():
-    centre, cell = voxel_centers(np.array([[3, 0, 7]]), 8).astype(float), 1 / 8
+    center, size = voxel_centers(np.array([[3, 0, 7]]), 8).astype(float), 1 / 8
     for axis in range(3):
         for sign in (-1, 1):
-            shift = np.eye(3)[axis] * sign * cell
-            assert points_to_occupancy(centre + 0.9e-3 * shift, 8)[0, 3, 0, 7] == 1
+            shift = np.eye(3)[axis] * sign * size
+            assert points_to_occupancy(center + 0.9e-3 * shift, 8)[0, 3, 0, 7] == 1
             with pytest.raises(DataError, match="grid.ply: point 0 is .*not the center.*rerun voxelize"):
-                points_to_occupancy(centre + 1.1e-3 * shift, 8, name="grid.ply")
+                points_to_occupancy(center + 1.1e-3 * shift, 8, name="grid.ply")
 
 
 @pytest.mark.parametrize("value", [0.5, 0.5000001, -0.50000003, 1e30, np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_points_outside_the_cube_are_refused_by_number_and_value(value, axis):
-    points = voxel_centers(all_cells(4), 4).astype(float)
+    points = voxel_centers(all_voxels(4), 4).astype(float)
     points[17, axis] = value
     with pytest.raises(DataError, match=r"grid.ply: point 17 is .*in \[-0.5, 0.5\).*voxelize") as error:
         points_to_occupancy(points, 4, name="grid.ply")
@@ -92,7 +92,7 @@ def test_the_format_written_is_plain_and_other_valid_ones_are_read(tmp_path, tex
     assert ours["vertex"].data.dtype == np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4")])
     assert np.array_equal(np.stack([ours["vertex"][axis] for axis in "xyz"], 1), points)
 
-    # Another order of properties, colours between, faces before and edges after, comments.
+    # Another order of properties, colors between, faces before and edges after, comments.
     vertices = np.zeros(len(points), dtype=[("z", "f8"), ("red", "u1"), ("x", "f4"), ("y", "f4")])
     for axis, column in zip("xyz", points.T, strict=True):
         vertices[axis] = column
@@ -108,7 +108,7 @@ def test_the_format_written_is_plain_and_other_valid_ones_are_read(tmp_path, tex
 
 
 def test_every_truncation_of_a_file_is_an_error_naming_it(tmp_path):
-    write_ply(tmp_path / "whole.ply", voxel_centers(all_cells(2)[:3], 2))
+    write_ply(tmp_path / "whole.ply", voxel_centers(all_voxels(2)[:3], 2))
     content = (tmp_path / "whole.ply").read_bytes()
     path = tmp_path / "cut.ply"
     for length in range(len(content)):
@@ -172,7 +172,7 @@ def test_a_valid_file_without_one_number_for_each_axis_says_what_it_has(tmp_path
 def test_an_absurd_count_costs_no_memory(tmp_path, encoding):
     header = ASCII.replace("ascii", encoding).replace("vertex 2", "vertex 10000000")
     path = tmp_path / "absurd.ply"
-    path.write_text(header.replace("float z\n", "float z\nproperty list uchar int neighbours\n"))
+    path.write_text(header.replace("float z\n", "float z\nproperty list uchar int neighbors\n"))
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match="absurd.ply: .*10000000 rows"):

@@ -1,4 +1,4 @@
-"""Training of vector-quantised TRELLIS sparse structures, from mesh to tokens and back."""
+"""Training of vector-quantized TRELLIS sparse structures, from mesh to tokens and back."""
 
 import importlib
 

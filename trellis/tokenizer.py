@@ -93,8 +93,8 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             network.convert_to_fp32()  # the precision is this class's to choose
         if resolution % self.encoder.downsampling:
             raise ConfigError(
-                f"resolution is {resolution}; the encoder halves it, so a multiple of "
-                f"{self.encoder.downsampling} is needed"
+                f"resolution is {resolution}, but a latent cell covers {self.encoder.downsampling} voxels along an "
+                f"axis; use a multiple of {self.encoder.downsampling}"
             )
         cells = resolution // self.encoder.downsampling
         try:

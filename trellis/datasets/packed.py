@@ -1,6 +1,8 @@
 """Packed files: the grids of many objects as bits in one .npz file. This is format 1.
 
-Arrays of a file with N grids of resolution R:
+dataset_toolkits/pack.py writes them; sparse_structure.py reads grids, and metadata.py single text arrays.
+
+Arrays of a file with N grids of resolution R, an even number, so that R^3 divides by 8:
 
     bits           uint8 [N, R^3 / 8]: the grids, see grids.voxels.pack_bits
     sha256         text [N], optional: names of the objects; default: sha256 of each row of bits
@@ -27,7 +29,7 @@ import numpy as np
 from ..utils.errors import DataError
 from ..utils.files import atomic_write
 
-FORMAT = 1
+FORMAT_VERSION = 1
 TEXT_ARRAYS = ("name", "source", "sha256", "split", "up_axis", "normalization")
 
 
@@ -62,7 +64,7 @@ def save_packed(path: Path, bits: np.ndarray, texts: Mapping[str, np.ndarray]) -
     arrays: dict[str, Any] = {"bits": bits, **texts}
     _check(path, arrays)
     with atomic_write(path) as partial, open(partial, "wb") as file:
-        np.savez_compressed(file, format=np.array(FORMAT), **arrays)
+        np.savez_compressed(file, format=np.array(FORMAT_VERSION), **arrays)
 
 
 def _read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -83,9 +85,9 @@ def _read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 def _check_format(path: Path, found: np.ndarray) -> None:
     if found.shape != () or found.dtype.kind not in "iu" or found < 1:
         raise DataError(f"{path}: format is {found.dtype} {found.tolist()}; it must be a whole number from 1 upwards.")
-    if found > FORMAT:
+    if found > FORMAT_VERSION:
         raise DataError(
-            f"{path}: has format {found}, but this version reads packed files up to format {FORMAT}. "
+            f"{path}: has format {found}, but this version reads packed files up to format {FORMAT_VERSION}. "
             "Update the program, or make the file anew by this version's pack.py."
         )
 

@@ -1,7 +1,7 @@
 """Reconstruction quality over a dataset, for validation during training and for scripts/evaluate.py.
 
-Axes: B batch, n objects, R voxels along an axis, X Y Z latent cells, X' Y' Z' tokens, T = X'·Y'·Z', Q codes of a
-token, K codes.
+Axes: B batch, n objects, R voxels along an axis, X Y Z latent cells, X' Y' Z' the lattice, L = X'·Y'·Z' tokens,
+Q codes of a token, K codes.
 """
 
 import math
@@ -88,7 +88,7 @@ def codebook_scores(counts: Tensor, tokens: int) -> dict[str, float]:
     """Return usage, perplexity and bits per object: tokens·Q·log2 K, and tokens·entropy.
 
     counts: [K] or [Q, K], over all objects.
-    tokens: T of an object.
+    tokens: L of an object.
     """
     codes_per_token = counts.numel() // counts.shape[-1]
     return {
@@ -219,8 +219,8 @@ def _token_details(indices: Tensor, counts: Tensor, ss: Tensor) -> tuple[dict[st
     over those whose block of the grid has an occupied voxel.
     indices, counts: as in `Reconstruction`.
     """
-    occupied = occupied_blocks(ss, indices.shape[1:4]).flatten(1)  # [B, T]
-    tokens = indices.reshape(*occupied.shape, -1)  # [B, T, Q]
+    occupied = occupied_blocks(ss, indices.shape[1:4]).flatten(1)  # [B, L]
+    tokens = indices.reshape(*occupied.shape, -1)  # [B, L, Q]
     details = {"tokens_occupied": occupied.sum(1)}
     n_embed = counts.shape[-1]
     for suffix, chosen in (("", None), ("_occupied", occupied)):

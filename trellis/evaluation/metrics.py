@@ -1,6 +1,6 @@
 """How well grids are reconstructed, how well a codebook is used, and what a posterior costs.
 
-Axes: B objects, X Y Z voxels (latent cells in `gaussian_kl_bits`), T tokens of an object, Q codes of a token, K codes.
+Axes: B objects, X Y Z voxels (latent cells in `gaussian_kl_bits`), L tokens of an object, Q codes of a token, K codes.
 """
 
 import math
@@ -146,12 +146,12 @@ def codebook_counts(indices: Tensor, n_embed: int, codes_per_token: int = 1) -> 
 def object_counts(indices: Tensor, n_embed: int, chosen: Tensor | None = None) -> Tensor:
     """Count how often each object's tokens choose each code. Return [B, Q, K] int64.
 
-    indices: [B, T, Q], integers in [0, n_embed).
-    chosen: [B, T] bool, the tokens that count; None for all.
+    indices: [B, L, Q], integers in [0, n_embed).
+    chosen: [B, L] bool, the tokens that count; None for all.
     """
-    B, T, Q = indices.shape
+    B, L, Q = indices.shape
     columns = indices + n_embed * torch.arange(Q, device=indices.device)
-    weights = torch.ones_like(columns) if chosen is None else chosen.long()[:, :, None].expand(B, T, Q)
+    weights = torch.ones_like(columns) if chosen is None else chosen.long()[:, :, None].expand(B, L, Q)
     counts = indices.new_zeros(B, Q * n_embed, dtype=torch.int64)
     # torch.bincount would make the host wait for a GPU.
     return counts.scatter_add_(1, columns.flatten(1), weights.flatten(1)).view(B, Q, n_embed)

@@ -1,5 +1,6 @@
 """From a mesh file to the voxels that its triangles meet: load, place in the cube (see `placing`), voxelize.
 
+`mesh_to_grid` does all of it. voxelize.py and the page call its steps.
 trimesh and open3d are optional, so only the functions that need them import them.
 """
 

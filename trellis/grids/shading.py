@@ -29,7 +29,7 @@ def slope_and_hollow(occupied: np.ndarray, voxels: np.ndarray, normals: np.ndarr
 
 
 def _blur(values: np.ndarray, radius: int, times: int) -> np.ndarray:
-    """Box blur along each axis; the ends wrap around, into the margin."""
+    """Blur with a box along each axis; the ends wrap around, into the margin."""
     for axis in range(3):
         for _ in range(times):
             total = values.copy()

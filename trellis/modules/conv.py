@@ -1,7 +1,7 @@
 """3³ convolutions with stride 1 and padding 1, and their two gradients, by the fastest of several equal variants.
 
 Hardware computes many output channels at a time, and narrow layers leave most of its lanes idle. Merging by m
-computes m neighbours along z as the channels of one convolution with m times as many outputs, stride m and a
+computes m neighbors along z as the channels of one convolution with m times as many outputs, stride m and a
 kernel longer by m - 1, whose weight holds the narrow one at m offsets and zeros elsewhere. It takes (m + 2)/3 times
 the arithmetic, but reads each input fewer times and fills the lanes. The result needs no copy: in channels_last_3d,
 m voxels of C channels have the memory layout of one voxel of m·C.
@@ -146,7 +146,7 @@ def _weight_and_bias_grad(
 
 
 def _widened(weight: Tensor, m: int) -> Tensor:
-    """Return the merged weight, [m·O, I, 3, 3, m + 2]: output j·O + o is o at the j-th of m neighbours."""
+    """Return the merged weight, [m·O, I, 3, 3, m + 2]: output j·O + o is o at the j-th of m neighbors."""
     wide = weight.new_zeros(m, *weight.shape[:4], m + 2)
     for j in range(m):
         wide[j, ..., j : j + 3] = weight

@@ -50,7 +50,7 @@ class TokenInfo:
     codes_per_token: int  # Q, consecutive ids of a token
     n_embed: int  # K
     resolution: int  # R, voxels along an axis
-    precision: str  # that ids were computed in
+    precision: str  # of the encoder that made the ids
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +97,7 @@ def claim(path: Path, settings: dict[str, Any]) -> None:
         raise ConfigError(f"{path} is damaged ({error}); delete it together with the files beside it") from error
     if found != settings:
         raise ConfigError(
-            f"{path.parent}: what is there was made otherwise. {path.name} has other values of "
+            f"{path.parent}: holds tokens made with other settings. {path.name} has other values of "
             f"{', '.join(differing_keys(found, settings))}. Give the same as before, or another --output_dir."
         )
 
@@ -180,7 +180,8 @@ def shard_files(source: str | Path) -> list[Path]:
         raise DataError(f"{source}: has no shard-*.parquet. scripts/to_tokens.py writes them.")
     if len(totals) > 1:
         raise DataError(
-            f"{source}: holds shards of {' and of '.join(map(str, totals))}. Delete those that do not belong there."
+            f"{source}: holds shards of different sets (of {' and of '.join(map(str, totals))} files). "
+            "Delete those that do not belong there."
         )
     missing = [number for number in range(totals[0]) if number not in numbers]
     if missing:

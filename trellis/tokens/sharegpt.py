@@ -63,9 +63,14 @@ class Prompts:
             raise ConfigError(f"--describe_prompt {self.describe!r}: must contain {{mesh}}, where the object's ids go")
 
     @property
+    def fields(self) -> list[str]:
+        """Names in braces of `make`, sorted."""
+        return sorted(_fields(self.make, "prompt"))
+
+    @property
     def need_captions(self) -> bool:
         """Whether `make` contains {caption}."""
-        return "caption" in _fields(self.make, "prompt")
+        return "caption" in self.fields
 
 
 def records(sha256: str, name: str, mesh: str, captions: Iterable[str], prompts: Prompts) -> list[Record]:
@@ -78,7 +83,7 @@ def records(sha256: str, name: str, mesh: str, captions: Iterable[str], prompts:
     captions, named = list(captions), name != sha256
     name = re.sub(r"\.[A-Za-z][A-Za-z0-9]{1,3}$", "", PurePosixPath(name).name)
     made = []
-    if named or "name" not in _fields(prompts.make, "prompt"):
+    if named or "name" not in prompts.fields:
         for caption in captions if prompts.need_captions else [""]:
             made.append((prompts.make.format(caption=caption, name=name), mesh))
     if named or "name" not in _fields(prompts.describe, "describe_prompt"):

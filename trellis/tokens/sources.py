@@ -39,7 +39,7 @@ def kind_of(source: str | Path) -> Kind:
         )
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise CheckpointError(f"{source}: there is no such file or folder, and it is not an id on the Hub (org/name)")
-    if path.parent.is_dir():  # a slip in a path, which the Hub would take long to not know
+    if path.parent.is_dir():  # a mistyped path; asking the Hub would only cost time
         raise CheckpointError(
             f"{source}: {path.parent}/ has no file or folder {path.name}. For an id on the Hub use from_pretrained"
         )
@@ -47,7 +47,7 @@ def kind_of(source: str | Path) -> Kind:
 
 
 def check_folder(path: Path) -> None:
-    """Raise CheckpointError if save_pretrained did not write a folder."""
+    """Raise CheckpointError unless save_pretrained wrote the folder."""
     missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -78,7 +78,7 @@ def download(model_id: str, **options) -> str:
 
 @contextlib.contextmanager
 def hub_errors(source: str | Path) -> Iterator[None]:
-    """Turn errors of the Hub, and of the way there, into a CheckpointError."""
+    """Turn errors of the Hub and of the network into a CheckpointError."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:

@@ -1,6 +1,6 @@
 """What a language model will see: entropies, empty tokens, runs and compressed sizes of ids.
 
-Axes: N objects, X' Y' Z' lattice, P = X'·Y'·Z' positions, Q codes of a token, T = P·Q ids of an object, K codes.
+Axes: N objects, X' Y' Z' lattice, L = X'·Y'·Z' tokens, Q codes of a token, T = L·Q ids of an object, K codes.
 Everything is counted in ids; with Q > 1 each of a token's Q codes has statistics of its own, since a reader knows which
 of them comes next. All entropies are in bits.
 """
@@ -195,7 +195,7 @@ def empty_stats(tokens: TokenSet, occupied: np.ndarray | None = None) -> dict:
         empty grid's; "different" and "entropy", number and entropy of the ids. None if there is no such position.
 
     tokens: with empty_ids.
-    occupied: [N, P] bool, whether a position's block of the grid has an occupied voxel; None without grids.
+    occupied: [N, L] bool, whether a position's block of the grid has an occupied voxel; None without grids.
     """
     empty_ids = _empty_ids(tokens)
     equal = tokens.ids == empty_ids

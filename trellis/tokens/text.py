@@ -3,6 +3,9 @@
 ShapeLLM-Omni (arXiv:2506.01853) adds one word for each code to the vocabulary of Qwen2.5-VL, and two that enclose an
 object: <mesh-start><mesh17><mesh4085>…<mesh-end>. `SHAPELLM` is that vocabulary; `TokenFormat.at` puts the same words
 elsewhere.
+
+Ids are the tokenizer's, ids of the vocabulary the language model's. To tell them apart, *code* stands here for a code's
+number too, the id of a token.
 """
 
 import re

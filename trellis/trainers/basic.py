@@ -53,7 +53,7 @@ if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
 
 
 class BasicTrainer:
-    """Trains models on a dataset, on one process or as one rank of several."""
+    """Trainer of models on a dataset, on one process or as one rank of several."""
 
     model_keys: tuple[str, ...] = ()  # keys that `models` must have
     best_by = "iou"  # the validation score that is highest at the best step
@@ -139,7 +139,7 @@ class BasicTrainer:
         raise NotImplementedError
 
     def no_grad_if_frozen(self, name: str) -> contextlib.AbstractContextManager:
-        """Return a context for a model that gets no input from a trained one: if frozen, it needs no graph."""
+        """Return `no_grad` for a frozen model whose inputs need no gradient, else an empty context."""
         return torch.no_grad() if name in self.frozen else contextlib.nullcontext()
 
     def initialize_models(self) -> None:
@@ -373,7 +373,7 @@ class BasicTrainer:
     def build_training_state(self) -> None:
         """Build optimizer, schedule, averages and gradient reduction around the models as they are now.
 
-        Not part of the constructor, since "rms" scaling and averages start from the initialised weights.
+        Not part of the constructor, since "rms" scaling and averages start from the initialized weights.
         """
         named = {
             f"{key}.{name}": parameter
@@ -397,7 +397,7 @@ class BasicTrainer:
     def open_log(self) -> None:
         """Open the logs after the step reached so far."""
         if dist_utils.is_main():
-            # The first line of a new run has step 0 itself.
+            # A new run also logs step 0.
             self.log_files = RunLog(self.output_dir, self.step if self.plan.resume else -1)
 
     def forget_rows(self, name: str, keys: tuple[str, ...], rows: Tensor) -> None:

@@ -33,7 +33,7 @@ def complete_config(config: dict) -> dict[str, Any]:
             raise ConfigError(f"{key} is unknown{did_you_mean(key, KEYS)}")
     for key in KEYS:
         if not isinstance(config.get(key), dict):
-            raise ConfigError(f"{key} is missing or no object")
+            raise ConfigError(f"{key} is missing or not a JSON object")
     models = {name: complete_component(spec, MODELS, f"models.{name}") for name, spec in config["models"].items()}
     dataset = complete_component(config["dataset"], DATASETS, "dataset")
     return {"models": models, "dataset": dataset, "trainer": _complete_trainer(config["trainer"])}

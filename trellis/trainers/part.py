@@ -9,17 +9,18 @@ class Part:
     """Base of the parts of a trainer, such as the codebook's statistics or the cache of latents.
 
     The loop in `basic.py` calls each hook for all of `trainer.parts`. Every hook does nothing by default, so a part
-    has only those that it needs. Each hook is called on all ranks unless it says otherwise.
+    has only those that it needs. Each hook is called on all ranks unless it says otherwise. There are two:
+    `TrainingLatents` in vae/latents.py and `CodebookWatch` in vae/codebook_watch.py.
     """
 
     def preview(self) -> None:
         """Say what `open` would make, or raise ConfigError if it could not. Write nothing. Main process only."""
 
     def open(self) -> None:
-        """Open files. Called before anything else in a run; --tryrun and --profile do without."""
+        """Open files. Called before anything else in a run; not called under --tryrun and --profile."""
 
     def replaces_items(self) -> bool:
-        """Return whether `prepare` does without items of the dataset from now on. Asked before each batch."""
+        """Return whether `prepare` no longer needs the dataset's items. Asked before each batch."""
         return False
 
     def prepare(self, batch: dict[str, Tensor], indices: Tensor) -> dict[str, Tensor]:

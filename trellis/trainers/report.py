@@ -20,8 +20,8 @@ def describe(trainer: BasicTrainer) -> None:
         count = sum(parameter.numel() for parameter in model.parameters())
         role = "frozen" if name in trainer.frozen else "trainable"
         origin = trainer.plan.origin[name]
-        if origin == "initialised" and isinstance(model, Quantizer) and model.init == "kmeans":
-            origin = "initialised from the data's latents when the run starts"
+        if origin == "initialized" and isinstance(model, Quantizer) and model.init == "kmeans":
+            origin = "initialized from the data's latents when the run starts"
         dtype = str(next(iter(model.state_dict().values())).dtype).removeprefix("torch.")
         print(f"{name:<12}{type(model).__name__:<26}{count:>12,}  {role:<10}{dtype:<8}{origin}")
     for note in _notes_on_weights(trainer):
@@ -50,7 +50,7 @@ def _notes_on_weights(trainer: BasicTrainer) -> list[str]:
     ]
     notes += trainer.plan.notes
     origins = trainer.plan.origin.items()
-    random = [name for name, origin in origins if origin == "initialised" and name != "quantizer"]
+    random = [name for name, origin in origins if origin == "initialized" and name != "quantizer"]
     if random and trainer.plan.resume is None:
         notes.append(f"{', '.join(random)} start from random weights; give --load_dir to start from a trained run")
     return notes

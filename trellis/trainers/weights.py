@@ -1,7 +1,7 @@
 """Where each model's weights come from when a run starts.
 
 Each model takes the first of these that has it: a complete checkpoint in the run's own folder, `--load_dir`,
-`finetune_ckpt`, fresh initialisation. The plan is made before data or a GPU are touched.
+`finetune_ckpt`, fresh initialization. The plan is made before data or a GPU are touched.
 """
 
 import json
@@ -23,7 +23,7 @@ FIXED_ON_RESUME = ("optimizer", "lr_scheduler", "lr_scaling", "lr_multipliers", 
 class WeightPlan:
     """Where the weights of a run come from."""
 
-    files: dict[str, Path | None] = field(default_factory=dict)  # {model: weights file, or None to initialise}
+    files: dict[str, Path | None] = field(default_factory=dict)  # {model: weights file, or None to initialize}
     origin: dict[str, str] = field(default_factory=dict)  # {model: the same in words}
     resume: tuple[Checkpoints, int] | None = None  # the checkpoint and step whose training state continues too
     notes: list[str] = field(default_factory=list)  # for the user
@@ -62,7 +62,7 @@ def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: s
         for name in names:
             path = run.weight_file(name)
             if path.is_file():
-                kind = "raw" if path == run.weight_file(name, averaged=False) else "EMA"
+                kind = "raw" if path == run.weight_file(name, averaged=False) else "averaged"
                 plan.files[name], plan.origin[name] = path, f"{path} ({kind} weights)"
             else:
                 plan.notes.append(f"{load_dir} at step {run.step} has no {name}")
@@ -82,7 +82,7 @@ def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: s
                     f"{name} is frozen but has no weights: give --load_dir with a run that trained it, or "
                     f"trainer.args.finetune_ckpt.{name} with a file, an exported pair or a Hub path"
                 )
-            plan.origin[name] = "initialised"
+            plan.origin[name] = "initialized"
     return plan
 
 

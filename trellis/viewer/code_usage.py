@@ -26,7 +26,7 @@ class CodeUsage(NamedTuple):
 
 
 class UsageCounter:
-    """Counts codes over a sample of the data set, in a thread, so that the page need not wait.
+    """Counter of codes over a sample of the data set, in a thread, so that the page need not wait.
 
     Attributes:
         sampled: objects to count.

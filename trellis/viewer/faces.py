@@ -95,7 +95,7 @@ def _merged(labels: np.ndarray, voxels: np.ndarray, sides: np.ndarray) -> tuple[
 
 
 def _halved(labels: np.ndarray) -> np.ndarray:
-    """The largest label of each 2³ block; an odd edge is padded with empty voxels."""
+    """Return the largest label of each 2³ block; an odd edge is padded with empty voxels."""
     labels = np.pad(labels, [(0, len(labels) % 2)] * 3)
     half = len(labels) // 2
     return labels.reshape(half, 2, half, 2, half, 2).max(axis=(1, 3, 5))

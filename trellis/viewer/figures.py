@@ -87,15 +87,15 @@ def difference_figure(target: np.ndarray, reconstruction: np.ndarray) -> Figure:
 
 
 class Tokens(NamedTuple):
-    """The T' tokens of an object on the lattice (X', Y', Z'), in order of x, y, z, with Q codes each."""
+    """The L tokens of an object on the lattice (X', Y', Z'), in order of x, y, z, with Q codes each."""
 
     lattice: tuple[int, int, int]
-    ids: np.ndarray  # [T', Q]
-    occupied: np.ndarray  # [T'] bool: its block has a voxel in the reconstruction
-    empty: np.ndarray  # [T'] bool: it has the ids of an empty grid
-    edited: np.ndarray  # [T'] bool
-    uses: np.ndarray | None  # [T'] int, how often its first code occurs in the sample; None until that is known
-    colors: np.ndarray  # [T', 3] uint8, the color of its first code
+    ids: np.ndarray  # [L, Q]
+    occupied: np.ndarray  # [L] bool: its block has a voxel in the reconstruction
+    empty: np.ndarray  # [L] bool: it has the ids of an empty grid
+    edited: np.ndarray  # [L] bool
+    uses: np.ndarray | None  # [L] int, how often its first code occurs in the sample; None until that is known
+    colors: np.ndarray  # [L, 3] uint8, the color of its first code
 
     def facts(self, tokens: np.ndarray, copies: int = 1) -> dict[str, Any]:
         """Return what hovering and clicks need: customdata int32 [..., 3], the token, its first code and its uses.

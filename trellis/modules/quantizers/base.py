@@ -1,7 +1,7 @@
 """The base of all quantizers: a map from latent vectors to codes, with ids that stand for the codes.
 
 Axes: B batch, C latent channels, X Y Z latent cells, X' Y' Z' the lattice of tokens, D = embed_dim channels of a
-token, K codes, Q codes per token, N vectors.
+token, L tokens of an object, K codes, Q codes per token, N vectors.
 """
 
 import math
@@ -42,7 +42,7 @@ class Quantizer(Model):
     16×16×4 without a group, where token t covers x = t//64, y = (t//4) % 16, z = 4·(t % 4) … + 3, and on 8×8×16 with
     group [2, 2, 1].
 
-    Raises ValueError if embed_dim does not hold whole cells, or not the number of cells in the group.
+    Raise ValueError if embed_dim does not hold whole cells, or not the number of cells in the group.
     """
 
     codes_per_token = 1  # Q
@@ -104,8 +104,8 @@ class Quantizer(Model):
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the codes of token indices, [B, C, X, Y, Z] float32.
 
-        indices: [B, X', Y', Z'] int64, or [B, T] in the same order for a cubic latent. With Q codes per token,
-        [B, X', Y', Z', Q] or [B, T·Q], a token's codes one after the other.
+        indices: [B, X', Y', Z'] int64, or [B, L] in the same order for a cubic latent. With Q codes per token,
+        [B, X', Y', Z', Q] or [B, L·Q], a token's codes one after the other.
         Raise ValueError if the tokens do not make a cube.
         """
         with torch.autocast(indices.device.type, enabled=False):
@@ -174,13 +174,13 @@ class Quantizer(Model):
                 raise ValueError(f"indices must be [{', '.join(map(str, wanted))}]; they are {list(indices.shape)}")
             return indices
         B, count = indices.shape
-        T = count // self.codes_per_token
-        side = round((T * self.cells_per_token) ** (1 / 3))
-        whole = T * self.codes_per_token == count and side**3 == T * self.cells_per_token
+        L = count // self.codes_per_token
+        side = round((L * self.cells_per_token) ** (1 / 3))
+        whole = L * self.codes_per_token == count and side**3 == L * self.cells_per_token
         if not whole or any(side % size for size in self.group):
             each = f" in {count} codes, {self.codes_per_token} per token," if several else ""
             raise ValueError(
-                f"{T} tokens{each} of {self.cells_per_token} cells do not make a cubic latent; give "
+                f"{L} tokens{each} of {self.cells_per_token} cells do not make a cubic latent; give "
                 f"[B, X, Y, Z{', Q' if several else ''}] indices"
             )
         return indices.view(B, *self.lattice((side, side, side)), *several)

@@ -23,7 +23,7 @@ from .grid import GridQuantizer
 
 
 class LookupFreeQuantizer(GridQuantizer):
-    """The signs of log2 `n_embed` numbers. Raises ValueError if n_embed is not a power of two."""
+    """The signs of log2 `n_embed` numbers. Raise ValueError if n_embed is not a power of two."""
 
     strides: Tensor  # [d], of each bit in the id
 

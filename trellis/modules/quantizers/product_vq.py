@@ -20,7 +20,7 @@ from .base import Quantizer, nearest_ids, straight_through
 class ProductVectorQuantizer(Quantizer):
     """Q codebooks of `n_embed` codes of D/Q channels; a token is one code from each, side by side.
 
-    k-means fits the codebooks part by part. Raises ValueError if embed_dim is not a multiple of num_codes.
+    k-means fits the codebooks part by part. Raise ValueError if embed_dim is not a multiple of num_codes.
     """
 
     nearest_of_table = False

@@ -8,7 +8,7 @@ the last batch and ignores the error).
 A code is dead if no rank chose it in any step of the window. A rarely chosen code is not dead: most tokens are empty
 and use few codes, so codes of rare shapes are chosen far less often than the mean.
 
-Axes: B batch, C latent channels, X Y Z latent cells, R voxels along an axis, T tokens of an object, D channels of a
+Axes: B batch, C latent channels, X Y Z latent cells, R voxels along an axis, L tokens of an object, D channels of a
 token, K codes, Q codes of a token, N vectors.
 """
 
@@ -35,9 +35,9 @@ class CodebookWatch(Part):
 
     every: steps of a window; 0 for WINDOW and no revival.
     last_step: last step at which codes are revived.
-    trained: whether the quantizer is.
+    trained: whether the quantizer is trained.
     seed: of the vectors drawn for revival.
-    forget: resets what else remembers codes (optimizer, averages), given their rows [n] int64.
+    forget: resets optimizer state and averages of the rows [n] int64.
     say: prints a line.
     """
 
@@ -92,9 +92,9 @@ class CodebookWatch(Part):
             return
         vectors = self.quantizer.to_vectors(z.float())
         lattice = vectors.shape[1:4]
-        error = (vectors - self.quantizer.to_vectors(codes.float())).square().sum(-1).flatten(1)  # [B, T]
+        error = (vectors - self.quantizer.to_vectors(codes.float())).square().sum(-1).flatten(1)  # [B, L]
         noise = sample_noise(sample_ids, error.shape[1:], self.seed, error.device)
-        # A step with an overflow, which fp16 skips, must leave nothing here.
+        # A step with an overflow, which fp16 skips, must add nothing to the sample.
         keys = torch.where(error.isfinite(), -torch.special.log_ndtr(noise) / error, torch.inf)
         if ss is not None:
             keys = torch.where(occupied_blocks(ss, lattice).flatten(1), keys, torch.inf)

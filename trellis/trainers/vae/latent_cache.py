@@ -38,7 +38,7 @@ from ...utils.config import differing_keys
 from ...utils.errors import ConfigError
 
 # Raise this with every change that gives the same key other latents or another layout.
-FORMAT = 1
+FORMAT_VERSION = 1
 # Largest share of a GPU's free memory to use: the models and their activations need the rest.
 DEVICE_SHARE = 1 / 4
 ROWS_PER_COPY = 256
@@ -57,7 +57,7 @@ def latent_key(spec: dict, encoder: nn.Module, content: dict, precision: str, de
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
     return {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "encoder": spec,
         "weights": digest.hexdigest(),
         **content,

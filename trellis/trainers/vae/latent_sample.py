@@ -4,7 +4,7 @@ Nine tenths of the tokens are empty and much alike. Codes that k-means spends on
 the sample is stratified: an equal share of each object, and mostly tokens with occupied voxels. Some empty tokens stay,
 since the decoder needs codes for the ones near the surface.
 
-Axes: B objects, C latent channels, X Y Z latent cells, R voxels along an axis, T tokens of an object, D channels of a
+Axes: B objects, C latent channels, X Y Z latent cells, R voxels along an axis, L tokens of an object, D channels of a
 token, N vectors.
 """
 
@@ -20,7 +20,7 @@ from ...utils.random_utils import permutation
 
 # A code should stand for this many vectors, so that k-means fits the data and not its sample.
 VECTORS_PER_CODE = 128
-# And the vectors should come from at least this many objects, since neighbouring cells of one object are alike.
+# And the vectors should come from at least this many objects, since neighboring cells of one object are alike.
 OBJECTS_AT_LEAST = 256
 # Share of empty tokens in the sample; the others hold occupied voxels.
 EMPTY_SHARE = 1 / 4

@@ -53,7 +53,7 @@ class TrainingLatents(Part):
         cells = dataset.resolution // encoder.downsampling
         self.shape = (len(dataset), encoder.latent_channels, cells, cells, cells)
 
-    def of(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    def of_objects(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return latents [n, C, X, Y, Z] and grids [n, 1, R, R, R] of training objects, each in one of the forms that
         augmentation gives it. indices: [n] int64."""
         batch = to_device(self.dataset, self.dataset.get_batch(indices), self.device)
@@ -78,7 +78,7 @@ class TrainingLatents(Part):
     # --- the cache, as a part of training ---
 
     def key(self) -> dict:
-        """Return the key of this run's cache. Reads all weights and asks every object for its version."""
+        """Return the key of this run's cache. Read all weights and ask every object for its version."""
         return latent_key(self.spec, self.encoder, self.dataset.content_key(), self.precision.name, self.device)
 
     def preview(self) -> None:

@@ -31,7 +31,7 @@ EVALUATION_SEED = 0
 
 
 class SparseStructureVaeTrainer(BasicTrainer):
-    """Trains `encoder` and `decoder` on a reconstruction loss and a KL term."""
+    """Trainer of `encoder` and `decoder` on a reconstruction loss and a KL term."""
 
     model_keys: tuple[str, ...] = ("encoder", "decoder")
     dataset: SparseStructure

@@ -32,7 +32,7 @@ from .sparse_structure_vae import SparseStructureVaeTrainer
 
 
 class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
-    """Trains `encoder`, `quantizer` and `decoder` on a reconstruction loss and the quantizer's losses."""
+    """Trainer of `encoder`, `quantizer` and `decoder` on a reconstruction loss and the quantizer's losses."""
 
     model_keys = ("encoder", "quantizer", "decoder")
     dropped_args = ("lambda_kl",)  # without a posterior there is no KL
@@ -195,7 +195,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
             return
         self.say("codebook: taking latent vectors of the training data")
         vectors = latent_sample(
-            self.latents.of, len(self.dataset), self.quantizer, batch_size=self.batch_per_rank, seed=self.seed
+            self.latents.of_objects, len(self.dataset), self.quantizer, batch_size=self.batch_per_rank, seed=self.seed
         )
         generator = torch.Generator().manual_seed(derive_seed("kmeans", self.seed))
         self.quantizer.fit(vectors, lambda part, count: kmeans(part, count, generator=generator, report=self.say))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-# The same in this process and in those that tests start: sums in another order differ in the last bit.
-os.environ["OMP_NUM_THREADS"] = "2"
-torch.set_num_threads(2)
+# The same in this process and in those that tests start: sums in another order differ in the last bit. One thread: tiny
+# networks gain nothing from a second, and threads that wait for each other make a busy machine ten times as slow.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 # Without a GPU, Triton's kernels run in its interpreter, on CPU tensors. Read when a kernel's module is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

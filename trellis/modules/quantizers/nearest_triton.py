@@ -369,7 +369,7 @@ def _exhaust_kernel(
         for start in range(0, K, BLOCK_K):
             z_at, e_at = vectors_ptr + row * D, transposed_ptr + start + lane
             distance = tl.zeros([ROWS, BLOCK_K], tl.float64)
-            for _ in range(0, D, UNROLL):
+            for _channel in range(0, D, UNROLL):  # not `_` twice: Triton 3.3 refuses a name of two kinds
                 for _ in tl.static_range(UNROLL):
                     z = tl.load(z_at).to(tl.float64)
                     # Behind the last code: no distance is smaller than infinity.

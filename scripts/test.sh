@@ -7,4 +7,4 @@ cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-exec "$PYTHON" -m pytest -q --durations=10 "$@"
+exec "$PYTHON" -m pytest -q -n 2 --durations=10 "$@"  # tests take one thread each

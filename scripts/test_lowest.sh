@@ -29,7 +29,7 @@ SLOW=(
     tests/test_train.py::test_killed_at_random_moments_ends_in_the_same_weights
     tests/test_train.py::test_ranks_stop_together_and_go_on
 )
-exec "$PYTHON" -m pytest -q --durations=10 \
+exec "$PYTHON" -m pytest -q -n 2 --durations=10 \
     --ignore-glob="tests/test_bench*" --ignore-glob="tests/test_d[eo]*" --ignore=tests/test_profile.py \
     --ignore=tests/test_programs.py --ignore=tests/test_quality.py --ignore=tests/test_viewer_browser.py \
     "${SLOW[@]/#/--deselect=}" "$@"

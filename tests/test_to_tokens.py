@@ -328,7 +328,7 @@ def test_damaged_files_are_refused(tmp_path, damage):
     want = {
         "id": "id outside",
         "count": "has 3 ids",
-        "cut": "no readable Parquet",
+        "cut": "not a readable Parquet",
         "metadata": "tokenizer_hash",
         "mixed": "another n_embed",
         "none": "has no shard",

@@ -19,10 +19,10 @@ CONTEXTS = {
     "place": "its position",
     "previous_raster": "the id before, raster order",
     "previous_morton": "the id before, Morton order",
-    "neighbour_x": "the neighbour along x",
-    "neighbour_y": "the neighbour along y",
-    "neighbour_z": "the neighbour along z",
-    "neighbours_xyz": "the neighbours along x, y and z",
+    "neighbour_x": "the neighbor along x",
+    "neighbour_y": "the neighbor along y",
+    "neighbour_z": "the neighbor along z",
+    "neighbours_xyz": "the neighbors along x, y and z",
 }
 NAMES = {"raster": "raster", "morton": "Morton"}
 SAME = 0.01  # orders whose numbers differ by less than this share are called equal

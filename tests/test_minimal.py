@@ -123,7 +123,7 @@ except CheckpointError as error:
     print(error)
 """
     )
-    assert "gone/encoder" in output and "no Hub path" in output
+    assert "gone/encoder" in output and "not a Hub path" in output
 
 
 def test_a_configuration_is_checked_without_data_packages(tmp_path):

@@ -136,7 +136,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 
 
 def test_a_missing_pair_and_a_damaged_file_are_one_clear_error(tmp_path):
-    with pytest.raises(CheckpointError, match="no Hub path"):
+    with pytest.raises(CheckpointError, match="not a Hub path"):
         from_pretrained("nowhere")
     (tmp_path / "model.json").write_text(json.dumps(encoder_spec()))
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing beside"):

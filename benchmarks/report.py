@@ -26,7 +26,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -100,7 +100,7 @@ class Report:
             "command": shlex.join(
                 ["python", f"benchmarks/{Path(script).name}", *(sys.argv[1:] if argv is None else argv)]
             ),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": current_commit(),
             "device": device.type,
             "machine": describe_machine(device),

@@ -11,9 +11,9 @@ set_up() {
     wanted="$(cat "$ROOT/pyproject.toml" "$PINS" | sha256sum | cut -d' ' -f1)"
     if [ ! -x "$PYTHON" ]; then
         local base
-        base="$(command -v python3 || command -v python)" || { echo "error: no python3 found; install Python 3.10 or newer" >&2; return 1; }
-        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-            { echo "error: $base is $("$base" -V 2>&1); Python 3.10 or newer is needed" >&2; return 1; }
+        base="$(command -v python3 || command -v python)" || { echo "error: no python3 found; install Python 3.11 or newer" >&2; return 1; }
+        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            { echo "error: $base is $("$base" -V 2>&1); Python 3.11 or newer is needed" >&2; return 1; }
         echo "Making $VENV"
         "$base" -m venv "$VENV" ||
             { echo "error: $base cannot make environments; on Debian: apt-get install python3-venv" >&2; return 1; }

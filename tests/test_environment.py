@@ -4,6 +4,7 @@ import platform
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from helpers import ROOT
@@ -46,7 +47,6 @@ def pins(name: str) -> dict[str, Version]:
 
 def test_both_ends_of_the_claimed_versions_are_pinned():
     """scripts/test.sh runs constraints.txt, scripts/test_lowest.sh the lower end of each range."""
-    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     claims = [Requirement(text) for text in sum(project["optional-dependencies"].values(), project["dependencies"])]
     claims = [claim for claim in claims if canonicalize_name(claim.name) != project["name"]]

@@ -1,1 +1,5 @@
 """A run folder, read and written without the trainers."""
+
+from .open import Run, open_run
+
+__all__ = ["Run", "open_run"]

@@ -122,15 +122,14 @@ def test_files_of_before_there_was_a_format_are_format_1_and_newer_ones_are_refu
         lambda: SparseStructure(str(newer), resolution=R),
         lambda: unpack(newer, tmp_path / "root"),
     ]
+    refused = f"newer.npz: its format version is {FORMAT_VERSION + 1}, .*up to {FORMAT_VERSION}; install a newer"
     for read in readers:
-        with pytest.raises(
-            DataError, match=f"newer.npz: has format {FORMAT_VERSION + 1}, .*up to format {FORMAT_VERSION}.*Update"
-        ):
+        with pytest.raises(DataError, match=refused):
             read()
     assert not (tmp_path / "root").exists()
     for wrong in (0, -1, 1.0, [1], "1", True):
         np.savez(newer, format=wrong, **arrays())
-        with pytest.raises(DataError, match="newer.npz: format is .* whole number from 1"):
+        with pytest.raises(DataError, match="newer.npz: its format version is .* whole number of at least 1"):
             load_packed(newer)
 
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from ..utils.errors import DataError
 from ..utils.files import atomic_write
+from ..utils.formats import check_version
 
 FORMAT_VERSION = 1
 TEXT_ARRAYS = ("name", "source", "sha256", "split", "up_axis", "normalization")
@@ -74,22 +75,12 @@ def _read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
             file = np.load(stream, allow_pickle=False)
             present = getattr(file, "files", ())  # a single array has none
             if "format" in present:
-                _check_format(path, file["format"])
+                check_version(file["format"].tolist(), FORMAT_VERSION, path, DataError)
             return {name: file[name] for name in names if name in present}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except (ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: is not a readable .npz file ({error}). Make it anew by pack.py.") from error
-
-
-def _check_format(path: Path, found: np.ndarray) -> None:
-    if found.shape != () or found.dtype.kind not in "iu" or found < 1:
-        raise DataError(f"{path}: format is {found.dtype} {found.tolist()}; it must be a whole number from 1 upwards.")
-    if found > FORMAT_VERSION:
-        raise DataError(
-            f"{path}: has format {found}, but this version reads packed files up to format {FORMAT_VERSION}. "
-            "Update the program, or make the file anew by this version's pack.py."
-        )
 
 
 def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

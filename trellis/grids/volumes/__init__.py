@@ -1,0 +1,29 @@
+"""Organs out of label maps: scans in (`reading`), objects by label (`labels`), grids and the way back (`rasterize`).
+
+`arrays` reads occupancy without a scan: NumPy's files and binvox.
+"""
+
+from .arrays import ARRAY_SUFFIXES, read_occupancy, turn_mask_to_z_up
+from .labels import LabelObject, Labels, LeftOut, load_labels, objects_of
+from .rasterize import Frame, rasterize_mask, rasterize_object, rasterize_occupancy, write_nifti
+from .reading import VOLUME_SUFFIXES, Volume, read_volume, volume_suffix
+
+__all__ = [
+    "ARRAY_SUFFIXES",
+    "VOLUME_SUFFIXES",
+    "Frame",
+    "LabelObject",
+    "Labels",
+    "LeftOut",
+    "Volume",
+    "load_labels",
+    "objects_of",
+    "rasterize_mask",
+    "rasterize_object",
+    "rasterize_occupancy",
+    "read_occupancy",
+    "read_volume",
+    "turn_mask_to_z_up",
+    "volume_suffix",
+    "write_nifti",
+]

@@ -97,8 +97,8 @@ def _walk(folder: Path, exclude: Path) -> Iterator[tuple[Path, str | None]]:
             elif not (is_read or (path.is_symlink() and not path.suffix)):  # a broken link may be one to a folder
                 continue
             yield path, reason
-    for error in closed:
-        yield Path(error.filename), f"the folder cannot be read: {error.strerror}"
+    for failed in closed:
+        yield Path(failed.filename), f"the folder cannot be read: {failed.strerror}"
 
 
 def obstacle(path: Path) -> str | None:

@@ -315,7 +315,7 @@ def _dump(answer: tuple[Exception | None, Any]) -> bytes:
 
 @contextlib.contextmanager
 def limited_memory(memory: int | None) -> Iterator[None]:
-    """Let this process take at most `memory` bytes more than it has now. None, and systems without such limits: no limit.
+    """Let this process take at most `memory` bytes more than it has now; None, or a system without such limits: any.
 
     What goes beyond raises MemoryError, or ends the process if a library does not expect it.
     """

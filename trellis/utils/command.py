@@ -40,9 +40,9 @@ def available_cores() -> int:
 
 
 def available_memory() -> int | None:
-    """Return how many bytes this process may still take: what the system has free, or a container's limit if it is less.
+    """Return how many bytes this process may still take, None if the system does not say.
 
-    None if the system does not say.
+    It is what the system has free, or a container's limit if that is less.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

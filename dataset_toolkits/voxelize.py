@@ -67,11 +67,11 @@ def voxelize(args: argparse.Namespace) -> int:
                 plan = plan_files(found, args.rank, args.world_size, args.max_workers)
             run = Run(args, root, settings, key, plan, record_file)
             exit_code = run.work()
+            remove_leftovers(root / "voxels")  # of workers that were killed
             rows, _ = records.update_tables(root, plan.base)
     except OSError as error:  # of the output; an input that cannot be read is a line of failed.csv
         raise DataError(
-            f"{error.filename or root}: {error.strerror or error}. Nothing is lost: mend that and run the same "
-            "command again, which goes on where this one stopped."
+            f"{root}: {error.strerror or error}. Mend that and run the same command again: what is finished is kept."
         ) from error
     run.print_summary(rows, time.perf_counter() - started)
     if exit_code:

@@ -1,6 +1,8 @@
 """voxelize.py: what it records, what is left out and why, ranks, resuming, older folders and TRELLIS's."""
 
+import errno
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -17,10 +19,11 @@ from helpers import BROKEN, ROOT, cells_met, table, tetrahedron
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("open3d")
 
-from dataset_toolkits import build_metadata, records, voxelize  # noqa: E402
+from dataset_toolkits import build_metadata, records, voxelize, work  # noqa: E402
 from trellis.grids import meshes  # noqa: E402
 from trellis.grids.voxels import points_to_occupancy, read_ply  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
+from trellis.utils.files import host_name  # noqa: E402
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def serial(monkeypatch):
     """Voxelize in this process, which saves the start of workers; returns the paths that were worked on."""
     worked = []
 
-    def run(function, tasks, finish, max_workers, timeout):
+    def run(function, tasks, finish, max_workers, timeout, memory):
         for task in tasks:
             worked.append(task[0])
             try:
@@ -43,6 +46,18 @@ def serial(monkeypatch):
 
 def run(*args: object) -> int:
     return voxelize.main([str(arg) for arg in (*args, "--resolution", 16, "--max_workers", 1)])
+
+
+def record_of(root: Path) -> Path:
+    """The record file of a folder with one run."""
+    [path] = (root / "records").glob("run_*.csv")
+    return path
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """What a folder holds that programs read, by relative path."""
+    paths = [root / "metadata.csv", root / "failed.csv", *sorted((root / "voxels").iterdir())]
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths if path.exists()}
 
 
 def export(folder: Path, count: int) -> dict[str, Path]:
@@ -65,9 +80,10 @@ def test_grids_below_the_input_are_not_taken_for_meshes(tmp_path, serial, capsys
 @pytest.mark.parametrize(
     "flags, up_axis, normalization",
     [
-        ((), "keep", "cube"),
+        ((), "auto", "cube"),
         (("--up_axis", "y"), "y", "cube"),
-        (("--normalization", "shapellm"), "y", "shapellm"),
+        (("--up_axis", "keep"), "keep", "cube"),
+        (("--normalization", "shapellm"), "auto", "shapellm"),
         (("--normalization", "shapellm", "--up_axis", "y"), "y", "shapellm"),
     ],
 )
@@ -76,43 +92,56 @@ def test_settings_are_recorded(flags, up_axis, normalization, tmp_path, serial):
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", *flags) == 0
     [row] = table(tmp_path / "out" / "metadata.csv")
     assert (row["up_axis"], row["normalization"]) == (up_axis, normalization)
-    [record] = table(tmp_path / "out" / "records" / "voxelized_0.csv")
+    [record] = records.read_records(tmp_path / "out").grids.values()
     assert (record["up_axis"], record["normalization"]) == (up_axis, normalization)
     grid = points_to_occupancy(read_ply(tmp_path / "out" / "voxels" / f"{sha256}.ply"), 16)
     assert torch.equal(grid, meshes.mesh_to_grid(path, 16, up_axis, normalization))
 
 
 @pytest.mark.parametrize("kept", ["records", "metadata.csv", "both"])
-def test_folders_without_normalization_are_cubes(kept, tmp_path, serial, capsys):
-    """A folder of before there was a choice: the column is missing in metadata.csv, the last field in records."""
-    export(tmp_path / "in", 2)
-    out, record = tmp_path / "out", tmp_path / "out" / "records" / "voxelized_0.csv"
-    args = "--input", tmp_path / "in", "--output_dir", out
+@pytest.mark.parametrize("has_normalization", [False, True])
+def test_folders_of_earlier_versions_go_on(kept, has_normalization, tmp_path, serial, capsys):
+    """Their records have another name, no header that counts, 7 fields, or 6 from before there was a normalization."""
+    shas = list(export(tmp_path / "in", 2))
+    out = tmp_path / "out"
+    args = "--input", tmp_path / "in", "--output_dir", out, "--up_axis", "keep"
     assert run(*args) == 0
-    today = (out / "metadata.csv").read_bytes()
-    for path in (out / "metadata.csv", record):
-        rows = table(path)
-        assert [row.pop("normalization") for row in rows] == ["cube", "cube"]
-        records.write_table(path, rows[0], rows)
+    rows = table(out / "metadata.csv")
+    for row in rows:
+        del row["axis"], row["notes"]
+        if not has_normalization:
+            del row["normalization"]
+    records.write_table(out / "metadata.csv", rows[0], rows)
+    shutil.rmtree(out / "records")
+    (out / "records").mkdir()
+    fields = records.OLD_FIELDS if has_normalization else records.OLD_FIELDS[:-1]
+    records.write_table(
+        out / "records" / "voxelized_0.csv", fields, [{name: row.get(name, "") for name in fields} for row in rows]
+    )
     if kept == "records":
         (out / "metadata.csv").unlink()
     elif kept == "metadata.csv":
-        record.unlink()
+        shutil.rmtree(out / "records")
 
     serial.clear()
-    assert run(*args, "--normalization", "shapellm") == 1
-    error = capsys.readouterr().err
-    assert "--up_axis keep --resolution 16 --normalization cube" in error
-    assert "--up_axis y --resolution 16 --normalization shapellm" in error and not serial
+    for flags, message in (
+        (("--up_axis", "auto"), "--up_axis auto --resolution 16 --normalization cube and --up_axis keep"),
+        (("--up_axis", "auto", "--normalization", "shapellm"), "--up_axis keep --resolution 16 --normalization cube"),
+    ):
+        assert run(*args, *flags) == 1
+        assert message in capsys.readouterr().err and not serial
     assert run(*args) == 0 and not serial
-    assert (out / "metadata.csv").read_bytes() == today
-
-    tetrahedron(7).export(tmp_path / "in" / "new, with a comma.off")  # its record follows the shorter ones
-    assert run(*args) == 0 and len(serial) == 1
     after = table(out / "metadata.csv")
-    assert [row["normalization"] for row in after] == ["cube"] * 3
+    for row, old in zip(after, rows, strict=True):
+        assert row == {**old, "normalization": "cube", "axis": "", "notes": ""}
+
+    tetrahedron(7).export(tmp_path / "in" / "new, with a comma.off")
     assert run(*args) == 0 and len(serial) == 1
-    assert table(out / "metadata.csv") == after
+    after = {row["sha256"]: row for row in table(out / "metadata.csv")}
+    assert len(after) == 3 and [row["normalization"] for row in after.values()] == ["cube"] * 3
+    assert {row["axis"] for sha256, row in after.items() if sha256 not in shas} == {"keep"}
+    assert run(*args) == 0 and len(serial) == 1
+    assert {row["sha256"]: row for row in table(out / "metadata.csv")} == after
 
 
 def test_a_shapellm_folder_takes_nothing_else(tmp_path, serial, capsys):
@@ -124,9 +153,9 @@ def test_a_shapellm_folder_takes_nothing_else(tmp_path, serial, capsys):
     assert not (tmp_path / "out").exists()
     assert run(*args, "--normalization", "shapellm") == 0
     before = (tmp_path / "out" / "metadata.csv").read_bytes()
-    assert run(*args, "--up_axis", "y") == 1  # differs in the normalization alone
-    assert "--normalization cube and --up_axis y --resolution 16 --normalization shapellm" in capsys.readouterr().err
-    assert run(*args, "--normalization", "shapellm", "--up_axis", "y") == 0
+    assert run(*args) == 1  # differs in the normalization alone
+    assert "--normalization cube and --up_axis auto --resolution 16 --normalization shapellm" in capsys.readouterr().err
+    assert run(*args, "--normalization", "shapellm", "--up_axis", "auto") == 0
     assert (tmp_path / "out" / "metadata.csv").read_bytes() == before and len(serial) == 1
 
 
@@ -136,7 +165,7 @@ def test_other_settings_are_refused(tmp_path, serial, capsys):
     before = (tmp_path / "out" / "metadata.csv").read_bytes()
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--up_axis", "z") == 1
     error = capsys.readouterr().err
-    assert "--up_axis keep --resolution 16 --normalization cube and --up_axis z --resolution 16 --norm" in error
+    assert "--up_axis auto --resolution 16 --normalization cube and --up_axis z --resolution 16 --norm" in error
     assert (tmp_path / "out" / "metadata.csv").read_bytes() == before and len(serial) == 1
 
 
@@ -206,11 +235,9 @@ def test_two_ranks_make_what_one_makes(tmp_path, serial):
     assert run(*common_args, tmp_path / "one") == 0
     for rank in (1, 0):
         assert run(*common_args, tmp_path / "two", "--rank", rank, "--world_size", 2) == 0
-    for name in ("metadata.csv", "failed.csv"):
-        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    assert sorted(os.listdir(tmp_path / "two" / "records")) == [".lock", "voxelized_0.csv", "voxelized_1.csv"]
-    for path in (tmp_path / "one" / "voxels").iterdir():
-        assert (tmp_path / "two" / "voxels" / path.name).read_bytes() == path.read_bytes()
+    assert tree(tmp_path / "two") == tree(tmp_path / "one") and len(tree(tmp_path / "one")) == 7
+    names = sorted(path.name[:13] for path in (tmp_path / "two" / "records").iterdir())
+    assert names == ["run_000001_1_", "run_000002_0_", "settings.json"]
 
 
 def test_record_cut_off_by_a_crash_is_made_again(tmp_path, serial):
@@ -218,8 +245,8 @@ def test_record_cut_off_by_a_crash_is_made_again(tmp_path, serial):
     args = "--input", tmp_path / "in", "--output_dir", tmp_path / "out"
     assert run(*args) == 0
     expected = (tmp_path / "out" / "metadata.csv").read_bytes()
-    record = tmp_path / "out" / "records" / "voxelized_0.csv"
-    record.write_bytes(record.read_bytes()[:-30])
+    record = record_of(tmp_path / "out")
+    record.write_bytes(record.read_bytes()[:-3])
     (tmp_path / "out" / "metadata.csv").unlink()
     serial.clear()
     assert run(*args) == 0 and len(serial) == 1
@@ -257,22 +284,13 @@ def test_trellis_folder_is_taken_as_it_is(tmp_path, serial, capsys):
     assert (other / "metadata.csv").read_bytes() == (root / "metadata.csv").read_bytes()
 
 
-def test_pool_survives_slow_and_dying_tasks():
-    results = {}
-    tasks = [("__import__('time').sleep(60)",), ("__import__('os')._exit(3)",), ("6 * 7",)]
-    voxelize.run_in_pool(eval, tasks, lambda task, result: results.update({task: result}), 1, timeout=1)
-    assert results[tasks[2]] == 42
-    assert isinstance(results[tasks[0]], DataError) and "time limit of 1 s" in str(results[tasks[0]])
-    assert isinstance(results[tasks[1]], DataError) and "exit code 3" in str(results[tasks[1]])
-
-
 @pytest.mark.parametrize(
     "args, message",
     [
         (["--input", "missing"], "missing: no such file or folder"),
         (["--input", "empty"], "empty: no .glb"),
         (["--input", "note.txt"], "note.txt: is not one of .glb"),
-        (["--input", "bad"], "none of the 1 meshes could be voxelized"),
+        (["--input", "bad"], "none of the 1 files could be voxelized"),
         (["--input", "bad", "--rank", "2", "--world_size", "2"], "--rank 2 --world_size 2"),
         (["--input", "bad", "--resolution", "0"], "--resolution 0"),
     ],
@@ -319,13 +337,16 @@ def test_program_killed_midway_goes_on(tmp_path):
         "--max_workers",
         "1",
     ]
-    record = tmp_path / "out" / "records" / "voxelized_0.csv"
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while process.poll() is None and (not record.exists() or record.read_bytes().count(b"\n") < 4):
+
+    def lines() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in (tmp_path / "out" / "records").glob("run_*.csv"))
+
+    while process.poll() is None and lines() < 4:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = record.read_bytes().count(b"\n") - 1
+    done = lines() - 1
 
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
@@ -336,3 +357,166 @@ def test_program_killed_midway_goes_on(tmp_path):
     missing = subprocess.run([*command, "--rank", "-1"], cwd=tmp_path, capture_output=True, text=True)
     assert missing.returncode == 1 and missing.stderr.startswith("error: --rank -1")
     assert "Traceback" not in missing.stderr
+
+
+# The program without open3d, whose import takes a worker seconds: the voxels are those of the corners.
+FAST = """
+import sys
+sys.path.insert(0, {root!r})
+from dataset_toolkits import voxelize
+from trellis.grids import mesh_pool, meshes
+mesh_pool.start_worker = lambda: None
+meshes.voxelize_mesh = lambda vertices, faces, resolution: meshes.voxelize_points(vertices, resolution)
+if __name__ == "__main__":
+    sys.exit(voxelize.main(sys.argv[1:]))
+"""
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "fast.py", "--input", "in", "--resolution", "16", "--max_workers", "1", *flags]
+    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def events(root: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in (root / "records").glob("run_*.csv"))
+
+
+def wait_for_events(process: subprocess.Popen, root: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and events(root) < count and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None and events(root) >= count
+
+
+@pytest.fixture
+def mixed_input(tmp_path, serial, monkeypatch) -> Path:
+    """A folder `in` with meshes, bad files and a format that is not read, and in `clean` what one run makes of it."""
+    (tmp_path / "fast.py").write_text(FAST.format(root=str(ROOT)))
+    monkeypatch.setattr(
+        meshes, "voxelize_mesh", lambda vertices, faces, resolution: meshes.voxelize_points(vertices, resolution)
+    )
+    export(tmp_path / "in", 60)
+    for i in range(3):
+        (tmp_path / "in" / f"bad{i}.obj").write_bytes(BROKEN["points.obj"][0])
+    (tmp_path / "in" / "scene.fbx").write_bytes(b"Kaydara")
+    shutil.copy(tmp_path / "in" / "7.off", tmp_path / "in" / "copy of 7.off")
+    folder = Path.cwd()
+    try:
+        os.chdir(tmp_path)  # names are recorded as they are given
+        assert run("--input", "in", "--output_dir", "clean") == 0
+    finally:
+        os.chdir(folder)
+    assert len(tree(tmp_path / "clean")) == 62
+    return tmp_path
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are looked up in /proc")
+def test_killed_workers_cost_nothing(mixed_input):
+    """A file whose worker was killed is tried once more at the end."""
+    process = start(mixed_input, "--output_dir", "out")
+    for count in (8, 30):
+        wait_for_events(process, mixed_input / "out", count)
+        for child in Path(f"/proc/{process.pid}/task").glob("*/children"):
+            for pid in child.read_text().split():
+                if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(int(pid), signal.SIGKILL)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "65 meshes: 60 new, 0 done already, 1 duplicates, 4 left out" in output
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")
+
+
+def test_the_same_command_twice_at_once(mixed_input):
+    both = [start(mixed_input, "--output_dir", "out") for _ in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")
+    assert not [
+        path
+        for path in (mixed_input / "out").rglob("*")
+        if path.name.endswith((".tmp", "json")) and path.name != "settings.json"
+    ]
+
+
+def test_of_two_settings_at_once_one_is_made_and_the_other_refused_at_once(mixed_input):
+    both = [start(mixed_input, "--output_dir", "out", "--up_axis", axis) for axis in ("auto", "z")]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1]
+    lost = [process.returncode for process in both].index(1)
+    message = errors[lost].strip().splitlines()[-1]
+    assert message.startswith("error: out: another run is active there with --up_axis ")
+    assert "voxelize:" not in errors[lost]  # it did no work
+    [axis] = {row["up_axis"] for row in table(mixed_input / "out" / "metadata.csv")}
+    assert axis == ("z", "auto")[lost]
+
+
+def test_a_mistaken_flag_locks_a_folder_only_with_its_first_grid(mixed_input, serial, capsys, monkeypatch):
+    monkeypatch.chdir(mixed_input)
+    (mixed_input / "none").mkdir()
+    (mixed_input / "none" / "bad.obj").write_bytes(BROKEN["points.obj"][0])
+    assert run("--input", "none", "--output_dir", "out", "--up_axis", "y") == 1
+    killed = records.active_file(mixed_input / "out", "0_00000000")  # and one that was killed before its first grid
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    killed.write_text(json.dumps({"host": host_name(), "pid": dead.pid, "settings": ["y", "16", "cube", "surface"]}))
+    assert run("--input", "in", "--output_dir", "out") == 0 and not killed.exists()
+    rows = [row for row in table(mixed_input / "out" / "failed.csv") if row["file"] != "none/bad.obj"]
+    assert rows == table(mixed_input / "clean" / "failed.csv")
+    assert (mixed_input / "out" / "metadata.csv").read_bytes() == (mixed_input / "clean" / "metadata.csv").read_bytes()
+    assert run("--input", "in", "--output_dir", "out", "--up_axis", "y") == 1
+    assert "would hold grids made with --up_axis auto" in capsys.readouterr().err
+
+    alive = records.active_file(mixed_input / "new", "0_00000000")
+    alive.parent.mkdir(parents=True)
+    alive.write_text(
+        killed_text := json.dumps({"host": "another", "pid": 1, "settings": ["y", "16", "cube", "surface"]})
+    )
+    (alive.parent / "settings.json").write_text('["y", "16", "cube", "surface"]')
+    assert run("--input", "in", "--output_dir", "new") == 1
+    error = capsys.readouterr().err
+    assert "another run is active there with --up_axis y" in error and f"delete new/records/{alive.name}" in error
+    assert alive.read_text() == killed_text
+
+
+def test_killed_again_and_again(mixed_input):
+    """Killed at the start, among the first files, later and while the tables are written."""
+    for count in (0, 3, 30, 64):
+        process = start(mixed_input, "--output_dir", "out")
+        before = events(mixed_input / "out")
+        while process.poll() is None and events(mixed_input / "out") < max(count, before):
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+    process = start(mixed_input, "--output_dir", "out")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")
+
+
+@pytest.mark.parametrize("where", ["grid", "record", "table"])
+def test_a_full_disk_is_one_error_and_a_rerun_goes_on(where, mixed_input, serial, capsys, monkeypatch):
+    monkeypatch.chdir(mixed_input)
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def fill(real, last):
+            def write(*args, **kwargs):
+                calls.append(1)
+                if len(calls) > last:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return real(*args, **kwargs)
+
+            return write
+
+        if where == "grid":
+            patch.setattr(work, "write_ply", fill(work.write_ply, 5))
+        elif where == "record":
+            patch.setattr(records.RecordFile, "_append", fill(records.RecordFile._append, 9))
+        else:
+            patch.setattr(records, "write_table", fill(records.write_table, 1))  # metadata.csv, but not failed.csv
+        assert run("--input", "in", "--output_dir", "out") == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and error[0].startswith("error: out: No space left on device. Mend that and run the same")
+    assert run("--input", "in", "--output_dir", "out") == 0
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")

@@ -25,6 +25,7 @@ from ..utils.errors import ConfigError, DataError, UserError
 from .meshes import require_open3d, require_trimesh
 
 THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+STARTS = 3  # attempts to start a worker that is killed before it is ready
 START_SECONDS = 300  # for the imports of a worker, which a cold network disk makes slow
 ORPHAN_SECONDS = 60  # after its time limit, a worker whose parent was killed ends by itself
 
@@ -92,13 +93,19 @@ class MeshPool:
                 raise concurrent.futures.CancelledError
             if self._idle:
                 return self._idle.pop()
-            worker = _Worker()
-            self._all.add(worker)
-        try:
-            worker.wait_until_ready()
-        except ConfigError:
-            self._drop(worker)
-            raise
+        for attempt in range(1, STARTS + 1):
+            with self._lock:
+                if threads is not self._threads:
+                    raise concurrent.futures.CancelledError
+                worker = _Worker()
+                self._all.add(worker)
+            try:
+                worker.wait_until_ready()
+                break
+            except ConfigError:
+                self._drop(worker)
+                if attempt == STARTS or (worker.process.exitcode or 0) >= 0:  # not killed
+                    raise
         return worker
 
     def _drop(self, worker: "_Worker") -> None:

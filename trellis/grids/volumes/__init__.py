@@ -5,11 +5,12 @@
 
 from .arrays import ARRAY_SUFFIXES, read_occupancy, turn_mask_to_z_up
 from .labels import LabelObject, Labels, LeftOut, load_labels, objects_of
-from .rasterize import Frame, rasterize_mask, rasterize_object, rasterize_occupancy, write_nifti
+from .rasterize import FILLS, Frame, rasterize_mask, rasterize_object, rasterize_occupancy, write_nifti
 from .reading import VOLUME_SUFFIXES, Volume, read_volume, volume_suffix
 
 __all__ = [
     "ARRAY_SUFFIXES",
+    "FILLS",
     "VOLUME_SUFFIXES",
     "Frame",
     "LabelObject",

@@ -75,11 +75,11 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _read_npy(file: IO[bytes], size: int) -> np.ndarray:
-    """Read an array of at most `size` bytes."""
+    """Read an array; header and numbers have at most `size` bytes."""
     shape, dtype = _header(file)
     if dtype.hasobject:
         raise DataError("holds Python objects, which are not read. Save an array of numbers")
-    check_size(shape or (1,), dtype.itemsize, size)
+    check_size(shape or (1,), dtype.itemsize, size - file.tell())
     file.seek(0)
     return np.lib.format.read_array(file, allow_pickle=False)
 

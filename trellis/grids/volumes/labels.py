@@ -74,7 +74,9 @@ def load_labels(source: str) -> Labels:
         table = json.loads(Path(source).read_bytes().decode("utf-8-sig"), object_pairs_hook=_without_repeats)
     except OSError as error:
         tables = ", ".join(TABLES)
-        raise ConfigError(f"{source}: cannot be read ({error.strerror}). Give a JSON file or one of: {tables}.") from error
+        raise ConfigError(
+            f"{source}: cannot be read ({error.strerror}). Give a JSON file or one of: {tables}."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: is not a JSON table of labels ({error}). Mend it.") from error
     if isinstance(table, dict) and isinstance(table.get("labels"), dict):

@@ -106,12 +106,10 @@ def _read_nifti(path: Path) -> Volume:
         header = image.header
         dtype = header.get_data_dtype()
         check_size(header.get_data_shape(), dtype.itemsize, path.stat().st_size * (DEFLATE_RATIO if packed else 1))
-        slope, intercept = header.get_slope_inter()
-        labels = as_labels(
-            as_volume_shape(image.dataobj.get_unscaled()),
-            1.0 if slope is None else float(slope),
-            0.0 if intercept is None else float(intercept),
-        )
+        stored = image.dataobj  # nibabel clears the header's own slope and intercept
+        labels = as_labels(as_volume_shape(stored.get_unscaled()), float(stored.slope), float(stored.inter))
+        while stream.read(1 << 20):  # to the end, where gzip has its checksum
+            pass
     affine, notes = _nifti_affine(header)
     names, name_notes = _nifti_names(header)
     return Volume((labels,), check_affine(affine), names, (*notes, *name_notes))
@@ -221,7 +219,17 @@ def _nrrd_type(name: str) -> str:
     words = name.removesuffix("_t").removesuffix(" int").split()
     unsigned = words[0] in ("unsigned", "uchar", "ushort", "uint", "ulonglong") or words[0].startswith("uint")
     rest = " ".join(words[1:] if words[0] in ("signed", "unsigned") else words).removeprefix("u") or "int"
-    sizes = {"char": 1, "int8": 1, "short": 2, "int16": 2, "int": 4, "int32": 4, "longlong": 8, "long long": 8, "int64": 8}
+    sizes = {
+        "char": 1,
+        "int8": 1,
+        "short": 2,
+        "int16": 2,
+        "int": 4,
+        "int32": 4,
+        "longlong": 8,
+        "long long": 8,
+        "int64": 8,
+    }
     if rest in ("float", "double"):
         return {"float": "f4", "double": "f8"}[rest]
     if rest not in sizes:
@@ -334,7 +342,10 @@ def _read_dicom(path: Path) -> Volume:
     names = {number: str(segmentation.get_segment_description(number).segment_label) for number in numbers}
     try:
         volumes = [segmentation.get_volume(combine_segments=True)]
-    except RuntimeError:  # segments overlap: a layer for each
+    except RuntimeError:  # segments overlap
+        volumes = []
+    if not volumes:  # a layer for each; the first reading still holds its tables, so another is needed
+        segmentation = highdicom.seg.Segmentation.from_dataset(pydicom.dcmread(path), copy=False)
         volumes = [segmentation.get_volume(segment_numbers=[number], combine_segments=True) for number in numbers]
     layers = tuple(as_labels(as_volume_shape(volume.array)) for volume in volumes)
     return Volume(layers, check_affine(LPS_TO_RAS @ volumes[0].affine), names)

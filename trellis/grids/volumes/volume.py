@@ -58,13 +58,14 @@ def check_size(shape: tuple[int, ...], itemsize: int, available: int) -> None:
         raise DataError(f"has {voxels} voxels, more than {MAX_VOXELS}. Crop it to the organs, or resample it")
     if voxels * itemsize > available:
         raise DataError(
-            f"is truncated or damaged: its header promises {voxels * itemsize} bytes of voxels, and at most {available} "
-            "are there"
+            f"is truncated or damaged: its header promises {voxels * itemsize} bytes of voxels, at most {available} are "
+            "there"
         )
 
 
 def as_volume_shape(array: np.ndarray) -> np.ndarray:
     """Return an array [X, Y, Z, 1, …] without the last axes of one. Raise DataError for another shape."""
+    array = np.asarray(array)
     if array.ndim > 3 and set(array.shape[3:]) == {1}:
         array = array.reshape(array.shape[:3], order="A")
     if array.ndim != 3:
@@ -101,8 +102,8 @@ def as_labels(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> 
             value = values[tuple(index)]
             index.insert(axis, place)
             raise DataError(
-                f"voxel ({', '.join(str(int(i)) for i in index)}) is {value:g}, not a whole number: this is an image or "
-                "a map of probabilities, not a label map. Threshold it or take the most probable label"
+                f"voxel ({', '.join(str(int(i)) for i in index)}) is {value:g}, not a whole number: this is an image "
+                "or a map of probabilities, not a label map. Threshold it or take the most probable label"
             )
         target[...] = whole
     return labels

@@ -350,6 +350,15 @@ def test_names_in_a_nifti_header_are_read(tmp_path):
 # --- NRRD's spaces and segments ---
 
 
+def test_every_type_of_nrrd_has_its_name():
+    from trellis.grids.volumes.reading import _nrrd_type
+
+    types = {name: kind for name, kind in nrrd.reader._TYPEMAP_NRRD2NUMPY.items() if name != "block"}
+    assert len(types) > 30 and {name: _nrrd_type(name) for name in types} == types
+    with pytest.raises(DataError, match="the type 'block'"):
+        _nrrd_type("block")
+
+
 def test_a_nrrd_without_a_space_says_so(tmp_path):
     path = tmp_path / "scan.nrrd"
     head = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 70 64 30\nspacings: 1 2 3\nencoding: raw\n\n"
@@ -1014,10 +1023,13 @@ REFUSED_ARRAYS = {
     "times.npy": (lambda: save_npy(np.zeros((2, 3, 4, 5))), "2 x 3 x 4 x 5"),
     "objects.npy": (lambda: save_npy(np.array([Pickled()], dtype=object)), "Python objects"),
     "cut.npy": (lambda: save_npy(hook())[:-20], "truncated"),
-    "huge.npy": (lambda: save_npy(hook()).replace(b"(9, 8, 7)", b"(9999, 8888, 7777)"), "promises|cannot be read|more than"),
+    "large.npy": (lambda: save_npy(hook()).replace(b"(9, 8, 7), }", b"(900,800,70)}"), "promises 50400000 bytes"),
+    "huge.npy": (lambda: save_npy(hook()).replace(b"(9, 8, 7), }   ", b"(9999,999,999)}"), "more than"),
     "several.npz": (lambda: save_npz(a=hook(), b=SCAN), r"2 arrays.*a \(9 x 8 x 7\), b \(70 x 64 x 30\)"),
     "packed.npz": (lambda: save_npz(bits=np.zeros((2, 8), np.uint8)), r"0 arrays.*bits \(2 x 8\)"),
     "cut.npz": (lambda: save_npz(grid=SCAN)[:-40], "cannot be read"),
+    "damaged.npz": (lambda: spoil(save_npz(grid=NOISE), 3000), "cannot be read"),
+    "places.npz": (lambda: save_npz(grid=SCAN)[50:], "cannot be read"),
     "cut.binvox": (lambda: binvox_bytes(hook())[:-2], "runs make"),
     "odd.binvox": (lambda: binvox_bytes(hook())[:-1], "runs make"),
     "huge.binvox": (lambda: binvox_bytes(hook()).replace(b"dim 9", b"dim 99999999"), "runs make"),

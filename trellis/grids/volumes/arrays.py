@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 
 from ...utils.errors import DataError
-from .volume import DEFLATE_RATIO, as_labels, check_size, times
+from .volume import DEFLATE_RATIO, as_labels, check_size, reasons, times
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".binvox")
 LONGEST_HEADER = 1 << 16  # bytes
@@ -48,7 +48,7 @@ def turn_mask_to_z_up(mask: np.ndarray) -> np.ndarray:
 def read_array(path: Path) -> np.ndarray:
     """Read the array [X, Y, Z] of a .npy, .npz or .binvox file. Raise DataError with the reason."""
     suffix = path.suffix.lower()
-    try:
+    with reasons():
         if suffix == ".binvox":
             array = _read_binvox(path)
         elif suffix == ".npy":
@@ -56,9 +56,6 @@ def read_array(path: Path) -> np.ndarray:
                 array = _read_npy(file, path.stat().st_size)
         else:
             array = _read_npz(path)
-    except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot be read ({type(error).__name__}: {reason})") from error
     while array.ndim > 3 and 1 in (array.shape[0], array.shape[-1]):  # channels or batches of one
         array = array[0] if array.shape[0] == 1 else array[..., 0]
     if array.ndim != 3:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...utils.errors import ConfigError, DataError
+from ...utils.errors import DataError
 from .arrays import ARRAY_SUFFIXES, read_array
 from .metaimage import read_metaimage
 from .volume import (
@@ -27,6 +27,7 @@ from .volume import (
     check_affine,
     check_size,
     is_singular,
+    reasons,
     require,
     times,
 )
@@ -69,7 +70,7 @@ def read_volume(path: Path) -> Volume:
         raise DataError(f"is not one of {' '.join((*VOLUME_SUFFIXES, *ARRAY_SUFFIXES))}. Convert it to one of them")
     if path.stat().st_size == 0:
         raise DataError("the file is empty (0 bytes)")
-    try:
+    with reasons():
         if suffix in (".nii", ".nii.gz"):
             return _read_nifti(path)
         if suffix in (".nrrd", ".nhdr"):
@@ -80,13 +81,6 @@ def read_volume(path: Path) -> Volume:
             return _read_dicom(path)
         note = "has no scan: its voxels are taken as cubes of 1 mm, its axes as right, front and up"
         return Volume((as_labels(read_array(path)),), np.eye(4), {}, (note,))
-    except (ConfigError, DataError, MemoryError):
-        raise
-    except Exception as error:  # parsers raise anything on damaged files; it becomes the recorded reason
-        if isinstance(error, OSError) and error.errno is not None:  # the system's, such as a file that disappeared
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def _read_nifti(path: Path) -> Volume:

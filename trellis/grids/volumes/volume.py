@@ -1,6 +1,9 @@
 """A scan's labels in memory, and the checks that all its readers share."""
 
+import errno
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
@@ -46,6 +49,20 @@ def require(name: str) -> ModuleType:
         raise ConfigError(f"a Python package is missing ({error}): pip install {package}") from error
 
 
+@contextmanager
+def reasons() -> Iterator[None]:
+    """Turn what parsers raise on damaged files into a DataError. Errors of the system and of memory pass."""
+    try:
+        yield
+    except (ConfigError, DataError, MemoryError):
+        raise
+    except Exception as error:  # parsers raise anything
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to a false place
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"cannot be read ({type(error).__name__}: {reason})") from error
+
+
 def check_size(shape: tuple[int, ...], itemsize: int, available: int) -> None:
     """Raise DataError if a header claims more voxels than its data can have, or than memory holds.
 
@@ -58,8 +75,8 @@ def check_size(shape: tuple[int, ...], itemsize: int, available: int) -> None:
         raise DataError(f"has {voxels} voxels, more than {MAX_VOXELS}. Crop it to the organs, or resample it")
     if voxels * itemsize > available:
         raise DataError(
-            f"is truncated or damaged: its header promises {voxels * itemsize} bytes of voxels, at most {available} are "
-            "there"
+            f"is truncated or damaged: its header promises {voxels * itemsize} bytes of voxels, and at most "
+            f"{available} are there"
         )
 
 

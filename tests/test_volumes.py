@@ -1066,6 +1066,32 @@ def test_an_array_fills_the_cube_unless_it_is_a_grid_already():
         rasterize_occupancy(np.zeros((16, 16, 16), bool), 16)
 
 
+def test_a_file_becomes_the_grids_of_its_objects(tmp_path):
+    path = write_gz(tmp_path)
+    labels = load_labels(table(tmp_path, '{"liver": 1, "heart": 7, "all": [1, 5]}'))
+    liver, heart, both = volumes.grids_of_file(path, 32, labels, fill="solid")
+    for found, mask in ((liver, SCAN == 1), (both, SCAN > 0)):
+        voxels, frame = rasterize_mask(mask, AFFINE, 32, "solid")
+        assert np.array_equal(found.voxels, voxels)
+        assert found.frame.to_json() == frame.to_json()
+    assert (liver.name, liver.labels, both.labels, heart.absent) == ("liver", (1,), (1, 5), True)
+    parts = [found for found in volumes.grids_of_file(path, 32, components=True)]
+    assert [part.name for part in parts] == ["1_1", "5_1"]
+
+
+def test_an_array_is_occupancy_or_labels(tmp_path):
+    (tmp_path / "a.npy").write_bytes(save_npy(np.pad(hook(), 3)))
+    (whole,) = volumes.grids_of_file(tmp_path / "a.npy", 16)
+    assert (whole.name, whole.frame, whole.notes) == ("", None, ())
+    assert np.array_equal(whole.voxels, rasterize_mask(hook(), np.eye(4), 16)[0])
+    (turned,) = volumes.grids_of_file(tmp_path / "a.npy", 16, y_up=True)
+    assert np.array_equal(turned.voxels, rasterize_mask(turn_mask_to_z_up(hook()), np.eye(4), 16)[0])
+    (tmp_path / "b.npy").write_bytes(save_npy(SCAN))
+    one, five = volumes.grids_of_file(tmp_path / "b.npy", 16, components=True, y_up=True)
+    assert (one.frame, five.name, len(one.notes)) == (None, "5_1", 1)
+    assert np.array_equal(one.voxels, rasterize_mask(turn_mask_to_z_up(SCAN == 1), np.eye(4), 16)[0])
+
+
 def test_turning_a_mask_is_turning_its_points():
     from trellis.grids.placing import turn_voxels_to_z_up
 

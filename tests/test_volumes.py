@@ -382,6 +382,24 @@ def test_slicers_segments_have_their_names(tmp_path):
     assert [item.name for item in objects_of(volume, None, False)] == ["Leber rechts ä", "spleen"]
 
 
+def test_an_old_file_of_slicer_with_one_segment(tmp_path):
+    (tmp_path / "a.seg.nrrd").write_bytes(nrrd_bytes((SCAN > 0) * np.uint8(1), AFFINE, fields=["Segment3_Name:=trunk"]))
+    (trunk,) = objects_of(read_volume(tmp_path / "a.seg.nrrd"), None, False)
+    assert trunk.name == "trunk" and trunk.mask.sum() == np.count_nonzero(SCAN)
+
+
+@pytest.mark.parametrize(
+    "unit, scale", [("um", 1e-3), ("microns", 1e-3), ("Centimetres", 10), ("mm", 1), ("inch", None)]
+)
+def test_units_of_nrrd_and_metaimage(unit, scale, tmp_path):
+    (tmp_path / "a.nrrd").write_bytes(nrrd_bytes(SCAN, AFFINE, fields=["space units: " + f'"{unit}" ' * 3]))
+    (tmp_path / "b.mha").write_bytes(metaimage_bytes(SCAN, AFFINE, DistanceUnits=unit))
+    for path in tmp_path.iterdir():
+        volume = read_volume(path)
+        np.testing.assert_allclose(volume.affine, np.diag([scale or 1] * 3 + [1]) @ AFFINE)
+        assert volume.notes == (() if scale else ("its unit 'inch' is not known: millimeters are taken",))
+
+
 @pytest.mark.parametrize("kind", ["shared values", "own values", "old"])
 def test_slicers_overlapping_segments_are_layers(kind, tmp_path):
     """Two layers that overlap: the second segment is the first one and more."""
@@ -542,6 +560,7 @@ REFUSED = {
         lambda: nrrd_bytes(SCAN, AFFINE, fields=[*SEGMENTS, "Segmentation_SourceRepresentation:=Fractional labelmap"]),
         "fractions"),
     "empty.seg.nrrd": (lambda: nrrd_bytes(SCAN[:1, :1, :1], AFFINE, fields=SEGMENTS), "no segments"),
+    "units.nrrd": (lambda: nrrd_bytes(SCAN, AFFINE, fields=['space units: "mm" "mm" "cm"']), "different units, mm mm cm"),
     "layer.seg.nrrd": (
         lambda: nrrd_bytes(SCAN, AFFINE, fields=[*SEGMENTS[:2], "Segment0_Layer:=3"]), "layer that is not there"),
     "text.nii": (lambda: b"this is no scan" * 100, "cannot be read"),
@@ -671,6 +690,8 @@ def test_an_image_is_no_label_map(tmp_path):
 def test_names_that_are_used_twice_get_the_label():
     found = objects_of(volume_of(SCAN, names={1: "organ", 5: "organ"}), None, False)
     assert [item.name for item in found] == ["organ_1", "organ_5"]
+    found = objects_of(volume_of(SCAN, names={1: "5"}), None, False)
+    assert [item.name for item in found] == ["5_1", "5_5"]
 
 
 def test_components_are_those_of_26_neighbors_the_largest_first():

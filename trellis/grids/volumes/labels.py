@@ -4,6 +4,7 @@ An object is the voxels of a label, of a group of labels, or of one connected co
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -161,11 +162,9 @@ def objects_of(volume: Volume, labels: Labels | None, components: bool) -> Itera
 
 def _default_groups(volume: Volume, unlisted: list[int]) -> dict[str, tuple[int, ...]]:
     """Return an object for each label, by its name; names that are used twice get the label's number too."""
-    given = list(volume.names.values())
-    named = {
-        label: name if given.count(name) == 1 else f"{name}_{label}" for label, name in volume.names.items() if label
-    }
-    return {name: (label,) for label, name in sorted({**named, **{label: str(label) for label in unlisted}}.items())}
+    names = {label: volume.names.get(label, str(label)) for label in {*volume.names, *unlisted} - {0}}
+    given = Counter(names.values())
+    return {name if given[name] == 1 else f"{name}_{label}": (label,) for label, name in sorted(names.items())}
 
 
 def _some(values: list, shown: int = 8) -> str:

@@ -19,7 +19,6 @@ from .metaimage import read_metaimage
 from .volume import (
     DEFLATE_RATIO,
     LPS_TO_RAS,
-    MM,
     Volume,
     affine_of,
     as_labels,
@@ -30,6 +29,7 @@ from .volume import (
     reasons,
     require,
     times,
+    unit_in_mm,
 )
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
@@ -46,7 +46,7 @@ SPACES = {
 }
 BZIP2_RATIO = 50_000  # a block of 900 kB of zeros becomes about 40 bytes
 LONGEST_LINE = 1 << 20  # bytes of a line of an NRRD header
-MAX_SPARSE = 10_000  # voxels for a byte of a DICOM file: it may leave out empty slices
+MAX_SPARSE = 100_000  # voxels for a byte of a DICOM file: empty slices may be left out, frames compressed
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # DICOM: Segmentation, Label Map
 
 __all__ = ["VOLUME_SUFFIXES", "Volume", "read_volume", "volume_suffix"]
@@ -255,30 +255,27 @@ def _nrrd_axes(header: dict, shape: tuple[int, ...]) -> tuple[np.ndarray, np.nda
     if space not in SPACES:
         notes.append(f"does not say where its axes run (space: {space}): left-posterior-superior is taken")
     signs = np.array(SPACES.get(space, SPACES["lps"]))
-    units = header.get("space units", [header.get("units", [""] * len(shape))[axis] for axis in spatial])
-    scales = [MM.get(unit.lower().strip('"'), 1.0) for unit in units]
-    unknown = sorted({unit for unit in units if unit.strip('" ') and unit.lower().strip('"') not in MM})
-    if unknown:
-        notes.append(f"its unit {' '.join(unknown)} is not known: millimeters are taken")
-    if len(set(scales)) != 1:
+    units = header.get("space units") or [header.get("units", [""] * len(shape))[axis] for axis in spatial]
+    if len(set(units)) != 1:
         raise DataError(f"its axes have different units, {' '.join(units)}")
-    factor = signs * scales[0]
-    return (rows[spatial] * factor).T, origin * factor, spatial, notes
+    scale, unit_notes = unit_in_mm(units[0])
+    factor = signs * scale
+    return (rows[spatial] * factor).T, origin * factor, spatial, [*notes, *unit_notes]
 
 
 def _segments(header: dict) -> list[tuple[str, int, int]]:
     """Return (name, layer, label value) of Slicer's segments, in the order of their numbers.
 
-    Files of Slicer before 4.11 have neither layers nor label values: a segment is a layer of ones.
+    Files of Slicer before 4.11 have neither layers nor label values: the first segment is the first layer, of ones.
     """
     numbers = sorted(
         {int(key[7:].partition("_")[0]) for key in header if key[:7] == "Segment" and key[7:8].isdigit() and "_" in key}
     )
     found = []
-    for number in numbers:
+    for place, number in enumerate(numbers):
         name = header.get(f"Segment{number}_Name", header.get(f"Segment{number}_ID", f"segment {number}"))
         has_value = f"Segment{number}_LabelValue" in header
-        layer = int(header.get(f"Segment{number}_Layer", 0 if has_value else number))
+        layer = int(header.get(f"Segment{number}_Layer", 0 if has_value else place))
         found.append((name, layer, int(header.get(f"Segment{number}_LabelValue", 1))))
     return found
 

@@ -16,7 +16,19 @@ MAX_VOXELS = 2**31  # 1290^3; more does not fit the memory of a worker
 DEFLATE_RATIO = 1032  # the most that zlib and gzip compress by (https://zlib.net/zlib_tech.html)
 FLATTEST = 1e-6  # volume of a voxel / that of a box with its edges; below it the axes do not span space
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-MM = {"mm": 1.0, "millimeter": 1.0, "cm": 10.0, "m": 1000.0, "meter": 1000.0, "um": 1e-3, "µm": 1e-3, "micron": 1e-3}
+UNITS = {
+    "": 1.0,
+    "mm": 1.0,
+    "millimeter": 1.0,
+    "cm": 10.0,
+    "centimeter": 10.0,
+    "m": 1000.0,
+    "meter": 1000.0,
+    "um": 1e-3,
+    "µm": 1e-3,
+    "micron": 1e-3,
+    "micrometer": 1e-3,
+}  # in mm; "" if none is said
 
 
 class Volume(NamedTuple):
@@ -147,6 +159,15 @@ def affine_of(directions: np.ndarray, origin: np.ndarray) -> np.ndarray:
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = directions, origin
     return affine
+
+
+def unit_in_mm(unit: str) -> tuple[float, tuple[str, ...]]:
+    """Return the length of a unit of length in mm, and a note if it is not known and taken as 1 mm."""
+    name = unit.strip(' "').lower()
+    scale = UNITS.get(name, UNITS.get(name.removesuffix("s").replace("metre", "meter")))
+    if scale is None:
+        return 1.0, (f"its unit {name!r} is not known: millimeters are taken",)
+    return scale, ()
 
 
 def times(shape: tuple[int, ...]) -> str:

@@ -560,7 +560,7 @@ REFUSED = {
         lambda: nrrd_bytes(SCAN, AFFINE, fields=[*SEGMENTS, "Segmentation_SourceRepresentation:=Fractional labelmap"]),
         "fractions"),
     "empty.seg.nrrd": (lambda: nrrd_bytes(SCAN[:1, :1, :1], AFFINE, fields=SEGMENTS), "no segments"),
-    "units.nrrd": (lambda: nrrd_bytes(SCAN, AFFINE, fields=['space units: "mm" "mm" "cm"']), "different units, mm mm cm"),
+    "units.nrrd": (lambda: nrrd_bytes(SCAN, AFFINE, fields=['space units: "mm" "mm" "cm"']), "different units"),
     "layer.seg.nrrd": (
         lambda: nrrd_bytes(SCAN, AFFINE, fields=[*SEGMENTS[:2], "Segment0_Layer:=3"]), "layer that is not there"),
     "text.nii": (lambda: b"this is no scan" * 100, "cannot be read"),

@@ -656,8 +656,13 @@ def test_objects_are_labels_and_groups(tmp_path):
         assert np.array_equal(whole, mask) and item.shape == SHAPE
         for axis in range(3):  # the crop is tight
             assert item.mask.any(axis=tuple({0, 1, 2} - {axis}))[[0, -1]].all()
-    assert heart == LeftOut("heart", "is not in this scan: no voxel has label 7", True)
-    assert lungs == LeftOut("lungs", "is not in this scan: no voxel has any of the labels 8, 9", True)
+    assert heart == LeftOut("heart", "is not in this scan: no voxel has label 7")
+    assert lungs == LeftOut("lungs", "is not in this scan: no voxel has any of the labels 8, 9")
+
+
+def test_what_a_scan_lacks_of_a_known_table_is_no_news():
+    spleen, liver = objects_of(volume_of(SCAN), load_labels("totalsegmentator"), False)
+    assert (spleen.name, liver.name) == ("spleen", "liver")
 
 
 def test_what_the_table_does_not_name_is_told(tmp_path):
@@ -1095,7 +1100,7 @@ def test_a_file_becomes_the_grids_of_its_objects(tmp_path):
         voxels, frame = rasterize_mask(mask, AFFINE, 32, "solid")
         assert np.array_equal(found.voxels, voxels)
         assert found.frame.to_json() == frame.to_json()
-    assert (liver.name, liver.labels, both.labels, heart.absent) == ("liver", (1,), (1, 5), True)
+    assert (liver.name, liver.labels, both.labels) == ("liver", (1,), (1, 5)) and isinstance(heart, LeftOut)
     parts = [found for found in volumes.grids_of_file(path, 32, components=True)]
     assert [part.name for part in parts] == ["1_1", "5_1"]
 

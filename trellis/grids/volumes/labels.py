@@ -50,14 +50,10 @@ class LabelObject(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """An object that a scan does not give, and why.
-
-    absent: the scan has no voxel of it.
-    """
+    """An object that a scan does not give, and why."""
 
     name: str
     reason: str
-    absent: bool = False
 
 
 def load_labels(source: str) -> Labels:
@@ -124,7 +120,8 @@ def _entry(source: str, key: str, value: object) -> tuple[str, tuple[int, ...]]:
 def objects_of(volume: Volume, labels: Labels | None, components: bool) -> Iterator[LabelObject | LeftOut]:
     """Yield each object of a scan, or why it is left out: the scan lacks it, or it has fewer than MIN_VOXELS voxels.
 
-    labels: what to take. None takes every label but 0, with the name that the file gives it, else its number.
+    labels: what to take. None takes every label but 0, with the name that the file gives it, else its number. Of the
+        tables in `label_names`, which name all that a body may have, what a scan lacks is passed over.
     components: take each connected part by itself (26 neighbors: voxels that share a corner are connected), as
         "liver_1", "liver_2" …, the largest first.
     An object that reaches the border of the scan may be cut off: a note says on which side.
@@ -147,8 +144,9 @@ def objects_of(volume: Volume, labels: Labels | None, components: bool) -> Itera
     for name, group in groups.items():
         found = [label for label in group if label in present]
         if not found:
-            text = f"label {group[0]}" if len(group) == 1 else f"any of the labels {_some(list(group))}"
-            yield LeftOut(name, f"is not in this scan: no voxel has {text}", absent=True)
+            if labels is None or labels.source not in TABLES:
+                text = f"label {group[0]}" if len(group) == 1 else f"any of the labels {_some(list(group))}"
+                yield LeftOut(name, f"is not in this scan: no voxel has {text}")
             continue
         crop, mask = _mask(volume, boxes, found)
         if components:

@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 
 from ...utils.errors import DataError
-from .volume import DEFLATE_RATIO, as_labels, check_size, times
+from .volume import DEFLATE_RATIO, as_labels, check_size, reasons, times
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".binvox")
 LONGEST_HEADER = 1 << 16  # bytes
@@ -48,7 +48,7 @@ def turn_mask_to_z_up(mask: np.ndarray) -> np.ndarray:
 def read_array(path: Path) -> np.ndarray:
     """Read the array [X, Y, Z] of a .npy, .npz or .binvox file. Raise DataError with the reason."""
     suffix = path.suffix.lower()
-    try:
+    with reasons():
         if suffix == ".binvox":
             array = _read_binvox(path)
         elif suffix == ".npy":
@@ -56,9 +56,6 @@ def read_array(path: Path) -> np.ndarray:
                 array = _read_npy(file, path.stat().st_size)
         else:
             array = _read_npz(path)
-    except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot be read ({type(error).__name__}: {reason})") from error
     while array.ndim > 3 and 1 in (array.shape[0], array.shape[-1]):  # channels or batches of one
         array = array[0] if array.shape[0] == 1 else array[..., 0]
     if array.ndim != 3:
@@ -75,11 +72,11 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _read_npy(file: IO[bytes], size: int) -> np.ndarray:
-    """Read an array of at most `size` bytes."""
+    """Read an array; header and numbers have at most `size` bytes."""
     shape, dtype = _header(file)
     if dtype.hasobject:
         raise DataError("holds Python objects, which are not read. Save an array of numbers")
-    check_size(shape or (1,), dtype.itemsize, size)
+    check_size(shape or (1,), dtype.itemsize, size - file.tell())
     file.seek(0)
     return np.lib.format.read_array(file, allow_pickle=False)
 

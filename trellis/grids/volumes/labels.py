@@ -4,6 +4,7 @@ An object is the voxels of a label, of a group of labels, or of one connected co
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -49,14 +50,10 @@ class LabelObject(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """An object that a scan does not give, and why.
-
-    absent: the scan has no voxel of it.
-    """
+    """An object that a scan does not give, and why."""
 
     name: str
     reason: str
-    absent: bool = False
 
 
 def load_labels(source: str) -> Labels:
@@ -74,7 +71,9 @@ def load_labels(source: str) -> Labels:
         table = json.loads(Path(source).read_bytes().decode("utf-8-sig"), object_pairs_hook=_without_repeats)
     except OSError as error:
         tables = ", ".join(TABLES)
-        raise ConfigError(f"{source}: cannot be read ({error.strerror}). Give a JSON file or one of: {tables}.") from error
+        raise ConfigError(
+            f"{source}: cannot be read ({error.strerror}). Give a JSON file or one of: {tables}."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: is not a JSON table of labels ({error}). Mend it.") from error
     if isinstance(table, dict) and isinstance(table.get("labels"), dict):
@@ -121,7 +120,8 @@ def _entry(source: str, key: str, value: object) -> tuple[str, tuple[int, ...]]:
 def objects_of(volume: Volume, labels: Labels | None, components: bool) -> Iterator[LabelObject | LeftOut]:
     """Yield each object of a scan, or why it is left out: the scan lacks it, or it has fewer than MIN_VOXELS voxels.
 
-    labels: what to take. None takes every label but 0, with the name that the file gives it, else its number.
+    labels: what to take. None takes every label but 0, with the name that the file gives it, else its number. Of the
+        tables in `label_names`, which name all that a body may have, what a scan lacks is passed over.
     components: take each connected part by itself (26 neighbors: voxels that share a corner are connected), as
         "liver_1", "liver_2" …, the largest first.
     An object that reaches the border of the scan may be cut off: a note says on which side.
@@ -144,8 +144,9 @@ def objects_of(volume: Volume, labels: Labels | None, components: bool) -> Itera
     for name, group in groups.items():
         found = [label for label in group if label in present]
         if not found:
-            text = f"label {group[0]}" if len(group) == 1 else f"any of the labels {_some(list(group))}"
-            yield LeftOut(name, f"is not in this scan: no voxel has {text}", absent=True)
+            if labels is None or labels.source not in TABLES:
+                text = f"label {group[0]}" if len(group) == 1 else f"any of the labels {_some(list(group))}"
+                yield LeftOut(name, f"is not in this scan: no voxel has {text}")
             continue
         crop, mask = _mask(volume, boxes, found)
         if components:
@@ -159,11 +160,9 @@ def objects_of(volume: Volume, labels: Labels | None, components: bool) -> Itera
 
 def _default_groups(volume: Volume, unlisted: list[int]) -> dict[str, tuple[int, ...]]:
     """Return an object for each label, by its name; names that are used twice get the label's number too."""
-    given = list(volume.names.values())
-    named = {
-        label: name if given.count(name) == 1 else f"{name}_{label}" for label, name in volume.names.items() if label
-    }
-    return {name: (label,) for label, name in sorted({**named, **{label: str(label) for label in unlisted}}.items())}
+    names = {label: volume.names.get(label, str(label)) for label in {*volume.names, *unlisted} - {0}}
+    given = Counter(names.values())
+    return {name if given[name] == 1 else f"{name}_{label}": (label,) for label, name in sorted(names.items())}
 
 
 def _some(values: list, shown: int = 8) -> str:

@@ -13,13 +13,13 @@ from ...utils.errors import DataError
 from .volume import (
     DEFLATE_RATIO,
     LPS_TO_RAS,
-    MM,
     Volume,
     affine_of,
     as_labels,
     as_volume_shape,
     check_affine,
     check_size,
+    unit_in_mm,
 )
 
 LONGEST_HEADER = 1 << 20  # bytes
@@ -61,9 +61,9 @@ def read_metaimage(path: Path) -> Volume:
     if (len(spacing), len(rows), len(origin)) != (dimensions, dimensions**2, dimensions):
         raise DataError(f"its spacing, directions and origin have not the {dimensions} dimensions of DimSize")
     steps = np.reshape(rows, (dimensions, dimensions))[:3, :3].T * np.array(spacing)[:3]  # a row is an axis
-    scale = MM.get(fields.get("DistanceUnits", "mm").lower(), 1.0)
+    scale, notes = unit_in_mm(fields.get("DistanceUnits", ""))
     affine = LPS_TO_RAS @ affine_of(steps * scale, np.array(origin)[:3] * scale)
-    return Volume((labels,), check_affine(affine), {})
+    return Volume((labels,), check_affine(affine), {}, notes)
 
 
 def _fields(head: bytes) -> tuple[dict[str, str], int]:

@@ -5,6 +5,7 @@ is mirrored. It is centered on the box of the organ's voxels in world axes (thei
 longest edge of that box fills it, as for meshes.
 """
 
+import gzip
 import itertools
 import json
 from pathlib import Path
@@ -228,7 +229,5 @@ def write_nifti(path: Path, grid: Any, frame: Frame) -> None:
     with atomic_write(path) as partial:
         content = image.to_bytes()
         if packed:
-            import gzip
-
-            content = gzip.compress(content, mtime=0)  # the same bytes for the same grid
+            content = gzip.compress(content, compresslevel=6, mtime=0)  # the same bytes for the same grid
         partial.write_bytes(content)

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ...utils.errors import ConfigError, DataError
+from ...utils.errors import DataError
 from .arrays import ARRAY_SUFFIXES, read_array
 from .metaimage import read_metaimage
 from .volume import (
     DEFLATE_RATIO,
     LPS_TO_RAS,
-    MM,
     Volume,
     affine_of,
     as_labels,
@@ -27,8 +26,10 @@ from .volume import (
     check_affine,
     check_size,
     is_singular,
+    reasons,
     require,
     times,
+    unit_in_mm,
 )
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
@@ -45,7 +46,7 @@ SPACES = {
 }
 BZIP2_RATIO = 50_000  # a block of 900 kB of zeros becomes about 40 bytes
 LONGEST_LINE = 1 << 20  # bytes of a line of an NRRD header
-MAX_SPARSE = 10_000  # voxels for a byte of a DICOM file: it may leave out empty slices
+MAX_SPARSE = 100_000  # voxels for a byte of a DICOM file: empty slices may be left out, frames compressed
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # DICOM: Segmentation, Label Map
 
 __all__ = ["VOLUME_SUFFIXES", "Volume", "read_volume", "volume_suffix"]
@@ -69,7 +70,7 @@ def read_volume(path: Path) -> Volume:
         raise DataError(f"is not one of {' '.join((*VOLUME_SUFFIXES, *ARRAY_SUFFIXES))}. Convert it to one of them")
     if path.stat().st_size == 0:
         raise DataError("the file is empty (0 bytes)")
-    try:
+    with reasons():
         if suffix in (".nii", ".nii.gz"):
             return _read_nifti(path)
         if suffix in (".nrrd", ".nhdr"):
@@ -80,13 +81,6 @@ def read_volume(path: Path) -> Volume:
             return _read_dicom(path)
         note = "has no scan: its voxels are taken as cubes of 1 mm, its axes as right, front and up"
         return Volume((as_labels(read_array(path)),), np.eye(4), {}, (note,))
-    except (ConfigError, DataError, MemoryError):
-        raise
-    except Exception as error:  # parsers raise anything on damaged files; it becomes the recorded reason
-        if isinstance(error, OSError) and error.errno is not None:  # the system's, such as a file that disappeared
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def _read_nifti(path: Path) -> Volume:
@@ -106,12 +100,10 @@ def _read_nifti(path: Path) -> Volume:
         header = image.header
         dtype = header.get_data_dtype()
         check_size(header.get_data_shape(), dtype.itemsize, path.stat().st_size * (DEFLATE_RATIO if packed else 1))
-        slope, intercept = header.get_slope_inter()
-        labels = as_labels(
-            as_volume_shape(image.dataobj.get_unscaled()),
-            1.0 if slope is None else float(slope),
-            0.0 if intercept is None else float(intercept),
-        )
+        stored = image.dataobj  # nibabel clears the header's own slope and intercept
+        labels = as_labels(as_volume_shape(stored.get_unscaled()), float(stored.slope), float(stored.inter))
+        while stream.read(1 << 20):  # to the end, where gzip has its checksum
+            pass
     affine, notes = _nifti_affine(header)
     names, name_notes = _nifti_names(header)
     return Volume((labels,), check_affine(affine), names, (*notes, *name_notes))
@@ -221,7 +213,17 @@ def _nrrd_type(name: str) -> str:
     words = name.removesuffix("_t").removesuffix(" int").split()
     unsigned = words[0] in ("unsigned", "uchar", "ushort", "uint", "ulonglong") or words[0].startswith("uint")
     rest = " ".join(words[1:] if words[0] in ("signed", "unsigned") else words).removeprefix("u") or "int"
-    sizes = {"char": 1, "int8": 1, "short": 2, "int16": 2, "int": 4, "int32": 4, "longlong": 8, "long long": 8, "int64": 8}
+    sizes = {
+        "char": 1,
+        "int8": 1,
+        "short": 2,
+        "int16": 2,
+        "int": 4,
+        "int32": 4,
+        "longlong": 8,
+        "long long": 8,
+        "int64": 8,
+    }
     if rest in ("float", "double"):
         return {"float": "f4", "double": "f8"}[rest]
     if rest not in sizes:
@@ -253,30 +255,27 @@ def _nrrd_axes(header: dict, shape: tuple[int, ...]) -> tuple[np.ndarray, np.nda
     if space not in SPACES:
         notes.append(f"does not say where its axes run (space: {space}): left-posterior-superior is taken")
     signs = np.array(SPACES.get(space, SPACES["lps"]))
-    units = header.get("space units", [header.get("units", [""] * len(shape))[axis] for axis in spatial])
-    scales = [MM.get(unit.lower().strip('"'), 1.0) for unit in units]
-    unknown = sorted({unit for unit in units if unit.strip('" ') and unit.lower().strip('"') not in MM})
-    if unknown:
-        notes.append(f"its unit {' '.join(unknown)} is not known: millimeters are taken")
-    if len(set(scales)) != 1:
+    units = header.get("space units") or [header.get("units", [""] * len(shape))[axis] for axis in spatial]
+    if len(set(units)) != 1:
         raise DataError(f"its axes have different units, {' '.join(units)}")
-    factor = signs * scales[0]
-    return (rows[spatial] * factor).T, origin * factor, spatial, notes
+    scale, unit_notes = unit_in_mm(units[0])
+    factor = signs * scale
+    return (rows[spatial] * factor).T, origin * factor, spatial, [*notes, *unit_notes]
 
 
 def _segments(header: dict) -> list[tuple[str, int, int]]:
     """Return (name, layer, label value) of Slicer's segments, in the order of their numbers.
 
-    Files of Slicer before 4.11 have neither layers nor label values: a segment is a layer of ones.
+    Files of Slicer before 4.11 have neither layers nor label values: the first segment is the first layer, of ones.
     """
     numbers = sorted(
         {int(key[7:].partition("_")[0]) for key in header if key[:7] == "Segment" and key[7:8].isdigit() and "_" in key}
     )
     found = []
-    for number in numbers:
+    for place, number in enumerate(numbers):
         name = header.get(f"Segment{number}_Name", header.get(f"Segment{number}_ID", f"segment {number}"))
         has_value = f"Segment{number}_LabelValue" in header
-        layer = int(header.get(f"Segment{number}_Layer", 0 if has_value else number))
+        layer = int(header.get(f"Segment{number}_Layer", 0 if has_value else place))
         found.append((name, layer, int(header.get(f"Segment{number}_LabelValue", 1))))
     return found
 
@@ -334,7 +333,10 @@ def _read_dicom(path: Path) -> Volume:
     names = {number: str(segmentation.get_segment_description(number).segment_label) for number in numbers}
     try:
         volumes = [segmentation.get_volume(combine_segments=True)]
-    except RuntimeError:  # segments overlap: a layer for each
+    except RuntimeError:  # segments overlap
+        volumes = []
+    if not volumes:  # a layer for each; the first reading still holds its tables, so another is needed
+        segmentation = highdicom.seg.Segmentation.from_dataset(pydicom.dcmread(path), copy=False)
         volumes = [segmentation.get_volume(segment_numbers=[number], combine_segments=True) for number in numbers]
     layers = tuple(as_labels(as_volume_shape(volume.array)) for volume in volumes)
     return Volume(layers, check_affine(LPS_TO_RAS @ volumes[0].affine), names)

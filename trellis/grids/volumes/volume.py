@@ -1,6 +1,9 @@
 """A scan's labels in memory, and the checks that all its readers share."""
 
+import errno
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
@@ -13,7 +16,19 @@ MAX_VOXELS = 2**31  # 1290^3; more does not fit the memory of a worker
 DEFLATE_RATIO = 1032  # the most that zlib and gzip compress by (https://zlib.net/zlib_tech.html)
 FLATTEST = 1e-6  # volume of a voxel / that of a box with its edges; below it the axes do not span space
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-MM = {"mm": 1.0, "millimeter": 1.0, "cm": 10.0, "m": 1000.0, "meter": 1000.0, "um": 1e-3, "µm": 1e-3, "micron": 1e-3}
+UNITS = {
+    "": 1.0,
+    "mm": 1.0,
+    "millimeter": 1.0,
+    "cm": 10.0,
+    "centimeter": 10.0,
+    "m": 1000.0,
+    "meter": 1000.0,
+    "um": 1e-3,
+    "µm": 1e-3,
+    "micron": 1e-3,
+    "micrometer": 1e-3,
+}  # in mm; "" if none is said
 
 
 class Volume(NamedTuple):
@@ -46,6 +61,20 @@ def require(name: str) -> ModuleType:
         raise ConfigError(f"a Python package is missing ({error}): pip install {package}") from error
 
 
+@contextmanager
+def reasons() -> Iterator[None]:
+    """Turn what parsers raise on damaged files into a DataError. Errors of the system and of memory pass."""
+    try:
+        yield
+    except (ConfigError, DataError, MemoryError):
+        raise
+    except Exception as error:  # parsers raise anything
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to a false place
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"cannot be read ({type(error).__name__}: {reason})") from error
+
+
 def check_size(shape: tuple[int, ...], itemsize: int, available: int) -> None:
     """Raise DataError if a header claims more voxels than its data can have, or than memory holds.
 
@@ -58,13 +87,14 @@ def check_size(shape: tuple[int, ...], itemsize: int, available: int) -> None:
         raise DataError(f"has {voxels} voxels, more than {MAX_VOXELS}. Crop it to the organs, or resample it")
     if voxels * itemsize > available:
         raise DataError(
-            f"is truncated or damaged: its header promises {voxels * itemsize} bytes of voxels, and at most {available} "
-            "are there"
+            f"is truncated or damaged: its header promises {voxels * itemsize} bytes of voxels, and at most "
+            f"{available} are there"
         )
 
 
 def as_volume_shape(array: np.ndarray) -> np.ndarray:
     """Return an array [X, Y, Z, 1, …] without the last axes of one. Raise DataError for another shape."""
+    array = np.asarray(array)
     if array.ndim > 3 and set(array.shape[3:]) == {1}:
         array = array.reshape(array.shape[:3], order="A")
     if array.ndim != 3:
@@ -101,8 +131,8 @@ def as_labels(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> 
             value = values[tuple(index)]
             index.insert(axis, place)
             raise DataError(
-                f"voxel ({', '.join(str(int(i)) for i in index)}) is {value:g}, not a whole number: this is an image or "
-                "a map of probabilities, not a label map. Threshold it or take the most probable label"
+                f"voxel ({', '.join(str(int(i)) for i in index)}) is {value:g}, not a whole number: this is an image "
+                "or a map of probabilities, not a label map. Threshold it or take the most probable label"
             )
         target[...] = whole
     return labels
@@ -129,6 +159,15 @@ def affine_of(directions: np.ndarray, origin: np.ndarray) -> np.ndarray:
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = directions, origin
     return affine
+
+
+def unit_in_mm(unit: str) -> tuple[float, tuple[str, ...]]:
+    """Return the length of a unit of length in mm, and a note if it is not known and taken as 1 mm."""
+    name = unit.strip(' "').lower()
+    scale = UNITS.get(name, UNITS.get(name.removesuffix("s").replace("metre", "meter")))
+    if scale is None:
+        return 1.0, (f"its unit {name!r} is not known: millimeters are taken",)
+    return scale, ()
 
 
 def times(shape: tuple[int, ...]) -> str:

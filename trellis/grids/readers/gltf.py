@@ -16,7 +16,7 @@ from ...utils.errors import DataError
 from ..geometry import Geometry
 from .gltf_accessors import DRACO, MESHOPT, UNPACK, Accessors, Draco, Values
 from .gltf_file import Item, open_file
-from .gltf_nodes import TRANSFORM, Nodes, check_affine, compose
+from .gltf_nodes import TRANSFORM, Nodes, check_affine, compose, is_identity
 
 POINTS, TRIANGLES, STRIP, FAN = 0, 4, 5, 6  # modes; 1 to 3 are lines
 INSTANCING = "EXT_mesh_gpu_instancing"
@@ -32,8 +32,8 @@ PLAIN = re.compile(
     r"|MSFT_packing_\w+|CESIUM_(primitive_outline|RTC)|AGI_stk_metadata|FB_(geometry_metadata|ngon_encoding)"
     r"|GODOT_single_root|MOZ_(lightmap|hubs_components)|OMI_\w+|VRM|VRMC_\w+"
 )
-# A small file may show one mesh many times. More triangles than this are read only if the file has as many bytes.
-MANY = 20_000_000
+# A small file may show one mesh many times. More vertices and triangles than this are read only from a large file.
+MANY = 30_000_000
 CELLS = 64  # coordinates must be finer than the extent of the scene over this
 
 
@@ -72,14 +72,15 @@ def _check_extensions(tree: Item) -> set[str]:
 class _Primitive(NamedTuple):
     """A primitive's triangles or points.
 
-    rows: [V] the elements of its accessors that these use, None for all `count` of them.
+    elements: how many its accessors have.
+    rows: [V] those of them that the faces or points use, None for all.
     positions: [V, 3] float32, or float64 if they are stored as integers.
     faces: [F, 3] int64 in [0, V); F is 0 for points.
     """
 
     item: Item
     draco: Draco | None
-    count: int
+    elements: int
     rows: np.ndarray | None
     positions: np.ndarray
     faces: np.ndarray
@@ -156,7 +157,9 @@ class _Meshes:
         if not len(order):
             return None
         if order.max() >= count:
-            restart = ": a primitive restart, which glTF does not allow" if order.max() in (255, 65535, 2**32 - 1) else ""
+            restart = (
+                ": a primitive restart, which glTF does not allow" if order.max() in (255, 65535, 2**32 - 1) else ""
+            )
             raise DataError(f"{item.path} uses vertex {order.max()} of {count}{restart}")
         rows = _used(order, count)
         if rows is not None:
@@ -221,8 +224,8 @@ class _Meshes:
         return positions
 
     def _check_count(self, values: Values, primitive: _Primitive) -> None:
-        if len(values.stored) != primitive.count:
-            raise DataError(f"{values.path} has {len(values.stored)} elements, and the positions {primitive.count}")
+        if len(values.stored) != primitive.elements:
+            raise DataError(f"{values.path} has {len(values.stored)} elements, and the positions {primitive.elements}")
 
     def _instances(
         self, primitive: _Primitive, positions: np.ndarray, world: np.ndarray, instancing: Item | None
@@ -230,10 +233,10 @@ class _Meshes:
         """Return a primitive placed by the transform of its node, once or at each instance."""
         matrices = world[None]
         if instancing is not None:
-            matrices = world @ self._instance_matrices(instancing, len(primitive.faces) + len(positions))
-        self._count(len(primitive.faces) * len(matrices))
+            matrices = world @ self._instance_matrices(instancing)
+        self._count(primitive, len(matrices))
         step = _step(primitive.positions)
-        if np.array_equal(matrices, np.eye(4)[None]):
+        if len(matrices) == 1 and is_identity(matrices):
             return _Part(positions, primitive.faces, step)
         linear = matrices[:, :3, :3]
         vertices = positions.astype(np.float64) @ linear.transpose(0, 2, 1) + matrices[:, None, :3, 3]
@@ -243,11 +246,8 @@ class _Meshes:
         faces += len(positions) * np.arange(len(matrices))[:, None, None]
         return _Part(vertices.reshape(-1, 3), faces.reshape(-1, 3), step * _largest(linear))
 
-    def _instance_matrices(self, instancing: Item, size: int) -> np.ndarray:
-        """Return the transforms of the instances, [I, 4, 4]; one if no attribute gives any.
-
-        size: how much each of them takes; raise DataError if they are too many for the file.
-        """
+    def _instance_matrices(self, instancing: Item) -> np.ndarray:
+        """Return the transforms of the instances, [I, 4, 4]; one if no attribute gives any."""
         attributes = instancing.item("attributes")
         columns = {}
         for name, default in zip(("TRANSLATION", "ROTATION", "SCALE"), TRANSFORM.values(), strict=True):
@@ -257,7 +257,6 @@ class _Meshes:
         if len(counts) > 1:
             raise DataError(f"{attributes.path} have {min(counts)} to {max(counts)} elements, not equally many")
         count = counts.pop()
-        self._check_total(self._total + count * size)
         translations, rotations, scales = (
             columns[name].floats().astype(np.float64) if name in columns else np.tile(default, (count, 1))
             for name, default in zip(("TRANSLATION", "ROTATION", "SCALE"), TRANSFORM.values(), strict=True)
@@ -277,7 +276,9 @@ class _Meshes:
         sets = 0
         while sets == 0 or f"WEIGHTS_{sets}" in attributes:
             if f"WEIGHTS_{sets}" not in attributes or f"JOINTS_{sets}" not in attributes:
-                raise DataError(f"{attributes.path} has no JOINTS_{sets} and WEIGHTS_{sets}, which {node.path}.skin needs")
+                raise DataError(
+                    f"{attributes.path} has no JOINTS_{sets} and WEIGHTS_{sets}, which {node.path}.skin needs"
+                )
             joints = self._attribute(attributes, primitive.draco, f"JOINTS_{sets}", 4, zeros=True)
             weights = self._attribute(attributes, primitive.draco, f"WEIGHTS_{sets}", 4)
             if joints.stored.dtype.kind != "u":
@@ -296,8 +297,9 @@ class _Meshes:
             sets += 1
         if not total.all():
             raise DataError(f"{attributes.path} has {int((total == 0).sum())} vertices without skin weights")
-        self._count(len(primitive.faces))
-        if used.any() and not np.allclose(matrices[used], matrices[used][0], rtol=1e-3, atol=1e-3):
+        self._count(primitive, 1)
+        moved = np.abs(matrices[used] - matrices[used][0]).max()
+        if moved > 1e-3 * np.abs(matrices[used][0]).max():  # inverse bind matrices are float32, and often rounded more
             self.notes["its skins are posed by their joints"] = None
         blended /= total[:, None, None]
         vertices = np.einsum("vij,vj->vi", blended[:, :, :3], positions.astype(np.float64)) + blended[:, :, 3]
@@ -320,13 +322,11 @@ class _Meshes:
         bind[:, 3] = (0, 0, 0, 1)
         return worlds @ bind
 
-    def _count(self, triangles: int) -> None:
-        self._total += triangles
-        self._check_total(self._total)
-
-    def _check_total(self, total: int) -> None:
-        if total > max(MANY, sum(map(len, self.accessors.loaded.values()))):
-            raise DataError(f"its scene shows more than {MANY} triangles, most of them many times: take a part of it")
+    def _count(self, primitive: _Primitive, copies: int) -> None:
+        """Raise DataError if what is shown so far and copies of a primitive are more than the file can mean."""
+        self._total += (len(primitive.positions) + len(primitive.faces)) * copies
+        if self._total > max(MANY, 4 * sum(map(len, self.accessors.loaded.values()))):
+            raise DataError(f"its scene shows the same parts so often that {MANY} vertices do not suffice: read a part")
 
 
 def _triangles(mode: int, order: np.ndarray, item: Item, restart: bool) -> np.ndarray:

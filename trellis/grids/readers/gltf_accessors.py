@@ -19,7 +19,7 @@ import numpy as np
 from ...utils.errors import ConfigError, DataError
 from .gltf_file import File, Item
 
-COMPONENTS = {
+COMPONENTS: dict[int, np.dtype] = {
     5120: np.dtype("i1"),
     5121: np.dtype("u1"),
     5122: np.dtype("<i2"),

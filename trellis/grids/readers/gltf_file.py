@@ -89,7 +89,7 @@ class Item:
         return list(found)
 
     def numbers(self, key: str, default: tuple[float, ...] | None = None) -> np.ndarray:
-        """Return finite numbers, float64 [n]. n is that of the default; any if the default is None, and 0 if missing."""
+        """Return finite numbers, float64 [n]. n is that of the default; without one it is any, and 0 if missing."""
         if key not in self:
             return np.array(default or (), dtype=np.float64)
         value = self._array(key)
@@ -155,7 +155,7 @@ def open_file(path: Path) -> File:
 
 
 def _chunks(content: bytes) -> tuple[bytes, bytes | None]:
-    """Return the JSON and the binary chunk of a GLB. Bytes behind the length that its header gives are no part of it."""
+    """Return the JSON and the binary chunk of a GLB. What follows the length that its header gives is no part of it."""
     if len(content) < HEADER + 8:
         raise DataError(f"is cut off: {len(content)} bytes are too few for a GLB")
     version, length = (int.from_bytes(content[start : start + 4], "little") for start in (4, 8))
@@ -173,8 +173,8 @@ def _chunks(content: bytes) -> tuple[bytes, bytes | None]:
         name = {JSON_CHUNK: "JSON chunk", BINARY_CHUNK: "binary chunk"}.get(kind, "chunk")
         if text is None and kind != JSON_CHUNK:
             raise DataError("is damaged: its first chunk is not JSON")
-        if start + size > length:
-            raise DataError(f"is damaged: its {name} claims {size} bytes, and {length - start} are left")
+        if start + size > len(content):
+            raise DataError(f"is damaged: its {name} claims {size} bytes, and {len(content) - start} are left")
         if text is None:
             text = content[start : start + size].rstrip(b"\0")  # spaces should pad it; some writers take zeros
         elif kind == BINARY_CHUNK:
@@ -213,12 +213,12 @@ def _check_version(tree: Item) -> None:
 
 
 def _whole(value: Any) -> int | None:
-    """Return a JSON value as an int if it is a whole number >= 0; 3.0 is one too."""
+    """Return a JSON value as an int if it is a whole number in [0, 2^53); 3.0 is one too."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if isinstance(value, float) and not value.is_integer():
         return None
-    return int(value) if value >= 0 else None
+    return int(value) if 0 <= value < 1 << 53 else None
 
 
 def _short(value: Any) -> str:

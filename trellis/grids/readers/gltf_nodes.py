@@ -39,15 +39,13 @@ class Nodes:
                     self.worlds[number] = self.worlds[self.parents[number]] @ self.worlds[number]
 
     def shown(self, tree: Item) -> tuple[list[int], list[str]]:
-        """Return the nodes that the scene shows, parents first, and notes on what it leaves out."""
+        """Return the nodes that the scene shows, and notes on what it leaves out."""
         notes = []
         scenes = tree.items("scenes")
         if scenes:
             chosen = tree.index("scene", len(scenes), "scenes") if "scene" in tree else 0
             roots = scenes[chosen].indices("nodes", len(self.items), "nodes")
-            for root in roots:
-                if self.parents[root] >= 0:
-                    raise DataError(f"{scenes[chosen].path}.nodes has {root}, which is a child of another node")
+            self._check_roots(roots, f"{scenes[chosen].path}.nodes")
             if len(scenes) > 1:
                 notes.append(f"scene {chosen} of its {len(scenes)} is read")
         else:
@@ -72,11 +70,23 @@ class Nodes:
         return parents
 
     def _reach(self, roots: Sequence[int], without: set[int] | frozenset[int] = frozenset()) -> list[int]:
-        """Return the nodes below and with the roots, parents first. `without` and what is below it is left out."""
+        """Return the nodes below and with the roots, each once. `without` and what is below it is left out."""
         reached = [root for root in roots if root not in without]
+        seen = {*reached, *without}
         for number in reached:  # it grows
-            reached += [child for child in self.children[number] if child not in without]
+            new = [child for child in self.children[number] if child not in seen]
+            seen.update(new)
+            reached += new
         return reached
+
+    def _check_roots(self, roots: list[int], path: str) -> None:
+        """Raise DataError if a scene lists a child whose parent moves it but is not shown: it has two places then.
+
+        The specification allows roots of trees only, but writers list children of a parent that moves nothing.
+        """
+        moved = {root for root in roots if self.parents[root] >= 0 and not is_identity(self.worlds[self.parents[root]])}
+        if moved and moved - set(self._reach([root for root in roots if root not in moved])):
+            raise DataError(f"{path} has {min(moved)}, a child of node {self.parents[min(moved)]}, which moves it")
 
     def _locals(self) -> np.ndarray:
         """Return the nodes' own transforms, [n, 4, 4] float64."""
@@ -129,6 +139,11 @@ def compose(translations: np.ndarray, rotations: np.ndarray, scales: np.ndarray,
     matrices[:, :3, 3] = translations
     matrices[:, 3, 3] = 1
     return matrices
+
+
+def is_identity(matrices: np.ndarray) -> bool:
+    """Return whether transforms [..., 4, 4] change nothing."""
+    return bool((matrices == np.eye(4)).all())
 
 
 def check_affine(matrix: np.ndarray, path: str) -> None:

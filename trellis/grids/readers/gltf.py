@@ -29,8 +29,8 @@ PLAIN = re.compile(
     r"|KHR_(implicit_shapes|collision_shapes|gaussian_splatting)"
     r"|EXT_(structural_metadata|feature_metadata|mesh_features|instance_features|mesh_manifold|bmesh_encoding|blend)"
     r"|(EXT_mesh|BENTLEY)_primitive_restart|EXT_mesh_primitive_edge_visibility"
-    r"|MSFT_packing_\w+|CESIUM_(primitive_outline|RTC)|AGI_stk_metadata|FB_(geometry_metadata|ngon_encoding)"
-    r"|GODOT_single_root|MOZ_(lightmap|hubs_components)|OMI_\w+|VRM|VRMC_\w+"
+    r"|MSFT_packing_\w+|CESIUM_(primitive_outline|RTC)|(KHR|EXT|CESIUM)_geopose|AGI_stk_metadata|GRIFFEL_bim_data"
+    r"|FB_(geometry_metadata|ngon_encoding)|GODOT_single_root|MOZ_(lightmap|hubs_components)|OMI_\w+|VRM|VRMC_\w+"
 )
 # A small file may show one mesh many times. More vertices and triangles than this are read only from a large file.
 MANY = 30_000_000
@@ -169,14 +169,15 @@ class _Meshes:
     def _has_positions(self, item: Item, attributes: Item) -> bool:
         """Return whether a primitive has positions. The specification has one without skipped.
 
-        Raise DataError if it has them where this module does not look.
+        Raise DataError if they are where this module does not look.
         """
-        others = sorted(item.item("extensions").value)
         if "POSITION" in attributes and self.accessors.has_data(self.accessors.accessor(attributes, "POSITION")):
             return True
-        if "POSITION" in attributes or others:
-            place = f"in {', '.join(others)[:80]}, which is not read" if others else "nowhere in the file"
-            raise DataError(f"{item.path} has its positions {place}: export it without compression")
+        others = [name for name in item.item("extensions").value if name != DRACO and not PLAIN.fullmatch(name)]
+        if others:
+            raise DataError(f"{item.path} has its positions in {others[0][:80]}, which is not read: export it without")
+        if "POSITION" in attributes:
+            raise DataError(f"{attributes.path}.POSITION has no data: its accessor has no bufferView")
         return False
 
     def _draco(self, item: Item, attributes: Item) -> Draco | None:
@@ -192,8 +193,7 @@ class _Meshes:
 
     def _attribute(self, attributes: Item, draco: Draco | None, name: str, width: int, zeros: bool = False) -> Values:
         if draco is not None and name in draco:
-            normalized = name in attributes and self.accessors.accessor(attributes, name).flag("normalized", False)
-            return draco.values(name, width, normalized)
+            return draco.values(name, width, self.accessors.accessor(attributes, name))
         return self.accessors.values(attributes, name, f"VEC{width}", zeros)
 
     def _order(self, item: Item, count: int) -> np.ndarray:
@@ -295,8 +295,10 @@ class _Meshes:
                 total += share
                 used[joint[share != 0]] = True
             sets += 1
-        if not total.all():
-            raise DataError(f"{attributes.path} has {int((total == 0).sum())} vertices without skin weights")
+        loose = total == 0  # the specification has none, but writers leave vertices of no joint so
+        if loose.any():
+            blended[loose], total[loose], used[0] = matrices[0, :3], 1, True
+            self.notes["vertices without skin weights follow the first joint of their skin"] = None
         self._count(primitive, 1)
         moved = np.abs(matrices[used] - matrices[used][0]).max()
         if moved > 1e-3 * np.abs(matrices[used][0]).max():  # inverse bind matrices are float32, and often rounded more
@@ -326,7 +328,7 @@ class _Meshes:
         """Raise DataError if what is shown so far and copies of a primitive are more than the file can mean."""
         self._total += (len(primitive.positions) + len(primitive.faces)) * copies
         if self._total > max(MANY, 4 * sum(map(len, self.accessors.loaded.values()))):
-            raise DataError(f"its scene shows the same parts so often that {MANY} vertices do not suffice: read a part")
+            raise DataError(f"its scene repeats meshes until they have more than {MANY} vertices and triangles")
 
 
 def _triangles(mode: int, order: np.ndarray, item: Item, restart: bool) -> np.ndarray:

@@ -192,8 +192,8 @@ def _fetch(buffer: Item, folder: Path) -> bytes:
             if (folder / name).is_file():
                 return (folder / name).read_bytes()
         except OSError as error:
-            raise DataError(f"needs {shown}, which cannot be read ({error.strerror})") from error
-    raise DataError(f"needs {shown}, which is not there: put it beside the file, or export it as .glb, all in one")
+            raise DataError(f"needs {shown!r}, which cannot be read ({error.strerror})") from error
+    raise DataError(f"needs {shown!r}, which is not there: put it beside the file, or export it as .glb, all in one")
 
 
 def _data_uri(buffer: Item, uri: str) -> bytes:
@@ -240,17 +240,23 @@ class Draco:
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
-    def values(self, name: str, width: int, normalized: bool) -> Values:
+    def values(self, name: str, width: int, accessor: Item) -> Values:
         """Return an attribute by its name in glTF, such as "POSITION".
 
         width: the number of components that it must have.
-        normalized: see `Values`; the accessor of the primitive says it.
+        accessor: the accessor of the primitive, which says what its numbers mean.
         """
+        path = self.names.where(name)
         identity = self.names.whole(name)
         found = next((each for each in self.mesh.attributes if each["unique_id"] == identity), None)
         if found is None:
-            raise DataError(f"{self.names.where(name)} is {identity}, which the Draco data do not have")
-        stored = np.asarray(found["data"])
-        if stored.ndim != 2 or stored.shape[1] != width:
-            raise DataError(f"{self.names.where(name)} has {found['num_components']} components, not {width}")
-        return Values(stored, normalized, self.names.where(name))
+            raise DataError(f"{path} is {identity}, which the Draco data do not have")
+        numbers = np.asarray(found["data"])
+        if numbers.ndim != 2 or numbers.shape[1] != width:
+            raise DataError(f"{path} has {found['num_components']} components, not {width}")
+        # DracoPy gives 16-bit integers as 32-bit ones and signed integers as floats.
+        with np.errstate(invalid="ignore"):
+            stored = numbers.astype(_component(accessor))
+        if stored.dtype.kind != "f" and not np.array_equal(stored, numbers):
+            raise DataError(f"{path} has numbers that are not of the type that {accessor.path} gives")
+        return Values(stored, accessor.flag("normalized", False), path)

@@ -79,14 +79,14 @@ class Item:
         return index
 
     def indices(self, key: str, number: int, kind: str) -> list[int]:
-        """Return an array of indices, each once; empty if missing."""
-        found: dict[int, None] = {}
+        """Return an array of indices; empty if missing."""
+        found = []
         for value in self._array(key):
             index = _whole(value)
             if index is None or index >= number:
                 raise DataError(f"{self.where(key)} has {_short(value)}, which is no index of the {number} {kind}")
-            found[index] = None
-        return list(found)
+            found.append(index)
+        return found
 
     def numbers(self, key: str, default: tuple[float, ...] | None = None) -> np.ndarray:
         """Return finite numbers, float64 [n]. n is that of the default; without one it is any, and 0 if missing."""

@@ -26,7 +26,8 @@ class Nodes:
     def __init__(self, tree: Item):
         """Raise DataError if the nodes are no forest or a transform is none."""
         self.items = tree.items("nodes")
-        self.children = [item.indices("children", len(self.items), "nodes") for item in self.items]
+        # Once each: a list that names a node twice means no second copy of it.
+        self.children = [list(dict.fromkeys(item.indices("children", len(self.items), "nodes"))) for item in self.items]
         self.parents = self._parents()
         order = self._reach([number for number, parent in enumerate(self.parents) if parent < 0])
         if len(order) < len(self.items):
@@ -71,7 +72,7 @@ class Nodes:
 
     def _reach(self, roots: Sequence[int], without: set[int] | frozenset[int] = frozenset()) -> list[int]:
         """Return the nodes below and with the roots, each once. `without` and what is below it is left out."""
-        reached = [root for root in roots if root not in without]
+        reached = [root for root in dict.fromkeys(roots) if root not in without]
         seen = {*reached, *without}
         for number in reached:  # it grows
             new = [child for child in self.children[number] if child not in seen]

@@ -16,11 +16,9 @@ from .. import geometry
 from .polygons import triangulate
 from .text import are_floats, quote, read_text, to_coordinates, to_ints
 
-VERTEX = (b"v ", b"v\t")
-FACE = (b"f ", b"f\t")
 NAMES = (b"o", b"g", b"usemtl", b"mtllib")  # a name may end with a backslash, as Windows paths do
 # Statements of what is a part of the object and is not read.
-MISSING = {
+NOT_READ = {
     b"surf": "free-form surfaces",
     b"bsp": "B-spline patches",
     b"bzp": "Bezier patches",
@@ -37,13 +35,16 @@ def read(path: Path) -> geometry.Geometry:
     corners are left out. A file without faces gives its vertices alone.
     Raise DataError with the line of the first statement that is no vertex or face, or names a vertex that is not there.
     """
-    data = read_text(path)
-    lines = _statements(data)
-    vertex_lines = [i for i, line in enumerate(lines) if line.startswith(VERTEX)]
-    face_lines = [i for i, line in enumerate(lines) if line.startswith(FACE)]
+    lines, kinds = _statements(read_text(path))
+    vertex_lines = [i for i, kind in enumerate(kinds) if kind == b"v " or kind == b"v\t"]
+    face_lines = [i for i, kind in enumerate(kinds) if kind == b"f " or kind == b"f\t"]
+    for lone in (b"v", b"v "):
+        if lone in kinds and lone in lines:
+            raise DataError(f"line {lines.index(lone) + 1}: a vertex has no coordinates")
     vertices = _vertices(lines, vertex_lines)
     corners, sizes = _faces(lines, face_lines)
-    if not data.endswith(b"\n") and face_lines and face_lines[-1] == len(lines) - 1 and sizes[-1] < 3:
+    last = lines[-1].split()  # empty where the file ends with a line end, as it should
+    if last[:1] == [b"f"] and len(last) < 4:
         raise DataError(f"ends in the middle of a face: {quote(lines[-1])}")
     if not vertex_lines and not face_lines:
         raise DataError("has no vertices and no faces (v and f statements): it is no Wavefront OBJ file, or empty")
@@ -64,30 +65,42 @@ def read(path: Path) -> geometry.Geometry:
     return geometry.Geometry(vertices, triangulate(vertices, indices, sizes))
 
 
-def _statements(data: bytes) -> list[bytes]:
+def _statements(data: bytes) -> tuple[list[bytes], list[bytes]]:
     """Return the lines of a file without comments and indentation; continued lines are joined in their first one."""
     if b"#" in data:
         data = re.sub(rb"#[^\n]*", b"", data)
     lines = data.split(b"\n")
     if b"\\\n" in data:
-        for i in range(len(lines) - 2, -1, -1):  # backwards, so that each joins what the next one has joined
-            if lines[i].endswith(b"\\") and lines[i].split(None, 1)[0] not in NAMES:
-                lines[i], lines[i + 1] = lines[i][:-1] + b" " + lines[i + 1], b""
-    if data[:1].isspace() or b"\n " in data or b"\n\t" in data:
+        _join_continued(lines)
+    kinds = [line[:2] for line in lines]
+    if any(kind[:1].isspace() for kind in set(kinds)):
         lines = [line.lstrip() for line in lines]
-    if b"fo " in data or b"fo\t" in data:
-        lines = [b"f " + line[3:] if line.startswith((b"fo ", b"fo\t")) else line for line in lines]
-    for keyword, what in MISSING.items():
-        if keyword in data and any(line.startswith((keyword + b" ", keyword + b"\t")) for line in lines):
+        kinds = [line[:2] for line in lines]
+    if b"fo" in kinds:
+        lines = [b"f " + line[3:] if line.split(None, 1)[:1] == [b"fo"] else line for line in lines]
+        kinds = [line[:2] for line in lines]
+    for keyword, what in NOT_READ.items():
+        if keyword[:2] in kinds and any(line.split(None, 1)[:1] == [keyword] for line in lines):
             raise DataError(f"has {what}, which are not read: convert them to polygons in one file")
-    return lines
+    return lines, kinds
+
+
+def _join_continued(lines: list[bytes]) -> None:
+    """Put each statement whose lines end with a backslash into its first line, and leave the others empty."""
+    parts: list[bytes] = []
+    for i, line in enumerate(lines):
+        continues = line.endswith(b"\\") and (parts or line.split(None, 1)[0] not in NAMES)
+        if not parts and not continues:
+            continue
+        parts.append(line.removesuffix(b"\\") if continues else line)
+        lines[i] = b""
+        if not continues or i == len(lines) - 1:
+            lines[i + 1 - len(parts)] = b" ".join(parts)
+            parts = []
 
 
 def _vertices(lines: list[bytes], numbers: list[int]) -> np.ndarray:
     """Return the vertices [V, 3] float64 of the lines with these numbers."""
-    for line in (b"v", b"v "):
-        if line in lines:
-            raise DataError(f"line {lines.index(line) + 1}: a vertex has no coordinates")
     words = b" ".join([lines[i] for i in numbers]).split()
     columns = len(words) // max(len(numbers), 1)
     if columns < 4 or words[::columns].count(b"v") != len(numbers) or len(words) != columns * len(numbers):

@@ -1,12 +1,11 @@
 """OFF, the object file format of Geomview.
 
 Format: "OFF Files" in the chapter "OOGL File Formats" of the Geomview manual, version 1.9. Each vertex and each face
-has a line; normals, colors and texture coordinates follow the coordinates and are left out. The word in front says which.
-Files without it, with the counts on its line, or without the count of edges are common, and read.
+has a line; normals, colors and texture coordinates follow the coordinates and are left out. The word in front says
+which. Files without it, with the counts on its line, or without the count of edges are common, and read.
 """
 
 import re
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from ...utils.errors import DataError
 from .. import geometry
 from .polygons import triangulate
-from .text import are_floats, quote, read_text, to_coordinates, to_ints
+from .text import are_floats, quote, read_text, to_coordinates, to_count, to_ints
 
 KEYWORD = re.compile(rb"(ST)?C?N?(4?)(n?)(?:OFF|off)(?=[\s\d]|$)")
 
@@ -57,28 +56,30 @@ def read(path: Path) -> geometry.Geometry:
 
 def _counts(line: bytes) -> tuple[int, int]:
     """Return the numbers of vertices and faces of the header's line; that of edges may be missing and is not used."""
-    words = line.split()
-    if len(words) not in (2, 3) or not all(word.isdigit() for word in words):
+    counts = [to_count(word) for word in line.split()]
+    if len(counts) not in (2, 3) or counts[0] is None or counts[1] is None:
         raise DataError(f"has {quote(line)} where the numbers of vertices, faces and edges are expected")
-    return int(words[0]), int(words[1])
+    return counts[0], counts[1]
 
 
 def _vertices(lines: list[bytes], dimensions: int) -> np.ndarray:
     """Return the vertices [V, 3] float64 of their lines; of four dimensions, the fourth is the divisor."""
+    if not lines:
+        return np.zeros((0, 3))
     words = b" ; ".join([*lines, b""]).split()
-    columns = len(words) // max(len(lines), 1)  # with the separator
-    if columns <= dimensions or len(words) != columns * len(lines) or set(words[columns - 1 :: columns]) - {b";"}:
-        rows = [line.split()[:dimensions] for line in lines]
-        words, columns = list(chain.from_iterable(rows)), dimensions
-        if any(len(row) < dimensions for row in rows):
-            words = [b""]
+    columns = len(words) // len(lines)  # with the separator
     try:
+        if columns <= dimensions or words[columns - 1 :: columns].count(b";") != len(lines):
+            raise ValueError("vertices of different or too short lines")
         coordinates = to_coordinates([words[axis::columns] for axis in range(dimensions)])
     except ValueError:
+        length = len(lines[0].split())
         for line in lines:
-            numbers = line.split()[:dimensions]
-            if len(numbers) < dimensions or not are_floats(numbers):
+            numbers = line.split()
+            if len(numbers) < dimensions or not are_floats(numbers[:dimensions]):
                 raise DataError(f"{quote(line)} is no vertex: it needs {dimensions} numbers") from None
+            if len(numbers) != length:
+                raise DataError(f"has {quote(line)} among vertices of {length} numbers: its counts are wrong") from None
         raise
     if dimensions == 4:
         if (coordinates[:, 3] == 0).any():
@@ -90,22 +91,14 @@ def _vertices(lines: list[bytes], dimensions: int) -> np.ndarray:
 def _faces(lines: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Return the corners [C] int64, and how many each face has [P] int64, of the faces' lines."""
     rows = [line.split() for line in lines]
+    sizes = [to_count(row[0]) for row in rows]
+    corners = []
+    for line, row, size in zip(lines, rows, sizes, strict=True):
+        if size is None or size >= len(row):
+            raise DataError(f"{quote(line)} is no face: it needs the number of its corners, then so many vertices")
+        corners.extend(row[1 : size + 1])
     try:
-        sizes = to_ints([row[0] for row in rows])
-        short = sizes > np.fromiter(map(len, rows), np.int64, len(rows)) - 1
-        if short.any() or (sizes < 0).any():
-            raise ValueError("a face of fewer corners than it says")
-        return to_ints(
-            list(chain.from_iterable([row[1 : size + 1] for row, size in zip(rows, sizes.tolist(), strict=True)]))
-        ), sizes
+        return to_ints(corners), np.array(sizes, dtype=np.int64)
     except ValueError:
-        for line, row in zip(lines, rows, strict=True):
-            if (
-                not row[0].isdigit()
-                or len(row) <= int(row[0])
-                or not all(w.isdigit() for w in row[1 : int(row[0]) + 1])
-            ):
-                raise DataError(
-                    f"{quote(line)} is no face: it needs the number of its corners, then so many vertices"
-                ) from None
-        raise
+        wrong = next(word for word in corners if to_count(word) is None)
+        raise DataError(f"has a face with vertex {quote(wrong)}, which is no number") from None

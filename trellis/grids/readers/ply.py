@@ -1,8 +1,8 @@
 """PLY, text and binary of both byte orders: the polygons of its faces, or its points.
 
-Format: G. Turk, "The PLY Polygon File Format", 1994. A header describes elements, each a table whose columns are numbers
-or lists. Read are the element with x, y and z, the lists of vertices of the faces, and tristrips (lists of vertices
-that -1 divides, as the scans of Stanford have). All else is skipped.
+Format: G. Turk, "The PLY Polygon File Format", 1994. A header describes elements, each a table whose columns are
+numbers or lists. Read are the element with x, y and z, the lists of vertices of the faces, and tristrips (lists of
+vertices that -1 divides, as the scans of Stanford have). All else is skipped.
 """
 
 import re
@@ -14,7 +14,7 @@ import numpy as np
 from ...utils.errors import DataError
 from .. import geometry
 from .polygons import triangulate
-from .text import BOM, are_floats, quote, refuse_utf16, to_coordinates, to_ints, unify_line_ends
+from .text import BOM, are_floats, quote, refuse_utf16, to_coordinates, to_count, to_ints, unify_line_ends
 
 TYPES = {
     **{name: "i1" for name in ("char", "int8")},
@@ -94,10 +94,9 @@ def read(path: Path) -> geometry.Geometry:
         elif element.rows and any(p.name in LISTS for p in element.properties):
             notes.append(f'its element "{element.name}" has lists of vertices and is not read')
     rest = body.size - position
-    if rest and form == "ascii":
-        raise DataError(f"has {rest} values more than its header describes: rows or counts are wrong")
-    if rest and not body.is_blank(position):
-        notes.append(f"its last {rest} bytes are beyond what its header describes and are not read")
+    if not body.is_blank(position):
+        what = "values" if form == "ascii" else "bytes"
+        raise DataError(f"has {rest} {what} more than its header describes: its counts are wrong, or other data follow")
 
     if not polygons and not strips:
         names = {p.name for element in elements for p in element.properties}
@@ -128,8 +127,8 @@ def _header(data: bytes) -> tuple[str, list[Element], int]:
                 pass
             case ["format", name, *_] if name in FORMATS:
                 form = name
-            case ["element", name, count] if count.isascii() and count.isdigit():
-                elements.append(Element(name, int(count), []))
+            case ["element", name, count] if (rows := to_count(count.encode())) is not None:
+                elements.append(Element(name, rows, []))
             case ["property", "list", count_type, kind, name] if elements and {count_type, kind} <= TYPES.keys():
                 if TYPES[count_type][0] == "f":
                     raise DataError(f"has {quote(line)} in its header: the length of a list is a whole number")
@@ -158,9 +157,10 @@ class Words:
         if position >= self.size:
             return 0
         word = self.words[position]
-        if not word.isdigit():
+        count = to_count(word)
+        if count is None:
             raise DataError(f"has {quote(word)} where the length of a list is expected")
-        return int(word)
+        return count
 
     def numbers(self, starts: Starts, kind: str) -> np.ndarray:
         """Return the whole numbers at these positions, [N] int64."""

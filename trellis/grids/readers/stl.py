@@ -29,7 +29,8 @@ def read(path: Path) -> geometry.Geometry:
     data = path.read_bytes()
     if len(data) >= HEADER and len(data) == HEADER + TRIANGLE.itemsize * _count(data, 0):
         return _geometry(_binary(data, 0))
-    refuse_utf16(data)
+    if data[:20].replace(b"\0", b"").lower()[2:].startswith(b"solid"):
+        refuse_utf16(data)
     text = data.removeprefix(BOM).strip(b" \t\r\n\f\v\0")
     if text[:5].lower() in (b"solid", b"facet") and (b"\0" not in text or b"endloop" in text[HEADER:].lower()):
         return _text(text)
@@ -75,7 +76,8 @@ def _several(data: bytes) -> np.ndarray:
     rest = data[HEADER + TRIANGLE.itemsize * count :]
     if count > room or len(rest) >= TRIANGLE.itemsize and rest.strip(b"\0") and not _is_text(rest):
         raise DataError(
-            f"its header counts {count} triangles, its {len(data)} bytes have room for {room}: it is cut, or its count is wrong"
+            f"its header counts {count} triangles, its {len(data)} bytes have room for {room}: "
+            "it is cut, or its count is wrong"
         )
     return _binary(data, 0)
 
@@ -103,9 +105,11 @@ def _facets(statements: list[bytes]) -> geometry.Geometry:
     starts, ends, vertices = (
         [i for i, kind in enumerate(kinds) if kind == word] for word in (b"facet", b"endfa", b"verte")
     )
+    if not starts:
+        raise DataError("has no triangles")
     last = statements[-1].strip()
     complete = kinds.count(b"endso") >= kinds.count(b"solid")
-    between = last == b"endfacet" or b"endsolid".startswith(last) or not starts
+    between = last == b"endfacet" or b"endsolid".startswith(last)
     if len(ends) != len(starts) or not (complete or between):
         raise DataError(f"is cut: of {len(starts)} facets {len(ends)} are complete, and its last line is {quote(last)}")
     per_facet = np.searchsorted(vertices, ends) - np.searchsorted(vertices, starts)

@@ -91,6 +91,11 @@ def to_ints(words: list[bytes]) -> np.ndarray:
     return numbers
 
 
+def to_count(word: bytes) -> int | None:
+    """Return a number of things; None if the word is none."""
+    return int(word) if word.isdigit() and len(word) < 19 else None
+
+
 def quote(line: bytes) -> str:
     """Return the beginning of a line of a file, for a message."""
     text = " ".join(line.decode("ascii", "backslashreplace").split())

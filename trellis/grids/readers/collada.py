@@ -9,6 +9,7 @@ Materials, animations, physics and the unit, which only scales, are not.
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 from xml.etree.ElementTree import Element
 
 import numpy as np
@@ -66,6 +67,7 @@ class _Document:
             self.by_id.setdefault(element.get("id", ""), element)
         self._arrays: dict[Element, np.ndarray] = {}
         self._meshes: dict[Element, tuple[np.ndarray, np.ndarray]] = {}
+        self._nodes_by_name: dict[tuple[Element, ...], dict[str, Element]] = {}
         self.scene = self._visual_scene()
 
     def up_axis(self) -> tuple[Up, np.ndarray]:
@@ -86,7 +88,8 @@ class _Document:
         if not scenes:
             self.notes.append("has no scene: all its geometries are taken, where they are")
             return None
-        self.notes.append(f"says not which scene to show: the first of {len(scenes)} is taken")
+        if len(scenes) > 1:
+            self.notes.append(f"does not say which scene to show: the first of {len(scenes)} is taken")
         return scenes[0]
 
     def find(self, element: Element, attribute: str, *tags: str) -> Element:
@@ -95,7 +98,7 @@ class _Document:
         document, _, name = url.rpartition("#")
         if document:
             raise DataError(f"refers to another file ({url[:100]}), which is not read: export it as one file")
-        found = self.by_id.get(name) if name else None
+        found = self.by_id.get(name, self.by_id.get(unquote(name))) if name else None
         if found is None or found.tag not in tags:
             raise DataError(f'<{element.tag}> has {attribute}="{url[:100]}", which is no {" or ".join(tags)} here')
         return found
@@ -315,17 +318,23 @@ class _Document:
             for skeleton in instance.findall("skeleton")
             if (name := (skeleton.text or "").strip().rpartition("#")[2]) and name in self.by_id
         ]
-        by_name: dict[str, Element] = {}
-        for attribute in ("sid", "id", "name"):  # names of joints are sids; a few exporters write the others
-            for nodes in (*(root.iter("node") for root in roots), worlds):
-                for node in nodes:
-                    if node in worlds:
-                        by_name.setdefault(node.get(attribute, ""), node)
+        by_name = self._joint_nodes(tuple(roots), worlds)
         missing = next((name for name in names if name not in by_name), None)
         if missing is not None:
             self.notes.append(f'its skin is shown as modeled: joint "{missing[:100]}" is not in the scene')
             return None
         return np.array([worlds[by_name[name]] for name in names]).reshape(-1, 4, 4)
+
+    def _joint_nodes(self, roots: tuple[Element, ...], worlds: dict[Element, np.ndarray]) -> dict[str, Element]:
+        """Return the nodes of the scene by the names that a skin's joints have, those below its skeletons first."""
+        if roots not in self._nodes_by_name:
+            by_name = self._nodes_by_name[roots] = {}
+            for attribute in ("sid", "id", "name"):  # names of joints are sids; a few exporters write the others
+                for nodes in (*(root.iter("node") for root in roots), worlds):
+                    for node in nodes:
+                        if node in worlds:
+                            by_name.setdefault(node.get(attribute, ""), node)
+        return self._nodes_by_name[roots]
 
     def _skinned(self, skin: Element, vertices: np.ndarray, joints: np.ndarray) -> np.ndarray:
         """Return vertices in the scene's space: the weighted sum of what each joint's movement makes of them.

@@ -18,12 +18,14 @@ class Geometry(NamedTuple):
     up: the axis that the file itself, or the specification of its format, says is up. None if neither does.
     notes: what a user should know of this file, each a sentence without a full stop, such as "shown in the pose of its
         node weights"; nothing that holds for every file of the format.
+    usual_up: the axis that is up in most files of the format, for files that do not say it themselves.
     """
 
     vertices: np.ndarray
     faces: np.ndarray
     up: Up | None = None
     notes: tuple[str, ...] = ()
+    usual_up: Up | None = None
 
 
 FLAT = 1e-12  # twice the area of a triangle that rounding makes of a line, in a mesh of edge 1

@@ -4,6 +4,7 @@
 open3d is optional, so only the functions that need it import it.
 """
 
+import importlib
 import os
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..utils.errors import ConfigError, DataError
+from ..utils.errors import ConfigError, DataError, UserError
+from .formats import MESH_SUFFIXES, reader_of, why_not
 from .geometry import Geometry, check_precision, check_triangles
 from .placing import (
     Axis,
@@ -27,7 +29,6 @@ from .voxels import voxels_to_grid
 if TYPE_CHECKING:  # torch is imported only to make a tensor: the workers of voxelize.py need none
     from torch import Tensor
 
-MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae")
 HALF = 0.5 - 1e-6  # TRELLIS's clip: just inside the cube
 HEAD = 512  # bytes that tell what is no mesh at all
 UNKNOWN_AXIS = "its format does not say which axis is up"
@@ -69,23 +70,24 @@ def load_mesh(path: Path, points: bool = False) -> Geometry:
     vertices = vertices.astype(np.float64)
     if len(faces):
         check_triangles(vertices, faces)
-    up = geometry.up or ("z" if path.suffix.lower() == ".stl" else None)
-    return geometry._replace(vertices=vertices, faces=faces.astype(np.int64), up=up)
+    return geometry._replace(vertices=vertices, faces=faces.astype(np.int64))
 
 
 def _read(path: Path) -> Geometry:
     """Read a file by the reader of its format. Whatever a damaged file makes a library raise becomes the reason."""
-    from .readers import with_trimesh
-
+    format = reader_of(path)
+    if format is None or format.reader is None:
+        reason = why_not(path) or f"its format is not read: convert it to one of {' '.join(MESH_SUFFIXES)}"
+        raise DataError(reason)
+    reader = importlib.import_module(f".readers.{format.reader}", __package__)
     try:
-        return with_trimesh.read(path)
-    except (DataError, ConfigError, MemoryError):
-        raise
-    except OSError:
+        geometry: Geometry = reader.read(path)
+    except (UserError, OSError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"cannot be read ({type(error).__name__}: {reason})") from error
+    return geometry._replace(usual_up=geometry.usual_up or format.up)
 
 
 def check_content(head: bytes) -> None:
@@ -140,7 +142,7 @@ def voxelize_geometry(geometry: Geometry, resolution: int, up_axis: str, normali
     Raise DataError with the reason if the mesh cannot be voxelized.
     """
     vertices, faces = geometry.vertices, geometry.faces
-    axis = axis_of_file(up_axis, geometry.up, normalization)
+    axis = axis_of_file(up_axis, geometry.up or geometry.usual_up, normalization)
 
     def voxelize(placed: np.ndarray) -> np.ndarray:
         return voxelize_mesh(placed, faces, resolution) if len(faces) else voxelize_points(placed, resolution)
@@ -161,11 +163,11 @@ def _notes_on_placing(geometry: Geometry, up_axis: str, axis: Axis) -> tuple[str
     notes = []
     if not len(geometry.faces):
         notes.append(f"a cloud of {len(geometry.vertices)} points: its voxels have no surface between them")
-    if up_axis == "auto" and geometry.up is None:
+    if up_axis == "auto" and geometry.up is None and geometry.usual_up is None:
         taken = "taken as they are" if axis == "keep" else f"taken as {axis}-up"
         notes.append(f"{UNKNOWN_AXIS}: {taken}")
     if geometry.up is not None and up_axis in ("y", "z") and up_axis != geometry.up:
-        notes.append(f"its axes are {geometry.up}-up by the file's own word or format, but were taken as {up_axis}-up")
+        notes.append(f"says that {geometry.up} is up, but was taken as {up_axis}-up")
     return tuple(notes)
 
 

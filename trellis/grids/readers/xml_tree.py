@@ -1,0 +1,101 @@
+"""XML as the readers of COLLADA, 3MF and VTK need it: a tree of elements, and numbers out of their text.
+
+The standard library's tree builder is fed by its expat parser here, so that declared entities (which can expand a small
+file to gigabytes, or name other files) are refused instead of being expanded.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+import numpy as np
+
+from ...utils.errors import DataError
+
+Number = TypeVar("Number", bound=np.generic)
+
+
+def parse(content: bytes, leaves: Mapping[str, tuple[str, ...]] | None = None) -> Element:
+    """Return the root of an XML document, as UTF-8 or as its declaration says.
+
+    Prefixes of namespaces are cut off the names of elements and attributes, so `p:path` is `path`; the declarations
+    `xmlns` and `xmlns:p` stay.
+    leaves: attributes of elements that are too many to become elements, by their name: the values become words of the
+        text of the element around them.
+    Raise DataError if it is not well-formed, such as a file that is cut off, or declares entities.
+    """
+    builder = TreeBuilder()
+    parser = expat.ParserCreate()
+    parser.buffer_text = True
+
+    leaves = leaves or {}
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        tag = _local(tag)
+        if tag not in leaves:
+            names = {key if key.startswith("xmlns") else _local(key): value for key, value in attributes.items()}
+            builder.start(tag, names)
+            return
+        # A word that is no number, so that it is refused where the numbers are needed.
+        builder.data(" ".join([attributes.get(name, f"<{tag}>-without-{name}") for name in leaves[tag]]) + " ")
+
+    def end(tag: str) -> None:
+        tag = _local(tag)
+        if tag not in leaves:
+            builder.end(tag)
+
+    def refuse(*_: object) -> None:
+        raise DataError("declares or uses an XML entity of its own, which is not expanded: replace it by its text")
+
+    parser.StartElementHandler = start
+    parser.EndElementHandler = end
+    parser.CharacterDataHandler = builder.data
+    parser.EntityDeclHandler = refuse
+    parser.SkippedEntityHandler = refuse
+    try:
+        parser.Parse(content.lstrip(b" \t\r\n"), True)
+    except expat.ExpatError as error:
+        raise DataError(f"is not well-formed XML ({error}): it is damaged or cut off") from error
+    except (LookupError, ValueError) as error:
+        raise DataError(f"its XML has an encoding that cannot be read ({error})") from error
+    return builder.close()
+
+
+def read_tree(path: Path, root: str, name: str) -> Element:
+    """Return the root of an XML file. Raise DataError if it is not called `root`, as in files of the format `name`."""
+    tree = parse(path.read_bytes())
+    if tree.tag != root:
+        raise DataError(f"is XML, but no {name}: its first element is <{tree.tag}>, not <{root}>")
+    return tree
+
+
+def _local(name: str) -> str:
+    return name.rpartition(":")[2]
+
+
+def numbers(text: str | None, dtype: type[Number] | np.dtype[Number], name: str) -> np.ndarray[Any, np.dtype[Number]]:
+    """Return the numbers of a text, separated by white space. Raise DataError if it has anything else.
+
+    name: what the reason calls the text, such as "<p>".
+    """
+    try:
+        return np.array((text or "").encode().split(), dtype=dtype)  # numpy reads bytes faster than str
+    except (ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise DataError(f"{name} has something that is not a number of its type ({reason})") from error
+
+
+def integer(element: Element, attribute: str, default: int | None = None) -> int:
+    """Return an attribute that is a whole number from 0. Raise DataError if it is none, or missing without default."""
+    text = element.get(attribute)
+    if text is None and default is not None:
+        return default
+    try:
+        value = int(text or "")
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise DataError(f'<{element.tag}> has {attribute}="{text or ""}", which is not a whole number from 0')
+    return value

@@ -6,7 +6,6 @@ Each worker has a pipe of its own, and a thread here waits for its answer. Pools
 
 import concurrent.futures
 import contextlib
-import logging
 import multiprocessing
 import os
 import pickle
@@ -21,8 +20,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..utils.errors import ConfigError, DataError, UserError
-from .meshes import require_open3d, require_trimesh
+from .meshes import voxelize_mesh
 
 THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 STARTS = 3  # attempts to start a worker that is killed before it is ready
@@ -273,12 +274,9 @@ def _serve(connection: Connection) -> None:
 
 
 def start_worker() -> None:
-    """Load open3d and trimesh before the time limit of the first file runs, and silence their warnings."""
-    require_trimesh()
-    open3d = require_open3d()
-    open3d.utility.set_verbosity_level(open3d.utility.VerbosityLevel.Error)
-    logging.getLogger("trimesh").setLevel(logging.CRITICAL)
+    """Load what voxelizing takes before the time limit of the first file runs, and silence warnings of libraries."""
     warnings.simplefilter("ignore")
+    voxelize_mesh(np.eye(3) / 4, np.array([(0, 1, 2)]), 8)
 
 
 def _end_with_parent() -> None:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,10 @@ from helpers import BROKEN, ROOT, cells_met, table, tetrahedron
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("open3d")
 
-from dataset_toolkits import build_metadata, records, voxelize, work  # noqa: E402
+from dataset_toolkits import build_metadata, records, report, voxelize, work  # noqa: E402
 from trellis.grids import meshes  # noqa: E402
-from trellis.grids.voxels import points_to_occupancy, read_ply  # noqa: E402
+from trellis.grids.volumes import Frame  # noqa: E402
+from trellis.grids.voxels import points_to_occupancy, points_to_voxels, read_ply  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
 from trellis.utils.files import host_name  # noqa: E402
 
@@ -520,3 +522,297 @@ def test_a_full_disk_is_one_error_and_a_rerun_goes_on(where, mixed_input, serial
     assert len(error) == 1 and error[0].startswith("error: out: No space left on device. Mend that and run the same")
     assert run("--input", "in", "--output_dir", "out") == 0
     assert tree(mixed_input / "out") == tree(mixed_input / "clean")
+
+
+# --- what is said ---
+
+
+def test_notes_and_axes_are_recorded_and_counted(tmp_path, serial, capsys):
+    export(tmp_path / "in", 3)
+    tetrahedron().export(tmp_path / "in" / "lamp.stl")
+    tetrahedron(2).export(tmp_path / "in" / "chair.glb")
+    (tmp_path / "in" / "cloud.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\n")
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--points") == 0
+    rows = {Path(row["file"]).name: row for row in table(tmp_path / "out" / "metadata.csv")}
+    unknown = f"{meshes.UNKNOWN_AXIS}: taken as they are"
+    cloud = "a cloud of 3 points: its voxels have no surface between them"
+    assert {name: (row["axis"], row["notes"]) for name, row in rows.items()} == {
+        **{f"{i}.off": ("keep", unknown) for i in range(3)},
+        "lamp.stl": ("z", ""),
+        "chair.glb": ("y", ""),
+        "cloud.obj": ("keep", f"{cloud}; {unknown}"),
+    }
+    assert rows["cloud.obj"]["num_voxels"] == "3"
+    output = capsys.readouterr().out.splitlines()
+    assert f"  noted: 4 files: {unknown}. Say it by --up_axis y or z" in output
+    assert f"  noted: {tmp_path / 'in' / 'cloud.obj'}: {cloud}" in output
+
+    shutil.rmtree(tmp_path / "out")
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--up_axis", "z") == 0
+    [row] = table(tmp_path / "out" / "failed.csv")
+    assert row["file"].endswith("cloud.obj") and "--points" in row["reason"]
+    axes = {Path(row["file"]).name: row["axis"] for row in table(tmp_path / "out" / "metadata.csv")}
+    assert set(axes.values()) == {"z"}  # of the GLB too, which says nothing that contradicts
+
+
+def test_many_notes_are_shown_by_kind():
+    texts = [("a", "has 3 points"), ("b", "has 1,250.5 points"), ("c", "is cut"), ("d", "is cut")]
+    assert report.by_kind(texts) == ["2 files, such as a: has 3 points", "2 files: is cut"]
+    lines = report.by_kind((f"{i}", "x" * i) for i in range(1, 10))
+    assert len(lines) == report.KINDS_SHOWN + 1 and lines[-1] == "4 others for 4 other reasons"
+
+
+def test_formats_that_are_not_read_are_listed_and_counted(tmp_path, serial, capsys):
+    export(tmp_path / "in", 1)
+    for name in ("a.fbx", "b.fbx", "c.step"):
+        (tmp_path / "in" / name).touch()
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    output = capsys.readouterr().out
+    assert "4 meshes: 1 new, 0 done already, 0 duplicates, 3 left out" in output
+    assert "  left out: 2 files: FBX is not read: " in output
+    failed = {Path(row["file"]).name: row["reason"] for row in table(tmp_path / "out" / "failed.csv")}
+    assert failed.keys() == {"a.fbx", "b.fbx", "c.step"} and failed["c.step"].startswith("STEP is not read: ")
+    before = events(tmp_path / "out")
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    assert events(tmp_path / "out") == before  # nothing new to record
+    (tmp_path / "in" / "a.fbx").unlink()
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    assert len(table(tmp_path / "out" / "failed.csv")) == 2
+
+
+def test_a_file_that_goes_while_it_runs_costs_itself_alone(tmp_path, serial, monkeypatch):
+    export(tmp_path / "in", 3)
+    planned = voxelize.plan_files
+
+    def plan_and_lose(*args):
+        plan = planned(*args)
+        (tmp_path / "in" / "1.off").unlink()
+        return plan
+
+    monkeypatch.setattr(voxelize, "plan_files", plan_and_lose)
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    [row] = table(tmp_path / "out" / "failed.csv")
+    assert row["file"].endswith("1.off") and row["reason"] == "cannot be read: No such file or directory"
+    assert len(table(tmp_path / "out" / "metadata.csv")) == 2
+
+
+def test_a_fault_of_a_reader_costs_its_file_alone(tmp_path, serial, monkeypatch):
+    export(tmp_path / "in", 2)
+    voxels = work.mesh_voxels
+
+    def fail(path, *args):
+        if path.name == "0.off":
+            raise KeyError("x")
+        return voxels(path, *args)
+
+    monkeypatch.setattr(work, "mesh_voxels", fail)
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    [row] = table(tmp_path / "out" / "failed.csv")
+    assert row["reason"] == "cannot be voxelized, by a fault of this program (KeyError: 'x')"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"file,sha256,reason\r\nold.off,,edited\r\n",
+        b"file;sha256;reason\nold.off;;by a spreadsheet\n",
+        b"\xef\xbb\xbffile,reason\nold.off,x\n",
+        b'file,sha256,reason\n"in/0.off,,not ended\n\xff\xfe',
+        b"reason,file,sha256,mine\n1,2\n",
+    ],
+)
+def test_a_failed_csv_that_was_edited_is_made_anew(content, mixed_input, serial, monkeypatch):
+    monkeypatch.chdir(mixed_input)
+    assert run("--input", "in", "--output_dir", "out") == 0
+    (mixed_input / "out" / "failed.csv").write_bytes(content)
+    assert run("--input", "in", "--output_dir", "out") == 0
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")
+
+
+def test_a_failed_csv_of_others_is_not_touched(tmp_path, serial, capsys):
+    export(tmp_path / "in", 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "failed.csv").write_text("student,grade\nme,F\n")
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 1
+    assert "failed.csv: begins with 'student,grade', so voxelize.py did not write it" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["failed.csv"] and not serial
+
+
+def test_reasons_that_an_earlier_version_listed_stay_until_their_rank_runs_again(mixed_input, serial, monkeypatch):
+    """It kept them in failed.csv alone."""
+    monkeypatch.chdir(mixed_input)
+    assert run("--input", "in", "--output_dir", "out") == 0
+    shutil.rmtree(mixed_input / "out" / "records")
+    for rank in (0, 1):
+        assert run("--input", "in", "--output_dir", "out", "--rank", rank, "--world_size", 2) == 0
+        assert table(mixed_input / "out" / "failed.csv") == table(mixed_input / "clean" / "failed.csv")
+
+
+def test_a_success_of_one_run_outlives_a_failure_of_another(mixed_input, serial, monkeypatch):
+    """As when two runs share the files, and one machine is too slow for a file."""
+    monkeypatch.chdir(mixed_input)
+    assert run("--input", "in", "--output_dir", "out") == 0
+    sha256 = hashlib.sha256((mixed_input / "in" / "3.off").read_bytes()).hexdigest()
+    with records.RecordFile(mixed_input / "out", 1) as file:
+        file.write("failed", file="in/3.off", sha256=sha256, reason="took longer than the time limit of 1 s")
+    assert build_metadata.main(["--output_dir", "out"]) == 0
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")
+
+
+def test_records_that_come_while_the_tables_are_written_are_in_them(tmp_path, serial, monkeypatch):
+    """The last one to write has every record, without a lock."""
+    export(tmp_path / "in", 4)
+    args = "--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--world_size", 2
+    write_table = records.write_table
+
+    def write_late(path, *rest):
+        if path.name == "metadata.csv":
+            monkeypatch.setattr(records, "write_table", write_table)
+            assert run(*args, "--rank", 1) == 0  # from its start to its end, between this rank's reading and writing
+        write_table(path, *rest)
+
+    monkeypatch.setattr(records, "write_table", write_late)
+    assert run(*args, "--rank", 0) == 0
+    assert len(table(tmp_path / "out" / "metadata.csv")) == 4
+
+
+def test_a_dry_run_writes_nothing_and_says_what_a_run_would_do(mixed_input, capsys, monkeypatch):
+    monkeypatch.chdir(mixed_input)
+    command = ["--input", "in", "--output_dir", "new", "--resolution", "16", "--max_workers", "1", "--dry_run"]
+    assert voxelize.main(command) == 0
+    assert not (mixed_input / "new").exists()
+    output = capsys.readouterr().out
+    assert output.startswith("new: dry run, nothing is written\n  64 files, ")
+    assert "61 .off, 3 .obj" in output and "left out: in/scene.fbx: FBX is not read" in output
+    assert " to do: about " in output and "of those tried, noted: " in output
+    found = re.search(r"at most (\d+) are duplicates", output)
+    assert found and int(found[1]) >= 1
+
+    shutil.copytree("clean", "done")
+    before = tree(mixed_input / "done")
+    command[3] = "done"
+    assert voxelize.main(command) == 0
+    output = capsys.readouterr().out
+    assert "60 are recorded as done, by their names" in output and "\n  4 to do: " in output
+    assert tree(mixed_input / "done") == before
+    assert voxelize.main([*command, "--up_axis", "z"]) == 1  # it would be refused
+    assert "would hold grids made with" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not limit memory")
+def test_memory_is_limited_for_each_file(tmp_path, capsys):
+    """A PLY of 60 million points is 720 MB, which does not fit in 0.2 GiB."""
+    export(tmp_path / "in", 1)
+    header = b"ply\nformat binary_little_endian 1.0\nelement vertex 60000000\n"
+    header += b"".join(b"property float %c\n" % axis for axis in b"xyz") + b"end_header\n"
+    with open(tmp_path / "in" / "large.ply", "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 720_000_000)  # a sparse file: it takes no disk
+    flags = ["--resolution", "16", "--max_workers", "1", "--memory", "0.2", "--points"]
+    assert voxelize.main(["--input", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"), *flags]) == 0
+    [row] = table(tmp_path / "out" / "failed.csv")
+    assert row["file"].endswith("large.ply")
+    assert row["reason"] == "needs more memory than the limit of 0.2 GiB: simplify it or raise the limit"
+    assert len(table(tmp_path / "out" / "metadata.csv")) == 1
+
+
+# --- volumes ---
+
+
+def write_scan(path: Path, spacing: float = 1.5) -> None:
+    """A scan with two organs, one of two parts, and three voxels of a third."""
+    nibabel = pytest.importorskip("nibabel")
+    labels = np.zeros((24, 20, 16), np.uint8)
+    labels[2:10, 4:12, 3:9] = 1
+    labels[14:20, 4:12, 3:9] = 2
+    labels[14:20, 15:19, 3:9] = 2
+    labels[12, 0, :3] = 5
+    nibabel.save(nibabel.Nifti1Image(labels, np.diag([spacing, spacing, 2 * spacing, 1])), path)
+
+
+def test_a_scan_gives_a_grid_for_each_organ(tmp_path, serial, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for case in (1, 2):
+        write_scan(Path("in", f"case_{case}.nii.gz"), spacing=case)
+    tetrahedron().export("in/mesh.stl")
+    Path("labels.json").write_text('{"1": "liver", "kidneys": [2], "9": "heart", "small": [5]}')
+    args = "--input", "in", "--output_dir", "out", "--labels", "labels.json"
+    assert run(*args) == 0
+    assert "3 files: 5 new, 0 done already, 0 duplicates, 4 left out" in capsys.readouterr().out
+    rows = {row["file"]: row for row in table(Path("out/metadata.csv"))}
+    organs = {f"in/case_{case}.nii.gz#{name}" for case in (1, 2) for name in ("liver", "kidneys")}
+    assert rows.keys() == organs | {"in/mesh.stl"}
+    for case in (1, 2):
+        row = rows[f"in/case_{case}.nii.gz#liver"]
+        assert row["axis"] == "z" and float(row["mm_per_cell"]) == case * 12 / 16  # 6 slices of 2 mm are longest
+        frame = Frame.from_json(row["frame"])
+        assert frame.mm_per_cell == case * 12 / 16 and frame.shape == (24, 20, 16)
+        voxels = points_to_voxels(read_ply(Path("out/voxels", f"{row['sha256']}.ply")), 16)
+        assert len(voxels) == int(row["num_voxels"])
+    assert rows["in/mesh.stl"]["frame"] == rows["in/mesh.stl"]["mm_per_cell"] == ""
+    failed = {row["file"]: row["reason"] for row in table(Path("out/failed.csv"))}
+    assert failed.keys() == {f"in/case_{case}.nii.gz#{name}" for case in (1, 2) for name in ("heart", "small")}
+
+    before = tree(Path("out"))
+    serial.clear()
+    assert run(*args) == 0 and not serial and tree(Path("out")) == before
+    assert "0 new, 3 done already, 0 duplicates, 4 left out" in capsys.readouterr().out
+    Path("out/voxels", f"{rows['in/case_1.nii.gz#kidneys']['sha256']}.ply").unlink()
+    assert run(*args) == 0 and serial == [Path("in/case_1.nii.gz")] and tree(Path("out")) == before
+
+    assert run(*args, "--split", "val") == 0 and {row["split"] for row in table(Path("out/metadata.csv"))} == {"val"}
+    Path("in/case_2.nii.gz").unlink()
+    serial.clear()
+    assert run(*args) == 0 and not serial
+    assert {row["file"] for row in table(Path("out/failed.csv"))} == {
+        f"in/case_1.nii.gz#{name}" for name in ("heart", "small")
+    }
+
+
+def test_parts_of_an_organ_and_solids(tmp_path, serial, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_scan(Path("case.nii"))
+    args = "--input", "case.nii", "--output_dir", "out", "--components", "--fill", "solid"
+    assert run(*args) == 0
+    rows = table(Path("out/metadata.csv"))
+    assert {row["file"] for row in rows} == {"case.nii#1_1", "case.nii#2_1", "case.nii#2_2"}
+    assert {row["fill"] for row in rows} == {"solid"} and len({row["sha256"] for row in rows}) == 3
+    assert run("--input", "case.nii", "--output_dir", "out", "--components") == 1
+    assert "--normalization cube --fill solid and --up_axis auto" in capsys.readouterr().err
+    assert run(*args, "--normalization", "shapellm") == 1
+    assert run("--input", "case.nii", "--output_dir", "other", "--normalization", "shapellm") == 1
+    assert "is a volume, which is placed as by --normalization cube" in capsys.readouterr().err
+
+
+def test_an_array_is_one_object_and_turns_by_up_axis(tmp_path, serial, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    occupied = np.zeros((16, 16, 16), bool)
+    occupied[:, 2:5, 3:11] = True
+    np.save("array.npy", occupied)
+    sha256 = hashlib.sha256(Path("array.npy").read_bytes()).hexdigest()
+    for axis in ("auto", "y"):
+        assert run("--input", "array.npy", "--output_dir", axis, "--up_axis", axis, "--fill", "solid") == 0
+        [row] = table(Path(axis, "metadata.csv"))
+        assert (row["file"], row["sha256"]) == ("array.npy", sha256)
+        assert row["axis"] == ("keep" if axis == "auto" else "y")
+        assert row["notes"] == (f"{meshes.UNKNOWN_AXIS}: taken as they are" if axis == "auto" else "")
+        grid = points_to_occupancy(read_ply(Path(axis, "voxels", f"{sha256}.ply")), 16)[0].numpy().astype(bool)
+        assert np.array_equal(grid, occupied if axis == "auto" else occupied.transpose(0, 2, 1)[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--labels", "totalsegmentator"], "--labels: there is no volume among the files"),
+        (["--components"], "--components: there is no volume"),
+        (["--fill", "solid"], "--fill: there is no volume"),
+        (["--labels", "gone.json"], "gone.json: cannot be read"),
+        (["--memory", "0"], "--memory 0.0: must lie between"),
+    ],
+)
+def test_flags_that_go_with_nothing_are_one_error(flags, message, tmp_path, serial, capsys):
+    export(tmp_path / "in", 1)
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", *flags) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists() and not serial

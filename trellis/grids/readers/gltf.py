@@ -149,17 +149,19 @@ class _Meshes:
             return None
         position = self._attribute(attributes, draco, "POSITION", 3)
         count = len(position.stored)
-        if points:
-            order, faces = self._order(item, count).ravel(), np.zeros((0, 3), np.int64)
+        order = draco.faces.ravel() if draco else self._order(item, count)
+        stop = np.iinfo(order.dtype).max
+        if draco:
+            faces = draco.faces
+        elif points:
+            faces = np.zeros((0, 3), dtype=np.int64)
         else:
-            faces = draco.faces if draco else _triangles(mode, self._order(item, count), item, self._restart(item))
+            faces = _triangles(mode, order, item, RESTART in self.required)
             order = faces.ravel()
         if not len(order):
             return None
         if order.max() >= count:
-            restart = (
-                ": a primitive restart, which glTF does not allow" if order.max() in (255, 65535, 2**32 - 1) else ""
-            )
+            restart = "; it is a primitive restart, which needs " + RESTART if order.max() == stop else ""
             raise DataError(f"{item.path} uses vertex {order.max()} of {count}{restart}")
         rows = _used(order, count)
         if rows is not None:
@@ -204,9 +206,6 @@ class _Meshes:
         if indices.dtype.kind != "u":
             raise DataError(f"{item.path}.indices are not of an unsigned type")
         return indices
-
-    def _restart(self, item: Item) -> bool:
-        return RESTART in self.required and "indices" in item
 
     def _morphed(self, primitive: _Primitive, weights: np.ndarray) -> np.ndarray:
         """Return the positions with the weighted displacements of the morph targets."""
@@ -327,7 +326,7 @@ class _Meshes:
     def _count(self, primitive: _Primitive, copies: int) -> None:
         """Raise DataError if what is shown so far and copies of a primitive are more than the file can mean."""
         self._total += (len(primitive.positions) + len(primitive.faces)) * copies
-        if self._total > max(MANY, 4 * sum(map(len, self.accessors.loaded.values()))):
+        if self._total > max(MANY, 4 * self.accessors.loaded_bytes()):
             raise DataError(f"its scene repeats meshes until they have more than {MANY} vertices and triangles")
 
 

@@ -1,12 +1,13 @@
 """glTF 2.0 (.glb, .gltf): the triangles that its scene shows, in the pose that the file gives without animation.
 
 Specification 2.0.1, https://registry.khronos.org/glTF/specs/2.0/glTF-2.0.html, section 3.7 (meshes, morph targets,
-skins); EXT_mesh_gpu_instancing, KHR_mesh_primitive_restart. Materials are not read. Files in three parts: `gltf_file`
-the container, `gltf_accessors` the numbers, `gltf_nodes` the tree of transforms.
+skins); EXT_mesh_gpu_instancing, KHR_mesh_primitive_restart. Materials are not read. `gltf_file` has the container,
+`gltf_accessors` the numbers, `gltf_nodes` the tree of transforms.
 Axes: V vertices, F triangles, I instances, J joints.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from .gltf_nodes import TRANSFORM, Nodes, check_affine, compose, is_identity
 
 POINTS, TRIANGLES, STRIP, FAN = 0, 4, 5, 6  # modes; 1 to 3 are lines
 INSTANCING = "EXT_mesh_gpu_instancing"
+INSTANCE = {key.upper(): default for key, default in TRANSFORM.items()}  # its attributes
 RESTART = "KHR_mesh_primitive_restart"
 READ = {"KHR_mesh_quantization", "KHR_node_visibility", "MSFT_lod", DRACO, INSTANCING, RESTART}
 # Extensions that leave the triangles as they are; a file may require them.
@@ -248,17 +250,18 @@ class _Meshes:
     def _instance_matrices(self, instancing: Item) -> np.ndarray:
         """Return the transforms of the instances, [I, 4, 4]; one if no attribute gives any."""
         attributes = instancing.item("attributes")
-        columns = {}
-        for name, default in zip(("TRANSLATION", "ROTATION", "SCALE"), TRANSFORM.values(), strict=True):
-            if name in attributes:
-                columns[name] = self.accessors.values(attributes, name, f"VEC{len(default)}")
-        counts = {len(values.stored) for values in columns.values()} or {1}
+        given = {
+            name: self.accessors.values(attributes, name, f"VEC{len(default)}")
+            for name, default in INSTANCE.items()
+            if name in attributes
+        }
+        counts = {len(values.stored) for values in given.values()} or {1}
         if len(counts) > 1:
             raise DataError(f"{attributes.path} have {min(counts)} to {max(counts)} elements, not equally many")
         count = counts.pop()
         translations, rotations, scales = (
-            columns[name].floats().astype(np.float64) if name in columns else np.tile(default, (count, 1))
-            for name, default in zip(("TRANSLATION", "ROTATION", "SCALE"), TRANSFORM.values(), strict=True)
+            given[name].floats().astype(np.float64) if name in given else np.tile(default, (count, 1))
+            for name, default in INSTANCE.items()
         )
         return compose(translations, rotations, scales, f"{attributes.path}.ROTATION {{}}")
 
@@ -268,32 +271,13 @@ class _Meshes:
         if skin not in self._joints:
             self._joints[skin] = self._joint_matrices(self.skins[skin])
         matrices = self._joints[skin]
-        attributes = primitive.item.item("attributes")
         blended = np.zeros((len(positions), 3, 4))
         total = np.zeros(len(positions))
         used = np.zeros(len(matrices), dtype=bool)
-        sets = 0
-        while sets == 0 or f"WEIGHTS_{sets}" in attributes:
-            if f"WEIGHTS_{sets}" not in attributes or f"JOINTS_{sets}" not in attributes:
-                raise DataError(
-                    f"{attributes.path} has no JOINTS_{sets} and WEIGHTS_{sets}, which {node.path}.skin needs"
-                )
-            joints = self._attribute(attributes, primitive.draco, f"JOINTS_{sets}", 4, zeros=True)
-            weights = self._attribute(attributes, primitive.draco, f"WEIGHTS_{sets}", 4)
-            if joints.stored.dtype.kind != "u":
-                raise DataError(f"{joints.path} for {attributes.path}.JOINTS_{sets} is not of an unsigned type")
-            for values in (joints, weights):
-                self._check_count(values, primitive)
-            # Integers always stand for fractions here.
-            shares = weights.rows(primitive.rows)._replace(normalized=True).floats().astype(np.float64)
-            numbers = np.where(shares != 0, joints.rows(primitive.rows).stored, 0).astype(np.int64)
-            if numbers.size and numbers.max() >= len(matrices):
-                raise DataError(f"{joints.path} has joint {numbers.max()} of {len(matrices)}")
-            for share, joint in zip(shares.T, numbers.T, strict=True):
-                blended += share[:, None, None] * matrices[joint, :3]
-                total += share
-                used[joint[share != 0]] = True
-            sets += 1
+        for joints, shares in self._influences(primitive, node, len(matrices)):
+            blended += shares[:, None, None] * matrices[joints, :3]
+            total += shares
+            used[joints[shares != 0]] = True
         loose = total == 0  # the specification has none, but writers leave vertices of no joint so
         if loose.any():
             blended[loose], total[loose], used[0] = matrices[0, :3], 1, True
@@ -305,6 +289,28 @@ class _Meshes:
         blended /= total[:, None, None]
         vertices = np.einsum("vij,vj->vi", blended[:, :, :3], positions.astype(np.float64)) + blended[:, :, 3]
         return _Part(vertices, primitive.faces, _step(primitive.positions) * _largest(matrices[used, :3, :3]))
+
+    def _influences(self, primitive: _Primitive, node: Item, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield joints [V] int64 in [0, number) and their shares [V] float64, once for each that a vertex may have."""
+        attributes = primitive.item.item("attributes")
+        sets = 0
+        while sets == 0 or f"WEIGHTS_{sets}" in attributes:
+            names = f"JOINTS_{sets}", f"WEIGHTS_{sets}"
+            if not all(name in attributes for name in names):
+                raise DataError(f"{attributes.path} has no {' and '.join(names)}, which {node.path}.skin needs")
+            joints = self._attribute(attributes, primitive.draco, names[0], 4, zeros=True)
+            weights = self._attribute(attributes, primitive.draco, names[1], 4)
+            if joints.stored.dtype.kind != "u":
+                raise DataError(f"{attributes.path}.{names[0]} is not of an unsigned type")
+            for values in (joints, weights):
+                self._check_count(values, primitive)
+            # Integers always stand for fractions here.
+            shares = weights.rows(primitive.rows)._replace(normalized=True).floats().astype(np.float64)
+            numbers = np.where(shares != 0, joints.rows(primitive.rows).stored, 0).astype(np.int64)
+            if numbers.max(initial=0) >= number:
+                raise DataError(f"{joints.path} has joint {numbers.max()} of {number}")
+            yield from zip(numbers.T, shares.T, strict=True)
+            sets += 1
 
     def _joint_matrices(self, skin: Item) -> np.ndarray:
         """Return what a skin's joints do to vertices in the pose of the file, [J, 4, 4] float64."""

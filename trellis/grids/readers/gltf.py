@@ -15,7 +15,7 @@ import numpy as np
 
 from ...utils.errors import DataError
 from ..geometry import Geometry
-from .gltf_accessors import DRACO, MESHOPT, UNPACK, Accessors, Draco, Values
+from .gltf_accessors import DRACO, MESHOPT, Accessors, Draco, Values
 from .gltf_file import Item, open_file
 from .gltf_nodes import TRANSFORM, Nodes, check_affine, compose, is_identity
 
@@ -65,7 +65,7 @@ def _check_extensions(tree: Item) -> set[str]:
     required = tree.texts("extensionsRequired")
     for name in required:
         if name in MESHOPT:
-            raise DataError(f"requires {name}, which is not read: {UNPACK}")
+            raise DataError(f"requires {name}, which is not read: {MESHOPT[name]}")
         if name not in READ and not PLAIN.fullmatch(name):
             raise DataError(f"requires {name[:80]}, which is not read: export it without this extension")
     return {*required, *({RESTART} & set(tree.texts("extensionsUsed")))}

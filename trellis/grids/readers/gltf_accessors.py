@@ -29,8 +29,12 @@ COMPONENTS: dict[int, np.dtype] = {
 }
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 DRACO = "KHR_draco_mesh_compression"
-MESHOPT = ("EXT_meshopt_compression", "KHR_meshopt_compression", "MESHOPT_compression")
-UNPACK = "npx @gltf-transform/cli copy IN.glb OUT.glb unpacks it"
+# Packings of buffer views that are not read, and what to do about them.
+MESHOPT = {
+    "EXT_meshopt_compression": "npx @gltf-transform/cli copy IN.glb OUT.glb unpacks it",
+    "KHR_meshopt_compression": "export it without compression",
+    "MESHOPT_compression": "export it without compression",
+}
 # An accessor without data is zeros. So many may be claimed; more only if the file has as many bytes.
 ZEROS = 1 << 20
 
@@ -117,7 +121,7 @@ class Accessors:
         number = view.index("buffer", len(self.buffers), "buffers")
         packed = next((name for name in MESHOPT if view.extension(name) is not None), None)
         if packed and not self._has_bytes(number):
-            raise DataError(f"{view.path} has its data in {packed} alone, which is not read: {UNPACK}")
+            raise DataError(f"{view.path} has its data in {packed} alone, which is not read: {MESHOPT[packed]}")
         start = view.whole("byteOffset", 0)
         return memoryview(self._buffer(number))[start : start + view.whole("byteLength")]
 

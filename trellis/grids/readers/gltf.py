@@ -1,12 +1,13 @@
 """glTF 2.0 (.glb, .gltf): the triangles that its scene shows, in the pose that the file gives without animation.
 
 Specification 2.0.1, https://registry.khronos.org/glTF/specs/2.0/glTF-2.0.html, section 3.7 (meshes, morph targets,
-skins); EXT_mesh_gpu_instancing, KHR_mesh_primitive_restart. Materials are not read. Files in three parts: `gltf_file`
-the container, `gltf_accessors` the numbers, `gltf_nodes` the tree of transforms.
+skins); EXT_mesh_gpu_instancing, KHR_mesh_primitive_restart. Materials are not read. `gltf_file` has the container,
+`gltf_accessors` the numbers, `gltf_nodes` the tree of transforms.
 Axes: V vertices, F triangles, I instances, J joints.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +15,13 @@ import numpy as np
 
 from ...utils.errors import DataError
 from ..geometry import Geometry
-from .gltf_accessors import DRACO, MESHOPT, UNPACK, Accessors, Draco, Values
+from .gltf_accessors import DRACO, MESHOPT, Accessors, Draco, Values
 from .gltf_file import Item, open_file
 from .gltf_nodes import TRANSFORM, Nodes, check_affine, compose, is_identity
 
 POINTS, TRIANGLES, STRIP, FAN = 0, 4, 5, 6  # modes; 1 to 3 are lines
 INSTANCING = "EXT_mesh_gpu_instancing"
+INSTANCE = {key.upper(): default for key, default in TRANSFORM.items()}  # its attributes
 RESTART = "KHR_mesh_primitive_restart"
 READ = {"KHR_mesh_quantization", "KHR_node_visibility", "MSFT_lod", DRACO, INSTANCING, RESTART}
 # Extensions that leave the triangles as they are; a file may require them.
@@ -63,7 +65,7 @@ def _check_extensions(tree: Item) -> set[str]:
     required = tree.texts("extensionsRequired")
     for name in required:
         if name in MESHOPT:
-            raise DataError(f"requires {name}, which is not read: {UNPACK}")
+            raise DataError(f"requires {name}, which is not read: {MESHOPT[name]}")
         if name not in READ and not PLAIN.fullmatch(name):
             raise DataError(f"requires {name[:80]}, which is not read: export it without this extension")
     return {*required, *({RESTART} & set(tree.texts("extensionsUsed")))}
@@ -149,17 +151,19 @@ class _Meshes:
             return None
         position = self._attribute(attributes, draco, "POSITION", 3)
         count = len(position.stored)
-        if points:
-            order, faces = self._order(item, count).ravel(), np.zeros((0, 3), np.int64)
+        order = draco.faces.ravel() if draco else self._order(item, count)
+        stop = np.iinfo(order.dtype).max
+        if draco:
+            faces = draco.faces
+        elif points:
+            faces = np.zeros((0, 3), dtype=np.int64)
         else:
-            faces = draco.faces if draco else _triangles(mode, self._order(item, count), item, self._restart(item))
+            faces = _triangles(mode, order, item, RESTART in self.required)
             order = faces.ravel()
         if not len(order):
             return None
         if order.max() >= count:
-            restart = (
-                ": a primitive restart, which glTF does not allow" if order.max() in (255, 65535, 2**32 - 1) else ""
-            )
+            restart = "; it is a primitive restart, which needs " + RESTART if order.max() == stop else ""
             raise DataError(f"{item.path} uses vertex {order.max()} of {count}{restart}")
         rows = _used(order, count)
         if rows is not None:
@@ -205,9 +209,6 @@ class _Meshes:
             raise DataError(f"{item.path}.indices are not of an unsigned type")
         return indices
 
-    def _restart(self, item: Item) -> bool:
-        return RESTART in self.required and "indices" in item
-
     def _morphed(self, primitive: _Primitive, weights: np.ndarray) -> np.ndarray:
         """Return the positions with the weighted displacements of the morph targets."""
         targets = primitive.item.items("targets") if weights.any() else []
@@ -249,17 +250,18 @@ class _Meshes:
     def _instance_matrices(self, instancing: Item) -> np.ndarray:
         """Return the transforms of the instances, [I, 4, 4]; one if no attribute gives any."""
         attributes = instancing.item("attributes")
-        columns = {}
-        for name, default in zip(("TRANSLATION", "ROTATION", "SCALE"), TRANSFORM.values(), strict=True):
-            if name in attributes:
-                columns[name] = self.accessors.values(attributes, name, f"VEC{len(default)}")
-        counts = {len(values.stored) for values in columns.values()} or {1}
+        given = {
+            name: self.accessors.values(attributes, name, f"VEC{len(default)}")
+            for name, default in INSTANCE.items()
+            if name in attributes
+        }
+        counts = {len(values.stored) for values in given.values()} or {1}
         if len(counts) > 1:
             raise DataError(f"{attributes.path} have {min(counts)} to {max(counts)} elements, not equally many")
         count = counts.pop()
         translations, rotations, scales = (
-            columns[name].floats().astype(np.float64) if name in columns else np.tile(default, (count, 1))
-            for name, default in zip(("TRANSLATION", "ROTATION", "SCALE"), TRANSFORM.values(), strict=True)
+            given[name].floats().astype(np.float64) if name in given else np.tile(default, (count, 1))
+            for name, default in INSTANCE.items()
         )
         return compose(translations, rotations, scales, f"{attributes.path}.ROTATION {{}}")
 
@@ -269,32 +271,13 @@ class _Meshes:
         if skin not in self._joints:
             self._joints[skin] = self._joint_matrices(self.skins[skin])
         matrices = self._joints[skin]
-        attributes = primitive.item.item("attributes")
         blended = np.zeros((len(positions), 3, 4))
         total = np.zeros(len(positions))
         used = np.zeros(len(matrices), dtype=bool)
-        sets = 0
-        while sets == 0 or f"WEIGHTS_{sets}" in attributes:
-            if f"WEIGHTS_{sets}" not in attributes or f"JOINTS_{sets}" not in attributes:
-                raise DataError(
-                    f"{attributes.path} has no JOINTS_{sets} and WEIGHTS_{sets}, which {node.path}.skin needs"
-                )
-            joints = self._attribute(attributes, primitive.draco, f"JOINTS_{sets}", 4, zeros=True)
-            weights = self._attribute(attributes, primitive.draco, f"WEIGHTS_{sets}", 4)
-            if joints.stored.dtype.kind != "u":
-                raise DataError(f"{joints.path} for {attributes.path}.JOINTS_{sets} is not of an unsigned type")
-            for values in (joints, weights):
-                self._check_count(values, primitive)
-            # Integers always stand for fractions here.
-            shares = weights.rows(primitive.rows)._replace(normalized=True).floats().astype(np.float64)
-            numbers = np.where(shares != 0, joints.rows(primitive.rows).stored, 0).astype(np.int64)
-            if numbers.size and numbers.max() >= len(matrices):
-                raise DataError(f"{joints.path} has joint {numbers.max()} of {len(matrices)}")
-            for share, joint in zip(shares.T, numbers.T, strict=True):
-                blended += share[:, None, None] * matrices[joint, :3]
-                total += share
-                used[joint[share != 0]] = True
-            sets += 1
+        for joints, shares in self._influences(primitive, node, len(matrices)):
+            blended += shares[:, None, None] * matrices[joints, :3]
+            total += shares
+            used[joints[shares != 0]] = True
         loose = total == 0  # the specification has none, but writers leave vertices of no joint so
         if loose.any():
             blended[loose], total[loose], used[0] = matrices[0, :3], 1, True
@@ -306,6 +289,28 @@ class _Meshes:
         blended /= total[:, None, None]
         vertices = np.einsum("vij,vj->vi", blended[:, :, :3], positions.astype(np.float64)) + blended[:, :, 3]
         return _Part(vertices, primitive.faces, _step(primitive.positions) * _largest(matrices[used, :3, :3]))
+
+    def _influences(self, primitive: _Primitive, node: Item, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield joints [V] int64 in [0, number) and their shares [V] float64, once for each that a vertex may have."""
+        attributes = primitive.item.item("attributes")
+        sets = 0
+        while sets == 0 or f"WEIGHTS_{sets}" in attributes:
+            names = f"JOINTS_{sets}", f"WEIGHTS_{sets}"
+            if not all(name in attributes for name in names):
+                raise DataError(f"{attributes.path} has no {' and '.join(names)}, which {node.path}.skin needs")
+            joints = self._attribute(attributes, primitive.draco, names[0], 4, zeros=True)
+            weights = self._attribute(attributes, primitive.draco, names[1], 4)
+            if joints.stored.dtype.kind != "u":
+                raise DataError(f"{attributes.path}.{names[0]} is not of an unsigned type")
+            for values in (joints, weights):
+                self._check_count(values, primitive)
+            # Integers always stand for fractions here.
+            shares = weights.rows(primitive.rows)._replace(normalized=True).floats().astype(np.float64)
+            numbers = np.where(shares != 0, joints.rows(primitive.rows).stored, 0).astype(np.int64)
+            if numbers.max(initial=0) >= number:
+                raise DataError(f"{joints.path} has joint {numbers.max()} of {number}")
+            yield from zip(numbers.T, shares.T, strict=True)
+            sets += 1
 
     def _joint_matrices(self, skin: Item) -> np.ndarray:
         """Return what a skin's joints do to vertices in the pose of the file, [J, 4, 4] float64."""
@@ -327,7 +332,7 @@ class _Meshes:
     def _count(self, primitive: _Primitive, copies: int) -> None:
         """Raise DataError if what is shown so far and copies of a primitive are more than the file can mean."""
         self._total += (len(primitive.positions) + len(primitive.faces)) * copies
-        if self._total > max(MANY, 4 * sum(map(len, self.accessors.loaded.values()))):
+        if self._total > max(MANY, 4 * self.accessors.loaded_bytes()):
             raise DataError(f"its scene repeats meshes until they have more than {MANY} vertices and triangles")
 
 

@@ -959,6 +959,30 @@ def test_the_bind_pose_gives_the_mesh_as_it_is(load):
     assert geometry.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("moved", "notes"),
+    [
+        (np.diag([1.0, 1.0, 1.0, 1.0]) + 0.0, (gltf.FRAME,)),
+        (np.array([[1, 0, 0, 0.01], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), (gltf.FRAME,)),
+        (np.array([[1, 0, 0, 0.02], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), (POSED,)),
+    ],
+)
+def test_an_animated_skin_that_fills_the_box_of_its_model_is_shown_as_modeled(moved, notes, load):
+    bind = np.tile(np.eye(4), (4, 1, 1))
+    bind[:, :3, 3] = -MOVES
+    bind[1] = moved @ bind[1]  # the corner at x = 1, the largest
+    model = skinned(bind=bind)
+    model.tree["animations"] = [{"channels": [{"sampler": 0, "target": {"node": 2, "path": "rotation"}}]}]
+    geometry = load(model)
+    expected = CORNERS.copy()
+    if notes == (POSED,):
+        expected[1] = moved[:3, :3] @ CORNERS[1] + moved[:3, 3]
+    assert close(geometry, expected[FACES])
+    assert geometry.notes == notes
+    del model.tree["animations"]  # without an animation the pose is the file's word
+    assert load(model).notes == ((POSED,) if moved[0, 3] else ())
+
+
 def test_inverse_bind_matrices_come_before_joints(load):
     bind = np.tile(np.diag([2.0, 3.0, 4.0, 1.0]), (4, 1, 1))
     bind[:, 0, 3] = 5

@@ -36,6 +36,7 @@ PLAIN = re.compile(
 )
 # A small file may show one mesh many times. More vertices and triangles than this are read only from a large file.
 MANY = 30_000_000
+FRAME = "its skins are shown as modeled, not in the frame of its animation that it was saved in"
 CELLS = 64  # coordinates must be finer than the extent of the scene over this
 
 
@@ -114,6 +115,11 @@ class _Meshes:
         self.notes: dict[str, None] = {}
         self._primitives: dict[tuple[int, bool], list[_Primitive]] = {}
         self._joints: dict[int, np.ndarray] = {}
+        self._animated = {  # nodes that an animation moves
+            channel.item("target").whole("node", -1)
+            for animation in (tree.items("animations") if self.skins else ())
+            for channel in animation.items("channels")
+        }
         self._total = 0
 
     def place(self, number: int, points: bool) -> list[_Part]:
@@ -127,16 +133,26 @@ class _Meshes:
         instancing = node.extension(INSTANCING)
         if "skin" in node and instancing is not None:
             raise DataError(f"{node.path} has a skin and {INSTANCING}, for which the extension has no rule")
-        parts = []
+        world = self.nodes.worlds[number]
         with np.errstate(over="ignore", invalid="ignore"):  # load_mesh refuses vertices that are not finite
-            for primitive in self._primitives[key]:
-                positions = self._morphed(primitive, weights)
-                if "skin" in node:
-                    part = self._skinned(primitive, positions, node)
-                else:
-                    part = self._instances(primitive, positions, self.nodes.worlds[number], instancing)
-                parts.append(part)
-        return parts
+            shapes = [(primitive, self._morphed(primitive, weights)) for primitive in self._primitives[key]]
+            if "skin" not in node:
+                return [self._instances(*shape, world, instancing) for shape in shapes]
+            notes = dict(self.notes)
+            posed = [self._skinned(*shape, node) for shape in shapes]
+            if posed and self._is_animated(node):
+                # The joints of an animated file are left in some frame of it. If that fills the same box as the model
+                # itself, as in a wheel half turned or a breath taken, the model is the better shape.
+                modeled = [self._instances(*shape, world, None) for shape in shapes]
+                if _fill_one_box(posed, modeled):
+                    self.notes = notes | {FRAME: None}
+                    return modeled
+        return posed
+
+    def _is_animated(self, node: Item) -> bool:
+        """Return whether an animation moves a joint of a node's skin."""
+        skin = self.skins[node.index("skin", len(self.skins), "skins")]
+        return bool(self._animated & set(skin.indices("joints", len(self.nodes.items), "nodes")))
 
     def _primitive(self, item: Item, points: bool) -> _Primitive | None:
         """Return a primitive, None if it is of another kind than asked for."""
@@ -377,6 +393,16 @@ def _step(positions: np.ndarray) -> float:
     if positions.dtype != np.float32:
         return 0.0
     return float(np.spacing(np.abs(positions).max(initial=0)))
+
+
+def _fill_one_box(parts: list[_Part], others: list[_Part]) -> bool:
+    """Return whether the bounding boxes of two shapes agree to a cell of a grid that the first fills."""
+    boxes = []
+    for shape in (parts, others):
+        vertices = np.concatenate([part.vertices for part in shape])
+        boxes.append(np.stack([vertices.min(axis=0), vertices.max(axis=0)]))
+    extent = np.ptp(boxes[0], axis=0).max()
+    return bool(np.abs(boxes[0] - boxes[1]).max() <= extent / CELLS)
 
 
 def _largest(linear: np.ndarray) -> float:

@@ -156,7 +156,7 @@ def test_limits_of_time_and_memory_end_a_file_and_not_the_server(tmp_path):
 def test_downloads_hold_the_edited_object(backend, tmp_path):
     import trimesh
 
-    state = page_state.new_object(backend, backend.object(1), "shapes/ball.stl", "k")
+    state = page_state.new_object(backend, backend.object(1), "shapes/ball.stl", "k", "z")
     opened = page_state.open_object(backend, state, {"of": "k", "list": [[0, 3], [9, 30]]})
     ids = torch.from_numpy(opened.ids)
     grid = (backend.tokenizer.decode(ids)[0, 0] > 0).numpy()
@@ -215,7 +215,7 @@ def ask(client, app, output: str, values: dict[str, object]) -> dict:
 @needs_dash
 def test_visitors_get_their_own_object_and_edits(app, backend):
     first, second = app.server.test_client(), app.server.test_client()
-    states = [page_state.new_object(backend, backend.object(i), str(i), f"object-{i}") for i in (0, 1)]
+    states = [page_state.new_object(backend, backend.object(i), str(i), f"object-{i}", "z") for i in (0, 1)]
     edits = {"of": "object-0", "list": [[11, int((backend.encode(backend.object(0))[11] + 1) % 32)]]}
     wanted = [
         backend.decode(page_state.open_object(backend, states[0], edits).ids),
@@ -230,7 +230,7 @@ def test_visitors_get_their_own_object_and_edits(app, backend):
 
 @needs_dash
 def test_errors_of_callbacks_are_sentences_on_the_page(app, backend):
-    state = page_state.new_object(backend, backend.object(0), "a", "object-0")
+    state = page_state.new_object(backend, backend.object(0), "a", "object-0", "z")
     values = {"edit-set.n_clicks": 1, "object.data": state, "chosen.data": 0, "part.value": "0", "code.value": 999}
     said = ask(app.server.test_client(), app, "edits.data", values)["sideUpdate"]["message"]["children"]
     assert said == "the code is 999; it must be a whole number from 0 to 31"

@@ -12,7 +12,7 @@ from .figures import css
 from .uploads import MAX_BYTES
 
 PANELS = {"mesh": "Mesh", "voxels": "Voxels", "reconstruction": "Reconstruction", "difference": "Missing and extra"}
-UP_AXES = {"z": "z up (most STL)", "y": "y up (glTF)", "keep": "axes as they are"}
+UP_AXES = {"auto": "as the file says", "y": "y up", "z": "z up", "keep": "as they are"}
 Component = Any  # of Dash, which has no common type for a part of a page
 BLANK = {"data": [], "layout": {"xaxis": {"visible": False}, "yaxis": {"visible": False}}}
 GRAPH = {"displayModeBar": False, "scrollZoom": True, "doubleClick": False}
@@ -73,7 +73,7 @@ def object_tab(backend: Backend) -> Component:
 
 
 def toolbar(backend: Backend) -> Component:
-    axes = list(UP_AXES) if backend.tokenizer.normalization == "cube" else ["y"]
+    axes = list(UP_AXES) if backend.tokenizer.normalization == "cube" else ["auto", "y"]
     words = [html.B("Drop a mesh"), html.Span("anywhere on the page, or click here to choose a file")]
     drop = html.Div(
         words,

@@ -68,7 +68,7 @@ def test_kinds_of_files_are_the_voxelizer_s():
             uploads.check_name(name)
 
 
-def test_files_that_point_to_other_files_are_turned_away(tmp_path):
+def test_files_that_point_to_other_files_or_hide_it_are_turned_away(tmp_path):
     outside = {"asset": {"version": "2.0"}, "buffers": [{"uri": "../../secret.bin", "byteLength": 4}]}
     entity = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]><COLLADA>&e;</COLLADA>'
     cases = {
@@ -78,6 +78,10 @@ def test_files_that_point_to_other_files_are_turned_away(tmp_path):
         "d.dae": entity.encode("utf-16"),
         "e.dae": b"PK\x03\x04 an archive",
         "f.glb": b"glTF" + bytes(8),
+        "g.gltf": b'{"buffers": 5}',
+        "h.gltf": b'{"buffers": [5]}',
+        "i.gltf": b"[]",
+        "j.gltf": b"[" * 100_000,
     }
     for name, content in cases.items():
         path = tmp_path / name

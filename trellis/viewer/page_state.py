@@ -47,7 +47,7 @@ def open_object(backend: Backend, state: dict[str, Any], edits: dict[str, Any] |
             raise DataError(f"token index {index}: there are {backend.num_tokens}. Reload the page")
         ids[index] = check_code(backend, code)
     changed = {int(index): int(ids[index]) for index in np.flatnonzero(ids != before)}
-    axis = state.get("axis")
+    axis: Any = state.get("axis")
     if axis not in get_args(Axis):
         raise DataError(f"the object's axis is {axis!r}: reload the page")
     return EditedObject(str(state["name"]), grid, before, ids, changed, axis)

@@ -66,7 +66,7 @@ def box(path: Path, size=(1.0, 0.5, 0.25)) -> Path:
 
 def test_kinds_of_files_are_the_voxelizer_s():
     assert uploads.check_name("a/B.GLB") == ".glb"
-    for name in ("a.exe", "glb", "", "a.glb.zip"):
+    for name in ("a.exe", "glb", "", "a.zip", "a.glb.zip", "a.stl.gz"):
         with pytest.raises(DataError, match="is not one of"):
             uploads.check_name(name)
 
@@ -85,6 +85,7 @@ def test_files_that_point_to_other_files_or_hide_it_are_turned_away(tmp_path):
         "h.gltf": b'{"buffers": [5]}',
         "i.gltf": b"[]",
         "j.gltf": b"[" * 100_000,
+        "k.glb": b"glTF" + bytes(8) + (2).to_bytes(4, "little") + b"BIN\0{}",
     }
     for name, content in cases.items():
         path = tmp_path / name

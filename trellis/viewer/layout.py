@@ -5,11 +5,10 @@ from typing import Any
 
 from dash import dcc, html
 
-from ..grids.meshes import MESH_SUFFIXES
 from ..grids.preview import CORRECT, EXTRA, MISSING
 from .backend import Backend
 from .figures import css
-from .uploads import MAX_BYTES
+from .uploads import MAX_BYTES, UPLOAD_SUFFIXES
 
 PANELS = {"mesh": "Mesh", "voxels": "Voxels", "reconstruction": "Reconstruction", "difference": "Missing and extra"}
 UP_AXES = {"auto": "as the file says", "y": "y up", "z": "z up", "keep": "as they are"}
@@ -47,7 +46,7 @@ def page(backend: Backend) -> Component:
                 data={
                     "lattice": backend.lattice,
                     "block": backend.block,
-                    "suffixes": MESH_SUFFIXES,
+                    "suffixes": UPLOAD_SUFFIXES,
                     "max_bytes": MAX_BYTES,
                 },
             ),
@@ -81,7 +80,7 @@ def toolbar(backend: Backend) -> Component:
         className="drop",
         role="button",
         tabIndex=0,
-        title=f"{' '.join(MESH_SUFFIXES)}, up to {MAX_BYTES // 2**20} MiB",
+        title=f"{' '.join(UPLOAD_SUFFIXES)}, up to {MAX_BYTES // 2**20} MiB",
     )
     parts = [
         drop,

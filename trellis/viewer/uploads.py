@@ -18,6 +18,9 @@ from ..grids.placing import Axis, axis_of_file, place_vertices
 from ..grids.voxels import has_faces, points_to_voxels, read_ply
 from ..utils.errors import DataError
 
+# Formats whose parsers open no other file, or of which `check_content` can tell: not archives, nor lists of files.
+SAFE = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae", ".3mf", ".vtk", ".vtp")
+UPLOAD_SUFFIXES = tuple(suffix for suffix in MESH_SUFFIXES if suffix in SAFE)
 MAX_BYTES = 64 * 2**20
 SECONDS = 60  # for a file
 MEMORY = 4 * 2**30  # bytes that opening a file may take
@@ -45,9 +48,9 @@ class Shape(NamedTuple):
 def check_name(name: str) -> str:
     """Return the suffix of an upload's name. Raise DataError if it is not a mesh's."""
     suffix = Path(name).suffix.lower()
-    if suffix not in MESH_SUFFIXES:
+    if suffix not in UPLOAD_SUFFIXES:
         name = Path(name).name or "the file"
-        raise DataError(f"{name}: is not one of {' '.join(MESH_SUFFIXES)}. Convert it to one of them.")
+        raise DataError(f"{name}: is not one of {' '.join(UPLOAD_SUFFIXES)}. Convert it to one of them.")
     return suffix
 
 
@@ -70,6 +73,8 @@ def _gltf_uris(path: Path) -> list[str]:
     """Return where a glTF file keeps its buffers, if not in itself. Raise DataError if its JSON is damaged."""
     content = path.read_bytes()
     if content[:4] == b"glTF":
+        if content[16:20] != b"JSON":
+            raise DataError("cannot be read: its first chunk is not JSON")
         content = content[20 : 20 + int.from_bytes(content[12:16], "little")]
     try:
         tree = json.loads(content)

@@ -20,7 +20,7 @@ from helpers import RESOLUTION, ROOT, make_tokenizer, solid_grids
 
 from trellis import SparseStructureTokenizer
 from trellis.datasets.sparse_structure import SparseStructure
-from trellis.grids.meshes import mesh_to_grid
+from trellis.grids.meshes import load_mesh, mesh_to_grid
 from trellis.grids.placing import turn_to_y_up
 from trellis.grids.voxels import occupancy_to_points, points_to_occupancy, read_ply, write_ply
 from trellis.utils.errors import DataError
@@ -122,15 +122,13 @@ def test_a_worker_gives_the_tokenizer_s_own_grid(opener, backend, tmp_path):
 @needs_meshes
 @pytest.mark.parametrize("normalization", ["cube", "shapellm"])
 def test_a_file_is_parsed_once_and_its_mesh_lies_in_its_voxels(normalization, tmp_path, monkeypatch):
-    import trimesh
+    loaded = []
 
-    loaded, load_scene = [], trimesh.load_scene
-
-    def counted(path, **options):
+    def counted(path, *args):
         loaded.append(path)
-        return load_scene(path, **options)
+        return load_mesh(path, *args)
 
-    monkeypatch.setattr(trimesh, "load_scene", counted)
+    monkeypatch.setattr(uploads, "load_mesh", counted)
     monkeypatch.setattr(uploads, "_limit_memory", lambda memory: None)  # this process is no worker
     path = box(tmp_path / "a.glb", (1.0, 0.6, 0.3))
     shape = uploads.open_shape(path, RESOLUTION, "y", normalization, True, uploads.MEMORY)
@@ -233,9 +231,8 @@ def test_a_dropped_mesh_stands_and_comes_down_standing(name, y_up, up_axis, app,
     assert up_of(np.argwhere(shown.grid)) == grid_up
     drawn = next(trace for trace in mesh["figure"]["data"] if trace["type"] == "mesh3d")
     assert up_of(plotly_points(drawn)) == grid_up
-    says = {"a.glb": "y", "a.stl": "z"}.get(name)
-    assert ("which axis is up" in mesh["caption"]) == (says is None and up_axis == "auto")
-    assert ("but were taken as" in mesh["caption"]) == (says is not None and up_axis in ("y", "z") and up_axis != says)
+    assert ("which axis is up" in mesh["caption"]) == (name == "a.obj" and up_axis == "auto")
+    assert ("was taken as" in mesh["caption"]) == (name == "a.glb" and up_axis == "z")
 
     reconstruction = torch.from_numpy(shown.grid)[None, None].float() - 0.5
     monkeypatch.setattr(backend.tokenizer, "decode", lambda ids, precision="fp32": reconstruction)
@@ -409,7 +406,7 @@ def test_an_upload_becomes_an_object_and_a_damaged_one_a_sentence(app, backend, 
     assert opened.name == "my box.glb" and np.array_equal(opened.grid, grid)
     assert np.array_equal(opened.ids, backend.tokenizer.encode(path)[0].numpy())
     assert answer["mesh"]["of"] == answer["object"]["key"]
-    assert answer["mesh"]["caption"].startswith("12 triangles; its axes are y-up")
+    assert answer["mesh"]["caption"] == "12 triangles; says that y is up, but was taken as z-up"
     for name, content in (
         ("a.glb", path.read_bytes()[:300]),
         ("b.ply", b"ply\n"),

@@ -21,12 +21,11 @@ from typing import Literal
 import numpy as np
 
 from ..utils.errors import ConfigError, DataError
+from .formats import FORMATS
 
 Axis = Literal["y", "z", "keep"]  # of a file: y-up, turned to z-up; z-up already; not known, left alone
 UP_AXES = ("auto", "y", "z", "keep")
 Z_UP = ("auto", "y", "z")  # the settings whose grids are known to be z-up
-# What formats say of all their files: glTF 2.0, Sec. 3.4; STL by convention, since 3D printers build along z.
-UP_OF_FORMAT: dict[str, Literal["y", "z"]] = {".glb": "y", ".gltf": "y", ".stl": "z"}
 NORMALIZATIONS = ("cube", "shapellm")
 OUTSIDE_TOLERANCE = 1e-3  # TRELLIS's meshes may exceed the cube by rounding
 
@@ -67,7 +66,8 @@ def axis_to_write(up_axis: str, suffix: str, normalization: str | None) -> Axis:
     """
     if up_axis not in UP_AXES:
         raise ConfigError(f"up_axis {up_axis!r}: must be one of {', '.join(UP_AXES)}.")
-    return axis_of_file(up_axis, UP_OF_FORMAT.get(suffix.lower()), normalization)
+    known = FORMATS.get(suffix.lower())
+    return axis_of_file(up_axis, known.up if known else None, normalization)
 
 
 def turn_to_z_up(points: np.ndarray) -> np.ndarray:

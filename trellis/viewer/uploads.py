@@ -103,9 +103,10 @@ def open_shape(
             return Shape(None, points_to_voxels(read_ply(path), resolution, name=path.name), None, ())
         geometry = load_mesh(path)
         made = voxelize_geometry(geometry, resolution, up_axis, normalization) if voxelize else None
-        axis = axis_of_file(up_axis, geometry.up, normalization)
+        said = geometry.up or geometry.usual_up
+        axis = axis_of_file(up_axis, said, normalization)
         # A visitor may say that a y-up file is z-up. It comes down as it came.
-        back: Axis = "keep" if axis == "z" and geometry.up == "y" else axis
+        back: Axis = "keep" if axis == "z" and said == "y" else axis
         placed, shown = simplified(place_vertices(geometry.vertices, axis, normalization), geometry.faces)
     except (DataError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not isinstance(error.__cause__, MemoryError):

@@ -8,14 +8,12 @@ import numpy as np
 
 from trellis.grids.formats import reader_of
 from trellis.grids.meshes import UNKNOWN_AXIS, mesh_voxels
-from trellis.grids.placing import axis_of_file
+from trellis.grids.placing import Axis, axis_of_file
 from trellis.grids.voxels import voxel_centers, write_ply
 from trellis.utils.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from trellis.grids.volumes import Labels
-
-ARRAYS = (".npy", ".npz", ".binvox")  # volumes that are no scans
 
 
 class Settings(NamedTuple):
@@ -118,44 +116,32 @@ def _grids(path: Path, sha256: str, settings: Settings) -> tuple[list[tuple[np.n
         return [(voxels, Made("", sha256, len(voxels), axis, notes))], ()
     if settings.normalization != "cube":
         raise DataError("is a volume, which is placed as by --normalization cube: give another --output_dir and that")
-    if path.suffix.lower() in ARRAYS and settings.labels is None:
-        return [_occupancy(path, sha256, settings)], ()
-    return _organs(path, sha256, settings)
+    return _objects(path, sha256, settings)
 
 
-def _occupancy(path: Path, sha256: str, settings: Settings) -> tuple[np.ndarray, Made]:
-    from trellis.grids.volumes import rasterize_occupancy, read_occupancy, turn_mask_to_z_up
+def _objects(path: Path, sha256: str, settings: Settings) -> tuple[list[tuple[np.ndarray, Made]], tuple[Missing, ...]]:
+    """Return the grids of a volume's objects and what it does not give."""
+    from trellis.grids.volumes import ARRAY_SUFFIXES, LeftOut, grids_of_file, volume_suffix
 
-    mask = read_occupancy(path)
-    axis = axis_of_file(settings.up_axis, None, settings.normalization)
-    if axis == "y":
-        mask = turn_mask_to_z_up(mask)
-    voxels = rasterize_occupancy(mask, settings.resolution, settings.fill)
-    notes = (f"{UNKNOWN_AXIS}: taken as they are",) if settings.up_axis == "auto" else ()
-    return voxels, Made("", sha256, len(voxels), axis, notes)
-
-
-def _organs(path: Path, sha256: str, settings: Settings) -> tuple[list[tuple[np.ndarray, Made]], tuple[Missing, ...]]:
-    from trellis.grids.volumes import LeftOut, objects_of, rasterize_object, read_volume
-
-    volume = read_volume(path)
-    notes = volume.notes
-    if settings.up_axis == "y":
-        notes += ("its axes are z-up, as those of every scan: --up_axis y does not turn it",)
+    axis: Axis = "z"  # of scans
+    notes: tuple[str, ...] = ()
+    if volume_suffix(path) in ARRAY_SUFFIXES:
+        axis = axis_of_file(settings.up_axis, None, settings.normalization)
+        notes = (f"{UNKNOWN_AXIS}: taken as they are",) if settings.up_axis == "auto" else ()
+    elif settings.up_axis == "y":
+        notes = ("its axes are z-up, as those of every scan: --up_axis y does not turn it",)
     grids, missing = [], []
     places: dict[tuple[int, ...], int] = {}  # components of the same labels so far
-    for item in objects_of(volume, settings.labels, settings.components):
+    for item in grids_of_file(
+        path, settings.resolution, settings.labels, settings.components, settings.fill, axis == "y"
+    ):
         if isinstance(item, LeftOut):
             missing.append(Missing(item.name, _digest(sha256, item.name), item.reason))
             continue
         places[item.labels] = places.get(item.labels, 0) + 1
-        key = _digest(sha256, sorted(item.labels), places[item.labels] if settings.components else "whole")
-        try:
-            voxels, frame = rasterize_object(item, settings.resolution, settings.fill)
-        except DataError as error:
-            missing.append(Missing(item.name, key, str(error)))
-            continue
-        edge = f"{frame.mm_per_cell:.9g}"
-        made = Made(item.name, key, len(voxels), "z", (*notes, *item.notes), edge, frame.to_json())
-        grids.append((voxels, made))
+        part = places[item.labels] if settings.components else "whole"
+        key = _digest(sha256, sorted(item.labels), part) if item.name else sha256
+        edge, frame = (f"{item.frame.mm_per_cell:.9g}", item.frame.to_json()) if item.frame else ("", "")
+        made = Made(item.name, key, len(item.voxels), axis, (*item.notes, *notes), edge, frame)
+        grids.append((item.voxels, made))
     return grids, tuple(missing)

@@ -911,10 +911,12 @@ def test_an_organ_as_mesh_and_as_label_map_agrees(label, resolution):
     Cells that the mesh does not meet are wholly inside or outside, so there both grids are the same.
     """
     pytest.importorskip("open3d")
-    from trellis.grids.meshes import place_and_voxelize
+    from trellis.grids.meshes import voxelize_mesh
+    from trellis.grids.placing import normalize_cube
 
     mask = SCAN == label
-    shell = as_grid(place_and_voxelize(*voxel_faces(mask, AFFINE), resolution, "z", "cube"), resolution)
+    vertices, faces = voxel_faces(mask, AFFINE)
+    shell = as_grid(voxelize_mesh(normalize_cube(vertices), faces, resolution), resolution)
     whole = ndimage.binary_fill_holes(shell)
     surface, solid = (as_grid(rasterize_mask(mask, AFFINE, resolution, fill)[0], resolution) for fill in volumes.FILLS)
     assert not (solid & ~whole).any() and not (whole & ~shell & ~solid).any()
@@ -929,12 +931,13 @@ def test_an_organ_by_marching_cubes_agrees(label, tmp_path):
     """A smooth mesh, from where voxels meet: its surface is that of the label map within two cells, compared in mm."""
     pytest.importorskip("open3d")
     measure = pytest.importorskip("skimage.measure")
-    from trellis.grids.meshes import place_and_voxelize
+    from trellis.grids.meshes import voxelize_mesh
+    from trellis.grids.placing import normalize_cube
 
     vertices, faces, _, _ = measure.marching_cubes(np.pad(SCAN == label, 1).astype(np.float32), 0.5)
     world = (vertices - 1) @ AFFINE[:3, :3].T + AFFINE[:3, 3]
     low, high = world.min(axis=0), world.max(axis=0)
-    grid = as_grid(place_and_voxelize(world, faces, 64, "z", "cube"), 64)
+    grid = as_grid(voxelize_mesh(normalize_cube(world), faces, 64), 64)
     _, by_label = rasterize_mask(SCAN == label, AFFINE, 64)
     by_mesh = Frame(tuple((low + high) / 2), float((high - low).max() / 64), "surface", AFFINE, SHAPE)
     write_nifti(tmp_path / "mesh.nii.gz", grid, by_mesh)

@@ -1,7 +1,7 @@
 """From a mesh file to the voxels that its triangles meet: load, place in the cube (see `placing`), voxelize.
 
-`mesh_to_grid` does all of it. voxelize.py and the page call its steps. `readers/` has a file per format.
-open3d is optional, so only the functions that need it import it.
+`mesh_to_grid` does all of it. voxelize.py and the page call its steps. `readers/` has a file per format, `rasterize` the
+triangle-to-voxel test.
 """
 
 import importlib
@@ -24,12 +24,12 @@ from .placing import (
     turn_to_y_up,
     turn_voxels_to_z_up,
 )
+from .rasterize import HALF, voxelize_mesh
 from .voxels import voxels_to_grid
 
 if TYPE_CHECKING:  # torch is imported only to make a tensor: the workers of voxelize.py need none
     from torch import Tensor
 
-HALF = 0.5 - 1e-6  # TRELLIS's clip: just inside the cube
 HEAD = 512  # bytes that tell what is no mesh at all
 UNKNOWN_AXIS = "its format does not say which axis is up"
 
@@ -104,27 +104,6 @@ def check_content(head: bytes) -> None:
         raise DataError("is a web page (HTML), perhaps a failed download: download it again")
 
 
-def voxelize_mesh(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> np.ndarray:
-    """Return the voxels that triangles meet, [N, 3] int64 in [0, resolution), sorted by x, then y, then z.
-
-    vertices: [V, 3] float64 in the cube [-0.5, 0.5]^3, finite (open3d hangs on NaN).
-    faces: [F, 3] int.
-    Raise ConfigError if open3d cannot be loaded.
-    """
-    open3d = require_open3d()
-    mesh = open3d.geometry.TriangleMesh(
-        open3d.utility.Vector3dVector(np.clip(vertices, -HALF, HALF)), open3d.utility.Vector3iVector(faces)
-    )
-    grid = open3d.geometry.VoxelGrid.create_from_triangle_mesh_within_bounds(
-        mesh, voxel_size=1 / resolution, min_bound=(-0.5,) * 3, max_bound=(0.5,) * 3
-    )
-    return _sorted(np.array([voxel.grid_index for voxel in grid.get_voxels()], dtype=np.int64).reshape(-1, 3))
-
-
-def _sorted(voxels: np.ndarray) -> np.ndarray:
-    return voxels[np.lexsort(voxels.T[::-1])]
-
-
 def voxelize_points(points: np.ndarray, resolution: int) -> np.ndarray:
     """Return the voxels that contain a point, [N, 3] int64 in [0, resolution), sorted by x, then y, then z.
 
@@ -151,7 +130,8 @@ def voxelize_geometry(geometry: Geometry, resolution: int, up_axis: str, normali
         # As ShapeLLM-Omni, which turns voxels. Turned vertices would give other voxels for triangles that lie in the
         # border between two.
         y_up = turn_to_y_up(vertices) if axis == "z" else vertices
-        voxels = _sorted(turn_voxels_to_z_up(voxelize(normalize_shapellm(y_up)), resolution))
+        voxels = turn_voxels_to_z_up(voxelize(normalize_shapellm(y_up)), resolution)
+        voxels = voxels[np.lexsort(voxels.T[::-1])]
     else:
         voxels = voxelize(place_vertices(vertices, axis, normalization))
     if not len(voxels):
@@ -199,25 +179,3 @@ def mesh_to_grid(
     except DataError as error:
         raise DataError(f"{path}: {error}.") from error
     return torch.from_numpy(voxels_to_grid(voxels, resolution))[None]
-
-
-def require_trimesh() -> ModuleType:
-    """Return trimesh. Raise ConfigError with the command that installs it if it is missing."""
-    try:
-        import trimesh
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"a Python package is missing ({error}): pip install trimesh") from error
-    return trimesh
-
-
-def require_open3d() -> ModuleType:
-    """Return open3d. Raise ConfigError with the command that mends it if it cannot be loaded."""
-    try:
-        import open3d
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"a Python package is missing ({error}): pip install open3d") from error
-    except (ImportError, OSError) as error:  # a shared library that the system lacks
-        raise ConfigError(
-            f"open3d cannot be loaded ({error}). On Debian or Ubuntu: apt-get install libusb-1.0-0 libgl1 libgomp1"
-        ) from error
-    return open3d

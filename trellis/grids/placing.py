@@ -9,6 +9,9 @@ Which axis is up is a property of a mesh file. A setting `up_axis` says how to f
     y, z  every file has this axis up, whatever it says itself
     keep  the axes stay as they are, without saying what they are
 
+Files are written with the axes that the same setting would find in them, so under "auto" a GLB is y-up and an STL z-up,
+and OBJ and PLY have the axes of the grid.
+
 `normalization` says how the mesh is scaled into the cube: "cube" and "shapellm" as the functions below do, None not at
 all.
 """
@@ -18,9 +21,11 @@ from typing import Literal
 import numpy as np
 
 from ..utils.errors import ConfigError, DataError
+from .formats import FORMATS
 
 Axis = Literal["y", "z", "keep"]  # of a file: y-up, turned to z-up; z-up already; not known, left alone
 UP_AXES = ("auto", "y", "z", "keep")
+Z_UP = ("auto", "y", "z")  # the settings whose grids are known to be z-up
 NORMALIZATIONS = ("cube", "shapellm")
 OUTSIDE_TOLERANCE = 1e-3  # TRELLIS's meshes may exceed the cube by rounding
 
@@ -49,6 +54,20 @@ def axis_of_file(up_axis: str, said: Literal["y", "z"] | None, normalization: st
         return "y" if up_axis == "y" else "z"
     unknown: Axis = "y" if normalization == "shapellm" else "keep"
     return (said or unknown) if up_axis == "auto" else unknown
+
+
+def axis_to_write(up_axis: str, suffix: str, normalization: str | None) -> Axis:
+    """Return the axis that a mesh file of a grid is written with: "y" for y-up, else the grid's axes.
+
+    up_axis: the setting, one of UP_AXES.
+    suffix: of the file, such as ".glb".
+    normalization: as `axis_of_file` takes it.
+    Raise ConfigError for an unknown setting.
+    """
+    if up_axis not in UP_AXES:
+        raise ConfigError(f"up_axis {up_axis!r}: must be one of {', '.join(UP_AXES)}.")
+    known = FORMATS.get(suffix.lower())
+    return axis_of_file(up_axis, known.up if known else None, normalization)
 
 
 def turn_to_z_up(points: np.ndarray) -> np.ndarray:

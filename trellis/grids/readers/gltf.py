@@ -1,12 +1,13 @@
 """glTF 2.0 (.glb, .gltf): the triangles that its scene shows, in the pose that the file gives without animation.
 
 Specification 2.0.1, https://registry.khronos.org/glTF/specs/2.0/glTF-2.0.html, section 3.7 (meshes, morph targets,
-skins); EXT_mesh_gpu_instancing, KHR_mesh_primitive_restart. Materials are not read. Files in three parts: `gltf_file`
-the container, `gltf_accessors` the numbers, `gltf_nodes` the tree of transforms.
+skins); EXT_mesh_gpu_instancing, KHR_mesh_primitive_restart. Materials are not read. `gltf_file` has the container,
+`gltf_accessors` the numbers, `gltf_nodes` the tree of transforms.
 Axes: V vertices, F triangles, I instances, J joints.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +15,13 @@ import numpy as np
 
 from ...utils.errors import DataError
 from ..geometry import Geometry
-from .gltf_accessors import DRACO, MESHOPT, UNPACK, Accessors, Draco, Values
+from .gltf_accessors import DRACO, MESHOPT, Accessors, Draco, Values
 from .gltf_file import Item, open_file
 from .gltf_nodes import TRANSFORM, Nodes, check_affine, compose, is_identity
 
 POINTS, TRIANGLES, STRIP, FAN = 0, 4, 5, 6  # modes; 1 to 3 are lines
 INSTANCING = "EXT_mesh_gpu_instancing"
+INSTANCE = {key.upper(): default for key, default in TRANSFORM.items()}  # its attributes
 RESTART = "KHR_mesh_primitive_restart"
 READ = {"KHR_mesh_quantization", "KHR_node_visibility", "MSFT_lod", DRACO, INSTANCING, RESTART}
 # Extensions that leave the triangles as they are; a file may require them.
@@ -34,6 +36,7 @@ PLAIN = re.compile(
 )
 # A small file may show one mesh many times. More vertices and triangles than this are read only from a large file.
 MANY = 30_000_000
+FRAME = "its skins are shown as modeled, not in the frame of its animation that it was saved in"
 CELLS = 64  # coordinates must be finer than the extent of the scene over this
 
 
@@ -63,7 +66,7 @@ def _check_extensions(tree: Item) -> set[str]:
     required = tree.texts("extensionsRequired")
     for name in required:
         if name in MESHOPT:
-            raise DataError(f"requires {name}, which is not read: {UNPACK}")
+            raise DataError(f"requires {name}, which is not read: {MESHOPT[name]}")
         if name not in READ and not PLAIN.fullmatch(name):
             raise DataError(f"requires {name[:80]}, which is not read: export it without this extension")
     return {*required, *({RESTART} & set(tree.texts("extensionsUsed")))}
@@ -112,6 +115,11 @@ class _Meshes:
         self.notes: dict[str, None] = {}
         self._primitives: dict[tuple[int, bool], list[_Primitive]] = {}
         self._joints: dict[int, np.ndarray] = {}
+        self._animated = {  # nodes that an animation moves
+            channel.item("target").whole("node", -1)
+            for animation in (tree.items("animations") if self.skins else ())
+            for channel in animation.items("channels")
+        }
         self._total = 0
 
     def place(self, number: int, points: bool) -> list[_Part]:
@@ -125,16 +133,26 @@ class _Meshes:
         instancing = node.extension(INSTANCING)
         if "skin" in node and instancing is not None:
             raise DataError(f"{node.path} has a skin and {INSTANCING}, for which the extension has no rule")
-        parts = []
+        world = self.nodes.worlds[number]
         with np.errstate(over="ignore", invalid="ignore"):  # load_mesh refuses vertices that are not finite
-            for primitive in self._primitives[key]:
-                positions = self._morphed(primitive, weights)
-                if "skin" in node:
-                    part = self._skinned(primitive, positions, node)
-                else:
-                    part = self._instances(primitive, positions, self.nodes.worlds[number], instancing)
-                parts.append(part)
-        return parts
+            shapes = [(primitive, self._morphed(primitive, weights)) for primitive in self._primitives[key]]
+            if "skin" not in node:
+                return [self._instances(*shape, world, instancing) for shape in shapes]
+            notes = dict(self.notes)
+            posed = [self._skinned(*shape, node) for shape in shapes]
+            if posed and self._is_animated(node):
+                # The joints of an animated file are left in some frame of it. If that fills the same box as the model
+                # itself, as in a wheel half turned or a breath taken, the model is the better shape.
+                modeled = [self._instances(*shape, world, None) for shape in shapes]
+                if _fill_one_box(posed, modeled):
+                    self.notes = notes | {FRAME: None}
+                    return modeled
+        return posed
+
+    def _is_animated(self, node: Item) -> bool:
+        """Return whether an animation moves a joint of a node's skin."""
+        skin = self.skins[node.index("skin", len(self.skins), "skins")]
+        return bool(self._animated & set(skin.indices("joints", len(self.nodes.items), "nodes")))
 
     def _primitive(self, item: Item, points: bool) -> _Primitive | None:
         """Return a primitive, None if it is of another kind than asked for."""
@@ -149,17 +167,19 @@ class _Meshes:
             return None
         position = self._attribute(attributes, draco, "POSITION", 3)
         count = len(position.stored)
-        if points:
-            order, faces = self._order(item, count).ravel(), np.zeros((0, 3), np.int64)
+        order = draco.faces.ravel() if draco else self._order(item, count)
+        stop = np.iinfo(order.dtype).max
+        if draco:
+            faces = draco.faces
+        elif points:
+            faces = np.zeros((0, 3), dtype=np.int64)
         else:
-            faces = draco.faces if draco else _triangles(mode, self._order(item, count), item, self._restart(item))
+            faces = _triangles(mode, order, item, RESTART in self.required)
             order = faces.ravel()
         if not len(order):
             return None
         if order.max() >= count:
-            restart = (
-                ": a primitive restart, which glTF does not allow" if order.max() in (255, 65535, 2**32 - 1) else ""
-            )
+            restart = "; it is a primitive restart, which needs " + RESTART if order.max() == stop else ""
             raise DataError(f"{item.path} uses vertex {order.max()} of {count}{restart}")
         rows = _used(order, count)
         if rows is not None:
@@ -205,9 +225,6 @@ class _Meshes:
             raise DataError(f"{item.path}.indices are not of an unsigned type")
         return indices
 
-    def _restart(self, item: Item) -> bool:
-        return RESTART in self.required and "indices" in item
-
     def _morphed(self, primitive: _Primitive, weights: np.ndarray) -> np.ndarray:
         """Return the positions with the weighted displacements of the morph targets."""
         targets = primitive.item.items("targets") if weights.any() else []
@@ -249,17 +266,18 @@ class _Meshes:
     def _instance_matrices(self, instancing: Item) -> np.ndarray:
         """Return the transforms of the instances, [I, 4, 4]; one if no attribute gives any."""
         attributes = instancing.item("attributes")
-        columns = {}
-        for name, default in zip(("TRANSLATION", "ROTATION", "SCALE"), TRANSFORM.values(), strict=True):
-            if name in attributes:
-                columns[name] = self.accessors.values(attributes, name, f"VEC{len(default)}")
-        counts = {len(values.stored) for values in columns.values()} or {1}
+        given = {
+            name: self.accessors.values(attributes, name, f"VEC{len(default)}")
+            for name, default in INSTANCE.items()
+            if name in attributes
+        }
+        counts = {len(values.stored) for values in given.values()} or {1}
         if len(counts) > 1:
             raise DataError(f"{attributes.path} have {min(counts)} to {max(counts)} elements, not equally many")
         count = counts.pop()
         translations, rotations, scales = (
-            columns[name].floats().astype(np.float64) if name in columns else np.tile(default, (count, 1))
-            for name, default in zip(("TRANSLATION", "ROTATION", "SCALE"), TRANSFORM.values(), strict=True)
+            given[name].floats().astype(np.float64) if name in given else np.tile(default, (count, 1))
+            for name, default in INSTANCE.items()
         )
         return compose(translations, rotations, scales, f"{attributes.path}.ROTATION {{}}")
 
@@ -269,32 +287,13 @@ class _Meshes:
         if skin not in self._joints:
             self._joints[skin] = self._joint_matrices(self.skins[skin])
         matrices = self._joints[skin]
-        attributes = primitive.item.item("attributes")
         blended = np.zeros((len(positions), 3, 4))
         total = np.zeros(len(positions))
         used = np.zeros(len(matrices), dtype=bool)
-        sets = 0
-        while sets == 0 or f"WEIGHTS_{sets}" in attributes:
-            if f"WEIGHTS_{sets}" not in attributes or f"JOINTS_{sets}" not in attributes:
-                raise DataError(
-                    f"{attributes.path} has no JOINTS_{sets} and WEIGHTS_{sets}, which {node.path}.skin needs"
-                )
-            joints = self._attribute(attributes, primitive.draco, f"JOINTS_{sets}", 4, zeros=True)
-            weights = self._attribute(attributes, primitive.draco, f"WEIGHTS_{sets}", 4)
-            if joints.stored.dtype.kind != "u":
-                raise DataError(f"{joints.path} for {attributes.path}.JOINTS_{sets} is not of an unsigned type")
-            for values in (joints, weights):
-                self._check_count(values, primitive)
-            # Integers always stand for fractions here.
-            shares = weights.rows(primitive.rows)._replace(normalized=True).floats().astype(np.float64)
-            numbers = np.where(shares != 0, joints.rows(primitive.rows).stored, 0).astype(np.int64)
-            if numbers.size and numbers.max() >= len(matrices):
-                raise DataError(f"{joints.path} has joint {numbers.max()} of {len(matrices)}")
-            for share, joint in zip(shares.T, numbers.T, strict=True):
-                blended += share[:, None, None] * matrices[joint, :3]
-                total += share
-                used[joint[share != 0]] = True
-            sets += 1
+        for joints, shares in self._influences(primitive, node, len(matrices)):
+            blended += shares[:, None, None] * matrices[joints, :3]
+            total += shares
+            used[joints[shares != 0]] = True
         loose = total == 0  # the specification has none, but writers leave vertices of no joint so
         if loose.any():
             blended[loose], total[loose], used[0] = matrices[0, :3], 1, True
@@ -306,6 +305,28 @@ class _Meshes:
         blended /= total[:, None, None]
         vertices = np.einsum("vij,vj->vi", blended[:, :, :3], positions.astype(np.float64)) + blended[:, :, 3]
         return _Part(vertices, primitive.faces, _step(primitive.positions) * _largest(matrices[used, :3, :3]))
+
+    def _influences(self, primitive: _Primitive, node: Item, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield joints [V] int64 in [0, number) and their shares [V] float64, once for each that a vertex may have."""
+        attributes = primitive.item.item("attributes")
+        sets = 0
+        while sets == 0 or f"WEIGHTS_{sets}" in attributes:
+            names = f"JOINTS_{sets}", f"WEIGHTS_{sets}"
+            if not all(name in attributes for name in names):
+                raise DataError(f"{attributes.path} has no {' and '.join(names)}, which {node.path}.skin needs")
+            joints = self._attribute(attributes, primitive.draco, names[0], 4, zeros=True)
+            weights = self._attribute(attributes, primitive.draco, names[1], 4)
+            if joints.stored.dtype.kind != "u":
+                raise DataError(f"{attributes.path}.{names[0]} is not of an unsigned type")
+            for values in (joints, weights):
+                self._check_count(values, primitive)
+            # Integers always stand for fractions here.
+            shares = weights.rows(primitive.rows)._replace(normalized=True).floats().astype(np.float64)
+            numbers = np.where(shares != 0, joints.rows(primitive.rows).stored, 0).astype(np.int64)
+            if numbers.max(initial=0) >= number:
+                raise DataError(f"{joints.path} has joint {numbers.max()} of {number}")
+            yield from zip(numbers.T, shares.T, strict=True)
+            sets += 1
 
     def _joint_matrices(self, skin: Item) -> np.ndarray:
         """Return what a skin's joints do to vertices in the pose of the file, [J, 4, 4] float64."""
@@ -327,7 +348,7 @@ class _Meshes:
     def _count(self, primitive: _Primitive, copies: int) -> None:
         """Raise DataError if what is shown so far and copies of a primitive are more than the file can mean."""
         self._total += (len(primitive.positions) + len(primitive.faces)) * copies
-        if self._total > max(MANY, 4 * sum(map(len, self.accessors.loaded.values()))):
+        if self._total > max(MANY, 4 * self.accessors.loaded_bytes()):
             raise DataError(f"its scene repeats meshes until they have more than {MANY} vertices and triangles")
 
 
@@ -372,6 +393,16 @@ def _step(positions: np.ndarray) -> float:
     if positions.dtype != np.float32:
         return 0.0
     return float(np.spacing(np.abs(positions).max(initial=0)))
+
+
+def _fill_one_box(parts: list[_Part], others: list[_Part]) -> bool:
+    """Return whether the bounding boxes of two shapes agree to a cell of a grid that the first fills."""
+    boxes = []
+    for shape in (parts, others):
+        vertices = np.concatenate([part.vertices for part in shape])
+        boxes.append(np.stack([vertices.min(axis=0), vertices.max(axis=0)]))
+    extent = np.ptp(boxes[0], axis=0).max()
+    return bool(np.abs(boxes[0] - boxes[1]).max() <= extent / CELLS)
 
 
 def _largest(linear: np.ndarray) -> float:

@@ -29,8 +29,12 @@ COMPONENTS: dict[int, np.dtype] = {
 }
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 DRACO = "KHR_draco_mesh_compression"
-MESHOPT = ("EXT_meshopt_compression", "KHR_meshopt_compression", "MESHOPT_compression")
-UNPACK = "npx @gltf-transform/cli copy IN.glb OUT.glb unpacks it"
+# Packings of buffer views that are not read, and what to do about them.
+MESHOPT = {
+    "EXT_meshopt_compression": "npx @gltf-transform/cli copy IN.glb OUT.glb unpacks it",
+    "KHR_meshopt_compression": "export it without compression",
+    "MESHOPT_compression": "export it without compression",
+}
 # An accessor without data is zeros. So many may be claimed; more only if the file has as many bytes.
 ZEROS = 1 << 20
 
@@ -100,10 +104,12 @@ class Accessors:
         else:
             stored = np.broadcast_to(np.zeros(1, dtype), (count, width))
         if "sparse" in accessor:
-            if "bufferView" not in accessor and count > max(ZEROS, sum(map(len, self.loaded.values()))):
-                raise DataError(f"{accessor.path} claims {count} elements without data for them")
-            stored = self._with_sparse(stored, accessor.item("sparse"))
+            stored = self._with_sparse(stored, accessor)
         return Values(stored, normalized, accessor.path)
+
+    def loaded_bytes(self) -> int:
+        """Return how many bytes the buffers have that were asked for so far."""
+        return sum(map(len, self.loaded.values()))
 
     def has_data(self, accessor: Item) -> bool:
         """Return whether an accessor has values of its own, not only the zeros that stand for missing ones."""
@@ -115,7 +121,7 @@ class Accessors:
         number = view.index("buffer", len(self.buffers), "buffers")
         packed = next((name for name in MESHOPT if view.extension(name) is not None), None)
         if packed and not self._has_bytes(number):
-            raise DataError(f"{view.path} has its data in {packed} alone, which is not read: {UNPACK}")
+            raise DataError(f"{view.path} has its data in {packed} alone, which is not read: {MESHOPT[packed]}")
         start = view.whole("byteOffset", 0)
         return memoryview(self._buffer(number))[start : start + view.whole("byteLength")]
 
@@ -125,6 +131,8 @@ class Accessors:
         view = self.views[owner.whole("bufferView")]
         size = dtype.itemsize * width
         stride = view.whole("byteStride", 0) or size
+        if stride < size:
+            raise view.wrong("byteStride", f"at least {size}, the bytes of an element of {owner.path}")
         start = owner.whole("byteOffset", 0)
         end = start + stride * (count - 1) + size if count else start
         if end > len(content):
@@ -135,8 +143,9 @@ class Accessors:
             )
         return np.ndarray((count, width), dtype, content, start, (stride, dtype.itemsize))
 
-    def _with_sparse(self, stored: np.ndarray, sparse: Item) -> np.ndarray:
-        """Return a copy with the sparse values put in."""
+    def _with_sparse(self, stored: np.ndarray, accessor: Item) -> np.ndarray:
+        """Return a copy of an accessor's elements with its sparse values put in."""
+        sparse = accessor.item("sparse")
         count, where = sparse.whole("count"), sparse.item("indices")
         dtype = _component(where)
         if dtype.kind != "u":
@@ -145,6 +154,8 @@ class Accessors:
         if count and rows.max() >= len(stored):
             raise DataError(f"{where.path} has {rows.max()}, and there are {len(stored)} elements")
         values = self._array(sparse.item("values"), stored.dtype, count, stored.shape[1])
+        if "bufferView" not in accessor and len(stored) > max(ZEROS, self.loaded_bytes()):
+            raise DataError(f"{accessor.path} claims {len(stored)} elements without data for them")
         stored = stored.copy()
         stored[rows] = values
         return stored

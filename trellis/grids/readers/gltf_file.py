@@ -202,13 +202,14 @@ def _parse(text: bytes) -> dict[str, Any]:
 def _check_version(tree: Item) -> None:
     """Raise DataError if the asset is not of a version 2. A missing version is no reason: its parts show what it is."""
     asset = tree.item("asset")
-    # In glTF 1.0 the collections are objects with names as keys.
-    if any(isinstance(tree.value.get(key), dict) for key in ("buffers", "accessors", "meshes", "nodes", "scenes")):
+    # In glTF 1.0 the collections are objects with names as keys, and the version may be missing.
+    collections = (tree.value.get(key) for key in ("buffers", "accessors", "meshes", "nodes", "scenes"))
+    if "version" not in asset and any(isinstance(collection, dict) for collection in collections):
         raise DataError(f"is glTF 1.0, and 2.0 is read: {PIPELINE}")
     for key in ("version", "minVersion"):
-        version = str(asset.value.get(key) or "2.0")
+        version = str(asset.value[key]) if key in asset else "2.0"
         if version.split(".")[0] != "2" or (key == "minVersion" and version != "2.0"):
-            remedy = PIPELINE if version[0] in "01" else "export it as 2.0"
+            remedy = PIPELINE if version[:1] in ("0", "1") else "export it as 2.0"
             raise DataError(f"{asset.where(key)} is {_short(version)}, and glTF 2.0 is read: {remedy}")
 
 

@@ -79,7 +79,7 @@ def read_volume(path: Path) -> Volume:
             return read_metaimage(path)
         if suffix == ".dcm":
             return _read_dicom(path)
-        note = "has no scan: its voxels are taken as cubes of 1 mm, its axes as right, front and up"
+        note = "has no scan: its voxels are taken as cubes"
         return Volume((as_labels(read_array(path)),), np.eye(4), {}, (note,))
 
 

@@ -4,8 +4,8 @@
     python dataset_toolkits/pack.py --unpack data/voxels.npz --output_dir data/voxels
 
 A packed file keeps the grid, sha256, name, source and split of each object, how the files were normalized and turned,
-and where an organ lies in its scan. Training loads it as a whole, which is fast and takes R^3 / 8 bytes of memory per object. Nothing is ever
-overwritten.
+and where an organ lies in its scan. Training loads it as a whole, which is fast and takes R^3 / 8 bytes of memory per
+object. Nothing is ever overwritten.
 """
 
 import argparse

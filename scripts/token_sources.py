@@ -137,12 +137,9 @@ class MeshSource:
         timeout: float,
         output_dir: Path,
     ):
-        from dataset_toolkits.voxelize import plan_meshes
-        from trellis.grids.meshes import require_open3d, require_trimesh
+        from dataset_toolkits.plan import plan_meshes
 
-        require_trimesh()
-        require_open3d()
-        plan = plan_meshes(inputs, output_dir, 0, 1, max_workers)
+        plan = plan_meshes(inputs, output_dir, max_workers)
         self.jobs = sorted(plan.jobs)  # by sha256, so that the spelling of paths does not matter
         self.objects = [(job.sha256, job.names[0], None) for job in self.jobs]
         self.failures = plan.failures

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-pytest.importorskip("open3d")
+pytest.importorskip("numba")
 
 from trellis.grids import mesh_pool  # noqa: E402
 from trellis.grids.mesh_pool import LostTask, MeshPool, run_in_pool  # noqa: E402

@@ -203,23 +203,14 @@ def test_mesh_to_grid_names_the_file_or_the_setting(tmp_path):
             meshes.mesh_to_grid(tmp_path / "empty.obj", 16, up_axis, normalization)
 
 
-def test_unloadable_open3d_names_the_packages(tmp_path, monkeypatch):
-    (tmp_path / "open3d.py").write_text("raise OSError('libusb-1.0.so.0: cannot open shared object file')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "open3d")
-    with pytest.raises(ConfigError, match="apt-get install libusb-1.0-0 libgl1 libgomp1"):
-        meshes.require_open3d()
-
-
-@pytest.mark.parametrize("package", ["open3d"])
-def test_a_missing_package_is_named(package, tmp_path):
+def test_a_missing_package_is_named(tmp_path):
     tetrahedron().export(tmp_path / "mesh.off")
     code = (
-        f"import sys; sys.modules[{package!r}] = None\n"
+        "import sys; sys.modules['numba'] = None\n"
         "from trellis.grids.meshes import mesh_to_grid\nmesh_to_grid('mesh.off', 16)"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, text=True, capture_output=True
     )
     assert run.returncode == 1 and "ConfigError: a Python package is missing" in run.stderr
-    assert f"pip install {package}" in run.stderr
+    assert "pip install numba" in run.stderr

@@ -18,7 +18,7 @@ import torch
 from helpers import BROKEN, ROOT, cells_met, table, tetrahedron
 
 trimesh = pytest.importorskip("trimesh")
-pytest.importorskip("open3d")
+pytest.importorskip("numba")
 
 from dataset_toolkits import build_metadata, records, report, voxelize, work  # noqa: E402
 from trellis.grids import meshes  # noqa: E402

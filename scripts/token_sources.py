@@ -124,7 +124,7 @@ class MeshSource:
     max_workers: worker processes of this machine.
     timeout: seconds for a file.
     output_dir: its folder `voxels` is not searched: grids are PLY files too.
-    Raise DataError if there is no mesh, ConfigError if trimesh or open3d is missing.
+    Raise DataError if there is no mesh, ConfigError if a package is missing.
     """
 
     def __init__(

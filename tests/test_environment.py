@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from trellis.utils.command import available_memory
+from trellis.utils.files import atomic_write, host_name, remove_leftovers
 
 FAULTS = """
 import resource
@@ -130,3 +131,29 @@ def test_peak_memory_is_in_bytes():
 def test_available_memory_is_that_of_the_machine():
     found = available_memory()
     assert found is None or 2**20 < found < 2**50
+
+
+def test_temporary_files_of_killed_processes_are_removed_and_those_of_others_are_not(tmp_path):
+    code = "import os, sys; from pathlib import Path; from trellis.utils.files import atomic_write\n"
+    code += "with atomic_write(Path(sys.argv[1])) as partial:\n    partial.write_bytes(b'half'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "grid.ply")], cwd=ROOT, check=True)
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(".grid.ply.")
+    with atomic_write(tmp_path / "mine.ply") as mine:
+        mine.write_bytes(b"half")
+        elsewhere = left.with_name(left.name.replace(host_name(), "another-machine"))
+        elsewhere.write_bytes(b"half")
+        others = tmp_path / ".notes.tmp"
+        others.write_bytes(b"")
+        remove_leftovers(tmp_path)
+        assert set(tmp_path.iterdir()) == {mine, elsewhere, others}
+    assert (tmp_path / "mine.ply").read_bytes() == b"half" and not mine.exists()
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """Not even threads of one process, or processes of one number on two machines."""
+    path = tmp_path / "a"
+    with atomic_write(path) as first, atomic_write(path) as second:
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]

@@ -4,6 +4,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 import tomllib
 
 import pytest
@@ -13,7 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from trellis.utils.command import available_memory
-from trellis.utils.files import atomic_write, host_name, remove_leftovers
+from trellis.utils.files import atomic_write, host_name, is_running, remove_leftovers
 
 FAULTS = """
 import resource
@@ -148,6 +149,19 @@ def test_temporary_files_of_killed_processes_are_removed_and_those_of_others_are
         remove_leftovers(tmp_path)
         assert set(tmp_path.iterdir()) == {mine, elsewhere, others}
     assert (tmp_path / "mine.ply").read_bytes() == b"half" and not mine.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_process_that_nobody_waited_for_does_not_run():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert is_running(process.pid)
+    process.kill()
+    deadline = time.monotonic() + 10
+    while is_running(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(process.pid)
+    process.communicate()
+    assert not is_running(process.pid)
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):

@@ -559,7 +559,7 @@ def test_many_notes_are_shown_by_kind():
     texts = [("a", "has 3 points"), ("b", "has 1,250.5 points"), ("c", "is cut"), ("d", "is cut")]
     assert report.by_kind(texts) == ["2 files, such as a: has 3 points", "2 files: is cut"]
     lines = report.by_kind((f"{i}", "x" * i) for i in range(1, 10))
-    assert len(lines) == report.KINDS_SHOWN + 1 and lines[-1] == "4 others for 4 other reasons"
+    assert len(lines) == report.KINDS_SHOWN + 1 and lines[-1] == "and 4 more"
 
 
 def test_formats_that_are_not_read_are_listed_and_counted(tmp_path, serial, capsys):

@@ -145,7 +145,8 @@ class RecordFile:
 
     RECORD_FIELDS, besides columns of metadata.csv and failed.csv:
         event  grid: `file` gave the grid `sha256`; failed: `file` gave none for `reason`; cleared: no reason holds for
-               `file` any more; split: `sha256` belongs to `split`; input: all objects of a volume are recorded
+               `file` any more; named: `file` has the bytes of `sha256` too; split: `sha256` belongs to `split`; input:
+               all objects of a volume are recorded
         input  of a grid out of a volume and of an input: the key that stands for the volume and how it was divided
     """
 
@@ -199,6 +200,7 @@ def read_records(root: Path) -> Recorded:
     Raise DataError if grids were made with different settings.
     """
     recorded = Recorded({}, {}, {}, set())
+    names: list[tuple[str, str]] = []
     for path in sorted((root / "records").glob("voxelized_*.csv")):
         for line, values in _lines(path):
             if len(values) == len(OLD_FIELDS) - 1:
@@ -221,6 +223,8 @@ def read_records(root: Path) -> Recorded:
                     recorded.failures[row["file"]] = {name: row[name] for name in FAILED_FIELDS}
                 case "cleared":
                     recorded.failures.pop(row["file"], None)
+                case "named":
+                    names.append((row["sha256"], row["file"]))
                 case "split":
                     recorded.splits.setdefault(row["sha256"], row["split"])
                 case "input":
@@ -230,6 +234,9 @@ def read_records(root: Path) -> Recorded:
                         f"{path}: the event {event!r} is not known. A newer version wrote it: use that, or delete the "
                         "line."
                     )
+    for sha256, file in names:
+        if sha256 in recorded.grids:
+            recorded.grids[sha256]["file"] = min(recorded.grids[sha256]["file"], file)
     return recorded
 
 

@@ -118,6 +118,10 @@ class Run:
         self.finished: set[str] = set()
         self.left_out: list[tuple[str, str]] = []
         self.notes: list[tuple[str, str]] = []
+        self.objects: dict[str, list[str]] = {}  # grids of a volume, by its key
+        for sha256, row in self.known.grids.items():
+            if row.get("input"):
+                self.objects.setdefault(row["input"], []).append(sha256)
         self.done = [job for job in plan.jobs if self._is_done(job)]
 
     def _is_done(self, job: Job) -> bool:
@@ -133,9 +137,10 @@ class Run:
         for row in self.plan.failures:
             self._fail(**row)
         if self.args.split:
-            for sha256 in self._grids_of(done):
+            for sha256 in (sha256 for job in self.done for sha256 in self._grids_of(job)):
                 if not self.known.grids[sha256].get("split"):
                     self.record_file.write("split", sha256=sha256, split=self.args.split)
+        self._name_by_first_duplicate()
         workers = min(self.args.max_workers, len(todo))
         memory = memory_limit(self.args.memory, workers)
         volumes = [job for job in todo.values() if is_volume(job.path)]
@@ -156,11 +161,20 @@ class Run:
                 return 130
         return 0
 
-    def _grids_of(self, done: set[str]) -> list[str]:
-        """Return the grids that these inputs have."""
-        keys = {input_key(job.sha256, self.settings) for job in self.done if is_volume(job.path)}
-        known = self.known.grids.items()
-        return [sha256 for sha256, row in known if sha256 in done or (keys and row.get("input") in keys)]
+    def _grids_of(self, job: Job) -> list[str]:
+        """Return the grids that a finished job has."""
+        return self.objects.get(input_key(job.sha256, self.settings), []) if is_volume(job.path) else [job.sha256]
+
+    def _name_by_first_duplicate(self) -> None:
+        """Record the first name of what is done, as one rank alone would. Another may have seen a later duplicate."""
+        for job in self.done:
+            for sha256 in self._grids_of(job):
+                recorded = self.known.grids[sha256].get("file", "")
+                file, _, part = (recorded, "", "") if recorded in self.plan.listing else recorded.rpartition("#")
+                if file in self.plan.listing and job.names[0] < file:
+                    self.record_file.write(
+                        "named", sha256=sha256, file=f"{job.names[0]}#{part}" if part else job.names[0]
+                    )
 
     def _forget(self, done: set[str]) -> None:
         """Clear the recorded reasons of files that are done or gone. Those that are tried anew get new ones."""
@@ -215,12 +229,12 @@ class Run:
     def print_summary(self, rows: dict[str, records.Row], seconds: float) -> None:
         """Print counts, then notes and reasons by kind."""
         args, plan = self.args, self.plan
-        done = {job.sha256 for job in self.done}
-        duplicates = sum(len(job.names) - 1 for job in plan.jobs if job.sha256 in done | self.finished)
+        good = {job.sha256 for job in self.done} | self.finished
+        duplicates = sum(len(job.names) - 1 for job in plan.jobs if job.sha256 in good)
         rank = f" (rank {args.rank} of {args.world_size})" if args.world_size > 1 else ""
         what = "files" if any(is_volume(job.path) for job in plan.jobs) else "meshes"
         print(
-            f"{self.root}: {len(plan.share)} {what}{rank}: {len(self.made)} new, {len(done)} done already, "
+            f"{self.root}: {len(plan.share)} {what}{rank}: {len(self.made)} new, {len(self.done)} done already, "
             f"{duplicates} duplicates, {len(self.left_out)} left out; {seconds:.1f} s"
         )
         for line in report.by_kind(self.notes):
@@ -229,7 +243,8 @@ class Run:
             print(f"  left out: {line}")
         if self.left_out:
             print(f"  all reasons: {self.root / 'failed.csv'}")
-        other = sum(rows[sha256]["split"] != args.split for sha256 in self._grids_of(done)) if args.split else 0
+        grids = (sha256 for job in self.done for sha256 in self._grids_of(job))
+        other = sum(rows[sha256]["split"] != args.split for sha256 in grids) if args.split else 0
         if other:
             table = self.root / "metadata.csv"
             print(f"  {other} of those done already belong to another split in {table}, and stay there")

@@ -231,12 +231,16 @@ def test_rerun_skips_what_is_done_and_keeps_what_users_added(tmp_path, serial, c
 def test_two_ranks_make_what_one_makes(tmp_path, serial):
     export(tmp_path / "in", 5)
     shutil.copy(tmp_path / "in" / "1.off", tmp_path / "in" / "0_same_as_1.off")  # on the other rank
+    shutil.copy(tmp_path / "in" / "3.off", tmp_path / "in" / "3_same.off")  # on the other rank too
     for i in range(2):
         (tmp_path / "in" / f"bad{i}.obj").write_bytes(BROKEN["points.obj"][0])
     common_args = "--input", tmp_path / "in", "--split", "train", "--output_dir"
     assert run(*common_args, tmp_path / "one") == 0
     for rank in (1, 0):
         assert run(*common_args, tmp_path / "two", "--rank", rank, "--world_size", 2) == 0
+    for rank in (0, 1):
+        assert run(*common_args, tmp_path / "three", "--rank", rank, "--world_size", 2) == 0
+    assert tree(tmp_path / "three") == tree(tmp_path / "one")
     assert tree(tmp_path / "two") == tree(tmp_path / "one") and len(tree(tmp_path / "one")) == 7
     names = sorted(path.name[:13] for path in (tmp_path / "two" / "records").iterdir())
     assert names == ["run_000001_1_", "run_000002_0_", "settings.json"]

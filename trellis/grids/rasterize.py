@@ -126,7 +126,7 @@ def _mark(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> tuple[np.
                 if spread > 0.0:
                     height = az + (nx * x0 + ny * y0) / nz - origin  # of the plane in this column, above voxel 0
                     bottom = max(bottom, math.floor((height - spread) / size - MARGIN))
-                    top = min(top, math.ceil((height + spread) / size + MARGIN) + 1)
+                    top = min(top, math.ceil((height + spread) / size + MARGIN))
                 for k in range(bottom, top):
                     if mask[i, j, k >> 3] >> (k & 7) & 1:
                         continue

@@ -33,6 +33,16 @@ from trellis.utils.errors import DataError
 
 STAGES = ("hash", "load", "place", "rasterize", "write")
 PLAIN = ("make grid", "read out")
+COLUMNS = (
+    Column("resolution", "key"),
+    Column("voxels"),
+    Column("ms"),
+    Column("plain ms"),
+    *(Column(f"plain: {step}, ms") for step in PLAIN),
+    Column("ratio to plain", "ratio"),
+    Column("least ratio"),
+    Column("equal"),
+)
 TIMES = (Column("median ms"), Column("mean ms"), Column("p95 ms"))
 STAGE_COLUMNS = (Column("stage", "key"), *TIMES, Column("share", format=".2f"))
 FORMAT_COLUMNS = (
@@ -43,16 +53,6 @@ FORMAT_COLUMNS = (
     *TIMES,
     Column("MB/s"),
     Column("share of load", format=".2f"),
-)
-RASTERIZE_COLUMNS = (
-    Column("resolution", "key"),
-    Column("voxels"),
-    Column("ms"),
-    Column("plain ms"),
-    *(Column(f"plain: {step}, ms") for step in PLAIN),
-    Column("ratio to plain", "ratio"),
-    Column("least ratio"),
-    Column("equal"),
 )
 
 
@@ -133,7 +133,7 @@ def rasterize_row(measured: list[Mesh], resolution: int, repeats: int, with_plai
             equal.append(np.array_equal(voxels, runs[0][0]))
     row: list[object] = [resolution, float(np.mean(counts)), float(np.mean(ours))]
     if not with_plain:
-        return [*row, *[None] * (len(RASTERIZE_COLUMNS) - len(row))]
+        return [*row, *[None] * (len(COLUMNS) - len(row))]
     steps, totals = np.mean(plain, axis=0), np.sum(plain, axis=1)
     ratios = totals / np.array(ours)
     mean = float(totals.mean())
@@ -181,7 +181,13 @@ def make_meshes(folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     flags = common.parser(__doc__, data=False)
     flags.add_argument("--meshes", type=Path, metavar="DIR", help="folder of mesh files (default: made-up spheres)")
-    flags.add_argument("--resolutions", type=int, nargs="+", default=[64, 128, 256], help="stages: the first")
+    flags.add_argument(
+        "--resolutions",
+        type=int,
+        nargs="+",
+        default=[64, 128, 256],
+        help="voxels along an axis; the stages take the first (default: 64 128 256)",
+    )
     flags.add_argument("--repeats", type=int, default=5, help="times that each call is made (default: 5)")
     args = flags.parse_args(argv)
     torch.set_num_threads(1)
@@ -209,12 +215,13 @@ def main(argv: list[str] | None = None) -> None:
         ]
         if left_out:
             notes.append(f"Left out: {'; '.join(left_out)}.")
-        stages = Table(STAGE_COLUMNS, stage_rows(measured), "Stages")
-        formats = Table(FORMAT_COLUMNS, format_rows(measured), "Load, by format")
-        rows: list[list[object]] = []
-        for size in args.resolutions:
-            rows.append(rasterize_row(measured, size, args.repeats, has_open3d()))
-            text = report.write(*notes, stages, formats, Table(RASTERIZE_COLUMNS, rows, "Rasterize"))
+        rows = [rasterize_row(measured, size, args.repeats, has_open3d()) for size in args.resolutions]
+        text = report.write(
+            *notes,
+            Table(COLUMNS, rows, "Rasterize"),
+            Table(STAGE_COLUMNS, stage_rows(measured), "Stages"),
+            Table(FORMAT_COLUMNS, format_rows(measured), "Load, by format"),
+        )
     print(text)
 
 

@@ -190,7 +190,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     flags.add_argument("--repeats", type=int, default=5, help="times that each call is made (default: 5)")
     args = flags.parse_args(argv)
-    torch.set_num_threads(1)
     resolution, measured, left_out = args.resolutions[0], [], []
     with tempfile.TemporaryDirectory() as name:
         source, folder = args.meshes or Path(name, "meshes"), Path(name, "voxels")

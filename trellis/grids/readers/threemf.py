@@ -138,7 +138,9 @@ class _Package:
     def use(self, element: Element, part: str, parent: np.ndarray) -> _Use:
         """Return what an <item> or <component> places. Its path is another part than its own."""
         path = element.get("path")
-        return _Use("/" + unquote(path).lstrip("/") if path else part, element.get("objectid", ""), parent @ _transform(element))
+        return _Use(
+            "/" + unquote(path).lstrip("/") if path else part, element.get("objectid", ""), parent @ _transform(element)
+        )
 
     def object(self, use: _Use) -> Element:
         """Return an <object>. Raise DataError if there is none of this id."""

@@ -155,7 +155,7 @@ def _text_sections(content: bytes, start: int) -> _Sections:
     marks = list(KEYWORD.finditer(content, start))
     ends = [mark.start() for mark in marks[1:]] + [len(content)]
     words: list[tuple[str, list[bytes]]] = []
-    for mark, end in zip(marks, ends, strict=True):
+    for mark, end in zip(marks, ends, strict=False):  # without a keyword, there is one end too many
         if mark[1].upper() in (b"POINT_DATA", b"CELL_DATA"):
             break  # what follows is no geometry
         words.append((mark[1].decode().upper(), content[mark.end() : end].split()))

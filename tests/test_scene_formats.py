@@ -1100,6 +1100,25 @@ def test_gifti_surfaces(encoding, tmp_path):
     assert got.vertices.dtype == np.float32 and got.up == "z"
 
 
+@pytest.mark.parametrize("order, indexing", [("<", "RowMajorOrder"), (">", "ColumnMajorOrder")])
+def test_gifti_orders(order, indexing, tmp_path):
+    def array(values: np.ndarray, intent: str, kind: str, code: str) -> str:
+        content = np.asarray(values, order + code).tobytes("C" if indexing == "RowMajorOrder" else "F")
+        return (
+            f'<DataArray Intent="{intent}" DataType="NIFTI_TYPE_{kind}" ArrayIndexingOrder="{indexing}" '
+            f'Dimensionality="2" Dim0="4" Dim1="3" Encoding="GZipBase64Binary" '
+            f'Endian="{"LittleEndian" if order == "<" else "BigEndian"}"><MetaData/><Data>'
+            f"{base64.b64encode(zlib.compress(content)).decode()}</Data></DataArray>"
+        )
+
+    path = tmp_path / "a.gii"
+    path.write_text(
+        '<?xml version="1.0"?><!DOCTYPE GIFTI SYSTEM "http://gifti.projects.nitrc.org/gifti.dtd"><GIFTI>'
+        f"{array(FACES, gifti.TRIANGLES, 'INT32', 'i4')}{array(POINTS, gifti.POINTS, 'FLOAT32', 'f4')}</GIFTI>"
+    )
+    assert_same(gifti.read(path), POINTS, FACES)
+
+
 def test_gifti_without_a_surface_is_refused_by_its_intent(tmp_path):
     data = [(np.ones(4, dtype=np.float32), "NIFTI_INTENT_SHAPE")]
     assert "NIFTI_INTENT_SHAPE" in refusal(gifti.read, gifti_file(tmp_path, data))
@@ -1113,5 +1132,19 @@ def test_gifti_that_does_not_fit_is_refused(tmp_path):
     assert "0 to 4 of 4" in refusal(gifti.read, gifti_file(tmp_path, far))
     flat = [(POINTS[:, :2].copy(), gifti.POINTS), SURFACE[1]]
     assert "[4, 2]" in refusal(gifti.read, gifti_file(tmp_path, flat))
+    path = gifti_file(tmp_path, SURFACE, "GIFTI_ENCODING_ASCII")
+    content = path.read_bytes()
+    for before, after, word in (
+        (b'Dim0="4"', b'Dim0="5"', "12 numbers of 5 times 3"),
+        (b'Dim0="4"', b'Dim0="99999999999999999999"', "12 numbers of 9"),
+        (b"NIFTI_TYPE_FLOAT32", b"NIFTI_TYPE_RGB24", "NIFTI_TYPE_RGB24"),
+        (b'Encoding="ASCII"', b'Encoding="ExternalFileBinary"', "another file"),
+        (b"<!DOCTYPE", b'<!DOCTYPE GIFTI [<!ENTITY x "">]><!--', "XML"),
+    ):
+        assert before in content
+        path.write_bytes(content.replace(before, after))
+        assert word in refusal(gifti.read, path)
+    path.write_bytes(content.replace(b'NumberOfDataArrays="2"', b'NumberOfDataArrays="999999999999"'))
+    assert_same(gifti.read(path), POINTS, FACES, 1e-6)
     path = gifti_file(tmp_path, SURFACE)
     assert_cut_is_refused(gifti.read, path, path.read_bytes(), 31)

@@ -405,6 +405,8 @@ def node_matrix(node: Element) -> np.ndarray:
             values = numbers(child.text, np.float64, f"<{child.tag}> of a node")
             if len(values) != count:
                 raise DataError(f"<{child.tag}> of a node has {len(values)} numbers, not {count}")
+            if not np.isfinite(values).all():
+                raise DataError(f"<{child.tag}> of a node has a number that is not finite")
             matrix = matrix @ transform(values)
     return matrix
 
@@ -547,11 +549,14 @@ class _Primitive:
         if element.find("p") is None or not rings:
             return np.zeros((0, 3), dtype=np.int64)
         corners = np.concatenate(rings)
-        points = self.vertices[corners] - self.vertices[corners[0]]
+        points = self.vertices[corners]
+        if not np.isfinite(points).all():
+            raise DataError(f"{self.name} has a polygon with a vertex that is not finite")
+        points = points - points[0]
         points /= max(np.abs(points).max(), np.finfo(float).tiny)  # the products of tiny lengths would underflow
         outline = points[: len(rings[0])]
         normal = np.cross(outline, np.roll(outline, -1, axis=0)).sum(axis=0)  # Newell's
-        if not (np.isfinite(points).all() and np.linalg.norm(normal) > 0):
+        if not np.linalg.norm(normal) > 0:
             return np.zeros((0, 3), dtype=np.int64)
         axis = np.cross(normal, np.eye(3)[np.abs(normal).argmin()])
         plane = np.stack([points @ (axis / np.linalg.norm(axis)), points @ _unit(np.cross(normal, axis))], axis=1)

@@ -186,5 +186,7 @@ def _transform(element: Element) -> np.ndarray:
         values = numbers(text, np.float64, "transform")
         if len(values) != 12:
             raise DataError(f"has a transform of {len(values)} numbers, not 12")
+        if not np.isfinite(values).all():
+            raise DataError("has a transform with a number that is not finite")
         matrix[:3] = values.reshape(4, 3).T
     return matrix

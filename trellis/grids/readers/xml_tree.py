@@ -1,9 +1,11 @@
-"""XML as the readers of COLLADA, 3MF and VTK need it: a tree of elements, and numbers out of their text.
+"""XML as readers need it: a tree of elements, and numbers out of their text.
 
 The standard library's tree builder is fed by its expat parser here, so that declared entities (which can expand a small
 file to gigabytes, or name other files) are refused instead of being expanded.
 """
 
+import binascii
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,3 +101,15 @@ def integer(element: Element, attribute: str, default: int | None = None) -> int
     if value < 0:
         raise DataError(f'<{element.tag}> has {attribute}="{text or ""}", which is not a whole number from 0')
     return value
+
+
+def base64_bytes(text: str | bytes, name: str) -> bytes:
+    """Return the bytes of base64 streams that follow one another: each ends with its padding.
+
+    Raise DataError if the text, which the reason calls `name`, is not base64.
+    """
+    packed = b"".join((text.encode("ascii", "replace") if isinstance(text, str) else text).split())
+    try:
+        return b"".join(binascii.a2b_base64(stream, strict_mode=True) for stream in re.findall(rb"[^=]+=*", packed))
+    except binascii.Error as error:
+        raise DataError(f"{name} is not base64 ({error}): the file is damaged or cut off") from error

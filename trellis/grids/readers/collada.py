@@ -370,17 +370,18 @@ class _Document:
         if len(groups) and (weight.min() < 0 or weight.max() >= len(table)):
             raise DataError(f"a <skin> uses weights {weight.min()} to {weight.max()} of {len(table)}")
 
-        bound = vertices @ bind[:3, :3].T + bind[:3, 3]
-        moves = np.concatenate([joints @ inverses, np.eye(4)[None]])[:, :3]  # the last one, -1, is the bind shape
-        owner = np.repeat(np.arange(len(vertices)), counts)
-        amount = table[weight].astype(np.float64)
-        sums = np.zeros((len(vertices), 3))
-        for axis in range(3):
-            moved = (moves[joint, axis, :3] * bound[owner]).sum(axis=1) + moves[joint, axis, 3]
-            sums[:, axis] = np.bincount(owner, amount * moved, minlength=len(vertices))
-        totals = np.bincount(owner, amount, minlength=len(vertices))[:, None]
-        # Weights need not add up to 1 exactly; a vertex without weight stays where it is bound.
-        return np.where(totals > 0, sums / np.where(totals > 0, totals, 1), bound)
+        with np.errstate(invalid="ignore"):  # a vertex that is not finite is refused later, if a triangle uses it
+            bound = vertices @ bind[:3, :3].T + bind[:3, 3]
+            moves = np.concatenate([joints @ inverses, np.eye(4)[None]])[:, :3]  # the last one, -1, is the bind shape
+            owner = np.repeat(np.arange(len(vertices)), counts)
+            amount = table[weight].astype(np.float64)
+            sums = np.zeros((len(vertices), 3))
+            for axis in range(3):
+                moved = (moves[joint, axis, :3] * bound[owner]).sum(axis=1) + moves[joint, axis, 3]
+                sums[:, axis] = np.bincount(owner, amount * moved, minlength=len(vertices))
+            totals = np.bincount(owner, amount, minlength=len(vertices))[:, None]
+            # Weights need not add up to 1 exactly; a vertex without weight stays where it is bound.
+            return np.where(totals > 0, sums / np.where(totals > 0, totals, 1), bound)
 
 
 # Elements that have the values of a source; None where they are words.

@@ -1,4 +1,4 @@
-"""Make `metadata.csv` from the records of all ranks, as voxelize.py does when a rank ends.
+"""Make `metadata.csv` and `failed.csv` from the records of all ranks, as voxelize.py does when a rank ends.
 
     python dataset_toolkits/build_metadata.py --output_dir data/voxels
 
@@ -18,14 +18,16 @@ from trellis.utils.errors import DataError
 
 
 def build_metadata(root: Path) -> str:
-    """Bring metadata.csv up to date and return a summary. Raise DataError if there are neither it nor records."""
-    if not (root / "metadata.csv").exists() and not records.read_records(root):
+    """Bring both tables up to date and return a summary. Raise DataError if there are neither it nor records."""
+    if not (root / "metadata.csv").exists() and not records.read_records(root).grids:
         raise DataError(f"{root}: has neither metadata.csv nor records. Run voxelize.py first.")
-    rows = records.update_metadata(root)
+    records.check_failed(root)
+    rows, failures = records.update_tables(root)
     done = [row for row in rows.values() if records.is_voxelized(row)]
     splits = Counter(row["split"] for row in done if row.get("split"))
     detail = "".join(f", {split} {count}" for split, count in sorted(splits.items()))
-    return f"{root / 'metadata.csv'}: {len(rows)} objects, {len(done)} voxelized{detail}"
+    left_out = f", {len(failures)} files left out, see failed.csv" if failures else ""
+    return f"{root / 'metadata.csv'}: {len(rows)} objects, {len(done)} voxelized{detail}{left_out}"
 
 
 def main(argv: list[str] | None = None) -> int:

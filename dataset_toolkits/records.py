@@ -1,86 +1,59 @@
-"""What the data tools share: finding meshes, ranks, records of finished grids, and the metadata.csv made from them.
+"""What the data tools share: tables, records of finished grids and of files left out, and the tables made from them.
 
-A dataset folder holds `voxels/<sha256>.ply`, `metadata.csv`, `failed.csv` and `records/`. Each rank appends to its own
-file in `records/` as it finishes grids. `metadata.csv` is made from all of them, under a lock, so that no row is lost
-if a rank is killed or several write at once.
+A dataset folder holds `voxels/<sha256>.ply`, `metadata.csv`, `failed.csv` and `records/`. Each run appends to a file of
+its own in `records/` as it goes. `metadata.csv` and `failed.csv` are made from all of them, without a lock, so that
+nothing is lost if a run is killed or several write at once.
 """
 
 import csv
-import fcntl
-import hashlib
-import os
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+import re
+import secrets
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 from trellis.datasets.metadata import is_sha256
-from trellis.grids.meshes import MESH_SUFFIXES
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import atomic_write
 
-RECORD_FIELDS = ("sha256", "num_voxels", "up_axis", "resolution", "split", "file", "normalization")
-METADATA_FIELDS = ("sha256", "file", "voxelized", "num_voxels", "up_axis", "resolution", "normalization")
-DEFAULT_NORMALIZATION = "cube"  # of old records and metadata.csv, which do not say
-SETTINGS = ("up_axis", "resolution", "normalization")  # all grids of a folder share them
+RECORD_FIELDS = (
+    "event",
+    "file",
+    "sha256",
+    "reason",
+    "num_voxels",
+    "up_axis",
+    "resolution",
+    "normalization",
+    "fill",
+    "split",
+    "axis",
+    "notes",
+    "mm_per_cell",
+    "frame",
+    "input",
+)
+OLD_FIELDS = ("sha256", "num_voxels", "up_axis", "resolution", "split", "file", "normalization")
+METADATA_FIELDS = (
+    "sha256",
+    "file",
+    "voxelized",
+    "num_voxels",
+    "up_axis",
+    "resolution",
+    "normalization",
+    "axis",
+    "notes",
+)
+RARE_FIELDS = ("split", "fill", "mm_per_cell", "frame")  # columns of metadata.csv that are made when a row has one
+SETTINGS = ("up_axis", "resolution", "normalization", "fill")  # all grids of a folder share them
+DEFAULTS = {"normalization": "cube", "fill": "surface"}  # of records and of a metadata.csv that do not say
 FAILED_FIELDS = ("file", "sha256", "reason")
+RUN_FILE = re.compile(r"run_\d{6,}_\d+_[0-9a-f]{8}\.csv")
+LONGEST_FIELD = 2**31 - 1  # captions can be long; no larger number goes on Windows
 
 Row = dict[str, str]
-
-
-def find_meshes(inputs: Iterable[str | os.PathLike], exclude: Path) -> dict[str, Path]:
-    """Find mesh files.
-
-    inputs: mesh files and folders, which are searched recursively, through links too.
-    exclude: a folder that is not searched: grids written there are PLY files as well.
-    Return {recorded name: path}, sorted by name. Raise DataError if an input is missing, a file has another suffix, or
-    there is no mesh at all.
-    """
-    paths = [Path(item) for item in inputs]
-    found: dict[str, Path] = {}
-    for path in paths:
-        if path.is_dir():
-            found.update({os.path.abspath(mesh): mesh for mesh in _walk(path, exclude.resolve())})
-        elif not path.exists():
-            raise DataError(f"{path}: no such file or folder. Give a mesh or a folder of meshes.")
-        elif path.suffix.lower() not in MESH_SUFFIXES:
-            raise DataError(f"{path}: is not one of {' '.join(MESH_SUFFIXES)}. Convert it to one of them.")
-        else:
-            found[os.path.abspath(path)] = path
-    if not found:
-        raise DataError(
-            f"{', '.join(map(str, paths))}: no {' '.join(MESH_SUFFIXES)} there or below. Give a folder of meshes."
-        )
-    return dict(sorted((printable(path), path) for path in found.values()))
-
-
-def _walk(folder: Path, exclude: Path) -> Iterator[Path]:
-    visited = set()  # else a link to a parent would never end
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = Path(parent).resolve()
-        if real in visited or real == exclude:
-            folders.clear()
-            continue
-        visited.add(real)
-        for name in names:
-            path = Path(parent, name)
-            if path.suffix.lower() in MESH_SUFFIXES and path.is_file():
-                yield path
-
-
-def printable(path: Path) -> str:
-    """Return a path as one line of valid UTF-8. File names on Linux can be other bytes."""
-    text = os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
-    return text.replace("\n", "\\n").replace("\r", "\\r")
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file's bytes in hexadecimal, reading it in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+Settings = tuple[str, ...]  # the values of SETTINGS
 
 
 def check_rank(rank: int, world_size: int) -> None:
@@ -94,7 +67,7 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
 
     Return the column names and the rows. Raise DataError naming the line of a damaged row.
     """
-    csv.field_size_limit(sys.maxsize)  # captions can be long
+    csv.field_size_limit(LONGEST_FIELD)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         rows = []
@@ -114,7 +87,10 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
 
 def write_table(path: Path, fields: Collection[str], rows: Iterable[Row]) -> None:
     """Write a CSV file atomically. A row may lack fields."""
-    with atomic_write(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+    with (
+        atomic_write(path) as partial,
+        open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -145,74 +121,187 @@ def read_rows(root: Path) -> tuple[list[str], dict[str, Row]]:
     return fields, by_sha
 
 
-class RecordFile:
-    """The grids that one rank has finished, one line each, in `records/voxelized_<rank>.csv`.
+class Recorded(NamedTuple):
+    """What all record files of a folder say.
 
-    Every line is flushed at once, so that a killed program loses none. A line that a crash cut off is removed when the
-    file is next opened; until then `read_records` ignores it.
+    grids: {sha256: row of metadata.csv} of the grids that were made.
+    splits: {sha256: split} for grids that got a split after they were made.
+    failures: {file: row of failed.csv}.
+    inputs: keys of the volumes whose objects are all recorded, see `Record`.
+    """
+
+    grids: dict[str, Row]
+    splits: dict[str, str]
+    failures: dict[str, Row]
+    inputs: set[str]
+
+
+class RecordFile:
+    """The events of one run: an own file in `records/`, `run_<number>_<rank>_<random>.csv`, made with the first event.
+
+    A run's number is greater than that of all files which are there when it begins to write, so that of two events
+    which contradict each other, such as two reasons why a file failed, the later one is known. Every line is flushed
+    at once, so that a killed program loses none. `read_records` ignores a line that a crash cut off.
+
+    RECORD_FIELDS, besides columns of metadata.csv and failed.csv:
+        event  grid: `file` gave the grid `sha256`; failed: `file` gave none for `reason`; cleared: no reason holds for
+               `file` any more; split: `sha256` belongs to `split`; input: all objects of a volume are recorded
+        input  of a grid out of a volume and of an input: the key that stands for the volume and how it was divided
     """
 
     def __init__(self, root: Path, rank: int):
-        path = root / "records" / f"voxelized_{rank}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
-        self.file = open(path, "a", encoding="utf-8", newline="")
-        self.file.truncate(whole)
-        if not whole:
-            self.write(RECORD_FIELDS)
+        self.root = root
+        self.run = f"{rank}_{secrets.token_hex(4)}"  # as in the file's name
+        self._file: TextIO | None = None
 
-    def write(self, values: Iterable[object]) -> None:
-        """Append a line with the values of RECORD_FIELDS."""
-        csv.writer(self.file, lineterminator="\n").writerow(values)
-        self.file.flush()
+    def write(self, event: str, **values: object) -> None:
+        """Append a line. values: some of RECORD_FIELDS."""
+        if self._file is None:
+            folder = self.root / "records"
+            folder.mkdir(parents=True, exist_ok=True)
+            numbers = [int(path.name.split("_")[1]) for path in _run_files(folder)]
+            path = folder / f"run_{max(numbers, default=0) + 1:06d}_{self.run}.csv"
+            self._file = open(path, "x", encoding="utf-8", errors="backslashreplace", newline="")
+            self._append(RECORD_FIELDS)
+            for row in _old_failures(self.root) if not numbers else ():
+                self._append(_values("failed", row))
+        self._append(_values(event, values))
+
+    def _append(self, values: Iterable[str]) -> None:
+        assert self._file is not None
+        csv.writer(self._file, lineterminator="\n").writerow(values)
+        self._file.flush()
 
     def __enter__(self) -> "RecordFile":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.file.close()
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
-def read_records(root: Path) -> dict[str, Row]:
-    """Read the records of all ranks by sha256, and merge several records of one sha256.
+def _values(event: str, row: Mapping[str, object]) -> list[str]:
+    """Return the values of RECORD_FIELDS, each as one line."""
+    return [" ".join(str(row.get(name, "") if name != "event" else event).splitlines()) for name in RECORD_FIELDS]
 
-    A merged record has the first file by name and the first split that is given, so the order in which ranks end does
-    not matter. Lines of older folders have no normalization; it was "cube".
+
+def _run_files(folder: Path) -> list[Path]:
+    """Return the record files of runs, in the order of their numbers."""
+    return sorted(path for path in folder.glob("run_*.csv") if RUN_FILE.fullmatch(path.name))
+
+
+def read_records(root: Path) -> Recorded:
+    """Read the records of all runs, and merge those of one sha256 or file.
+
+    A merged grid has the first file by name and the first split that is given, so the order in which ranks end does
+    not matter. Folders of earlier versions have `voxelized_<rank>.csv` with grids alone; their lines may lack the
+    normalization, which was "cube".
     Raise DataError if grids were made with different settings.
     """
-    records: dict[str, Row] = {}
+    recorded = Recorded({}, {}, {}, set())
     for path in sorted((root / "records").glob("voxelized_*.csv")):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        for line in lines[1:-1]:  # without the header, and what a crash left of the last line
-            values = next(csv.reader([line]), [])
-            if len(values) == len(RECORD_FIELDS) - 1:
-                values.append(DEFAULT_NORMALIZATION)
-            if len(values) != len(RECORD_FIELDS):
-                raise DataError(f"{path}: {line[:80]!r} is not a record. Delete that line, then run again.")
-            new = dict(zip(RECORD_FIELDS, values, strict=True))
-            old = records.setdefault(new["sha256"], new)
-            old["file"] = min(old["file"], new["file"])
-            old["split"] = old["split"] or new["split"]
-            settings = {tuple(row[name] for name in SETTINGS) for row in (old, new)}
-            if len(settings) > 1:
-                raise _mixed(root, settings)
-    return records
+        for line, values in _lines(path):
+            if len(values) == len(OLD_FIELDS) - 1:
+                values.append(DEFAULTS["normalization"])
+            _add_grid(root, recorded.grids, _as_row(path, line, OLD_FIELDS, values))
+    runs = _run_files(root / "records")
+    if not runs:
+        recorded.failures.update((row["file"], row) for row in _old_failures(root))
+    for path in runs:
+        fields: list[str] = []
+        for line, values in _lines(path, with_header=True):
+            if not fields:
+                fields = values
+                continue
+            row = _as_row(path, line, fields, values)
+            match row.pop("event", ""):
+                case "grid":
+                    _add_grid(root, recorded.grids, {name: row[name] for name in row if name != "reason"})
+                case "failed":
+                    recorded.failures[row["file"]] = {name: row[name] for name in FAILED_FIELDS}
+                case "cleared":
+                    recorded.failures.pop(row["file"], None)
+                case "split":
+                    recorded.splits.setdefault(row["sha256"], row["split"])
+                case "input":
+                    recorded.inputs.add(row["input"])
+                case event:
+                    raise DataError(
+                        f"{path}: the event {event!r} is not known. A newer version wrote it: use that, or delete the "
+                        "line."
+                    )
+    return recorded
 
 
-def known_grids(root: Path, up_axis: str, resolution: int, normalization: str) -> dict[str, Row]:
-    """Return the finished grids by sha256: those that are recorded and whose file exists.
+def _lines(path: Path, with_header: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """Yield the lines of a record file and their values, without what a crash left of the last one."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    for line in lines if with_header else lines[1:]:
+        yield line, next(csv.reader([line]), [])
 
+
+def _as_row(path: Path, line: str, fields: Sequence[str], values: list[str]) -> Row:
+    if len(values) != len(fields):
+        raise DataError(f"{path}: {line[:80]!r} is not a record. Delete that line, then run again.")
+    return dict(zip(fields, values, strict=True))
+
+
+def _add_grid(root: Path, grids: dict[str, Row], new: Row) -> None:
+    old = grids.setdefault(new["sha256"], new)
+    old["file"] = min(old["file"], new["file"])
+    old["split"] = old["split"] or new["split"]
+    if settings_of(old) != settings_of(new):
+        raise mixed(root, {settings_of(old), settings_of(new)})
+
+
+def _old_failures(root: Path) -> list[Row]:
+    """Return the rows of a failed.csv that an earlier version wrote, which kept no other record of them."""
+    try:
+        rows = read_table(root / "failed.csv")[1]
+    except (OSError, DataError):  # missing or damaged: what still fails is found again
+        return []
+    return [row for row in rows if set(row) == set(FAILED_FIELDS)]
+
+
+def check_failed(root: Path) -> None:
+    """Raise DataError if there is a failed.csv that voxelize.py did not write, and that it would replace."""
+    path = root / "failed.csv"
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        header = file.readline(1000).decode("utf-8-sig", "replace").strip()
+    if header and not {"file", "reason"} <= set(re.split(r"[,;\t]", header.replace('"', ""))):
+        raise DataError(
+            f"{path}: begins with {header[:60]!r}, so voxelize.py did not write it, and would replace it. Move it away."
+        )
+
+
+class Known(NamedTuple):
+    """What is done already: the rows of the grids that are there, by sha256, and the keys of finished volumes."""
+
+    grids: dict[str, Row]
+    inputs: set[str]
+
+
+def known_grids(root: Path, settings: Settings) -> tuple[Known, dict[str, Row]]:
+    """Return what is recorded and whose files exist, and the recorded failures by file.
+
+    settings: the values of SETTINGS.
     Raise DataError if the folder was made with other settings.
     """
     _, rows = read_rows(root)
-    for sha256, record in read_records(root).items():
-        split = rows.get(sha256, {}).get("split") or record["split"]
-        rows[sha256] = {**rows.get(sha256, {}), **record, "split": split, "voxelized": "True"}
-    settings = _settings(rows) | {(up_axis, str(resolution), normalization)}
-    if len(settings) > 1:
-        raise _mixed(root, settings)
+    recorded = read_records(root)
+    for sha256, record in recorded.grids.items():
+        row = rows.setdefault(sha256, {})
+        row.update(record, split=row.get("split") or record["split"] or recorded.splits.get(sha256, ""))
+        row["voxelized"] = "True"
+    found = _settings(rows.values()) | {settings}
+    if len(found) > 1:
+        raise mixed(root, found)
     present = _present(root)
-    return {sha256: row for sha256, row in rows.items() if is_voxelized(row) and sha256 in present}
+    gone = {row["input"] for sha256, row in recorded.grids.items() if row.get("input") and sha256 not in present}
+    grids = {sha256: row for sha256, row in rows.items() if is_voxelized(row) and sha256 in present}
+    return Known(grids, recorded.inputs - gone), recorded.failures
 
 
 def is_voxelized(row: Row) -> bool:
@@ -220,69 +309,71 @@ def is_voxelized(row: Row) -> bool:
     return row.get("voxelized", "").lower() == "true"
 
 
-def update_metadata(
-    root: Path, base: dict[str, Row] | None = None, splits: dict[str, str] | None = None
-) -> dict[str, Row]:
-    """Bring `metadata.csv` up to date with the records of all ranks, and return its rows by sha256.
+def update_tables(root: Path, base: dict[str, Row] | None = None) -> tuple[dict[str, Row], list[Row]]:
+    """Bring `metadata.csv` and `failed.csv` up to date with the records of all runs, and return their rows.
 
     base: rows of another metadata.csv (TRELLIS's), whose values fill gaps in this one.
-    splits: {sha256: split}, for rows without a split.
-    Rows and columns of other origin are kept. Rows are sorted by sha256.
+    Rows and columns of other origin are kept. Rows are sorted by sha256, those of failed.csv by file; without rows,
+    it is deleted.
     Raise DataError if rows were made with different settings.
     """
-    with locked(root):
-        fields, rows = read_rows(root)
-        for sha256, row in (base or {}).items():
-            own = rows.setdefault(sha256, {})
-            own.update({key: value for key, value in row.items() if not own.get(key)})
-            fields += [key for key in row if key not in fields]
-
-        records, present = read_records(root), _present(root)
-        recorded = {sha256: row["split"] for sha256, row in records.items() if row["split"]}
-        splits = {**recorded, **(splits or {})}
-        for sha256, record in records.items():
-            split = rows.get(sha256, {}).get("split", "")
-            rows.setdefault(sha256, {}).update(record, split=split, voxelized=str(sha256 in present))
-        for sha256, row in rows.items():
-            row["voxelized"] = row.get("voxelized") or "False"
-            row["split"] = row.get("split") or splits.get(sha256, "")
-            if is_voxelized(row):
-                row["normalization"] = row.get("normalization") or DEFAULT_NORMALIZATION
-
-        settings = _settings(rows)
-        if len(settings) > 1:
-            raise _mixed(root, settings)
-        fields += [name for name in METADATA_FIELDS if name not in fields]
-        fields += ["split"] if splits and "split" not in fields else []
-        rows = {sha256: {name: rows[sha256].get(name, "") for name in fields} for sha256 in sorted(rows)}
-        write_table(root / "metadata.csv", fields, rows.values())
-        return rows
+    # No lock, which some shared file systems lack. Several runs may write the tables at once, and the last one to
+    # write has every record: it looks again after it has written, and if records have come since it read, it merges
+    # once more, unless the run they are from is still active. That one will then write later itself, as every run
+    # does after its last record, so the write was not the last.
+    while True:
+        before = _sizes(root)
+        result = _update_tables(root, base or {})
+        grown = {name for name, size in _sizes(root).items() if before.get(name) != size}
+        if all(active_file(root, Path(name).stem.split("_", 2)[2]).exists() for name in grown):
+            return result
 
 
-def update_failed(root: Path, failures: Iterable[Row], outdated: Callable[[str], bool]) -> None:
-    """Bring `failed.csv` up to date with the files that this run left out, sorted by file. Delete it if it is empty.
-
-    outdated: called with the file of an earlier row; returns whether this run replaces the row. Rows of other ranks
-        stay.
-    """
-    path = root / "failed.csv"
-    with locked(root):
-        old = read_table(path)[1] if path.exists() else []
-        rows = [row for row in old if not outdated(row["file"])] + list(failures)
-        if rows:
-            write_table(path, FAILED_FIELDS, sorted(rows, key=lambda row: row["file"]))
-        else:
-            path.unlink(missing_ok=True)
+def active_file(root: Path, run: str) -> Path:
+    """Return the file that is there while a run is active. run: as in the name of its record file."""
+    return root / "records" / f"active_{run}.json"
 
 
-@contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Hold the folder's lock. The system releases it if the program is killed."""
-    path = root / "records" / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _sizes(root: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in _run_files(root / "records")}
+
+
+def _update_tables(root: Path, base: dict[str, Row]) -> tuple[dict[str, Row], list[Row]]:
+    fields, rows = read_rows(root)
+    for sha256, row in base.items():
+        own = rows.setdefault(sha256, {})
+        own.update({key: value for key, value in row.items() if not own.get(key)})
+        fields += [key for key in row if key not in fields]
+
+    recorded, present = read_records(root), _present(root)
+    splits = dict(recorded.splits)
+    for sha256, record in recorded.grids.items():
+        splits[sha256] = record["split"] or splits.get(sha256, "")
+        values = {name: value for name, value in record.items() if value and name not in ("input", "split")}
+        rows.setdefault(sha256, {}).update(values, voxelized=str(sha256 in present))
+    for sha256, row in rows.items():
+        row["voxelized"] = row.get("voxelized") or "False"
+        row["split"] = row.get("split") or splits.get(sha256, "")
+        if is_voxelized(row):
+            row["normalization"] = row.get("normalization") or DEFAULTS["normalization"]
+
+    settings = _settings(rows.values())
+    if len(settings) > 1:
+        raise mixed(root, settings)
+    fields += [name for name in METADATA_FIELDS if name not in fields]
+    for name in RARE_FIELDS:
+        if name not in fields and any(row.get(name) for row in rows.values()):
+            fields.append(name)
+    rows = {sha256: {name: rows[sha256].get(name, "") for name in fields} for sha256 in sorted(rows)}
+    write_table(root / "metadata.csv", fields, rows.values())
+
+    made = {sha256 for sha256, row in rows.items() if is_voxelized(row) and sha256 in present}
+    failures = [row for name, row in sorted(recorded.failures.items()) if row["sha256"] not in made]
+    if failures:
+        write_table(root / "failed.csv", FAILED_FIELDS, failures)
+    else:
+        (root / "failed.csv").unlink(missing_ok=True)
+    return rows, failures
 
 
 def _present(root: Path) -> set[str]:
@@ -291,25 +382,27 @@ def _present(root: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.ply")}
 
 
-def _settings(rows: dict[str, Row]) -> set[tuple[str, str, str]]:
-    """Return the SETTINGS of the voxelized rows that have them. Rows of TRELLIS do not."""
-    found = {
-        (
-            row.get("up_axis", ""),
-            row.get("resolution", "").removesuffix(".0"),  # pandas writes 64.0
-            row.get("normalization") or DEFAULT_NORMALIZATION,
-        )
-        for row in rows.values()
-        if is_voxelized(row)
-    }
-    return found - {("", "", DEFAULT_NORMALIZATION)}
+def _settings(rows: Iterable[Row]) -> set[Settings]:
+    """Return the settings of the rows with a grid. Rows of TRELLIS do not have any."""
+    found = {settings_of(row) for row in rows if is_voxelized(row)}
+    return {values for values in found if values[0] or values[1]}
 
 
-def _mixed(root: Path, settings: Iterable[tuple[str, ...]]) -> DataError:
-    found = " and ".join(
-        " ".join(f"--{name} {value}" for name, value in zip(SETTINGS, values, strict=True))
-        for values in sorted(settings)
-    )
+def settings_of(row: Row) -> Settings:
+    """Return the values of SETTINGS that a record or a row of metadata.csv has."""
+    up_axis, resolution, *others = (row.get(name) or DEFAULTS.get(name, "") for name in SETTINGS)
+    return up_axis, resolution.removesuffix(".0"), *others  # pandas writes 64.0
+
+
+def mixed(root: Path, settings: Iterable[Settings]) -> DataError:
+    """Return the error for a folder whose grids would have several settings; it names the flags of each."""
+    found = " and ".join(flags_of(values) for values in sorted(settings))
     return DataError(
         f"{root}: would hold grids made with {found}. Give the same values as before, or another --output_dir."
     )
+
+
+def flags_of(settings: Settings) -> str:
+    """Return settings as flags of voxelize.py. Only label maps have a --fill; surface is what all others are."""
+    pairs = zip(SETTINGS, settings, strict=True)
+    return " ".join(f"--{name} {value}" for name, value in pairs if (name, value) != ("fill", "surface"))

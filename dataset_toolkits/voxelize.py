@@ -1,11 +1,12 @@
-"""Turn meshes into voxel grids, `voxels/<sha256 of the mesh file>.ply` and `metadata.csv`, as TRELLIS does.
+"""Turn meshes and volumes into voxel grids, `voxels/<sha256 of the file>.ply` and `metadata.csv`, as TRELLIS does.
 
-    python dataset_toolkits/voxelize.py --input meshes/ --output_dir data/voxels --up_axis y
+    python dataset_toolkits/voxelize.py --input meshes/ --output_dir data/voxels
 
 A voxel is occupied if a triangle meets it: a grid is the surface, not the solid. The bounding box of the mesh is
 centered and its longest edge made 1; `--normalization shapellm` scales as ShapeLLM-Omni does, whose token ids
-depend on it. Run it again after an interruption: finished files are skipped. Files that cannot be voxelized are
-listed with the reason in `failed.csv`.
+depend on it. A label map of a scan (NIfTI, NRRD, MetaImage) gives a grid for each organ.
+Run it again after an interruption: finished files are skipped. Files that cannot be voxelized are listed with the
+reason in `failed.csv`. `--dry_run` says what there is to do and writes nothing.
 A folder of TRELLIS as --input (`metadata.csv`, `renders/<sha256>/mesh.ply`, already normalized) gets its voxels
 beside the renders, or in --output_dir.
 """
@@ -13,196 +14,285 @@ beside the renders, or in --output_dir.
 import argparse
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
-from dataset_toolkits import records
-from trellis.grids import meshes, placing
+from dataset_toolkits import estimate, inputs, records, report
+from dataset_toolkits.claim import claimed
+from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_renders
+from dataset_toolkits.work import Outcome, Settings, input_key, is_volume, make_grids
+from trellis.grids import placing
 from trellis.grids.mesh_pool import run_in_pool
-from trellis.utils.command import available_cores, run_command
+from trellis.utils.command import available_cores, available_memory, run_command
 from trellis.utils.errors import ConfigError, DataError
+from trellis.utils.files import remove_leftovers
 
-REASONS_SHOWN = 5
 INTERRUPTED = "interrupted: run the same command again to go on"
-
-
-class Job(NamedTuple):
-    """A mesh to voxelize."""
-
-    sha256: str
-    path: Path
-    names: tuple[str, ...]  # all files with these bytes; the first is the one recorded
-
-
-class Plan(NamedTuple):
-    """The share of this rank, before looking at what is done already."""
-
-    jobs: list[Job]
-    failures: list[records.Row]  # files that cannot be opened, as rows of failed.csv
-    share: set[str]  # names of this rank's files
-    listing: set[str]  # names of the files of all ranks
-    base: dict[str, records.Row]  # rows of TRELLIS's metadata.csv
-
-
-def plan_meshes(inputs: list[str], output_dir: Path, rank: int, world_size: int, threads: int) -> Plan:
-    """List the mesh files and hash this rank's share; files with the same bytes make one job."""
-    listing = records.find_meshes(inputs, exclude=output_dir / "voxels")
-    share = dict(list(listing.items())[rank::world_size])
-
-    def attempt(path: Path) -> str | OSError:
-        try:
-            return records.sha256_of(path)
-        except OSError as error:
-            return error
-
-    by_sha: dict[str, list[str]] = {}
-    failures = []
-    with ThreadPoolExecutor(threads) as pool:
-        hashes = pool.map(attempt, share.values())
-        hashes = tqdm(hashes, "hash", len(share), leave=False, delay=1, **bar_style())
-        for name, result in zip(share, hashes, strict=True):
-            if isinstance(result, OSError):
-                failures.append({"file": name, "reason": f"cannot be read: {result.strerror}"})
-            else:
-                by_sha.setdefault(result, []).append(name)
-    jobs = [Job(sha256, share[names[0]], tuple(names)) for sha256, names in by_sha.items()]
-    return Plan(jobs, failures, set(share), set(listing), {})
-
-
-def plan_renders(root: Path, rank: int, world_size: int) -> Plan:
-    """List this rank's share of `renders/<sha256>/mesh.ply` in a folder of TRELLIS."""
-    _, base = records.read_rows(root)
-    if not base:
-        raise DataError(f"{root / 'metadata.csv'}: lists no object. Make it with TRELLIS's toolkit.")
-    names = {sha256: f"renders/{sha256}/mesh.ply" for sha256 in sorted(base)}
-    share = dict(list(names.items())[rank::world_size])
-    jobs, failures = [], []
-    for sha256, name in share.items():
-        if (root / name).is_file():
-            jobs.append(Job(sha256, root / name, (name,)))
-        else:
-            failures.append({"file": name, "sha256": sha256, "reason": "is missing: not rendered yet?"})
-    return Plan(jobs, failures, set(share.values()), set(names.values()), base)
-
-
-def is_trellis_root(path: str) -> bool:
-    """Return whether a folder is a data root of TRELLIS, with its meshes in renders/."""
-    return Path(path, "metadata.csv").is_file() and Path(path, "renders").is_dir()
-
-
-def bar_style() -> dict:
-    """Return options of progress bars: smooth on a terminal, a line now and then in a log."""
-    return {"unit": "mesh", "mininterval": 0.1 if sys.stderr.isatty() else 30, "maxinterval": 60}
+FILLS = ("surface", "solid")
+VOLUME_TIME = 10  # time limits of a mesh: a scan has many organs
+LEAST_MEMORY = 2  # GiB of a worker
 
 
 def voxelize(args: argparse.Namespace) -> int:
     """Voxelize this rank's share, bring metadata.csv and failed.csv up to date, and print a summary.
 
-    Return the exit code: 0, or 130 after Ctrl-C. Raise UserError if nothing could be voxelized.
+    Return the exit code: 0, or 130 after Ctrl-C. Raise UserError if nothing could be voxelized, or if the folder
+    cannot be written.
     """
     started = time.perf_counter()
-    from_trellis = is_trellis_root(args.input[0])
     root = Path(args.output_dir or args.input[0])
-    if from_trellis:
-        plan = plan_renders(Path(args.input[0]), args.rank, args.world_size)
-    else:
-        plan = plan_meshes(args.input, root, args.rank, args.world_size, args.max_workers)
-    if from_trellis:
-        up_axis, normalization = "z", None  # TRELLIS's meshes are z-up and lie in the cube already
-    else:
-        up_axis, normalization = args.up_axis or placing.default_up_axis(args.normalization), args.normalization
-    known = records.known_grids(root, up_axis, args.resolution, args.normalization)
-    todo = {job.sha256: job for job in plan.jobs if job.sha256 not in known}
-    failures = list(plan.failures)
-    made = set()
-
-    if todo:
-        meshes.require_trimesh()
-        meshes.require_open3d()
-    (root / "voxels").mkdir(parents=True, exist_ok=True)
-    exit_code = 0
-    with (
-        records.RecordFile(root, args.rank) as record_file,
-        tqdm(total=len(todo), desc="voxelize", disable=not todo, **bar_style()) as bar,
-    ):
-
-        def finish(task: tuple, result: int | DataError) -> None:
-            job = todo[task[1].stem]
-            if isinstance(result, DataError):
-                failures.extend({"file": name, "sha256": job.sha256, "reason": str(result)} for name in job.names)
+    from_trellis = is_trellis_root(args.input[0])
+    settings = settings_of(args)
+    key = (settings.up_axis, str(settings.resolution), args.normalization, settings.fill)
+    records.check_failed(root)
+    found = None if from_trellis else inputs.find_files(args.input, exclude=root / "voxels")
+    if found is not None:
+        check_volume_flags(args, found)
+    if args.dry_run:
+        print_dry_run(args, root, found, settings, key)
+        return 0
+    record_file = records.RecordFile(root, args.rank)
+    try:
+        with claimed(root, key, record_file.run), record_file:
+            (root / "voxels").mkdir(parents=True, exist_ok=True)
+            for folder in (root, root / "voxels", root / "records"):
+                remove_leftovers(folder)
+            if found is None:
+                plan = plan_renders(Path(args.input[0]), args.rank, args.world_size)
             else:
-                record_file.write(
-                    (job.sha256, result, up_axis, args.resolution, args.split or "", job.names[0], args.normalization)
-                )
-                made.add(job.sha256)
-            bar.update()
-
-        tasks = (
-            (job.path, root / "voxels" / f"{job.sha256}.ply", args.resolution, up_axis, normalization)
-            for job in todo.values()
-        )
-        try:
-            if todo:
-                workers = min(args.max_workers, len(todo))
-                run_in_pool(meshes.voxelize_file, tasks, finish, workers, args.timeout)
-        except KeyboardInterrupt:
-            exit_code = 130
-
-    done = {job.sha256 for job in plan.jobs} - set(todo)
-    splits = {sha256: args.split for sha256 in done} if args.split else {}
-    rows = records.update_metadata(root, plan.base, splits)
-    folders = tuple("renders/" if from_trellis else f"{records.printable(Path(item))}/" for item in args.input)
-    records.update_failed(
-        root,
-        failures,
-        outdated=lambda name: name in plan.share or (name not in plan.listing and name.startswith(folders)),
-    )
-
-    print_summary(args, root, plan, failures, made, done, time.perf_counter() - started)
-    other_split = sum(rows[sha256]["split"] != args.split for sha256 in done) if args.split else 0
-    if other_split:
-        print(
-            f"  {other_split} of those done already belong to another split in {root / 'metadata.csv'}, and stay there"
-        )
+                plan = plan_files(found, args.rank, args.world_size, args.max_workers)
+            run = Run(args, root, settings, key, plan, record_file)
+            exit_code = run.work()
+            rows, _ = records.update_tables(root, plan.base)
+    except OSError as error:  # of the output; an input that cannot be read is a line of failed.csv
+        raise DataError(
+            f"{error.filename or root}: {error.strerror or error}. Nothing is lost: mend that and run the same "
+            "command again, which goes on where this one stopped."
+        ) from error
+    run.print_summary(rows, time.perf_counter() - started)
     if exit_code:
         print(INTERRUPTED, file=sys.stderr)
     elif (
-        failures
-        and not made
-        and not done
+        run.left_out
+        and not run.made
+        and not run.done
         and (args.world_size == 1 or not any(map(records.is_voxelized, rows.values())))
     ):
+        name, reason = run.left_out[0]
         raise DataError(
-            f"none of the {len(plan.share)} meshes could be voxelized. The reasons are in "
-            f"{root / 'failed.csv'}; the first: {failures[0]['file']}: {failures[0]['reason']}"
+            f"none of the {len(plan.share)} files could be voxelized. The reasons are in {root / 'failed.csv'}; "
+            f"the first: {name}: {reason}"
         )
     return exit_code
 
 
-def print_summary(
-    args: argparse.Namespace,
-    root: Path,
-    plan: Plan,
-    failures: list[records.Row],
-    made: set[str],
-    done: set[str],
-    seconds: float,
+class Run:
+    """One rank's run: what is done already, the work, and what it came to.
+
+    made: sha256 of the new grids; finished: of the files that they are from.
+    done: jobs that earlier runs have finished.
+    left_out: (file, reason) of this run, also those of earlier runs that were not tried again.
+    notes: (file, note) of the new grids.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        root: Path,
+        settings: Settings,
+        key: records.Settings,
+        plan: Plan,
+        record_file: records.RecordFile,
+    ):
+        self.args, self.root, self.settings, self.plan = args, root, settings, plan
+        self.record_file = record_file
+        self.common = dict(zip(records.SETTINGS, key, strict=True))
+        self.common["fill"] = "" if settings.fill == "surface" else settings.fill
+        self.known, self.failed_before = records.known_grids(root, key)
+        self.made: set[str] = set()
+        self.finished: set[str] = set()
+        self.left_out: list[tuple[str, str]] = []
+        self.notes: list[tuple[str, str]] = []
+        self.done = [job for job in plan.jobs if self._is_done(job)]
+
+    def _is_done(self, job: Job) -> bool:
+        if is_volume(job.path):
+            return input_key(job.sha256, self.settings) in self.known.inputs
+        return job.sha256 in self.known.grids
+
+    def work(self) -> int:
+        """Do what is not done, and record each file as it ends. Return the exit code: 0, or 130 after Ctrl-C."""
+        done = {job.sha256 for job in self.done}
+        todo = {job.sha256: job for job in self.plan.jobs if job.sha256 not in done}
+        self._forget(done)
+        for row in self.plan.failures:
+            self._fail(**row)
+        if self.args.split:
+            for sha256 in self._grids_of(done):
+                if not self.known.grids[sha256].get("split"):
+                    self.record_file.write("split", sha256=sha256, split=self.args.split)
+        workers = min(self.args.max_workers, len(todo))
+        memory = memory_limit(self.args.memory, workers)
+        volumes = [job for job in todo.values() if is_volume(job.path)]
+        others = [job for job in todo.values() if not is_volume(job.path)]
+        style = {"unit": "file", "mininterval": 0.1 if sys.stderr.isatty() else 30, "maxinterval": 60}
+        with tqdm(total=len(todo), desc="voxelize", disable=not todo, **style) as bar:
+
+            def finish(task: tuple, result: Outcome | DataError) -> None:
+                self._record(todo[task[1]], result)
+                bar.update()
+
+            try:
+                for jobs, timeout in ((others, self.args.timeout), (volumes, VOLUME_TIME * self.args.timeout)):
+                    tasks = ((job.path, job.sha256, self.root / "voxels", self.settings) for job in jobs)
+                    if jobs:
+                        run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
+            except KeyboardInterrupt:
+                return 130
+        return 0
+
+    def _grids_of(self, done: set[str]) -> list[str]:
+        """Return the grids that these inputs have."""
+        keys = {input_key(job.sha256, self.settings) for job in self.done if is_volume(job.path)}
+        known = self.known.grids.items()
+        return [sha256 for sha256, row in known if sha256 in done or (keys and row.get("input") in keys)]
+
+    def _forget(self, done: set[str]) -> None:
+        """Clear the recorded reasons of files that are done or gone. Those that are tried anew get new ones."""
+        folders = [inputs.printable(Path(item)) for item in self.args.input]
+        if is_trellis_root(self.args.input[0]):
+            folders = ["renders"]
+        finished = {name for job in self.done for name in job.names}
+        volumes = {name for job in self.done if is_volume(job.path) for name in job.names}
+        for name, row in self.failed_before.items():
+            file = name if name in self.plan.listing else name.rpartition("#")[0] or name
+            if file in volumes and file != name:  # an object that a finished volume does not give
+                self.left_out.append((name, row["reason"]))
+            elif file in finished or (
+                file not in self.plan.listing and any(_is_below(name, folder) for folder in folders)
+            ):
+                self.record_file.write("cleared", file=name)
+
+    def _fail(self, file: str, reason: str, sha256: str = "") -> None:
+        self.left_out.append((file, reason))
+        if self.failed_before.get(file) != {"file": file, "sha256": sha256, "reason": reason}:
+            self.record_file.write("failed", file=file, sha256=sha256, reason=reason)
+
+    def _record(self, job: Job, result: Outcome | DataError) -> None:
+        """Record what became of a job. Earlier reasons of its files are replaced."""
+        if isinstance(result, DataError):
+            result, reasons = Outcome(()), dict.fromkeys(job.names, (job.sha256, str(result)))
+        else:
+            reasons = {f"{job.names[0]}#{part.part}": (part.sha256, part.reason) for part in result.missing}
+        key = input_key(job.sha256, self.settings) if is_volume(job.path) else ""
+        for made in result.made:
+            name = f"{job.names[0]}#{made.part}" if made.part else job.names[0]
+            self.record_file.write(
+                "grid",
+                **self.common,
+                file=name,
+                split=self.args.split or "",
+                input=key,
+                notes="; ".join(made.notes),
+                **{field: getattr(made, field) for field in ("sha256", "num_voxels", "axis", "mm_per_cell", "frame")},
+            )
+            self.made.add(made.sha256)
+            self.finished.add(job.sha256)
+            self.notes += [(name, note) for note in made.notes]
+        for name in self.failed_before:
+            if name not in reasons and (name in job.names or name.rpartition("#")[0] in job.names):
+                self.record_file.write("cleared", file=name)
+        for name, (sha256, reason) in reasons.items():
+            self._fail(name, reason, sha256)
+        if key and (result.made or result.missing):
+            self.record_file.write("input", input=key, file=job.names[0])
+
+    def print_summary(self, rows: dict[str, records.Row], seconds: float) -> None:
+        """Print counts, then notes and reasons by kind."""
+        args, plan = self.args, self.plan
+        done = {job.sha256 for job in self.done}
+        duplicates = sum(len(job.names) - 1 for job in plan.jobs if job.sha256 in done | self.finished)
+        rank = f" (rank {args.rank} of {args.world_size})" if args.world_size > 1 else ""
+        what = "files" if any(is_volume(job.path) for job in plan.jobs) else "meshes"
+        print(
+            f"{self.root}: {len(plan.share)} {what}{rank}: {len(self.made)} new, {len(done)} done already, "
+            f"{duplicates} duplicates, {len(self.left_out)} left out; {seconds:.1f} s"
+        )
+        for line in report.by_kind(self.notes):
+            print(f"  noted: {line}")
+        for line in report.by_kind(self.left_out):
+            print(f"  left out: {line}")
+        if self.left_out:
+            print(f"  all reasons: {self.root / 'failed.csv'}")
+        other = sum(rows[sha256]["split"] != args.split for sha256 in self._grids_of(done)) if args.split else 0
+        if other:
+            table = self.root / "metadata.csv"
+            print(f"  {other} of those done already belong to another split in {table}, and stay there")
+
+
+def _is_below(name: str, folder: str) -> bool:
+    if folder == ".":
+        return not name.startswith(("/", ".."))
+    return name.startswith(folder.rstrip("/") + "/")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Return how files become grids. Raise ConfigError if the table of labels cannot be read."""
+    if is_trellis_root(args.input[0]):
+        return Settings(args.resolution, "z", None)  # TRELLIS's meshes are z-up and lie in the cube already
+    labels = None
+    if args.labels is not None:
+        from trellis.grids.volumes import load_labels
+
+        labels = load_labels(args.labels)
+    fill = args.fill or "surface"
+    return Settings(args.resolution, args.up_axis, args.normalization, args.points, labels, args.components, fill)
+
+
+def check_volume_flags(args: argparse.Namespace, found: inputs.Found) -> None:
+    """Raise ConfigError for flags about volumes if no file is one."""
+    if any(map(is_volume, found.files.values())):
+        return
+    given = {"--labels": args.labels, "--components": args.components, "--fill": args.fill}
+    for flag, value in given.items():
+        if value:
+            raise ConfigError(f"{flag}: there is no volume among the files, and it is about volumes. Leave it out.")
+
+
+def memory_limit(gib: float | None, workers: int) -> int | None:
+    """Return the bytes that a worker may take: those asked for, else its share of what is free. None if not known."""
+    if gib is not None:
+        return int(gib * 2**30)
+    free = available_memory()
+    return None if free is None else max(LEAST_MEMORY * 2**30, free // max(1, workers))
+
+
+def print_dry_run(
+    args: argparse.Namespace, root: Path, found: inputs.Found | None, settings: Settings, key: records.Settings
 ) -> None:
-    duplicates = sum(len(job.names) - 1 for job in plan.jobs if job.sha256 in made | done)
-    rank = f" (rank {args.rank} of {args.world_size})" if args.world_size > 1 else ""
-    print(
-        f"{root}: {len(plan.share)} meshes{rank}: {len(made)} new, {len(done)} done already, "
-        f"{duplicates} duplicates, {len(failures)} left out; {seconds:.1f} s"
-    )
-    for row in failures[:REASONS_SHOWN]:
-        print(f"  left out: {row['file']}: {row['reason']}")
-    if failures:
-        print(f"  all reasons: {root / 'failed.csv'}")
+    known, _ = records.known_grids(root, key)
+    if found is None:
+        plan = plan_renders(Path(args.input[0]), args.rank, args.world_size)
+        found = inputs.Found(
+            {job.names[0]: job.path for job in plan.jobs}, {row["file"]: row["reason"] for row in plan.failures}
+        )
+    else:
+        share = set(sorted((*found.files, *found.left_out))[args.rank :: args.world_size])
+        found = inputs.Found(
+            {name: path for name, path in found.files.items() if name in share},
+            {name: reason for name, reason in found.left_out.items() if name in share},
+        )
+    names: Iterable[str] = (row.get("file", "") for row in known.grids.values())
+    done = {part for name in names for part in (name, name.rpartition("#")[0])}
+    workers = min(args.max_workers, len(found.files))
+    memory = memory_limit(args.memory, workers)
+    print(f"{root}: dry run, nothing is written")
+    for line in estimate.dry_run(found, done, settings, workers, args.timeout, memory):
+        print(f"  {line}")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -212,15 +302,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="PATH",
-        help=f"files ({' '.join(records.MESH_SUFFIXES)}), folders, which are searched "
-        "recursively, or one TRELLIS folder",
+        help=f"files ({inputs.READ_SUFFIXES}), folders, which are searched recursively, or one TRELLIS folder",
     )
     parser.add_argument("--output_dir", help="gets voxels/ and metadata.csv; default: the TRELLIS folder")
     parser.add_argument(
         "--up_axis",
         choices=placing.UP_AXES,
-        help="the files' up axis: y is turned to z-up (glTF), z is z-up already, keep "
-        "(default) leaves the axes alone without saying what they are",
+        default="auto",
+        help="the files' up axis, which becomes the grids' z: auto (default) takes what each file or its format says "
+        "(glTF y, STL z), and files that do not say as they are; y or z holds for all files; keep leaves all axes "
+        "alone, without saying what they are. A folder has one value",
     )
     parser.add_argument(
         "--normalization",
@@ -239,27 +330,55 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=available_cores(),
         help="worker processes of one thread each; default: one per core",
     )
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for a file (default 120)")
+    parser.add_argument(
+        "--timeout", type=float, default=120, help="seconds for a mesh (default 120); a volume gets ten times as much"
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="GiB for a file, where the system can limit it (Linux); default: the free memory divided by the workers, "
+        "at least 2. Files that need more are tried once more at the end, one at a time with the memory of all workers",
+    )
+    parser.add_argument("--points", action="store_true", help="take files that have points and no triangles, as points")
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help='label maps: the objects to take, a JSON file such as {"1": "liver", "lungs": [10, 11]}, or '
+        "totalsegmentator; default: every label",
+    )
+    parser.add_argument(
+        "--components", action="store_true", help="label maps: take each connected part of an object by itself"
+    )
+    parser.add_argument("--fill", choices=FILLS, help="volumes: the surface, one voxel thick (default), or all")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="write nothing; say what there is to do, what would be left out, and about how long it would take",
+    )
     return parser.parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise ConfigError for flags that cannot run."""
     records.check_rank(args.rank, args.world_size)
-    for name, low, high in (("resolution", 2, 1024), ("max_workers", 1, 1024), ("timeout", 1e-3, 1e6)):
-        if not low <= getattr(args, name) <= high:
+    limits = (("resolution", 2, 1024), ("max_workers", 1, 1024), ("timeout", 1e-3, 1e6), ("memory", 0.1, 1e5))
+    for name, low, high in limits:
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             raise ConfigError(f"--{name} {getattr(args, name)}: must lie between {low:g} and {high:g}.")
     trellis_roots = [path for path in args.input if is_trellis_root(path)]
     if trellis_roots and len(args.input) > 1:
         raise ConfigError(f"--input {trellis_roots[0]}: a TRELLIS folder must be the only input.")
     if trellis_roots and args.up_axis == "y":
         raise ConfigError(f"--up_axis y: the meshes in {trellis_roots[0]} are z-up. Leave the flag out.")
+    if trellis_roots and (args.labels or args.components or args.fill or args.points):
+        raise ConfigError(f"--labels, --components, --fill, --points: {trellis_roots[0]} has meshes. Leave them out.")
     if trellis_roots and args.normalization != "cube":
         raise ConfigError(
             f"--normalization {args.normalization}: the meshes in {trellis_roots[0]} are normalized "
             "already. Leave the flag out."
         )
-    placing.check_settings(args.up_axis or placing.default_up_axis(args.normalization), args.normalization)
+    placing.check_settings(args.up_axis, args.normalization)
     if not trellis_roots and not args.output_dir:
         raise ConfigError("--output_dir is missing. Only a TRELLIS folder has a default: itself.")
 

@@ -1,6 +1,7 @@
 """The whole pipeline: meshes, voxels, VAE, stage 1, stage 2, scores and pictures.
 
-    bash scripts/demo.sh [--meshes DIR] [--output_dir DIR] [--device auto|cpu|cuda] [--from_scratch]
+    bash scripts/demo.sh [--meshes DIR [--up_axis auto|y|z|keep]] [--output_dir DIR] [--device auto|cpu|cuda]
+                         [--from_scratch]
 
 Each step is a command of this repository, printed before it runs. A rerun skips finished steps and resumes an
 interrupted one.
@@ -18,6 +19,7 @@ import subprocess
 import time
 
 from dataset_toolkits import records
+from trellis.grids.placing import UP_AXES
 from trellis.utils.command import DEVICES, run_command
 from trellis.utils.errors import ConfigError, DataError
 
@@ -31,12 +33,22 @@ HELD_OUT = 8
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--meshes", help="folder of meshes (default: the built-in shapes)")
+    parser.add_argument(
+        "--up_axis",
+        choices=UP_AXES,
+        help="with --meshes, how their axes are taken, as voxelize.py's flag (default: auto)",
+    )
     parser.add_argument("--output_dir", default=str(ROOT / "outputs" / "demo"), help="default: outputs/demo")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
         "--from_scratch", action="store_true", help="train the VAE here instead of starting from pretrained/demo_vae"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.up_axis and not args.meshes:
+        parser.error("--up_axis goes with --meshes: the built-in shapes are z-up")
+    if args.meshes:
+        args.up_axis = args.up_axis or "auto"
+    return args
 
 
 def run(*command: object) -> None:
@@ -59,11 +71,18 @@ def remember_options(args: argparse.Namespace, folder: Path) -> None:
     """Record the options. Raise ConfigError if the folder was made with other options."""
     if args.meshes and not Path(args.meshes).is_dir():
         raise ConfigError(f"--meshes {args.meshes} is not a folder")
-    options = {"meshes": args.meshes and str(Path(args.meshes).resolve()), "from_scratch": args.from_scratch}
+    options = {
+        "meshes": args.meshes and str(Path(args.meshes).resolve()),
+        "up_axis": args.up_axis,
+        "from_scratch": args.from_scratch,
+    }
     path = folder / "demo.json"
-    if path.exists() and json.loads(path.read_text()) != options:
-        before = json.loads(path.read_text())
-        flags = [f"--meshes {before['meshes']}"] * bool(before["meshes"]) + ["--from_scratch"] * before["from_scratch"]
+    before = json.loads(path.read_text()) if path.exists() else options
+    # Folders of before there was a choice do not say it.
+    before.setdefault("up_axis", "keep" if before["meshes"] else None)
+    if before != options:
+        flags = [f"--meshes {before['meshes']} --up_axis {before['up_axis']}"] * bool(before["meshes"])
+        flags += ["--from_scratch"] * before["from_scratch"]
         made_with = " ".join(flags) or "neither --meshes nor --from_scratch"
         raise ConfigError(f"{folder} was made with {made_with}; choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +107,9 @@ def make_data(args: argparse.Namespace, folder: Path) -> Path:
                 split,
             )
     else:
-        run("dataset_toolkits/voxelize.py", "--input", Path(args.meshes).resolve(), "--output_dir", voxels)
+        meshes = Path(args.meshes).resolve()
+        flags = ["--input", meshes, "--output_dir", voxels, "--up_axis", args.up_axis]
+        run("dataset_toolkits/voxelize.py", *flags)
         hold_out(voxels)
     return voxels
 

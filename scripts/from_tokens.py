@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from trellis.grids.placing import UP_AXES
 from trellis.grids.voxels import occupancy_to_points, write_ply
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet
@@ -59,11 +60,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="glb",
         help="mesh format (default: glb), or voxels: a PLY file of their centers, as voxelize.py writes",
     )
+    parser.add_argument(
+        "--up_axis",
+        choices=UP_AXES,
+        help="axes of the meshes: auto for those of the format (a GLB is y-up, the others z-up as the grid), y, z, or "
+        "keep for the grid's (default: the tokenizer's setting)",
+    )
     parser.add_argument("--repair", action="store_true", help="repair damaged answers of --text")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args(argv)
     if args.repair and not args.text:
         parser.error("--repair goes with --text")
+    if args.up_axis and args.format == "voxels":
+        parser.error("--up_axis goes with meshes: voxels have the axes of the grid")
     return args
 
 
@@ -154,7 +163,7 @@ def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str,
     for name, read in tqdm(objects(), total=len(names), unit="object", disable=not sys.stderr.isatty()):
         path = folder / f"{name}{suffix}"
         try:
-            write(tokenizer, read(), path, args.format)
+            write(tokenizer, read(), path, args.format, args.up_axis)
         except DataError as error:
             left_out.append((name, str(error)))
         else:
@@ -162,10 +171,13 @@ def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str,
     return written, left_out
 
 
-def write(tokenizer: SparseStructureTokenizer, ids: Tensor, path: Path, kind: str) -> None:
-    """Write the object of ids [T] as one of FORMATS. Raise DataError if it has no voxel."""
+def write(tokenizer: SparseStructureTokenizer, ids: Tensor, path: Path, kind: str, up_axis: str | None) -> None:
+    """Write the object of ids [T] as one of FORMATS. Raise DataError if it has no voxel.
+
+    up_axis: of a mesh; None for the tokenizer's setting.
+    """
     if kind != "voxels":
-        tokenizer.save_mesh(ids, path)
+        tokenizer.save_mesh(ids, path, up_axis=up_axis)
         return
     points = occupancy_to_points((tokenizer.decode(ids)[0, 0] > 0).cpu())
     if not len(points):

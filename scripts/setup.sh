@@ -8,7 +8,7 @@ PINS="$ROOT/${TRELLIS_CONSTRAINTS:-constraints.txt}"
 
 set_up() {
     local wanted stamp="$VENV/installed"
-    wanted="$(cat "$ROOT/pyproject.toml" "$PINS" | sha256sum | cut -d' ' -f1)"
+    wanted="$(cat "$ROOT/pyproject.toml" "$PINS" | cksum)"
     if [ ! -x "$PYTHON" ]; then
         local base
         base="$(command -v python3 || command -v python)" || { echo "error: no python3 found; install Python 3.11 or newer" >&2; return 1; }

@@ -3,11 +3,11 @@
     python scripts/to_tokens.py --tokenizer outputs/stage2 --data_dir data/voxels --output_dir outputs/tokens
     python scripts/to_tokens.py --tokenizer TOKENIZER --meshes meshes/ --output_dir outputs/tokens --sharegpt
 
-Grids come from data roots, as for train.py, or from meshes, which are voxelized with the tokenizer's settings. Objects
-are divided into shards, shard-00000-of-00012.parquet … (layout: trellis/tokens/parquet.py). Each is written
-atomically, and a rerun of the same command writes only missing shards. All shards of a folder have the same tokenizer,
-data set, precision, shard size and --iou. Meshes that cannot be voxelized are listed in failed.csv; to retry them,
-delete their shard.
+Grids come from data roots, as for train.py, or from meshes, which are voxelized with the tokenizer's settings;
+--up_axis takes the axes of their files in another way. Objects are divided into shards,
+shard-00000-of-00012.parquet … (layout: trellis/tokens/parquet.py). Each is written atomically, and a rerun of the same
+command writes only missing shards. All shards of a folder have the same tokenizer, data set, up axis, precision, shard
+size and --iou. Meshes that cannot be voxelized are listed in failed.csv; to retry them, delete their shard.
 --sharegpt adds dataset_info.json and sharegpt/*.jsonl as LLaMA-Factory reads them (rules: trellis/tokens/sharegpt.py).
 Each caption of an object gives two records, caption to mesh and mesh to caption. Captions come from --captions, else
 from the column caption or captions of the roots' metadata.csv.
@@ -23,7 +23,7 @@ import contextlib
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ from tqdm import tqdm
 from dataset_toolkits.records import FAILED_FIELDS, write_table
 from scripts.token_sources import BATCH, DataSource, MeshSource, Shard
 from trellis.evaluation.metrics import voxel_metrics
+from trellis.grids.placing import UP_AXES, check_settings
 from trellis.grids.voxels import unpack_bits_on_device
 from trellis.tokenizer import Precision, SparseStructureTokenizer
 from trellis.tokens import parquet, sharegpt
@@ -59,6 +60,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data_dir", help="data roots as train.py takes them, separated by commas")
     source.add_argument("--meshes", nargs="+", metavar="PATH", help="mesh files, and folders to search recursively")
+    parser.add_argument(
+        "--up_axis",
+        choices=UP_AXES,
+        help="how the axes of --meshes are taken, as voxelize.py's flag (default: the tokenizer's setting)",
+    )
     parser.add_argument(
         "--split", choices=("train", "val", "all"), default="all", help="split of --data_dir (default: all)"
     )
@@ -118,6 +124,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--num_gpus is {args.num_gpus}; it must be -1 or at least 1")
     if args.timeout <= 0:
         parser.error(f"--timeout is {args.timeout}; it must be above 0")
+    if args.up_axis and not args.meshes:
+        parser.error("--up_axis goes with --meshes: grids of --data_dir are turned already")
     if args.captions and not args.sharegpt:
         parser.error("--captions goes with --sharegpt")
     return args
@@ -314,13 +322,15 @@ def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cud
     """
     parquet.require_pyarrow()
     folder = Path(args.output_dir)
-    settings = tokenizer.resolution, tokenizer.up_axis, tokenizer.normalization
+    up_axis = args.up_axis or tokenizer.up_axis
+    check_settings(up_axis, tokenizer.normalization)
+    settings = tokenizer.resolution, up_axis, tokenizer.normalization
     source: DataSource | MeshSource
     if args.meshes:
         source = MeshSource(args.meshes, *settings, args.max_workers, args.timeout, folder)
     else:
-        source = DataSource(args.data_dir, args.split, tokenizer.resolution, tokenizer.normalization)
-    info = tokenizer.token_info(args.precision)
+        source = DataSource(args.data_dir, args.split, *settings)
+    info = replace(tokenizer.token_info(args.precision), up_axis=up_axis)
     starts = range(0, len(source.objects), args.shard_size)
     shards = {number: slice(start, start + args.shard_size) for number, start in enumerate(starts)}
     prompts, captions = plan_conversations(args, source) if args.sharegpt else (None, {})
@@ -435,6 +445,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--num_gpus is {args.num_gpus}, but this machine has {there}")
     tokenizer = SparseStructureTokenizer.load(args.tokenizer)
     work = plan_work(args, tokenizer, cuda)
+    for note in work.source.notes:
+        print(f"note: {note}")
     numbers = list(work.shards)[args.rank :: args.world_size]
     todo = [number for number in numbers if work.unfinished(number)]
     processes = max(1, min(there if args.num_gpus == -1 else args.num_gpus, len(todo)))

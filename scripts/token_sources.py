@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trellis.datasets.batches import load_batches
-from trellis.datasets.metadata import Split, setting_of_data
+from trellis.datasets.metadata import Split, common_setting
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import pack_bits, voxels_to_grid
 from trellis.tokens.sharegpt import read_captions
@@ -39,24 +39,31 @@ class DataSource:
 
     roots: comma-separated, as the --data_dir of train.py.
     split: "train", "val" or "all".
-    resolution, normalization: the tokenizer's.
+    resolution, up_axis, normalization: the tokenizer's.
     Raise DataError if a root cannot be read, has another resolution, or says that its grids have another
     normalization.
+
+    notes: what a user should know about roots that differ from one another or from the tokenizer.
     """
 
-    def __init__(self, roots: str, split: Split, resolution: int, normalization: str):
-        self.given = roots, split, resolution, normalization
+    def __init__(self, roots: str, split: Split, resolution: int, up_axis: str, normalization: str):
+        self.given = roots, split, resolution, up_axis, normalization
         self.dataset = SparseStructure(roots, resolution=resolution, split=split)
         self.objects = [(entry.sha256, entry.name, entry.source) for entry in self.dataset.entries]
         self.failures: list[dict[str, str]] = []
+        self.notes = list(self.dataset.notes)
         for root in self.dataset.roots:
-            found = setting_of_data([root], "normalization")
-            if found is None and Path(root, "metadata.csv").is_file():
-                found = "cube"  # the only one when folders did not say; packed files may hold any
-            if found not in (None, normalization):
+            others = self.dataset.settings[root]["normalization"] - {None, normalization}
+            if others:
                 raise DataError(
-                    f"{root}: its grids have normalization {found}, but the tokenizer's is {normalization}."
-                    f" Make them anew with voxelize.py --normalization {normalization}."
+                    f"{root}: its grids have normalization {min(filter(None, others))}, but the tokenizer's is "
+                    f"{normalization}. Make them anew with voxelize.py --normalization {normalization}."
+                )
+            said = self.dataset.settings[root]["up_axis"] - {None}
+            if said and common_setting(said | {up_axis}) is None:
+                self.notes.append(
+                    f"{root}: its grids were made with up_axis {' and '.join(sorted(filter(None, said)))}, but the "
+                    f"tokenizer's is {up_axis}, so other axes may be up in them than in those it was trained on"
                 )
 
     def __reduce__(self):
@@ -112,7 +119,8 @@ class MeshSource:
     """Grids of mesh files, voxelized in worker processes. Files with the same bytes are one object.
 
     inputs: files and folders, which are searched recursively.
-    resolution, up_axis, normalization: the tokenizer's.
+    resolution, normalization: the tokenizer's.
+    up_axis: how the axes of the files are taken, see `trellis.grids.placing`.
     max_workers: worker processes of this machine.
     timeout: seconds for a file.
     output_dir: its folder `voxels` is not searched: grids are PLY files too.
@@ -138,6 +146,7 @@ class MeshSource:
         self.jobs = sorted(plan.jobs)  # by sha256, so that the spelling of paths does not matter
         self.objects = [(job.sha256, job.names[0], None) for job in self.jobs]
         self.failures = plan.failures
+        self.notes: list[str] = []
         self.settings = resolution, up_axis, normalization
         self.max_workers, self.timeout = max_workers, timeout
 
@@ -208,14 +217,15 @@ class MeshSource:
     ) -> None:
         """Call finish with each path and its grid, [ceil(R³ / 8)] uint8, or the reason why there is none."""
         from trellis.grids.mesh_pool import run_in_pool
-        from trellis.grids.meshes import mesh_voxels
+        from trellis.grids.meshes import Voxelized, mesh_voxels
 
         resolution = self.settings[0]
 
-        def pack(task: tuple, result: np.ndarray | DataError) -> None:
-            if not isinstance(result, DataError):
-                result = pack_bits(voxels_to_grid(result, resolution)[None])[0]
-            finish(task[0], result)
+        def pack(task: tuple, result: Voxelized | DataError) -> None:
+            if isinstance(result, DataError):
+                finish(task[0], result)
+            else:
+                finish(task[0], pack_bits(voxels_to_grid(result.voxels, resolution)[None])[0])
 
         tasks = ((path, *self.settings) for path in paths)
         run_in_pool(mesh_voxels, tasks, pack, min(workers, len(paths)), self.timeout)

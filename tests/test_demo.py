@@ -1,6 +1,7 @@
 """scripts/demo.py without its training: which meshes are held out, and how it ends."""
 
 import csv
+import json
 import subprocess
 from pathlib import Path
 
@@ -55,3 +56,33 @@ def test_another_folder_is_asked_for_with_other_options(tmp_path, monkeypatch, c
     assert demo.main(["--output_dir", str(tmp_path)]) == 0
     assert demo.main(["--output_dir", str(tmp_path), "--from_scratch"]) == 1
     assert "was made with neither --meshes nor --from_scratch; choose another --output_dir" in capsys.readouterr().err
+
+
+def test_the_up_axis_of_meshes_is_passed_on_and_remembered(tmp_path, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(demo, "run", lambda *words: commands.append(list(map(str, words))))
+    monkeypatch.setattr(demo, "hold_out", lambda voxels: None)
+    monkeypatch.setattr(
+        demo,
+        "run_steps",
+        lambda args: (
+            demo.remember_options(args, Path(args.output_dir)),
+            demo.make_data(args, Path(args.output_dir)),
+        ),
+    )
+    flags = ["--meshes", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    for more, axis in ((["--up_axis", "auto"], "auto"), ([], "auto")):
+        assert demo.main([*flags, *more]) == 0
+        assert commands.pop()[-2:] == ["--up_axis", axis]
+    assert demo.main([*flags, "--up_axis", "z"]) == 1
+    assert f"was made with --meshes {tmp_path} --up_axis auto; choose another" in capsys.readouterr().err
+    # A folder of before there was a choice: its grids have the axes of their files.
+    options = json.loads((tmp_path / "out" / "demo.json").read_text())
+    del options["up_axis"]
+    (tmp_path / "out" / "demo.json").write_text(json.dumps(options))
+    assert demo.main(flags) == 1 and "--up_axis keep" in capsys.readouterr().err
+    assert demo.main([*flags, "--up_axis", "keep"]) == 0
+    assert not commands[1:] and commands.pop()[-2:] == ["--up_axis", "keep"]
+    with pytest.raises(SystemExit):
+        demo.main(["--up_axis", "y"])
+    assert "--up_axis goes with --meshes" in capsys.readouterr().err

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
+from helpers import table as rows_of
 
 import train
 import trellis.modules.quantizers
@@ -87,7 +88,7 @@ def blocks(path: Path) -> Iterator[Block]:
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
     """An empty folder in which documents run: with the configurations, the demo's VAE, and no GPU."""
-    for package in ("trimesh", "open3d", "pebble", "skimage", "pyarrow", "matplotlib"):
+    for package in ("trimesh", "open3d", "pebble", "skimage", "pyarrow", "matplotlib", "nibabel"):
         pytest.importorskip(package)
     (tmp_path / "pretrained").mkdir()  # documents write here too
     for name in ("configs", "pretrained/demo_vae"):
@@ -114,16 +115,29 @@ def prepare_readme() -> None:
 
 def prepare_recipes() -> None:
     """Make what the recipes take for granted: meshes, a run, a tokenizer file, two scans."""
-    for folder in ("meshes/chairs", "meshes/chairs_val", "meshes/organs"):
+    for folder in ("meshes/chairs", "meshes/chairs_val"):
         Path(folder).mkdir(parents=True)
     grids = make_meshes()
     make_run(grids)
     make_shapellm_file(grids)
-    for case, edge in (("case_01", 9), ("case_02", 11)):
-        x, y, z = np.indices((40, 30, 14)) - np.array([16, 15, 7])[:, None, None, None]
+    for name, scan in make_scans().items():
+        Path(name).parent.mkdir(parents=True)
+        scan.to_filename(name)
+
+
+def make_scans() -> dict:
+    """Return two label maps: oblique, of unequal spacing, one stored from right to left; the second has no spleen."""
+    import nibabel
+
+    x, y, z = np.indices((40, 30, 14)) - np.array([16, 15, 7])[:, None, None, None]
+    affine = np.array([[0.8, 0.1, 0, -5], [-0.1, 0.8, 0, 30], [0, 0, 2.5, 100], [0, 0, 0, 1]])
+    scans = {}
+    for name, edge, sign in (("scans/train/case_01.nii.gz", 9, 1), ("scans/val/case_02.nii.gz", 11, -1)):
         liver = (x / edge) ** 2 + (y / 8) ** 2 + (z / 4) ** 2 < 1
-        spleen = (abs(x - 18) < 4) & (abs(y) < edge / 2) & (abs(z) < 3)
-        np.save(f"{case}.npy", np.where(liver, 1, np.where(spleen, 2, 0)))
+        spleen = (abs(x - 18) < 4) & (abs(y) < edge / 2) & (abs(z) < 3) & (sign > 0)
+        labels = np.where(liver, 1, np.where(spleen, 2, 0)).astype(np.uint8)
+        scans[name] = nibabel.Nifti1Image(labels[::sign], affine @ np.diag([sign, 1, 1, 1]))
+    return scans
 
 
 def make_meshes() -> torch.Tensor:
@@ -214,9 +228,12 @@ def test_the_recipes_run(workplace):
 
 
 def check_what_the_recipes_made() -> None:
-    """The decoder alone was trained, coordinates are those of TRELLIS, and organs are whole surfaces."""
+    """The decoder alone was trained, coordinates are those of TRELLIS, and organs lie in their scans."""
+    import nibabel
+
     from trellis import SparseStructureTokenizer
     from trellis.datasets.sparse_structure import SparseStructure
+    from trellis.grids.volumes import Frame, write_nifti
 
     before, after = map(SparseStructureTokenizer.from_shapellm, ("3DVQVAE.bin", "3DVQVAE_chairs.bin"))
     ids = before.encode("meshes/chairs/1.obj")
@@ -229,20 +246,39 @@ def check_what_the_recipes_made() -> None:
     assert coords.dtype == np.int32 and not coords[:, 0].any()
     assert (coords[:, 1:] == np.argwhere(tokenizer.reconstruct("meshes/chairs/0.obj")[0, 0].numpy())).all()
 
-    directly, by_mesh = (SparseStructure(root, split="all") for root in ("data/organs", "data/organ_meshes"))
-    assert [entry.name for entry in directly.entries] == [
-        f"{case}_{organ}" for case in ("case_01", "case_02") for organ in ("liver", "spleen")
+    metadata = rows_of(Path("data/organs/metadata.csv"))
+    assert sorted((Path(row["file"]).name, row["split"]) for row in metadata) == [
+        ("case_01.nii.gz#liver", "train"),
+        ("case_01.nii.gz#spleen", "train"),
+        ("case_02.nii.gz#liver", "val"),
     ]
-    names = [Path(entry.name).stem for entry in by_mesh.entries]
-    for place, organ in enumerate(("case_01_liver", "case_01_spleen")):
-        mine, meshed = directly[place]["ss"][0], by_mesh[names.index(organ)]["ss"][0]
-        for axis in range(3):  # both fill the cube along the longest axis, and are as large along the others
-            others = tuple({0, 1, 2} - {axis})
-            extents = [grid.amax(others).nonzero() for grid in (mine, meshed)]
-            assert abs(extents[0].min() - extents[1].min()) <= 2 and abs(extents[0].max() - extents[1].max()) <= 2
-        # Their surfaces meet: a voxel of one is near a voxel of the other.
-        near = torch.nn.functional.max_pool3d(meshed[None, None].float(), 5, stride=1, padding=2)[0, 0] > 0
-        assert near[mine > 0].float().mean() > 0.95
+    lacking = sorted((Path(row["file"]).name, row["reason"]) for row in rows_of(Path("data/organs/failed.csv")))
+    assert [name for name, _ in lacking] == [
+        "case_01.nii.gz#kidneys",
+        "case_02.nii.gz#kidneys",
+        "case_02.nii.gz#spleen",
+    ]
+    assert all("is not in this scan" in reason for _, reason in lacking)
+
+    # Way back: each grid, as it is, covers its organ in the scan; what the tokenizer makes of it has the scan's space.
+    organs = SparseStructure("data/organs", split="all")
+    scans = {Path(name).name: scan for name, scan in make_scans().items()}
+    for entry, item in zip(organs.entries, organs, strict=True):
+        row = next(row for row in metadata if row["sha256"] == entry.sha256)
+        case, _, organ = Path(row["file"]).name.partition("#")
+        write_nifti(Path("organ.nii.gz"), item["ss"][0], Frame.from_json(row["frame"]))
+        back, scan = nibabel.load("organ.nii.gz"), scans[case]
+        truth = np.asarray(scan.dataobj) == {"liver": 1, "spleen": 2}[organ]
+        np.testing.assert_allclose(back.affine, scan.affine, atol=1e-5)
+        assert np.array_equal(np.asarray(back.dataobj) == 1, truth)
+        assert (
+            0.5
+            < float(row["mm_per_cell"]) * 64 / np.ptp(np.argwhere(truth) @ scan.affine[:3, :3].T, axis=0).max()
+            < 1.5
+        )
+        made = nibabel.load(f"outputs/organ_maps/{case.removesuffix('.nii.gz')}_{organ}.nii.gz")
+        assert made.shape == scan.shape and np.allclose(made.affine, scan.affine, atol=1e-5)
+    assert len(list(Path("outputs/organ_meshes").glob("*.glb"))) == 3
 
 
 # Commands of the README that other tests run: the demo's steps, the suite, the page, the recipe.

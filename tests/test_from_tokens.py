@@ -13,6 +13,7 @@ pytest.importorskip("pyarrow")
 
 from scripts import from_tokens as script
 from trellis import SparseStructureTokenizer
+from trellis.grids.placing import turn_to_y_up
 from trellis.grids.voxels import points_to_occupancy, read_ply
 from trellis.tokens import parquet
 
@@ -80,9 +81,32 @@ def test_meshes_are_the_tokenizers(base, tokenizer, ids, tmp_path, kind):
     (path,) = tmp_path.iterdir()
     assert path.name == f"{OBJECTS - 1:064x}.{kind}"
     got, want = trimesh.load_mesh(path), tokenizer.to_mesh(ids[-1])
+    if kind == "glb":
+        want.vertices = turn_to_y_up(want.vertices)
     assert len(got.faces) == len(want.faces)
     assert np.allclose(got.bounds, want.bounds, atol=1e-6)
     assert np.isclose(got.volume, want.volume, rtol=1e-4)
+
+
+@pytest.mark.parametrize("up_axis", ["auto", "y", "z", "keep"])
+@pytest.mark.parametrize("kind", ["glb", "ply"])
+def test_the_axes_of_meshes_may_be_chosen(base, tokenizer, ids, tmp_path, kind, up_axis):
+    trimesh = pytest.importorskip("trimesh")
+    pytest.importorskip("skimage")
+    tokens = base / "tokens" / parquet.shard_name(1, 2)
+    assert run(base, tmp_path, "--tokens", tokens, "--format", kind, "--up_axis", up_axis) == 0
+    (path,) = tmp_path.iterdir()
+    want = tokenizer.to_mesh(ids[-1])
+    if up_axis == "y" or (up_axis == "auto" and kind == "glb"):
+        want.vertices = turn_to_y_up(want.vertices)
+    got = trimesh.load_mesh(path, process=False).triangles.astype(np.float32)
+    assert sorted(got.reshape(-1, 9).tolist()) == sorted(want.triangles.astype(np.float32).reshape(-1, 9).tolist())
+
+
+def test_voxels_have_the_axes_of_the_grid(base, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(base, tmp_path, "--tokens", base / "tokens", "--format", "voxels", "--up_axis", "y")
+    assert "--up_axis goes with meshes" in capsys.readouterr().err
 
 
 def test_ids_of_another_tokenizer_are_refused(base, tmp_path, capsys):

@@ -66,7 +66,7 @@ def test_how_objects_were_turned_and_normalized_stays_known(packed, tmp_path):
     unpack(tmp_path / "a2.npz", tmp_path / "again")
     for root in (roots[0], tmp_path / "a2.npz", tmp_path / "again"):
         assert setting_of_data([root], "up_axis") == "y" and setting_of_data([root], "normalization") == "cube"
-    assert setting_of_data(roots, "up_axis") is None  # they differ
+    assert setting_of_data(roots, "up_axis") == "auto"  # they differ, and all grids are z-up
     assert setting_of_data(roots, "normalization") == "cube"
     for unknown in (packed, tmp_path / "gone", tmp_path / "gone.npz"):
         assert setting_of_data([unknown], "up_axis") is None

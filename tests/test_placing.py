@@ -67,11 +67,47 @@ def test_a_mesh_that_is_in_the_cube_already_is_left_as_it_is():
 def test_settings_that_go_together_and_a_mesh_without_size():
     for up_axis in placing.UP_AXES:
         placing.check_settings(up_axis, "cube")
-    for normalization in placing.NORMALIZATIONS:
-        placing.check_settings(placing.default_up_axis(normalization), normalization)
+    for up_axis in ("auto", "y"):
+        placing.check_settings(up_axis, "shapellm")
     for up_axis, normalization in (("keep", "shapellm"), ("z", "shapellm"), ("x", "cube"), ("y", "ball")):
         with pytest.raises(ConfigError):
             placing.check_settings(up_axis, normalization)
     for normalization, reason in (("cube", "longest edge is 0"), ("shapellm", "span 0")):
         with pytest.raises(DataError, match=reason):
             placing.place_vertices(np.ones((3, 3)), "y", normalization)
+
+
+@pytest.mark.parametrize(
+    "up_axis, normalization, axes",
+    [  # of files that say y, z, nothing
+        ("auto", "cube", ("y", "z", "keep")),
+        ("auto", "shapellm", ("y", "z", "y")),
+        ("auto", None, ("y", "z", "keep")),
+        ("y", "cube", ("y", "y", "y")),
+        ("y", "shapellm", ("y", "y", "y")),
+        ("z", "cube", ("z", "z", "z")),
+        ("keep", "cube", ("keep", "keep", "keep")),
+    ],
+)
+def test_the_axis_of_a_file_is_found_and_files_are_written_with_the_axis_that_is_found_in_them(
+    up_axis, normalization, axes
+):
+    for said, suffix, axis in zip(("y", "z", None), (".GLB", ".stl", ".ply"), axes, strict=True):
+        assert placing.axis_of_file(up_axis, said, normalization) == axis
+        assert placing.axis_to_write(up_axis, suffix, normalization) == axis
+    assert placing.axis_to_write(up_axis, ".gltf", normalization) == axes[0]
+    assert placing.axis_to_write(up_axis, ".obj", normalization) == axes[2]
+
+
+def test_an_unknown_setting_is_refused_when_a_file_is_written():
+    with pytest.raises(ConfigError, match="up_axis 'x': must be one of auto, y, z, keep"):
+        placing.axis_to_write("x", ".glb", "cube")
+
+
+@pytest.mark.parametrize("normalization", placing.NORMALIZATIONS)
+def test_files_of_one_object_with_other_axes_are_placed_alike(normalization):
+    z_up = np.random.default_rng(4).uniform((-3, 5, 0), (4, 6, 30), (200, 3))
+    y_up = placing.turn_to_y_up(z_up)
+    assert np.array_equal(
+        placing.place_vertices(z_up, "z", normalization), placing.place_vertices(y_up, "y", normalization)
+    )

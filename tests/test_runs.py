@@ -10,7 +10,7 @@ import torch
 
 from trellis.runs.checkpoint import Checkpoints, misc_file, model_file
 from trellis.runs.open import open_run
-from trellis.utils.errors import CheckpointError, ConfigError
+from trellis.utils.errors import CheckpointError, ConfigError, DataError
 
 CONFIG = {
     "models": {"encoder": {"name": "E"}, "quantizer": {"name": "Q"}, "decoder": {"name": "D"}},
@@ -148,15 +148,57 @@ def test_a_folder_of_trellis_says_what_its_config_says(tmp_path):
     assert run.data_setting("normalization") is None and run.scores() == {}
 
 
-def test_settings_of_the_data_are_read_where_all_roots_agree(tmp_path):
-    roots = []
-    for name, normalization in (("a", "sphere"), ("b", "sphere"), ("c", "cube")):
-        roots.append(tmp_path / f"{name}.npz")
-        np.savez(roots[-1], bits=np.zeros((1, 8), np.uint8), normalization=np.array([normalization]))
-    for chosen, expected in ((roots[:1], "sphere"), (roots[:2], "sphere"), (roots, None), ([tmp_path / "gone"], None)):
-        save(tmp_path / "run", 4, data_dir=",".join(map(str, chosen)))
-        assert open_run(tmp_path / "run").data_setting("normalization") == expected
-        assert open_run(tmp_path / "run").data_setting("up_axis") is None
+@pytest.fixture
+def run_on(tmp_path):
+    """Return a run on packed files with these values of a setting, None for a file without it."""
+
+    def make(name: str, *values: str | None):
+        roots = []
+        for number, value in enumerate(values):
+            roots.append(tmp_path / f"{number}.npz")
+            texts = {} if value is None else {name: np.array([value])}
+            np.savez(roots[-1], bits=np.zeros((1, 8), np.uint8), **texts)
+        save(tmp_path / "run", 4, data_dir=",".join(map(str, roots)))
+        return open_run(tmp_path / "run")
+
+    return make
+
+
+def test_a_setting_of_the_data_is_what_all_roots_say(run_on, tmp_path, recwarn):
+    assert run_on("normalization", "sphere").data_setting("normalization") == "sphere"
+    run = run_on("normalization", "sphere", "sphere")
+    assert run.data_setting("normalization") == "sphere" and run.data_setting("up_axis") is None
+    assert run_on("up_axis", "y", "y").data_setting("up_axis") == "y"
+    assert run_on("up_axis", "y", "z", "auto").data_setting("up_axis") == "auto"  # grids are z-up
+    assert run_on("up_axis", None, None).data_setting("up_axis") is None
+    save(tmp_path / "run", 4, data_dir=str(tmp_path / "gone"))
+    assert open_run(tmp_path / "run").data_setting("up_axis") is None
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    "name, values, setting",
+    [
+        ("up_axis", ("y", "keep"), "auto"),
+        ("up_axis", ("keep", "auto"), "auto"),
+        ("up_axis", ("z", None), "auto"),
+        ("normalization", ("shapellm", None), "shapellm"),
+        ("normalization", (None, "cube"), "cube"),
+    ],
+)
+def test_roots_that_do_not_agree_give_a_setting_and_a_warning(run_on, name, values, setting, tmp_path):
+    run = run_on(name, *values)
+    with pytest.warns(UserWarning, match=f"do not agree on their {name}") as warned:
+        assert run.data_setting(name) == setting
+    for number, value in enumerate(values):
+        assert f"{tmp_path / f'{number}.npz'} ({value or 'does not say'})" in str(warned[0].message)
+
+
+def test_several_normalizations_are_refused(run_on, tmp_path):
+    run = run_on("normalization", "cube", "shapellm")
+    both = re.escape(f"{tmp_path / '0.npz'} (cube), {tmp_path / '1.npz'} (shapellm)")
+    with pytest.raises(DataError, match=f"several normalizations: {both}.*normalization=..."):
+        run.data_setting("normalization")
 
 
 def test_scores_come_from_the_report_else_from_the_log_at_this_step(tmp_path):

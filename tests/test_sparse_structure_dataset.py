@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import TEST_DATA, needs_test_data
+from helpers import TEST_DATA, needs_test_data, run, solid_grids, tiny_config
 from torch.utils.data import DataLoader
 
 from trellis.datasets.batches import endless_batches
@@ -389,6 +389,125 @@ def test_bad_lists_of_roots_are_errors(tmp_path):
 
 
 # --- public models ---
+
+
+# --- roots that differ ---
+
+
+def both_kinds(folder: Path, name: str, values: tuple[str | None, str | None]) -> list[tuple[Path, Path]]:
+    """Two roots with these values of a setting, in all four pairs of layouts."""
+    grids = random_grids(4, 5), random_grids(4, 6)
+    pairs = []
+    for kinds in itertools.product("cp", "cp"):
+        roots = []
+        for number, (kind, value) in enumerate(zip(kinds, values, strict=True)):
+            base = folder / "".join(kinds) / str(number)
+            names = [sha256(100 * number + i) for i in range(4)]
+            if kind == "p":
+                texts = {"sha256": np.array(names)} | ({} if value is None else {name: np.full(4, value)})
+                roots.append(packed_root(base.with_suffix(".npz"), grids[number], **texts))
+            else:
+                (base / "voxels").mkdir(parents=True)
+                for each, grid in zip(names, grids[number], strict=True):
+                    write_ply(base / "voxels" / f"{each}.ply", occupancy_to_points(grid))
+                table = {"sha256": [*names, sha256(999)], "voxelized": [True] * 4 + [False]}
+                if value is not None:  # rows without a grid leave it blank
+                    table[name] = [value] * 4 + [""]
+                pd.DataFrame(table).to_csv(base / "metadata.csv", index=False)
+                roots.append(base)
+        pairs.append(tuple(roots))
+    return pairs
+
+
+def test_roots_of_different_normalization_are_refused_with_both_names(tmp_path):
+    for roots in both_kinds(tmp_path, "normalization", ("cube", "shapellm")):
+        for first, second in (roots, roots[::-1]):
+            with pytest.raises(DataError) as error:
+                SparseStructure(f"{first},{second}", resolution=R, split="all")
+            for said in (f"{first} has", f"{second}: has", "shapellm", "cube", "--normalization"):
+                assert said in str(error.value)
+
+
+def test_objects_of_different_normalization_in_one_root_are_refused(tmp_path):
+    path = packed_root(tmp_path / "a.npz", random_grids(2), normalization=np.array(["cube", "shapellm"]))
+    with pytest.raises(DataError, match="grids of normalization shapellm.* grids of normalization cube"):
+        SparseStructure(str(path), resolution=R, split="all")
+
+
+def test_a_root_that_does_not_say_its_normalization_goes_with_a_note(tmp_path):
+    for first, second in both_kinds(tmp_path, "normalization", (None, "cube")):
+        data = SparseStructure(f"{first},{second}", resolution=R, split="all")
+        # A folder that does not say is of before there was a choice.
+        silent = first.suffix == ".npz"
+        assert data.notes == silent * [
+            f"{first} does not say how its grids were normalized; those of {second} are normalized as cube"
+        ]
+        assert ("note: " in data.summary()) == silent
+    folder, _ = both_kinds(tmp_path / "again", "normalization", (None, None))[0]
+    other = packed_root(tmp_path / "x.npz", random_grids(2, 9), normalization=np.full(2, "shapellm"))
+    with pytest.raises(DataError, match="shapellm.*cube"):
+        SparseStructure(f"{folder},{other}", resolution=R, split="all")
+    quiet = both_kinds(tmp_path / "more", "normalization", (None, None))[3]
+    assert SparseStructure(",".join(map(str, quiet)), resolution=R, split="all").notes == []
+
+
+@pytest.mark.parametrize(
+    "axes, noted",
+    [
+        (("y", "z"), False),
+        (("auto", "z"), False),
+        (("keep", "keep"), False),
+        ((None, None), False),
+        (("keep", "y"), True),
+        (("keep", "auto"), True),
+        ((None, "z"), True),
+        ((None, "keep"), True),
+    ],
+)
+def test_roots_that_may_have_other_axes_up_are_named_in_the_summary(axes, noted, tmp_path):
+    for roots in both_kinds(tmp_path, "up_axis", axes):
+        data = SparseStructure(",".join(map(str, roots)), resolution=R, split="all")
+        notes = [note for note in data.notes if "axes" in note]
+        assert len(notes) == noted
+        for root, axis in zip(roots, axes, strict=True):
+            assert not noted or f"{root} ({f'up_axis {axis}' if axis else 'does not say'})" in notes[0]
+            assert data.settings[str(root)]["up_axis"] == {axis}
+        assert data.for_split("all").summary() == data.summary()
+        assert data.summary().count("note: grids may have different axes up") == noted
+
+
+def test_roots_of_different_resolution_are_refused_with_both_names(tmp_path):
+    grids = np.random.default_rng(3).random((2, 2 * R, 2 * R, 2 * R)) < 0.3
+    fits = packed_root(tmp_path / "fits.npz", random_grids(2))
+    packed = packed_root(tmp_path / "packed.npz", grids)
+    folder = ply_root(tmp_path / "folder", random_grids(2, 7), resolution=2 * R)
+    for other, path in ((packed, packed), (folder, folder / "metadata.csv")):
+        with pytest.raises(DataError) as error:
+            SparseStructure(f"{fits},{other}", resolution=R, split="all")
+        assert str(error.value) == (
+            f"{path}: has grids of resolution {2 * R}, but those of {fits} have {R}, as the config says. Make the "
+            f"former anew with voxelize.py --resolution {R}, or leave this root out."
+        )
+        with pytest.raises(DataError, match=f"but (the config's|resolution) is {R}. Set"):
+            SparseStructure(f"{other},{fits}", resolution=R, split="all")
+
+
+def test_programs_refuse_roots_that_differ_before_they_start(tmp_path, vae_run, write_config, capsys):
+    from scripts import evaluate
+
+    roots = []
+    for number, normalization in enumerate(("cube", "shapellm")):
+        texts = {"normalization": np.full(4, normalization)}
+        roots.append(str(packed_root(tmp_path / f"{number}.npz", solid_grids(4, 16, number), **texts)))
+    config, data = write_config(tiny_config()), ",".join(roots)
+    for more in ((), ("--tryrun",)):
+        assert run("--config", config, "--data_dir", data, "--output_dir", tmp_path / "run", *more) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {roots[1]}: ") and roots[0] in error and "Traceback" not in error
+    assert not (tmp_path / "run" / "ckpts").exists()
+    flags = ["--run", str(vae_run), "--data_dir", data, "--output_dir", str(tmp_path / "eval"), "--device", "cpu"]
+    assert evaluate.main(flags) == 1
+    assert roots[0] in capsys.readouterr().err and not (tmp_path / "eval").exists()
 
 
 @needs_test_data

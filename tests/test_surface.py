@@ -99,7 +99,7 @@ def test_files_hold_the_mesh(suffix, to_y_up, tmp_path):
     before = mesh.copy()
     save_mesh(mesh, str(path), to_y_up)
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
-    vertices, faces = meshes.load_mesh(path)
+    vertices, faces, *_ = meshes.load_mesh(path)
     read = trimesh.Trimesh(turn_to_z_up(vertices) if to_y_up else vertices, faces, process=False)
     assert np.array_equal(mesh.vertices, before.vertices)  # the caller's mesh is not turned
     if suffix == ".obj":  # as text, with eight digits

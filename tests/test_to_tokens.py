@@ -135,7 +135,7 @@ def test_files_say_how_their_ids_were_made(base, tokens):
         assert metadata == {
             "tokenizer_hash": tokenizer.hash,
             "normalization": "cube",
-            "up_axis": "keep",
+            "up_axis": "auto",
             "lattice": "[4, 4, 4]",
             "codes_per_token": "1",
             "n_embed": "32",
@@ -245,6 +245,31 @@ def test_grids_of_another_normalization_are_refused(base, tmp_path, capsys):
     assert script.main(flags(base, tmp_path / "out", *more)) == 1
     assert "have normalization shapellm, but the tokenizer's is cube" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("axis, noted", [("keep", True), ("y", False), ("auto", False), (None, False)])
+def test_grids_that_may_have_other_axes_up_than_the_tokenizer_s_are_named(base, tmp_path, axis, noted, capsys):
+    with np.load(base / "objects.npz") as file:
+        np.savez(tmp_path / "turned.npz", **file, **({} if axis is None else {"up_axis": np.full(OBJECTS, axis)}))
+    assert script.main(flags(base, tmp_path / "out", "--data_dir", tmp_path / "turned.npz")) == 0
+    said = f"note: {tmp_path / 'turned.npz'}: its grids were made with up_axis {axis}, but the tokenizer's is auto"
+    assert (said in capsys.readouterr().out) == noted
+    assert parquet.read_info(tmp_path / "out").up_axis == "auto"
+
+
+def test_roots_that_differ_are_refused_or_named(base, tmp_path, capsys):
+    with np.load(base / "objects.npz") as file:
+        for name, texts in (("a", {"normalization": "cube", "up_axis": "y"}), ("b", {"normalization": "shapellm"})):
+            half = {key: array[:15] if name == "a" else array[15:] for key, array in file.items()}
+            np.savez(tmp_path / f"{name}.npz", **half, **{key: np.full(15, text) for key, text in texts.items()})
+    roots = f"{tmp_path / 'a.npz'},{tmp_path / 'b.npz'}"
+    assert script.main(flags(base, tmp_path / "out", "--data_dir", roots)) == 1
+    error = capsys.readouterr().err
+    assert all(root in error for root in roots.split(",")) and not (tmp_path / "out").exists()
+    np.savez(tmp_path / "b.npz", **half)
+    assert script.main(flags(base, tmp_path / "out", "--data_dir", roots)) == 0
+    said = capsys.readouterr().out
+    assert "b.npz does not say how its grids were normalized" in said and "may have different axes up" in said
 
 
 def info(n_embed: int = 32) -> parquet.TokenInfo:
@@ -387,6 +412,41 @@ def test_meshes_are_voxelized_as_the_tokenizer_has_it(base, tmp_path, capsys):
 
     assert script.main([*command, "--meshes", str(folder / "broken.stl"), "--output_dir", str(tmp_path / "none")]) == 1
     assert "no object has ids" in capsys.readouterr().err
+
+
+def test_the_axes_of_meshes_may_be_taken_in_another_way(base, tmp_path, capsys):
+    trimesh = pytest.importorskip("trimesh")
+    pytest.importorskip("open3d")
+    pytest.importorskip("pebble")
+    mesh = tmp_path / "box.glb"
+    trimesh.creation.box((1.0, 0.25, 0.5)).export(mesh)
+    tokenizer = SparseStructureTokenizer.load(base / "tokenizer")
+    command = ["--tokenizer", str(base / "tokenizer"), "--meshes", str(mesh), "--device", "cpu", "--max_workers", "1"]
+    for up_axis in ("auto", "z"):
+        out = ["--output_dir", str(tmp_path / up_axis)]
+        more = [] if up_axis == "auto" else ["--up_axis", up_axis]
+        assert script.main([*command, *out, *more, "--verify", "1"]) == 0
+        (row,) = parquet.read_shards(tmp_path / up_axis)
+        assert np.array_equal(row["tokens"], tokenizer.encode(mesh, up_axis=up_axis)[0].numpy())
+        found = parquet.read_info(tmp_path / up_axis)
+        assert found.up_axis == up_axis and found.tokenizer_hash == tokenizer.hash
+        capsys.readouterr()
+        for other in {"auto", "y", "z"} - {up_axis}:
+            assert script.main([*command, *out, "--up_axis", other]) == 1
+            assert "has other values of up_axis" in capsys.readouterr().err
+        assert script.main([*command, *out, "--up_axis", up_axis]) == 0  # said aloud
+        assert "0 of them new" in capsys.readouterr().out
+
+
+def test_the_up_axis_goes_with_meshes_and_the_normalization(base, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script.main(flags(base, tmp_path / "out", "--up_axis", "y"))
+    assert "--up_axis goes with --meshes" in capsys.readouterr().err
+    save_tokenizer(tmp_path / "shapellm", 0, normalization="shapellm")
+    (tmp_path / "a.stl").write_bytes(b"")
+    command = ["--tokenizer", tmp_path / "shapellm", "--meshes", tmp_path / "a.stl", "--output_dir", tmp_path / "out"]
+    assert script.main([*map(str, command), "--device", "cpu", "--up_axis", "z"]) == 1
+    assert "up_axis 'z': normalization \"shapellm\"" in capsys.readouterr().err
 
 
 # --- conversations -----------------------------------------------------------------------------------------------

@@ -306,7 +306,7 @@ def test_export_says_that_the_file_does_not_know_the_normalization(tmp_path):
     assert (again.normalization, again.up_axis) == ("cube", "z")
 
 
-@pytest.mark.parametrize("up_axis", ["keep", "y", "z"])
+@pytest.mark.parametrize("up_axis", ["auto", "keep", "y", "z"])
 @pytest.mark.parametrize("suffix", ["glb", "obj", "ply", "stl"])
 def test_a_mesh_comes_back_with_the_axes_it_went_in_with(tmp_path, up_axis, suffix):
     trimesh = pytest.importorskip("trimesh")
@@ -319,6 +319,139 @@ def test_a_mesh_comes_back_with_the_axes_it_went_in_with(tmp_path, up_axis, suff
     tokenizer.save_mesh(torch.zeros(1, tokenizer.num_tokens), tmp_path / f"out.{suffix}")
     extents = trimesh.load(tmp_path / f"out.{suffix}", force="mesh").extents
     assert np.allclose(extents / extents.max(), (1.0, 0.25, 0.5), atol=2 / RESOLUTION)  # whole cells
+
+
+def pointer(resolution: int = RESOLUTION) -> torch.Tensor:
+    """A grid [R, R, R] bool that looks different from every side: a cone that stands, with an arm to +x."""
+    x, y, z = np.indices((resolution,) * 3)
+    middle = resolution / 2 - 0.5
+    cone = np.hypot(x - middle, y - middle) <= 0.45 * (resolution - 1 - z)
+    arm = (abs(z - 3) <= 1) & (abs(y - middle - 1) <= 1) & (x > middle)
+    return torch.from_numpy(cone | arm)
+
+
+@pytest.mark.parametrize("normalization", ["cube", "shapellm"])
+def test_files_of_one_grid_stand_by_the_rule_of_their_format_and_read_back_alike(tmp_path, normalization):
+    pytest.importorskip("skimage")
+    from trellis.grids.meshes import load_mesh
+    from trellis.grids.placing import turn_to_z_up
+    from trellis.grids.surface import surface_mesh
+
+    tokenizer = SparseStructureTokenizer(make().specs, RESOLUTION, normalization)
+    assert tokenizer.up_axis == "auto"
+    grid = pointer()
+    tokenizer.decode = lambda ids, precision="fp32": grid[None, None].float() - 0.5
+    want = surface_mesh(grid.numpy())
+    exact = sorted(want.triangles.astype(np.float32).reshape(-1, 9).tolist())
+    for suffix, up in (("glb", "y"), ("stl", "z"), ("ply", None), ("obj", None)):
+        path = tmp_path / f"mesh.{suffix}"
+        tokenizer.save_mesh(torch.zeros(tokenizer.num_tokens), path)
+        geometry = load_mesh(path)
+        assert (geometry.up or geometry.usual_up) == up
+        y_up = up == "y" or (up is None and normalization == "shapellm")  # which takes other files as y-up
+        vertices = turn_to_z_up(geometry.vertices) if y_up else geometry.vertices
+        if suffix == "obj":  # as text, with eight digits
+            assert np.array_equal(geometry.faces, want.faces) and np.abs(vertices - want.vertices).max() < 1e-8
+        else:
+            assert sorted(vertices[geometry.faces].reshape(-1, 9).tolist()) == exact
+
+
+def test_what_is_encoded_comes_back_standing_and_is_encoded_alike(tmp_path):
+    trimesh = pytest.importorskip("trimesh")
+    pytest.importorskip("skimage")
+    pytest.importorskip("open3d")
+    from trellis.grids.placing import turn_to_y_up
+    from trellis.grids.surface import surface_mesh
+
+    tokenizer = SparseStructureTokenizer(make().specs, RESOLUTION)
+    shape = surface_mesh(pointer().numpy())
+    trimesh.Trimesh(turn_to_y_up(shape.vertices), shape.faces, process=False).export(tmp_path / "in.glb")
+    grid = tokenizer.grid_of_file(tmp_path / "in.glb")
+    above, below = grid[0, :, :, RESOLUTION // 2 :].sum(), grid[0, :, :, : RESOLUTION // 2].sum()
+    assert above < below / 2  # the cone stands
+    tokenizer.decode = lambda ids, precision="fp32": grid[None].float() - 0.5  # a perfect reconstruction
+    for suffix in ("glb", "stl", "ply"):
+        tokenizer.save_mesh(torch.zeros(tokenizer.num_tokens), tmp_path / f"out.{suffix}")
+    again = [tokenizer.grid_of_file(tmp_path / f"out.{suffix}") for suffix in ("glb", "stl", "ply")]
+    assert torch.equal(again[0], again[1]) and torch.equal(again[0], again[2])
+    assert again[0][0, :, :, RESOLUTION // 2 :].sum() < again[0][0, :, :, : RESOLUTION // 2].sum() / 2
+
+
+def test_the_axes_of_files_may_be_taken_and_written_in_another_way(tmp_path):
+    trimesh = pytest.importorskip("trimesh")
+    pytest.importorskip("skimage")
+    pytest.importorskip("open3d")
+    from trellis.grids.meshes import mesh_to_grid
+
+    path = tmp_path / "box.glb"
+    trimesh.creation.box((1.0, 0.25, 0.5)).export(path)
+    tokenizer = SparseStructureTokenizer(make().specs, RESOLUTION)
+    for up_axis in ("auto", "y", "z", "keep"):
+        grid = mesh_to_grid(path, RESOLUTION, up_axis)
+        assert torch.equal(tokenizer.grid_of_file(path, up_axis), grid)
+        assert torch.equal(tokenizer.encode(path, up_axis=up_axis), tokenizer.encode(grid[None]))
+        tokenizer.decode = lambda ids, precision="fp32", grid=grid: grid[None].float() - 0.5
+        tokenizer.save_mesh(torch.zeros(tokenizer.num_tokens), tmp_path / f"{up_axis}.glb", up_axis=up_axis)
+        extents = trimesh.load(tmp_path / f"{up_axis}.glb", force="mesh").extents
+        assert np.allclose(extents / extents.max(), (1.0, 0.25, 0.5), atol=2 / RESOLUTION)
+    assert torch.equal(tokenizer.grid_of_file(path), mesh_to_grid(path, RESOLUTION, "y"))
+    with pytest.raises(ConfigError, match="up_axis 'x'"):
+        tokenizer.encode(path, up_axis="x")
+    with pytest.raises(ConfigError, match="up_axis 'x'"):
+        tokenizer.save_mesh(torch.zeros(tokenizer.num_tokens), tmp_path / "x.glb", up_axis="x")
+
+
+def test_settings_may_be_given_when_a_tokenizer_is_loaded(tmp_path):
+    make().save_pretrained(tmp_path / "saved")
+    make(**QUANTIZERS["along z"]).save_pretrained(tmp_path / "along_z")
+    with pytest.warns(UserWarning):
+        SparseStructureTokenizer.load(tmp_path / "along_z").export_shapellm(tmp_path / "x.bin")
+    for source, before in ((tmp_path / "saved", ("y", "cube")), (tmp_path / "x.bin", ("y", "shapellm"))):
+        tokenizer = SparseStructureTokenizer.load(source)
+        assert (tokenizer.up_axis, tokenizer.normalization) == before
+        other = SparseStructureTokenizer.load(source, up_axis="auto", normalization="cube")
+        assert (other.up_axis, other.normalization) == ("auto", "cube") and other.hash != tokenizer.hash
+        assert torch.equal(other.encoder.input_layer.weight, tokenizer.encoder.input_layer.weight)
+        with pytest.raises(ConfigError, match="up_axis 'keep': normalization \"shapellm\""):
+            SparseStructureTokenizer.load(source, "keep", "shapellm")
+
+
+@pytest.mark.parametrize(
+    "axes, up_axis, warned",
+    [
+        (("y",), "y", False),
+        (("z", "z"), "z", False),
+        (("keep", "keep"), "keep", False),
+        ((None, None), "keep", False),  # as before there was another choice
+        (("auto",), "auto", False),
+        (("y", "z"), "auto", False),  # all grids are z-up
+        (("auto", "z"), "auto", False),
+        (("y", "keep"), "auto", True),
+        (("z", None), "auto", True),
+    ],
+)
+def test_the_up_axis_of_a_run_is_what_holds_for_its_data(tmp_path, axes, up_axis, warned, recwarn):
+    import train
+
+    roots = []
+    for number, axis in enumerate(axes):
+        bits = np.packbits(solid_grids(4, RESOLUTION, number).reshape(4, -1), axis=1)
+        texts = {"split": np.array(["train", "train", "train", "val"])}
+        texts |= {} if axis is None else {"up_axis": np.full(4, axis)}
+        roots.append(str(tmp_path / f"{number}.npz"))
+        np.savez(roots[-1], bits=bits, **texts)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(tiny_config("SparseStructureVqVaeTrainer", max_steps=1)))
+    flags = ["--config", str(config), "--data_dir", ",".join(roots), "--output_dir", str(tmp_path / "run")]
+    assert train.main([*flags, "--device", "cpu"]) == 0
+    recwarn.clear()
+    tokenizer = SparseStructureTokenizer.load(tmp_path / "run")
+    said = [str(warning.message) for warning in recwarn if "up_axis" in str(warning.message)]
+    assert tokenizer.up_axis == up_axis and len(said) == warned
+    assert not warned or all(root in said[0] for root in roots)
+    recwarn.clear()
+    assert SparseStructureTokenizer.load(tmp_path / "run", up_axis="z").up_axis == "z"
+    assert not [warning for warning in recwarn if "up_axis" in str(warning.message)]
 
 
 def test_id_text_id_file_id(tmp_path):

@@ -145,7 +145,7 @@ def test_grids_and_ids_come_back_as_they_were(backend):
 
 def test_edits_change_their_ids_and_no_other_object(backend):
     grid = backend.object(0)
-    state = page_state.new_object(backend, grid, "a", "object-0")
+    state = page_state.new_object(backend, grid, "a", "object-0", "z")
     ids = backend.tokenizer.encode(torch.from_numpy(grid))[0].numpy()
     code = (int(ids[5]) + 1) % backend.n_embed
     edits = {"of": "object-0", "list": [[3, 1], [5, code], [3, int(ids[3])]]}
@@ -199,7 +199,7 @@ def test_usage_is_counted_over_the_sample(quantizer, data_dir):
 
 
 def test_similar_codes_are_gone_through_by_distance(backend):
-    state = page_state.new_object(backend, backend.object(0), "a", "k")
+    state = page_state.new_object(backend, backend.object(0), "a", "k", "z")
     table = backend.tokenizer.quantizer.table().detach()
     first = page_state.open_object(backend, state, None)
     order = torch.cdist(table[first.before[2]][None].double(), table.double())[0].argsort().tolist()
@@ -246,7 +246,7 @@ def test_curves_are_those_of_the_log(tmp_path):
 
 def test_score_tiles_hold_the_metrics(backend):
     pytest.importorskip("dash")
-    state = page_state.new_object(backend, backend.object(0), "a", "k")
+    state = page_state.new_object(backend, backend.object(0), "a", "k", "z")
     tiles = details.score_tiles(backend, page_state.open_object(backend, state, None))
     shown = {tile.children[0].children: tile.children[1].children for tile in tiles}
     grid, back = backend.object(0), backend.decode(backend.encode(backend.object(0)))

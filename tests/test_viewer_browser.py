@@ -279,7 +279,7 @@ def test_a_visit(page, url, backend, tmp_path):
         page.wait(lambda words=words: page.text("message").startswith(words), f"{name} goes unanswered")
         assert "Traceback" not in page.text("message")
     page.find("next-object").click()
-    second = page_state.new_object(backend, backend.object(held_out), "", "")
+    second = page_state.new_object(backend, backend.object(held_out), "", "", "z")
     count = page_state.open_object(backend, second, None).grid.sum()
     page.wait(lambda: page.text("caption-voxels").startswith(f"{count:,} of "), "no object after the upload")
     assert page.text("message") == ""

@@ -1,6 +1,7 @@
 """The viewer's server without a browser: files that visitors bring and take, their visits, its errors, its command."""
 
 import argparse
+import base64
 import importlib.util
 import io
 import json
@@ -17,8 +18,10 @@ import pytest
 import torch
 from helpers import RESOLUTION, ROOT, make_tokenizer, solid_grids
 
+from trellis import SparseStructureTokenizer
 from trellis.datasets.sparse_structure import SparseStructure
-from trellis.grids.meshes import mesh_to_grid
+from trellis.grids.meshes import load_mesh, mesh_to_grid
+from trellis.grids.placing import turn_to_y_up
 from trellis.grids.voxels import occupancy_to_points, points_to_occupancy, read_ply, write_ply
 from trellis.utils.errors import DataError
 from trellis.viewer import page_state, uploads
@@ -63,12 +66,12 @@ def box(path: Path, size=(1.0, 0.5, 0.25)) -> Path:
 
 def test_kinds_of_files_are_the_voxelizer_s():
     assert uploads.check_name("a/B.GLB") == ".glb"
-    for name in ("a.exe", "glb", "", "a.glb.zip"):
+    for name in ("a.exe", "glb", "", "a.zip", "a.glb.zip", "a.stl.gz"):
         with pytest.raises(DataError, match="is not one of"):
             uploads.check_name(name)
 
 
-def test_files_that_point_to_other_files_are_turned_away(tmp_path):
+def test_files_that_point_to_other_files_or_hide_it_are_turned_away(tmp_path):
     outside = {"asset": {"version": "2.0"}, "buffers": [{"uri": "../../secret.bin", "byteLength": 4}]}
     entity = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]><COLLADA>&e;</COLLADA>'
     cases = {
@@ -78,6 +81,11 @@ def test_files_that_point_to_other_files_are_turned_away(tmp_path):
         "d.dae": entity.encode("utf-16"),
         "e.dae": b"PK\x03\x04 an archive",
         "f.glb": b"glTF" + bytes(8),
+        "g.gltf": b'{"buffers": 5}',
+        "h.gltf": b'{"buffers": [5]}',
+        "i.gltf": b"[]",
+        "j.gltf": b"[" * 100_000,
+        "k.glb": b"glTF" + bytes(8) + (2).to_bytes(4, "little") + b"BIN\0{}",
     }
     for name, content in cases.items():
         path = tmp_path / name
@@ -98,7 +106,7 @@ def test_simplified_meshes_are_small_and_near(monkeypatch):
 @needs_meshes
 def test_a_worker_gives_the_tokenizer_s_own_grid(opener, backend, tmp_path):
     path = box(tmp_path / "a.glb")
-    for up_axis in ("z", "y"):
+    for up_axis in ("auto", "z", "y", "keep"):
         shape = opener.open(path, RESOLUTION, up_axis, "cube", voxelize=True)
         want = mesh_to_grid(path, RESOLUTION, up_axis)[0].numpy()
         assert np.array_equal(shape.voxels, np.argwhere(want))
@@ -114,15 +122,13 @@ def test_a_worker_gives_the_tokenizer_s_own_grid(opener, backend, tmp_path):
 @needs_meshes
 @pytest.mark.parametrize("normalization", ["cube", "shapellm"])
 def test_a_file_is_parsed_once_and_its_mesh_lies_in_its_voxels(normalization, tmp_path, monkeypatch):
-    import trimesh
+    loaded = []
 
-    loaded, load_scene = [], trimesh.load_scene
-
-    def counted(path, **options):
+    def counted(path, *args):
         loaded.append(path)
-        return load_scene(path, **options)
+        return load_mesh(path, *args)
 
-    monkeypatch.setattr(trimesh, "load_scene", counted)
+    monkeypatch.setattr(uploads, "load_mesh", counted)
     monkeypatch.setattr(uploads, "_limit_memory", lambda memory: None)  # this process is no worker
     path = box(tmp_path / "a.glb", (1.0, 0.6, 0.3))
     shape = uploads.open_shape(path, RESOLUTION, "y", normalization, True, uploads.MEMORY)
@@ -156,7 +162,7 @@ def test_limits_of_time_and_memory_end_a_file_and_not_the_server(tmp_path):
 def test_downloads_hold_the_edited_object(backend, tmp_path):
     import trimesh
 
-    state = page_state.new_object(backend, backend.object(1), "shapes/ball.stl", "k")
+    state = page_state.new_object(backend, backend.object(1), "shapes/ball.stl", "k", "z")
     opened = page_state.open_object(backend, state, {"of": "k", "list": [[0, 3], [9, 30]]})
     ids = torch.from_numpy(opened.ids)
     grid = (backend.tokenizer.decode(ids)[0, 0] > 0).numpy()
@@ -173,6 +179,95 @@ def test_downloads_hold_the_edited_object(backend, tmp_path):
         name, content = saved(backend, opened, kind)
         loaded = trimesh.load(io.BytesIO(content), file_type=kind, force="mesh")
         assert name == f"ball_decoded.{kind}" and loaded.faces.shape == mesh.faces.shape
+
+
+def stool(path: Path, y_up: bool) -> Path:
+    """A slab with a long thin leg downwards: most of its surface is above, whatever the format."""
+    import trimesh
+
+    top, leg = trimesh.creation.box((1.0, 0.8, 0.25)), trimesh.creation.box((0.1, 0.1, 1.0))
+    mesh = trimesh.util.concatenate([top.apply_translation((0, 0, 0.5)), leg])
+    if y_up:
+        mesh.vertices = turn_to_y_up(mesh.vertices)
+    mesh.export(path)
+    return path
+
+
+def up_of(points: np.ndarray, axes: tuple[str, ...] = ("x", "y", "z", "-x", "-y", "-z")) -> str:
+    """Which way the slab of a `stool` lies: the side where most points are."""
+    low, high = points.min(0), points.max(0)
+    means = (points.mean(0) - (low + high) / 2) / (high - low)
+    return axes[int(np.argmax([*means, *-means]))]
+
+
+STANDS = {  # file, y-up or not, dropdown: how the grid stands, how its GLB and its PLY come down
+    ("a.glb", True, "auto"): ("z", "y", "y"),
+    ("a.glb", True, "y"): ("z", "y", "y"),
+    ("a.glb", True, "keep"): ("y", "y", "y"),
+    ("a.glb", True, "z"): ("y", "y", "y"),  # said wrongly: it lies, but comes down as it came
+    ("a.stl", False, "auto"): ("z", "y", "z"),
+    ("a.stl", False, "z"): ("z", "y", "z"),
+    ("a.obj", True, "y"): ("z", "y", "y"),
+    ("a.obj", False, "z"): ("z", "y", "z"),
+    ("a.obj", True, "auto"): ("y", "y", "y"),  # not known: as it is
+    ("a.obj", False, "keep"): ("z", "z", "z"),
+}
+
+
+@needs_dash
+@needs_meshes
+@needs_surface
+@pytest.mark.parametrize("name, y_up, up_axis", STANDS)
+def test_a_dropped_mesh_stands_and_comes_down_standing(name, y_up, up_axis, app, backend, tmp_path, monkeypatch):
+    import trimesh
+
+    grid_up, glb_up, ply_up = STANDS[name, y_up, up_axis]
+    path = stool(tmp_path / name, y_up)
+    answer = app.server.test_client().post(
+        f"/upload?name={name}&up_axis={up_axis}", data=path.read_bytes(), headers={"X-Viewer": "1"}
+    )
+    state, mesh = answer.get_json()["object"], answer.get_json()["mesh"]
+    shown = page_state.open_object(backend, state, None)
+    assert up_of(np.argwhere(shown.grid)) == grid_up
+    drawn = next(trace for trace in mesh["figure"]["data"] if trace["type"] == "mesh3d")
+    assert up_of(plotly_points(drawn)) == grid_up
+    assert ("which axis is up" in mesh["caption"]) == (name == "a.obj" and up_axis == "auto")
+    assert ("was taken as" in mesh["caption"]) == (name == "a.glb" and up_axis == "z")
+
+    reconstruction = torch.from_numpy(shown.grid)[None, None].float() - 0.5
+    monkeypatch.setattr(backend.tokenizer, "decode", lambda ids, precision="fp32": reconstruction)
+    for kind, up in (("glb", glb_up), ("ply", ply_up)):
+        _, content = saved(backend, shown, kind)
+        loaded = trimesh.load(io.BytesIO(content), file_type=kind, force="mesh")
+        assert up_of(loaded.vertices) == up
+
+
+def plotly_points(trace: dict) -> np.ndarray:
+    """The corners of a trace, [N, 3]; Plotly's JSON has arrays of numbers as base64."""
+    columns = []
+    for axis in "xyz":
+        value = trace[axis]
+        if isinstance(value, dict):
+            value = np.frombuffer(base64.b64decode(value["bdata"]), value["dtype"])
+        columns.append(np.asarray(value, dtype=float))
+    return np.stack(columns, 1)
+
+
+@pytest.mark.parametrize("setting, tokenizer_s, axis", [
+    ("auto", "keep", "z"), ("y", "z", "y"), ("z", "y", "z"), ("keep", "z", "keep"),
+    (None, "keep", "keep"), (None, "auto", "z"), (None, "y", "y"),
+])  # fmt: skip
+def test_objects_of_a_data_set_have_the_axes_of_its_setting_else_of_the_tokenizer_s(
+    setting, tokenizer_s, axis, tmp_path
+):
+    bits = np.packbits(solid_grids(2, RESOLUTION, 0).reshape(2, -1), axis=1)
+    np.savez(tmp_path / "a.npz", bits=bits, **({} if setting is None else {"up_axis": np.full(2, setting)}))
+    tokenizer = make_tokenizer()
+    tokenizer.up_axis = tokenizer_s
+    data = SparseStructure(str(tmp_path / "a.npz"), resolution=RESOLUTION, split="all")
+    shown = Backend(tokenizer, data)
+    assert shown.grid_axis(1) == axis
+    assert shown.grid_axis() == {"auto": "z"}.get(tokenizer_s, tokenizer_s)  # a dropped file of voxels
 
 
 def test_meshes_of_a_data_set_are_found_as_voxelize_left_them(tmp_path):
@@ -215,7 +310,7 @@ def ask(client, app, output: str, values: dict[str, object]) -> dict:
 @needs_dash
 def test_visitors_get_their_own_object_and_edits(app, backend):
     first, second = app.server.test_client(), app.server.test_client()
-    states = [page_state.new_object(backend, backend.object(i), str(i), f"object-{i}") for i in (0, 1)]
+    states = [page_state.new_object(backend, backend.object(i), str(i), f"object-{i}", "z") for i in (0, 1)]
     edits = {"of": "object-0", "list": [[11, int((backend.encode(backend.object(0))[11] + 1) % 32)]]}
     wanted = [
         backend.decode(page_state.open_object(backend, states[0], edits).ids),
@@ -230,13 +325,14 @@ def test_visitors_get_their_own_object_and_edits(app, backend):
 
 @needs_dash
 def test_errors_of_callbacks_are_sentences_on_the_page(app, backend):
-    state = page_state.new_object(backend, backend.object(0), "a", "object-0")
+    state = page_state.new_object(backend, backend.object(0), "a", "object-0", "z")
     values = {"edit-set.n_clicks": 1, "object.data": state, "chosen.data": 0, "part.value": "0", "code.value": 999}
     said = ask(app.server.test_client(), app, "edits.data", values)["sideUpdate"]["message"]["children"]
     assert said == "the code is 999; it must be a whole number from 0 to 31"
-    broken = {"object.data": {**state, "grid": 7}, "edits.data": None}
-    said = ask(app.server.test_client(), app, "caption-reconstruction", broken)["sideUpdate"]["message"]["children"]
-    assert "reload" in said and "Traceback" not in said
+    for damage in ({"grid": 7}, {"axis": "w"}, {"axis": None}, {"axis": ["y"]}):
+        broken = {"object.data": {**state, **damage}, "edits.data": None}
+        said = ask(app.server.test_client(), app, "caption-reconstruction", broken)["sideUpdate"]["message"]["children"]
+        assert "reload" in said and "Traceback" not in said
 
 
 @needs_dash
@@ -255,7 +351,48 @@ def test_uploads_are_checked_before_they_are_opened(app):
     too_large = {"CONTENT_LENGTH": str(uploads.MAX_BYTES + 1)}
     answer = client.post("/upload?name=a.stl&up_axis=z", headers=ours, environ_overrides=too_large)
     assert answer.status_code == 400 and "at most 64 MiB" in answer.get_json()["error"]
-    assert client.get("/", headers={"Host": "another.example"}).status_code == 400
+
+
+@needs_dash
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "::1"])
+def test_this_machine_is_answered_by_all_of_its_names_and_no_other(address, backend, opener):
+    from trellis.viewer.app import create_app
+
+    client = create_app(backend, UsageCounter(backend, 4), opener, address).server.test_client()
+    for host in ("127.0.0.1", "localhost:8050", "LOCALHOST", "[::1]", "[::1]:8050"):
+        assert client.get("/", headers={"Host": host}).status_code == 200
+    others = ("another.example", "127.0.0.1.example:8050", "[::2]:8050", "[::1", "::1", "a@[::1]", "a:b@localhost", "")
+    for host in others:
+        for path in ("/", "/_dash-layout", "/upload", "/nothing"):
+            assert client.get(path, headers={"Host": host}).status_code == 400
+
+
+@needs_dash
+def test_an_address_of_the_network_is_answered_by_any_name(backend, opener):
+    from trellis.viewer.app import create_app
+
+    client = create_app(backend, UsageCounter(backend, 4), opener, "0.0.0.0").server.test_client()
+    assert client.get("/", headers={"Host": "lab.example:8050"}).status_code == 200
+
+
+@needs_dash
+@pytest.mark.parametrize("settings, options", [
+    ({"up_axis": "z"}, ["auto", "y", "z", "keep"]),
+    ({}, ["auto", "y", "z", "keep"]),
+    ({"normalization": "shapellm", "up_axis": "y"}, ["auto", "y"]),
+])  # fmt: skip
+def test_the_page_offers_the_ways_to_take_axes_and_begins_with_the_tokenizer_s(settings, options):
+    from trellis.viewer.layout import toolbar
+
+    tokenizer = SparseStructureTokenizer(make_tokenizer().specs, RESOLUTION, **settings)
+    parts = [part for _, part in walk(toolbar(Backend(tokenizer)))]
+    (dropdown,) = (part for part in parts if getattr(part, "id", None) == "up-axis")
+    assert list(dropdown.options) == options and dropdown.value == tokenizer.up_axis
+
+
+def walk(component):
+    """All parts of a part of the page."""
+    return [(None, component), *component._traverse_with_paths()]
 
 
 @needs_dash
@@ -268,7 +405,8 @@ def test_an_upload_becomes_an_object_and_a_damaged_one_a_sentence(app, backend, 
     opened = page_state.open_object(backend, answer["object"], None)
     assert opened.name == "my box.glb" and np.array_equal(opened.grid, grid)
     assert np.array_equal(opened.ids, backend.tokenizer.encode(path)[0].numpy())
-    assert answer["mesh"]["of"] == answer["object"]["key"] and answer["mesh"]["caption"] == "12 triangles"
+    assert answer["mesh"]["of"] == answer["object"]["key"]
+    assert answer["mesh"]["caption"] == "12 triangles; says that y is up, but was taken as z-up"
     for name, content in (
         ("a.glb", path.read_bytes()[:300]),
         ("b.ply", b"ply\n"),

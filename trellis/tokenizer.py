@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .grids.meshes import mesh_to_grid
-from .grids.placing import check_settings
+from .grids.placing import axis_to_write, check_settings
 from .grids.voxels import has_faces, points_to_occupancy, read_ply
 from .models import build, load_state, load_weights, read_weights
 from .models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
@@ -60,7 +60,8 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
     models: {"encoder" | "quantizer" | "decoder": {"name", "args"}} as in a configuration, with fresh weights; `load`,
         `from_pretrained`, `from_run` and `from_shapellm` give trained ones.
     resolution: R of the grids.
-    normalization, up_axis: how meshes become grids, as voxelize.py's flags; the same as for the training data.
+    normalization: how meshes become grids, as voxelize.py's flag; the same as for the training data.
+    up_axis: how the axes of mesh files are taken, read and written, see `grids.placing`.
     info: scores and data for the model card, {title: facts or text}.
     Raise ConfigError if the models do not fit each other.
     """
@@ -74,7 +75,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         models: dict[str, dict],
         resolution: int = 64,
         normalization: str = "cube",
-        up_axis: str = "keep",
+        up_axis: str = "auto",
         info: dict | None = None,
     ):
         super().__init__()
@@ -166,17 +167,18 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
     # --- ids ---
 
     @torch.no_grad()
-    def encode(self, grids: Grids, precision: Precision = "fp32") -> Tensor:
+    def encode(self, grids: Grids, precision: Precision = "fp32", up_axis: str | None = None) -> Tensor:
         """Return the ids of objects, [B, T] int64 on this device.
 
         Tokens are in order of the lattice's x, y, z with z fastest; a token's Q codes follow one another.
 
         grids: [B, 1, R, R, R] or [R, R, R], occupied where > 0; or a mesh, a voxel file (.ply without faces), or
             several files.
+        up_axis: how the axes of these mesh files are taken (default: this tokenizer's setting).
         Raise ValueError for another shape, DataError for a file that is damaged or missing.
         """
         parts = []
-        for part, number in self._parts(self._to_grids(grids)):
+        for part, number in self._parts(self._to_grids(grids, up_axis)):
             with self._arithmetic(precision):
                 z = self.encoder(part)
             parts.append(self.quantizer(z).indices.flatten(1)[:number])
@@ -226,16 +228,18 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
         return surface_mesh(self._one_grid(ids), smooth=smooth)
 
-    def save_mesh(self, ids: Tensor, path: Source, smooth: bool = True) -> None:
-        """Write `to_mesh` as GLB, OBJ, PLY or STL, by the suffix of path, with the axes of the meshes that `encode`
-        takes: y-up if `up_axis` is "y".
+    def save_mesh(self, ids: Tensor, path: Source, smooth: bool = True, up_axis: str | None = None) -> None:
+        """Write `to_mesh` as GLB, OBJ, PLY or STL, by the suffix of path, with the axes that `encode` finds in such a
+        file: under "auto" a GLB is y-up, as glTF says, and the others have the grid's axes, z-up.
 
         ids: [T] or [1, T].
+        up_axis: as for `encode`.
         Raise ConfigError if the folder does not exist.
         """
         from .grids.surface import save_mesh
 
-        save_mesh(self.to_mesh(ids, smooth), path, to_y_up=self.up_axis == "y")
+        axis = axis_to_write(up_axis or self.up_axis, Path(path).suffix, self.normalization)
+        save_mesh(self.to_mesh(ids, smooth), path, to_y_up=axis == "y")
 
     def _one_grid(self, ids: Tensor) -> np.ndarray:
         logits = self.decode(ids)
@@ -270,19 +274,28 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
     # --- where it comes from and where it goes ---
 
     @classmethod
-    def load(cls, source: Source) -> "SparseStructureTokenizer":
+    def load(
+        cls, source: Source, up_axis: str | None = None, normalization: str | None = None
+    ) -> "SparseStructureTokenizer":
         """Load a tokenizer from a folder of `save_pretrained`, a run folder, a file in ShapeLLM-Omni's layout, or an id
-        on the Hub. Raise CheckpointError for any other source."""
+        on the Hub.
+
+        up_axis, normalization: in place of those of the source. The hash covers them, so it changes too.
+        Raise CheckpointError for any other source.
+        """
+        given = {"up_axis": up_axis, "normalization": normalization}
+        settings = {name: value for name, value in given.items() if value is not None}
         kind = sources.kind_of(source)
         if kind == "run":
-            return cls.from_run(source)
-        return cls.from_shapellm(source) if kind == "shapellm" else cls.from_pretrained(source)
+            return cls.from_run(source, **settings)
+        return (cls.from_shapellm if kind == "shapellm" else cls.from_pretrained)(source, **settings)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Source, **kwargs) -> "SparseStructureTokenizer":
         """Load a tokenizer that `save_pretrained` wrote, from a folder or the Hub.
 
-        kwargs: of huggingface_hub's `ModelHubMixin.from_pretrained`, such as `revision` and `token`.
+        kwargs: of huggingface_hub's `ModelHubMixin.from_pretrained`, such as `revision` and `token`; and settings of
+            the constructor in place of those of the folder.
         Raise CheckpointError if there is none, and for a folder that a newer version wrote.
         """
         path = Path(pretrained_model_name_or_path)
@@ -314,18 +327,15 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         """Load the tokenizer of a train.py run: averaged weights (`Run.weight_file` has the rule).
 
         ckpt: "latest", "best" or a step.
-        normalization, up_axis: of the run's data; by default what the data's metadata.csv says if they are still
-            there, else "cube" and "keep".
-        Raise CheckpointError if the run has no such checkpoint, ConfigError if it has no codebook.
+        normalization, up_axis: of the run's data; by default what the data themselves say if they are still there
+            (see `Run.data_setting`), else "cube" and "keep" ("y" with "shapellm").
+        Raise CheckpointError if the run has no such checkpoint, ConfigError if it has no codebook, DataError if its
+        data have several normalizations.
         """
         run = open_run(output_dir, ckpt)
-        tokenizer = cls(
-            run.config["models"],
-            run.resolution,
-            normalization or run.data_setting("normalization") or "cube",
-            up_axis or run.data_setting("up_axis") or "keep",
-            run.about(),
-        )
+        normalization = normalization or run.data_setting("normalization") or "cube"
+        up_axis = up_axis or run.data_setting("up_axis") or ("keep" if normalization == "cube" else "y")
+        tokenizer = cls(run.config["models"], run.resolution, normalization, up_axis, run.about())
         for name in MODELS:
             load_weights(getattr(tokenizer, name), run.weight_file(name))
         return tokenizer
@@ -423,12 +433,12 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             finally:
                 torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
 
-    def _to_grids(self, grids: Grids) -> Tensor:
+    def _to_grids(self, grids: Grids, up_axis: str | None = None) -> Tensor:
         """Return [B, 1, R, R, R] float32, 0 or 1."""
         if isinstance(grids, (str, Path)):
             grids = [grids]
         if not isinstance(grids, (Tensor, np.ndarray)):
-            grids = torch.stack([self.grid_of_file(path) for path in grids])
+            grids = torch.stack([self.grid_of_file(path, up_axis) for path in grids])
         grids, side = torch.as_tensor(grids), (self.resolution,) * 3
         if grids.ndim == 3:
             grids = grids[None, None]
@@ -438,16 +448,20 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             )
         return (grids > 0).float()
 
-    def grid_of_file(self, path: Source) -> Tensor:
+    def grid_of_file(self, path: Source, up_axis: str | None = None) -> Tensor:
         """Return the grid of a mesh, normalized and turned by this tokenizer's settings, or of a voxel file: uint8
-        [1, R, R, R]. Raise DataError if the file cannot be read."""
+        [1, R, R, R].
+
+        up_axis: as for `encode`.
+        Raise DataError if the file cannot be read.
+        """
         path = Path(path)
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "there is no such file"
             raise DataError(f"{path}: {what}. Give a mesh or a voxel file, or a list of them")
         if path.suffix.lower() == ".ply" and not has_faces(path):
             return points_to_occupancy(read_ply(path), self.resolution, name=str(path))
-        return mesh_to_grid(path, self.resolution, self.up_axis, self.normalization)
+        return mesh_to_grid(path, self.resolution, up_axis or self.up_axis, self.normalization)
 
     def _check_ids(self, ids: Tensor) -> Tensor:
         """Return ids as [B, T]. Raise ValueError for another shape and for an id outside [0, K)."""

@@ -6,6 +6,7 @@ A bad item is an error. It is never replaced by another one: a damaged folder wo
 import copy
 import hashlib
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ..utils.errors import DataError
-from .metadata import SPLITS, Entry, Split, check_sha256, entries_of
+from .metadata import (
+    SETTINGS,
+    SPLITS,
+    Entry,
+    Settings,
+    Split,
+    check_sha256,
+    compare_settings,
+    entries_of,
+    settings_of_rows,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -29,11 +40,13 @@ class StandardDatasetBase(Dataset, ABC):
     roots: comma-separated paths.
     split: "train", "val" or "all". If the metadata do not say, 5 % of all sha256 are validation, so objects that
         are added later do not move the others.
-    Raise DataError for an unusable root, or if no object is left.
+    Raise DataError for an unusable root, for roots that differ in their normalization, or if no object is left.
 
     Attributes:
         instances: list of (root, sha256), in the order of the roots and of their metadata.
         entries: what is known about each instance.
+        settings: {root: what it says of how its grids were made}.
+        notes: what a user should know about roots that differ.
     """
 
     runtime_args = ("roots", "split")  # given by the program, not by a configuration
@@ -44,8 +57,10 @@ class StandardDatasetBase(Dataset, ABC):
             raise DataError(f"data_dir {roots!r} has an empty entry; give folders or .npz files, separated by commas")
         self._all_entries: list[Entry] = []
         self._report: dict[str, str] = {}
+        self.settings: dict[str, Settings] = {}
         for root in self.roots:
             self._add_root(root)
+        self.notes = compare_settings(self.settings)
         self._select(split)
 
     @abstractmethod
@@ -95,6 +110,9 @@ class StandardDatasetBase(Dataset, ABC):
                 "Relax the filter or leave this root out."
             )
         self.check_files(root, metadata)
+        self.settings[root] = {name: settings_of_rows(metadata, name) for name in SETTINGS}
+        if Path(root, "metadata.csv").is_file() and self.settings[root]["normalization"] == {None}:
+            self.settings[root]["normalization"] = {"cube"}  # the only one when folders did not say
 
         entries = entries_of(root, where, metadata)
         self._all_entries += entries
@@ -184,9 +202,10 @@ class StandardDatasetBase(Dataset, ABC):
         return self.entries[index].source
 
     def summary(self) -> str:
-        """Return a line for the whole dataset and a line per root: counts, and what each filter removed."""
+        """Return a line for the whole dataset, a line per root (counts, and what each filter removed), and notes."""
         total = len(self._all_entries)
         lines = [f"{type(self).__name__}, split {self.split}: {len(self)} of {total} objects"]
-        return "\n".join(lines + [f"  {root}: {report}" for root, report in self._report.items()])
+        lines += [f"  {root}: {report}" for root, report in self._report.items()]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     __str__ = summary

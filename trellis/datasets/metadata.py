@@ -3,6 +3,10 @@
 metadata.csv has no version: a column may be missing, and unknown columns are kept and ignored. `sha256` alone is
 required. A missing `voxelized` means that every object has a grid, a missing `split` that the hash decides, a missing
 `normalization` of grids that voxelize.py made "cube", and a missing `up_axis` or `resolution` that it is not known.
+
+Two of the columns are settings of the data, `up_axis` and `normalization`: how meshes became grids, see
+`grids.placing`. Grids of another normalization lie elsewhere in the cube, so roots that differ are not used together.
+Grids of the settings "auto", "y" and "z" are all z-up and may be mixed.
 """
 
 import os
@@ -11,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from ..grids.placing import Z_UP
 from ..utils.errors import DataError
 from .packed import load_text
 
@@ -21,6 +26,8 @@ SPLITS = ("train", "val")
 Split = Literal["train", "val", "all"]
 VAL_FRACTION = 0.05
 NAME_COLUMNS = ("name", "file", "file_identifier")  # packed files, voxelize.py, TRELLIS
+SETTINGS = ("up_axis", "normalization")
+Settings = dict[str, set[str | None]]  # {one of SETTINGS: values that objects have; None: some do not say}
 TEXT_COLUMNS = ("sha256", "source", "split", *NAME_COLUMNS)
 
 
@@ -58,22 +65,106 @@ def read_metadata(root: str) -> "DataFrame":
     return metadata
 
 
-def setting_of_data(roots: Iterable[str | os.PathLike], name: str) -> str | None:
-    """Return the value that all objects of these roots share, None if they differ or a root does not say.
+def settings_of_rows(metadata: "DataFrame", name: str) -> set[str | None]:
+    """Return the values of one of SETTINGS in the table of a root. None stands for objects that do not say.
 
-    name: a column of metadata.csv or a text array of a packed file, such as up_axis or normalization.
+    metadata: rows of objects with grids; `attrs["path"]` says whether they come from metadata.csv. There blanks are
+        ignored if other rows say something: all grids of such a folder share their settings.
+    """
+    if name not in metadata:
+        return {None}
+    column = metadata[name].astype(object)
+    values = {str(value) if value else None for value in column.where(column.notna(), None)}
+    from_csv = Path(metadata.attrs["path"]).name == "metadata.csv"
+    return values - {None} if from_csv and values != {None} else values
+
+
+def settings_of_data(roots: Iterable[str | os.PathLike], name: str) -> dict[str | None, str]:
+    """Return {value: the first root with it} of one of SETTINGS; the value None stands for objects that do not say.
+
     Missing roots are skipped. Raise DataError for a root that cannot be read.
     """
-    found: set[str | None] = set()
+    found: dict[str | None, str] = {}
     for root in map(Path, roots):
         packed = [root] if root.suffix == ".npz" else sorted(root.glob("*.npz"))
+        values: set[str | None] = set()
         for path in packed if all(map(Path.is_file, packed)) else ():
             texts = load_text(path, name)
-            found |= {None} if texts is None else set(texts)
+            values |= {None} if texts is None else {text or None for text in texts}
         if not packed and (root / "metadata.csv").is_file():
             metadata = read_metadata(str(root))
-            found |= set(metadata[name].dropna().astype(str)) if name in metadata else {None}
-    return found.pop() if len(found) == 1 else None
+            if "voxelized" in metadata:
+                metadata = metadata[read_flags(metadata, "voxelized")]
+            values |= settings_of_rows(metadata, name)
+        found |= {value: str(root) for value in values if value not in found}
+    return found
+
+
+def common_setting(values: Iterable[str | None]) -> str | None:
+    """Return the setting that holds for all of these values of `up_axis` or of `normalization`.
+
+    That is the value they share, or "auto" for several of Z_UP, whose grids are all z-up. None if there is no such
+    setting, or if a value is None.
+    """
+    values = set(values)
+    if len(values) == 1:
+        return values.pop()
+    return "auto" if values and values <= set(Z_UP) else None
+
+
+def setting_of_data(roots: Iterable[str | os.PathLike], name: str) -> str | None:
+    """Return the setting that holds for all objects of these roots, see `common_setting`; None if there is none.
+
+    name: one of SETTINGS.
+    Missing roots are skipped. Raise DataError for a root that cannot be read.
+    """
+    return common_setting(settings_of_data(roots, name))
+
+
+def compare_settings(settings: dict[str, Settings]) -> list[str]:
+    """Return notes on what roots do not say or what differs but may be used together.
+
+    settings: of each root that is used.
+    Raise DataError for grids of several normalizations.
+    """
+    return [*_compare_normalizations(settings), *_compare_axes(settings)]
+
+
+def _compare_normalizations(settings: dict[str, Settings]) -> list[str]:
+    said: dict[str, str] = {}
+    silent = []
+    for root, values in settings.items():
+        for value in sorted(filter(None, values["normalization"])):
+            said.setdefault(value, root)
+        if None in values["normalization"]:
+            silent.append(root)
+    if len(said) > 1:
+        (first, root), (second, other) = list(said.items())[:2]
+        raise DataError(
+            f"{other}: has grids of normalization {second}, and {root} has grids of normalization {first}: a model "
+            f"cannot tell them apart. Make those of one root anew with voxelize.py --normalization, or leave it out."
+        )
+    if said and silent:
+        [(value, root)] = said.items()
+        return [f"{silent[0]} does not say how its grids were normalized; those of {root} are normalized as {value}"]
+    return []
+
+
+def _compare_axes(settings: dict[str, Settings]) -> list[str]:
+    first_with: dict[str | None, str] = {}
+    for root, values in settings.items():
+        for value in values["up_axis"]:
+            first_with.setdefault(value, root)
+    if len(first_with) == 1 or common_setting(first_with):
+        return []
+    roots = [
+        f"{root} ({f'up_axis {value}' if value else 'does not say'})"
+        for value, root in sorted(first_with.items(), key=lambda item: item[0] or "")
+    ]
+    return [
+        f"grids may have different axes up: {', '.join(roots)}. If objects lie on their side, make their grids anew "
+        "with voxelize.py --up_axis"
+    ]
 
 
 def read_flags(metadata: "DataFrame", column: str) -> "Series":

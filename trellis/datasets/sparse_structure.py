@@ -27,7 +27,7 @@ from ..utils.config import Count
 from ..utils.errors import DataError
 from .base import StandardDatasetBase
 from .metadata import Split, read_flags, read_metadata, require_files
-from .packed import check_resolution, load_packed
+from .packed import check_resolution, load_packed, packed_resolution
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -104,6 +104,7 @@ class SparseStructure(StandardDatasetBase):
         if "resolution" in metadata:  # TRELLIS's metadata lack it; reading the points tells
             other = metadata[metadata["resolution"].notna() & (metadata["resolution"] != self.resolution)]
             if len(other):
+                self._compare_resolution(metadata.attrs["path"], int(other["resolution"].iloc[0]))
                 raise DataError(
                     f"{metadata.attrs['path']}: resolution of {other['sha256'].iloc[0]} is "
                     f"{other['resolution'].iloc[0]}, but the config's is {self.resolution}. Set "
@@ -158,6 +159,15 @@ class SparseStructure(StandardDatasetBase):
             raise DataError(f"{path}: cannot be read ({error.strerror}). Rerun voxelize.py.") from error
         return f"{status.st_size} {status.st_mtime_ns}"
 
+    def _compare_resolution(self, path: Path | str, found: int | None) -> None:
+        """Raise DataError if the grids of a file have another resolution than those of the roots before it."""
+        if self.settings and found not in (None, self.resolution):
+            raise DataError(
+                f"{path}: has grids of resolution {found}, but those of {next(iter(self.settings))} have "
+                f"{self.resolution}, as the config says. Make the former anew with voxelize.py --resolution "
+                f"{self.resolution}, or leave this root out."
+            )
+
     def _read_packed(self, root: str, paths: list[Path]) -> "DataFrame":
         import pandas as pd
 
@@ -165,6 +175,7 @@ class SparseStructure(StandardDatasetBase):
         for path in paths:
             arrays = load_packed(path)
             bits = arrays.pop("bits")
+            self._compare_resolution(path, packed_resolution(bits))
             check_resolution(path, bits, self.resolution)
             named_split = SPLIT_IN_NAME.search(path.stem)
             if "split" not in arrays and named_split:

@@ -1,83 +1,128 @@
-"""Worker processes that read meshes: each file has a time limit, and a crash costs that file alone."""
+"""Worker processes that read meshes: each task has limits of time and memory, and a crash costs that task alone.
+
+Each worker has a pipe of its own, and a thread here waits for its answer. Pools whose workers share a queue
+(multiprocessing, concurrent.futures, Pebble) do not survive that a waiting worker is killed.
+"""
 
 import concurrent.futures
+import contextlib
 import logging
 import multiprocessing
 import os
+import pickle
+import signal
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
 
-from ..utils.errors import ConfigError, DataError
+from ..utils.errors import ConfigError, DataError, UserError
 from .meshes import require_open3d, require_trimesh
 
-if TYPE_CHECKING:
-    from pebble import ProcessPool
-
 THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+START_SECONDS = 300  # for the imports of a worker, which a cold network disk makes slow
+ORPHAN_SECONDS = 60  # after its time limit, a worker whose parent was killed ends by itself
 
 
-def start_worker() -> None:
-    """Load open3d and trimesh before the time limit of the first file runs, and silence their warnings."""
-    import open3d
-    import trimesh  # noqa: F401
-
-    open3d.utility.set_verbosity_level(open3d.utility.VerbosityLevel.Error)
-    logging.getLogger("trimesh").setLevel(logging.CRITICAL)
+class LostTask(DataError):
+    """A task that ran out of memory, or whose process died. With more memory, or once more, it may succeed."""
 
 
 class MeshPool:
-    """Worker processes of one thread each, started with the first task. Threads may share a pool.
+    """Worker processes of one thread each, started as they are needed. Threads may share a pool.
 
     max_workers: number of processes.
     """
 
     def __init__(self, max_workers: int):
         self.max_workers = max_workers
-        self._pool: ProcessPool | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._idle: list[_Worker] = []
+        self._all: set[_Worker] = set()
         self._lock = threading.Lock()
         self._environment: dict[str, str | None] = {}
 
-    def submit(self, function: Callable, *args: object, timeout: float) -> Future:
-        """Call function(*args) in a worker, which is killed after `timeout` seconds. `result_of` takes the result.
+    def submit(self, function: Callable, *args: object, timeout: float, memory: int | None = None) -> Future:
+        """Call function(*args) in a worker, which is killed after `timeout` seconds.
 
-        Raise ConfigError if Pebble, trimesh or open3d is missing.
+        memory: bytes that the worker may take beyond what it has, where the system can limit them (Linux).
+        The future's result() returns what the function returns and raises what it raises. It raises DataError after
+        the time limit, LostTask if the memory did not suffice or the process died, ConfigError if workers cannot start,
+        such as without trimesh.
         """
         with self._lock:
-            if self._pool is None or not self._pool.active:
-                self._start()
-            assert self._pool is not None
-            return self._pool.schedule(function, args=args, timeout=timeout)
+            if self._threads is None:
+                # Workers inherit these; set in a worker they would come too late for numpy, which is imported first.
+                self._environment = {name: os.environ.get(name) for name in THREAD_COUNTS}
+                os.environ.update(dict.fromkeys(THREAD_COUNTS, "1"))
+                self._threads = ThreadPoolExecutor(self.max_workers, "mesh pool", initializer=_block_interrupts)
+            return self._threads.submit(self._run, self._threads, function, args, timeout, memory)
 
-    def _start(self) -> None:
+    def _run(
+        self, threads: ThreadPoolExecutor, function: Callable, args: tuple, timeout: float, memory: int | None
+    ) -> Any:
+        task = pickle.dumps((function, args))
+        while True:
+            worker = self._take(threads)
+            try:
+                worker.connection.send((task, timeout, memory))
+            except OSError:  # it died while it waited, so the task has not begun
+                self._drop(worker)
+                continue
+            try:
+                error, result = worker.answer(timeout, memory)
+            except DataError:
+                self._drop(worker)
+                raise
+            with self._lock:
+                if threads is self._threads:
+                    self._idle.append(worker)
+            if error is not None:
+                raise error
+            return result
+
+    def _take(self, threads: ThreadPoolExecutor) -> "_Worker":
+        with self._lock:
+            if threads is not self._threads:
+                raise concurrent.futures.CancelledError
+            if self._idle:
+                return self._idle.pop()
+            worker = _Worker()
+            self._all.add(worker)
         try:
-            from pebble import ProcessPool  # an extra
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"a Python package is missing ({error}): pip install Pebble") from error
-        require_trimesh()  # here and not in every worker
-        require_open3d()
-        # Workers inherit these; set in a worker they would come too late for numpy, which is imported first.
-        self._environment = self._environment or {name: os.environ.get(name) for name in THREAD_COUNTS}
-        os.environ.update(dict.fromkeys(THREAD_COUNTS, "1"))
-        context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
-        self._pool = ProcessPool(self.max_workers, initializer=start_worker, context=context)
+            worker.wait_until_ready()
+        except ConfigError:
+            self._drop(worker)
+            raise
+        return worker
+
+    def _drop(self, worker: "_Worker") -> None:
+        worker.stop()
+        with self._lock:
+            self._all.discard(worker)
 
     def close(self) -> None:
         """Stop the workers. Tasks that have not ended are lost."""
         with self._lock:
-            if self._pool is None:
-                return
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
+            threads, self._threads = self._threads, None
+            for worker in self._all:
+                worker.process.kill()
             for name, value in self._environment.items():
                 if value is None:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
             self._environment = {}
+        if threads is not None:
+            threads.shutdown(cancel_futures=True)
+        for worker in self._all:
+            worker.stop()
+        self._all, self._idle = set(), []
 
     def __enter__(self) -> "MeshPool":
         return self
@@ -86,49 +131,210 @@ class MeshPool:
         self.close()
 
 
-def result_of(future: Future, timeout: float) -> Any:
-    """Wait for a task of `MeshPool.submit` and return its result.
-
-    Raise what the task raised, and DataError if it took longer than `timeout` seconds, ran out of memory, or if its
-    process died.
-    """
-    from pebble import ProcessExpired
-
-    try:
-        return future.result()
-    except concurrent.futures.TimeoutError as error:
-        raise DataError(f"took longer than the time limit of {timeout:g} s: simplify it or raise the limit") from error
-    except MemoryError as error:
-        raise DataError("ran out of memory: simplify it") from error
-    except ProcessExpired as error:
-        code = error.exitcode
-        raise DataError(f"its process died with exit code {code}, perhaps out of memory: simplify it") from error
-
-
 def run_in_pool(
     function: Callable,
     tasks: Iterable[tuple],
     finish: Callable[[tuple, Any], None],
     max_workers: int,
     timeout: float,
+    memory: int | None = None,
 ) -> None:
     """Call function(*task) in worker processes, and finish(task, result) here as soon as a task has ended.
 
-    The result is a DataError if the function raised one, if it took longer than `timeout` seconds, if it ran out of
-    memory, or if its process died. Any other exception, such as a full disk, ends the run.
+    timeout, memory: limits of a task, see `MeshPool.submit`. Tasks that ran out of memory or whose process died are
+    tried once more at the end, one at a time with the memory of all workers.
+    The result is a DataError if the function raised one or the task met a limit. Any other exception, such as a full
+    disk, ends the run.
     """
+    lost = []
+    with MeshPool(max_workers) as pool:
+        for task, result in _results(pool, function, tasks, timeout, memory):
+            if isinstance(result, LostTask):
+                lost.append(task)
+            else:
+                finish(task, result)
+    with MeshPool(1) as pool:
+        for task, result in _results(pool, function, lost, timeout, memory and memory * max_workers):
+            finish(task, result)
+
+
+def _results(
+    pool: MeshPool, function: Callable, tasks: Iterable[tuple], timeout: float, memory: int | None
+) -> Iterator[tuple[tuple, Any]]:
+    """Yield each task with its result, or the DataError in its place, as tasks end."""
     tasks = iter(tasks)
     waiting: dict[Future, tuple] = {}
-    with MeshPool(max_workers) as pool:
-        while True:
-            for task in islice(tasks, 4 * max_workers - len(waiting)):
-                waiting[pool.submit(function, *task, timeout=timeout)] = task
-            if not waiting:
-                break
-            ended, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in ended:
-                try:
-                    result = result_of(future, timeout)
-                except DataError as error:
-                    result = error
-                finish(waiting.pop(future), result)
+    while True:
+        for task in islice(tasks, 4 * pool.max_workers - len(waiting)):
+            waiting[pool.submit(function, *task, timeout=timeout, memory=memory)] = task
+        if not waiting:
+            return
+        ended, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in ended:
+            try:
+                result = future.result()
+            except DataError as error:
+                result = error
+            yield waiting.pop(future), result
+
+
+class _Worker:
+    """A process and the pipe to it."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        try:
+            self.process.start()
+        except OSError as error:
+            raise ConfigError(
+                f"a worker process cannot start ({error.strerror or error}): take fewer workers"
+            ) from error
+        finally:
+            theirs.close()
+
+    def wait_until_ready(self) -> None:
+        """Wait for the worker's imports. Raise ConfigError if they fail, or if the process ends."""
+        try:
+            if not self.connection.poll(START_SECONDS):
+                raise ConfigError(f"a worker process has not started within {START_SECONDS} s")
+            error = self.connection.recv()
+        except (EOFError, OSError) as ended:
+            raise ConfigError(
+                f"a worker process cannot start ({_how_it_ended(self.process)}): its own message, if any, is above"
+            ) from ended
+        if error is not None:
+            raise error
+
+    def answer(self, timeout: float, memory: int | None) -> tuple[Exception | None, Any]:
+        """Return what the task raised and what it returned. Raise DataError if it met a limit."""
+        try:
+            if not self.connection.poll(timeout):
+                raise DataError(f"took longer than the time limit of {timeout:g} s: simplify it or raise the limit")
+            error, result = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError) as ended:
+            raise LostTask(
+                f"its process died ({_how_it_ended(self.process)}), perhaps out of memory: simplify it"
+            ) from ended
+        if isinstance(error, MemoryError):
+            limit = "there is" if memory is None else f"the limit of {memory / 2**30:.3g} GiB"
+            raise LostTask(f"needs more memory than {limit}: simplify it or raise the limit")
+        return error, result
+
+    def stop(self) -> None:
+        """End the process at once."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _how_it_ended(process: Any) -> str:
+    process.join(5)  # the pipe ends shortly before the process
+    code = process.exitcode
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-code).name
+    return f"exit code {code}"
+
+
+def _block_interrupts() -> None:
+    """Keep Ctrl-C from the workers that this thread starts, which inherit its mask. The main thread stops them."""
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def _serve(connection: Connection) -> None:
+    """Do the tasks that come through a pipe, until the other end closes."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        start_worker()
+    except UserError as error:
+        connection.send(error)
+        return
+    connection.send(None)
+    while True:
+        try:
+            task, timeout, memory = connection.recv()
+        except (EOFError, OSError):
+            return
+        if hasattr(signal, "setitimer"):  # not on Windows
+            signal.setitimer(signal.ITIMER_REAL, timeout + ORPHAN_SECONDS)
+        connection.send_bytes(_dump(_call(task, memory)))
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def start_worker() -> None:
+    """Load open3d and trimesh before the time limit of the first file runs, and silence their warnings."""
+    require_trimesh()
+    open3d = require_open3d()
+    open3d.utility.set_verbosity_level(open3d.utility.VerbosityLevel.Error)
+    logging.getLogger("trimesh").setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended. Code that keeps Python's lock delays it until the timer rings."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _call(task: bytes, memory: int | None) -> tuple[Exception | None, Any]:
+    """Return what a pickled call raises and returns. MemoryError stands for all errors that come from one."""
+    try:
+        with limited_memory(memory):
+            function, args = pickle.loads(task)
+            return None, function(*args)
+    except Exception as error:
+        if _is_out_of_memory(error):
+            return MemoryError(), None
+        if not isinstance(error, (UserError, OSError)):
+            error.add_note("In a worker process:\n" + traceback.format_exc())
+        return error, None
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, MemoryError):
+        error = error.__cause__
+    return error is not None
+
+
+def _dump(answer: tuple[Exception | None, Any]) -> bytes:
+    """Pickle an answer, or the reason why it cannot be pickled and taken up again."""
+    try:
+        dumped = pickle.dumps(answer)
+        if answer[0] is not None:
+            pickle.loads(dumped)  # an exception may need arguments that it does not keep
+    except Exception as error:
+        return pickle.dumps((RuntimeError(f"{answer[0] or answer[1]!r:.200} cannot be sent back: {error}"), None))
+    return dumped
+
+
+@contextlib.contextmanager
+def limited_memory(memory: int | None) -> Iterator[None]:
+    """Let this process take at most `memory` bytes more than it has now; None, or a system without such limits: any.
+
+    What goes beyond raises MemoryError, or ends the process if a library does not expect it.
+    """
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        memory = None
+    if memory is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = pages * os.sysconf("SC_PAGE_SIZE") + memory
+    for limit in (soft, hard):
+        if limit != resource.RLIM_INFINITY:
+            wanted = min(wanted, limit)
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -2,17 +2,30 @@
 
 The grid divides the cube [-0.5, 0.5)^3 and is z-up.
 
-`up_axis` says how the axes of a mesh file become the grid's: "y" is y-up and turned to z-up, "z" is z-up already,
-"keep" leaves the axes alone without saying what they are.
+Which axis is up is a property of a mesh file. A setting `up_axis` says how to find it:
+
+    auto  what the file or the specification of its format says (glTF y, COLLADA and 3MF as the file says, STL z).
+          A format that says nothing (OBJ, PLY, OFF, VTK) is taken as "keep"
+    y, z  every file has this axis up, whatever it says itself
+    keep  the axes stay as they are, without saying what they are
+
+Files are written with the axes that the same setting would find in them, so under "auto" a GLB is y-up and an STL z-up,
+and OBJ and PLY have the axes of the grid.
+
 `normalization` says how the mesh is scaled into the cube: "cube" and "shapellm" as the functions below do, None not at
 all.
 """
 
+from typing import Literal
+
 import numpy as np
 
 from ..utils.errors import ConfigError, DataError
+from .formats import FORMATS
 
-UP_AXES = ("keep", "y", "z")
+Axis = Literal["y", "z", "keep"]  # of a file: y-up, turned to z-up; z-up already; not known, left alone
+UP_AXES = ("auto", "y", "z", "keep")
+Z_UP = ("auto", "y", "z")  # the settings whose grids are known to be z-up
 NORMALIZATIONS = ("cube", "shapellm")
 OUTSIDE_TOLERANCE = 1e-3  # TRELLIS's meshes may exceed the cube by rounding
 
@@ -23,16 +36,38 @@ def check_settings(up_axis: str, normalization: str) -> None:
         raise ConfigError(f"up_axis {up_axis!r}: must be one of {', '.join(UP_AXES)}.")
     if normalization not in NORMALIZATIONS:
         raise ConfigError(f"normalization {normalization!r}: must be one of {', '.join(NORMALIZATIONS)}.")
-    if normalization == "shapellm" and up_axis != "y":
+    if normalization == "shapellm" and up_axis not in ("auto", "y"):
         raise ConfigError(
             f'up_axis {up_axis!r}: normalization "shapellm" takes meshes as y-up and turns them to '
-            'z-up itself. Set it to "y", or take normalization "cube".'
+            'z-up itself. Set it to "auto" or "y", or take normalization "cube".'
         )
 
 
-def default_up_axis(normalization: str) -> str:
-    """Return the up axis of a mesh file if none is given: "y" with "shapellm", which knows no other, else "keep"."""
-    return "y" if normalization == "shapellm" else "keep"
+def axis_of_file(up_axis: str, said: Literal["y", "z"] | None, normalization: str | None) -> Axis:
+    """Return how the axes of one file are taken.
+
+    up_axis: the setting, one of UP_AXES.
+    said: the axis that the file or its format says is up, None if neither does.
+    normalization: "shapellm" takes files that say nothing as y-up, as ShapeLLM-Omni takes all files.
+    """
+    if up_axis in ("y", "z"):
+        return "y" if up_axis == "y" else "z"
+    unknown: Axis = "y" if normalization == "shapellm" else "keep"
+    return (said or unknown) if up_axis == "auto" else unknown
+
+
+def axis_to_write(up_axis: str, suffix: str, normalization: str | None) -> Axis:
+    """Return the axis that a mesh file of a grid is written with: "y" for y-up, else the grid's axes.
+
+    up_axis: the setting, one of UP_AXES.
+    suffix: of the file, such as ".glb".
+    normalization: as `axis_of_file` takes it.
+    Raise ConfigError for an unknown setting.
+    """
+    if up_axis not in UP_AXES:
+        raise ConfigError(f"up_axis {up_axis!r}: must be one of {', '.join(UP_AXES)}.")
+    known = FORMATS.get(suffix.lower())
+    return axis_of_file(up_axis, known.up if known else None, normalization)
 
 
 def turn_to_z_up(points: np.ndarray) -> np.ndarray:
@@ -71,14 +106,16 @@ def normalize_shapellm(vertices: np.ndarray) -> np.ndarray:
     return (vertices - low) / (high - low) - 0.5
 
 
-def place_vertices(vertices: np.ndarray, up_axis: str, normalization: str | None) -> np.ndarray:
+def place_vertices(vertices: np.ndarray, axis: Axis, normalization: str | None) -> np.ndarray:
     """Return vertices [V, 3] as they lie in the cube [-0.5, 0.5]^3 of the grid, z-up.
 
+    axis: as `axis_of_file` returns it.
     Raise DataError for a mesh without a size, or with normalization None for one outside the cube.
     """
     if normalization == "shapellm":
-        return turn_to_z_up(normalize_shapellm(vertices))
-    if up_axis == "y":
+        y_up = turn_to_y_up(vertices) if axis == "z" else vertices
+        return turn_to_z_up(normalize_shapellm(y_up))
+    if axis == "y":
         vertices = turn_to_z_up(vertices)
     if normalization == "cube":
         return normalize_cube(vertices)

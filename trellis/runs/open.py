@@ -1,14 +1,15 @@
 """A run folder as a reader sees it: one complete checkpoint, its configuration, data and weights."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ..datasets import DATASETS
-from ..datasets.metadata import setting_of_data
+from ..datasets.metadata import common_setting, settings_of_data
 from ..utils.config import fill_in, load_config
-from ..utils.errors import CheckpointError
+from ..utils.errors import CheckpointError, DataError
 from .checkpoint import Checkpoints, model_file
 
 # Scores that stand in a tokenizer's model card: keys of evaluate.py's report and, after "val/", of the log.
@@ -87,8 +88,29 @@ class Run:
         return fill_in(dataset.get("args", {}), DATASETS.get(dataset["name"], "dataset.name"))["resolution"]
 
     def data_setting(self, name: str) -> str | None:
-        """Return "normalization" or "up_axis" of the data, or None if the data are gone or do not say."""
-        return setting_of_data([Path(root) for root in (self.data_dir or "").split(",") if root], name)
+        """Return "normalization" or "up_axis" of the data, or None if the data are gone or do not say.
+
+        Several up axes make "auto". Warn if their grids may have different axes, or if only a part of the data says its
+        normalization. Raise DataError for several normalizations, which no tokenizer can have.
+        """
+        found = settings_of_data([Path(root) for root in (self.data_dir or "").split(",") if root], name)
+        setting = common_setting(found)
+        said = sorted(value for value in found if value is not None)
+        if setting is not None or not said:
+            return setting
+        roots = ", ".join(f"{root} ({value or 'does not say'})" for value, root in found.items())
+        if name == "normalization" and len(said) > 1:
+            raise DataError(
+                f"{self.folder}: its data have grids of several normalizations: {roots}. Say which one meshes shall "
+                "have: from_run(..., normalization=...)"
+            )
+        setting = "auto" if name == "up_axis" else said[0]
+        warnings.warn(
+            f"{self.folder}: its data do not agree on their {name}: {roots}. {name} is taken as {setting!r}; give "
+            f"another by from_run(..., {name}=...)",
+            stacklevel=3,
+        )
+        return setting
 
     def scores(self) -> dict[str, float]:
         """Return SCORES at this step from evaluate.py's report, else from the log's validation, else {}."""

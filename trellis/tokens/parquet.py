@@ -45,7 +45,7 @@ class TokenInfo:
 
     tokenizer_hash: str
     normalization: str  # how meshes became grids, as voxelize.py's flag
-    up_axis: str  # likewise
+    up_axis: str  # likewise: how the axes of their files were taken
     lattice: tuple[int, int, int]  # X' Y' Z', tokens along each axis
     codes_per_token: int  # Q, consecutive ids of a token
     n_embed: int  # K

@@ -1,6 +1,5 @@
 """What a run is about to do, printed before it starts and by --tryrun."""
 
-import resource
 import sys
 import time
 
@@ -9,6 +8,7 @@ import torch
 from ..modules.kernels.launch import obstacle
 from ..modules.quantizers.base import Quantizer
 from ..utils import dist_utils
+from ..utils.environment import peak_memory
 from .basic import BasicTrainer
 from .optim import preview_schedule
 
@@ -70,8 +70,9 @@ def tryrun(trainer: BasicTrainer) -> None:
     if trainer.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(trainer.device)
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"{seconds:.1f} s, peak memory {memory / 2**30:.2f} GiB; a run would start")
+        memory = peak_memory()
+    used = "" if memory is None else f", peak memory {memory / 2**30:.2f} GiB"
+    print(f"{seconds:.1f} s{used}; a run would start")
 
 
 def _print_optimizer(trainer: BasicTrainer) -> None:

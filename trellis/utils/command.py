@@ -6,6 +6,7 @@ Imports torch only when a device is chosen, since worker processes import a prog
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from .errors import ConfigError, UserError
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 """Choices of `--device`; auto takes a GPU if torch finds one."""
+
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroups 2 and 1
 
 Args = TypeVar("Args")
 
@@ -34,6 +37,26 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Return how many bytes this process may still take, None if the system does not say.
+
+    It is what the system has free, or a container's limit if that is less.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:  # not Linux
+        found = []
+        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in CONTAINER_LIMITS:
+        try:
+            found.append(int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return min(found, default=None)
 
 
 def run_command(command: Callable[[Args], int | None], args: Args, interrupted: str = "interrupted") -> int:

@@ -1,9 +1,14 @@
 """Files that are either whole or absent."""
 
 import os
+import re
+import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+LEFTOVER = re.compile(r"\..*\.(?P<host>[^.]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
@@ -11,15 +16,41 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path beside `path`; sync and rename it when the block ends.
 
     A reader sees the old file or the whole new one, also after a crash. The temporary name is hidden and carries the
-    process id, so that several processes may write the same file; the last one wins. After an error in the block the
-    temporary file is removed and `path` is untouched.
+    machine, the process id and a random number, so that several processes and threads may write the same file; the
+    last one wins. After an error in the block the temporary file is removed and `path` is untouched.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name[:100]}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield partial
-        with open(partial, "rb") as file:
+        with open(partial, "r+b") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of `atomic_write` that killed processes of this machine have left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        found = LEFTOVER.fullmatch(path.name)
+        if found and found["host"] == host_name() and not is_running(int(found["pid"])):
+            path.unlink(missing_ok=True)
+
+
+def host_name() -> str:
+    """Return the name of this machine as part of a file name: letters, digits and hyphens."""
+    return re.sub("[^A-Za-z0-9-]", "-", socket.gethostname())[:40] or "-"
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process of this machine runs. On Windows, where it cannot be asked harmlessly, return True."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

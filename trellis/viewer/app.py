@@ -3,9 +3,10 @@
 import logging
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from dash import Dash, set_props
-from flask import Response, request
+from flask import Response, abort, request
 from plotly.io.json import to_json_plotly
 
 from ..grids.placing import UP_AXES
@@ -40,11 +41,24 @@ def create_app(backend: Backend, usage: UsageCounter, opener: Opener, host: str 
     # Beyond an upload, a page sends a few tens of kB.
     app.server.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
     if host in LOOPBACK:
-        app.server.config["TRUSTED_HOSTS"] = list(LOOPBACK)
+        refuse_other_names(app)
     app.layout = page(backend)
     add_callbacks(app, backend, usage, opener)
     add_uploads(app, backend, opener)
     return app
+
+
+def refuse_other_names(app: Dash) -> None:
+    """Answer 400 to requests for a host that is not in LOOPBACK. Flask's TRUSTED_HOSTS cannot hold IPv6 addresses."""
+
+    @app.server.before_request
+    def check_host() -> None:
+        try:
+            host = urlsplit(f"//{request.host}").hostname
+        except ValueError:
+            host = None
+        if host not in LOOPBACK:
+            abort(400)
 
 
 def tell_page(error: Exception) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from ..datasets.base import StandardDatasetBase
-from ..datasets.metadata import read_metadata
+from ..datasets.metadata import common_setting, read_metadata
 from ..evaluation.metrics import distance_metrics, voxel_metrics
+from ..grids.placing import Axis
 from ..grids.voxels import pack_bits, packed_size, unpack_bits
 from ..utils.errors import DataError
 
@@ -146,6 +147,19 @@ class Backend:
         """Return the file name of an object of the data set."""
         assert self.dataset is not None
         return Path(self.dataset.name(index)).name
+
+    def grid_axis(self, index: int | None = None) -> Axis:
+        """Return how the axes of the files that grids come from were taken, by the setting of the data. Files of the
+        setting "auto" differ, and all grids are z-up: "z".
+
+        index: of an object of the data set. Without one, and where the data do not say, the tokenizer's setting counts.
+        """
+        setting = None
+        if index is not None and self.dataset is not None:
+            root, _ = self.dataset.instances[index]
+            setting = common_setting(self.dataset.settings[root]["up_axis"])
+        axes: dict[str, Axis] = {"auto": "z", "y": "y", "z": "z", "keep": "keep"}
+        return axes[setting or self.tokenizer.up_axis]
 
     def mesh_file(self, index: int) -> MeshFile | None:
         """Return the mesh file of an object, None if there is none any more."""

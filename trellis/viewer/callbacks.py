@@ -24,6 +24,7 @@ from .page_state import EditedObject, check_code, dataset_key, dataset_mesh, edi
 from .uploads import Opener
 
 LISTED = 60  # objects in the list at once; typing finds the others
+WRITTEN = {"y": "y", "z": "auto", "keep": "keep"}  # `up_axis` of a downloaded mesh by the object's axis
 NEARBY = 32  # codes that "a similar code" steps through
 
 
@@ -107,7 +108,8 @@ def add_picking(app: Dash, backend: Backend, dataset: StandardDatasetBase, opene
     def take(index: int | None):
         if index is None:
             return no_update, no_update
-        return new_object(backend, backend.object(index), names[index], dataset_key(index)), ""
+        axis = backend.grid_axis(index)
+        return new_object(backend, backend.object(index), names[index], dataset_key(index), axis), ""
 
     @app.callback(Output("figure-mesh", "data"), Input("pick", "value"), prevent_initial_call=True)
     def take_mesh(index: int | None):
@@ -318,6 +320,7 @@ def saved(backend: Backend, shown: EditedObject, kind: str) -> tuple[str, bytes]
     """Return name and content of a file for the visitor.
 
     kind: "glb" or "ply", a smoothed mesh; "voxels", points as voxelize.py writes them; "tokens", JSON.
+    A mesh has the axes of the file that the object comes from; but of a z-up file a GLB is y-up, as glTF says.
     """
     stem = Path(shown.name).stem
     if kind == "tokens":
@@ -325,8 +328,8 @@ def saved(backend: Backend, shown: EditedObject, kind: str) -> tuple[str, bytes]
         facts = {
             "tokenizer_hash": backend.hash, "source": shown.name, "resolution": backend.resolution,
             "normalization": tokenizer.normalization, "up_axis": tokenizer.up_axis, "lattice": backend.lattice,
-            "codes_per_token": backend.codes_per_token, "n_embed": backend.n_embed, "tokens": shown.ids.tolist(),
-            "text": tokenizer.to_text(torch.from_numpy(shown.ids)),
+            "axis": shown.axis, "codes_per_token": backend.codes_per_token, "n_embed": backend.n_embed,
+            "tokens": shown.ids.tolist(), "text": tokenizer.to_text(torch.from_numpy(shown.ids)),
         }  # fmt: skip
         return f"{stem}_tokens.json", (json.dumps(facts) + "\n").encode()
     name = f"{stem}_voxels.ply" if kind == "voxels" else f"{stem}_decoded.{kind}"
@@ -339,5 +342,5 @@ def saved(backend: Backend, shown: EditedObject, kind: str) -> tuple[str, bytes]
             write_ply(path, occupancy_to_points(grid))
         else:
             with backend.compute:
-                backend.tokenizer.save_mesh(torch.from_numpy(shown.ids), path)
+                backend.tokenizer.save_mesh(torch.from_numpy(shown.ids), path, up_axis=WRITTEN[shown.axis])
         return name, path.read_bytes()

@@ -5,14 +5,13 @@ from typing import Any
 
 from dash import dcc, html
 
-from ..grids.meshes import MESH_SUFFIXES
 from ..grids.preview import CORRECT, EXTRA, MISSING
 from .backend import Backend
 from .figures import css
-from .uploads import MAX_BYTES
+from .uploads import MAX_BYTES, UPLOAD_SUFFIXES
 
 PANELS = {"mesh": "Mesh", "voxels": "Voxels", "reconstruction": "Reconstruction", "difference": "Missing and extra"}
-UP_AXES = {"z": "z up (most STL)", "y": "y up (glTF)", "keep": "axes as they are"}
+UP_AXES = {"auto": "as the file says", "y": "y up", "z": "z up", "keep": "as they are"}
 Component = Any  # of Dash, which has no common type for a part of a page
 BLANK = {"data": [], "layout": {"xaxis": {"visible": False}, "yaxis": {"visible": False}}}
 GRAPH = {"displayModeBar": False, "scrollZoom": True, "doubleClick": False}
@@ -47,7 +46,7 @@ def page(backend: Backend) -> Component:
                 data={
                     "lattice": backend.lattice,
                     "block": backend.block,
-                    "suffixes": MESH_SUFFIXES,
+                    "suffixes": UPLOAD_SUFFIXES,
                     "max_bytes": MAX_BYTES,
                 },
             ),
@@ -73,7 +72,7 @@ def object_tab(backend: Backend) -> Component:
 
 
 def toolbar(backend: Backend) -> Component:
-    axes = list(UP_AXES) if backend.tokenizer.normalization == "cube" else ["y"]
+    axes = list(UP_AXES) if backend.tokenizer.normalization == "cube" else ["auto", "y"]
     words = [html.B("Drop a mesh"), html.Span("anywhere on the page, or click here to choose a file")]
     drop = html.Div(
         words,
@@ -81,7 +80,7 @@ def toolbar(backend: Backend) -> Component:
         className="drop",
         role="button",
         tabIndex=0,
-        title=f"{' '.join(MESH_SUFFIXES)}, up to {MAX_BYTES // 2**20} MiB",
+        title=f"{' '.join(UPLOAD_SUFFIXES)}, up to {MAX_BYTES // 2**20} MiB",
     )
     parts = [
         drop,

@@ -1,22 +1,23 @@
 """What a visitor looks at, as it travels between their tab and the server, which keeps none of it.
 
-object  {"key", "name", "grid", "ids"}: see `new_object`
+object  {"key", "name", "grid", "ids", "axis"}: see `new_object`
 edits   {"of": key of the object, "list": [[index in ids, code], ...]}, the latest last
 mesh    {"of": key of the object, "figure", "caption"}
 """
 
 import uuid
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from ..grids.placing import Axis
 from ..grids.surface import surface_mesh
 from ..grids.voxels import voxels_to_grid
 from ..utils.errors import DataError, UserError
 from .backend import Backend, pack_grid, pack_ids, unpack_grid, unpack_ids
 from .figures import mesh_figure
-from .uploads import Opener, ShownMesh, simplified
+from .uploads import Opener, Shape, simplified
 
 
 class EditedObject(NamedTuple):
@@ -27,14 +28,16 @@ class EditedObject(NamedTuple):
     before: np.ndarray  # [T] int64, ids as encoded
     ids: np.ndarray  # [T] int64, ids as edited
     edits: dict[int, int]  # {index in ids: code}, where `ids` differs from `before`
+    axis: Axis  # how the axes of the file that it comes from were taken, so that downloads have the same
 
 
-def new_object(backend: Backend, grid: np.ndarray, name: str, key: str) -> dict[str, str]:
-    """Return a grid [R, R, R] bool and its ids in the form that travels."""
-    return {"key": key, "name": name, "grid": pack_grid(grid), "ids": pack_ids(backend.encode(grid))}
+def new_object(backend: Backend, grid: np.ndarray, name: str, key: str, axis: Axis) -> dict[str, Any]:
+    """Return a grid [R, R, R] bool and its ids in the form that travels. axis: see `EditedObject`."""
+    ids = backend.encode(grid)
+    return {"key": key, "name": name, "grid": pack_grid(grid), "ids": pack_ids(ids), "axis": axis}
 
 
-def open_object(backend: Backend, state: dict[str, str], edits: dict[str, Any] | None) -> EditedObject:
+def open_object(backend: Backend, state: dict[str, Any], edits: dict[str, Any] | None) -> EditedObject:
     """Return an object with those of the edits that belong to it. Raise DataError for what the page would not send."""
     grid = unpack_grid(state["grid"], backend.resolution)
     before = unpack_ids(state["ids"], backend.num_tokens, backend.n_embed)
@@ -43,11 +46,14 @@ def open_object(backend: Backend, state: dict[str, str], edits: dict[str, Any] |
         if not 0 <= index < backend.num_tokens:
             raise DataError(f"token index {index}: there are {backend.num_tokens}. Reload the page")
         ids[index] = check_code(backend, code)
-    changed = np.flatnonzero(ids != before)
-    return EditedObject(str(state["name"]), grid, before, ids, {int(index): int(ids[index]) for index in changed})
+    changed = {int(index): int(ids[index]) for index in np.flatnonzero(ids != before)}
+    axis: Any = state.get("axis")
+    if axis not in get_args(Axis):
+        raise DataError(f"the object's axis is {axis!r}: reload the page")
+    return EditedObject(str(state["name"]), grid, before, ids, changed, axis)
 
 
-def edits_of(state: dict[str, str], edits: dict[str, Any] | None) -> list[list[int]]:
+def edits_of(state: dict[str, Any], edits: dict[str, Any] | None) -> list[list[int]]:
     """Return the edits if they belong to this object, and none if they belong to the one before it."""
     return edits["list"] if edits and edits["of"] == state["key"] else []
 
@@ -70,8 +76,9 @@ def opened_upload(backend: Backend, opener: Opener, path: Path, name: str, up_ax
         raise DataError(f"{name}: {reason}") from error
     assert shape.voxels is not None
     grid = voxels_to_grid(shape.voxels, backend.resolution) > 0
-    state = new_object(backend, grid, name, f"upload-{uuid.uuid4().hex}")
-    mesh = mesh_panel(backend, shape.mesh) if shape.mesh else surface_panel(backend, grid, "a file of voxels")
+    axis = shape.axis or backend.grid_axis()
+    state = new_object(backend, grid, name, f"upload-{uuid.uuid4().hex}", axis)
+    mesh = mesh_panel(backend, shape) if shape.mesh else surface_panel(backend, grid, "a file of voxels")
     return state, {"of": state["key"], **mesh}
 
 
@@ -87,7 +94,7 @@ def dataset_mesh(backend: Backend, opener: Opener, index: int) -> dict[str, Any]
         return {"of": key, **surface_panel(backend, backend.object(index), f"its mesh file: {error}")}
     if shape.mesh is None:
         return {"of": key, **surface_panel(backend, backend.object(index), "its file has no triangles")}
-    return {"of": key, **mesh_panel(backend, shape.mesh)}
+    return {"of": key, **mesh_panel(backend, shape)}
 
 
 def dataset_key(index: int) -> str:
@@ -95,11 +102,14 @@ def dataset_key(index: int) -> str:
     return f"object-{index}"
 
 
-def mesh_panel(backend: Backend, mesh: ShownMesh) -> dict[str, Any]:
-    """Return the figure and the caption of a mesh."""
+def mesh_panel(backend: Backend, shape: Shape) -> dict[str, Any]:
+    """Return the figure and the caption of a shape that has a mesh."""
+    mesh = shape.mesh
+    assert mesh is not None
     caption = f"{mesh.triangles:,} triangles"
     if len(mesh.faces) < mesh.triangles:
         caption += f", drawn with {len(mesh.faces):,}"
+    caption = "; ".join([caption, *shape.notes])
     return {"figure": mesh_figure(mesh.vertices, mesh.faces, backend.resolution), "caption": caption}
 
 

@@ -3,6 +3,7 @@
 A damaged file may make a parser hang, crash or fill the memory, and none of that may reach the server.
 """
 
+import json
 import os
 import re
 import threading
@@ -12,11 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ..grids.mesh_pool import MeshPool, result_of
-from ..grids.meshes import MESH_SUFFIXES, gltf_tree, load_mesh, place_and_voxelize
-from ..grids.placing import place_vertices
+from ..grids.meshes import MESH_SUFFIXES, load_mesh, voxelize_geometry
+from ..grids.placing import Axis, axis_of_file, place_vertices
 from ..grids.voxels import has_faces, points_to_voxels, read_ply
 from ..utils.errors import DataError
 
+# Formats whose parsers open no other file, or of which `check_content` can tell: not archives, nor lists of files.
+SAFE = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae", ".3mf", ".vtk", ".vtp")
+UPLOAD_SUFFIXES = tuple(suffix for suffix in MESH_SUFFIXES if suffix in SAFE)
 MAX_BYTES = 64 * 2**20
 SECONDS = 60  # for a file
 MEMORY = 4 * 2**30  # bytes that opening a file may take
@@ -37,14 +41,16 @@ class Shape(NamedTuple):
 
     mesh: ShownMesh | None  # None for a file of voxels
     voxels: np.ndarray | None  # [N, 3] int64, the occupied voxels, which may repeat; None if not asked for
+    axis: Axis | None  # how the file's axes were taken; "keep" too where that was not as the file says
+    notes: tuple[str, ...]  # what the visitor should know of the file, see `grids.geometry`
 
 
 def check_name(name: str) -> str:
     """Return the suffix of an upload's name. Raise DataError if it is not a mesh's."""
     suffix = Path(name).suffix.lower()
-    if suffix not in MESH_SUFFIXES:
+    if suffix not in UPLOAD_SUFFIXES:
         name = Path(name).name or "the file"
-        raise DataError(f"{name}: is not one of {' '.join(MESH_SUFFIXES)}. Convert it to one of them.")
+        raise DataError(f"{name}: is not one of {' '.join(UPLOAD_SUFFIXES)}. Convert it to one of them.")
     return suffix
 
 
@@ -52,11 +58,7 @@ def check_content(path: Path) -> None:
     """Raise DataError for an upload that would make its parser open other files of this machine."""
     suffix = path.suffix.lower()
     if suffix in (".glb", ".gltf"):
-        try:
-            uris = [item.get("uri") for item in gltf_tree(path).get("buffers", [])]
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise DataError(f"cannot be read: its JSON is damaged ({' '.join(str(error).split())[:200]})") from error
-        others = [uri for uri in uris if uri is not None and not str(uri).startswith("data:")]
+        others = [uri for uri in _gltf_uris(path) if not uri.startswith("data:")]
         if others:
             raise DataError(f"keeps its geometry in another file, {others[0]!r:.80}. Export it as .glb, all in one")
     elif suffix == ".dae":
@@ -65,6 +67,23 @@ def check_content(path: Path) -> None:
         plain = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<" and b"\0" not in content
         if not plain or re.search(rb"<!(DOCTYPE|ENTITY)|encoding\s*=\s*[\"'](?!utf-8)", content, re.IGNORECASE):
             raise DataError("is not plain UTF-8 XML without a document type. Export it anew, or as .glb")
+
+
+def _gltf_uris(path: Path) -> list[str]:
+    """Return where a glTF file keeps its buffers, if not in itself. Raise DataError if its JSON is damaged."""
+    content = path.read_bytes()
+    if content[:4] == b"glTF":
+        if content[16:20] != b"JSON":
+            raise DataError("cannot be read: its first chunk is not JSON")
+        content = content[20 : 20 + int.from_bytes(content[12:16], "little")]
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"cannot be read: its JSON is damaged ({' '.join(str(error).split())[:200]})") from error
+    buffers = tree.get("buffers", []) if isinstance(tree, dict) else None
+    if not isinstance(buffers, list) or not all(isinstance(item, dict) for item in buffers):
+        raise DataError("cannot be read: its JSON has no list of buffers")
+    return [str(item["uri"]) for item in buffers if item.get("uri") is not None]
 
 
 def open_shape(
@@ -81,16 +100,20 @@ def open_shape(
         if voxelize:
             check_content(path)
         if path.suffix.lower() == ".ply" and not has_faces(path):
-            return Shape(None, points_to_voxels(read_ply(path), resolution, name=path.name))
-        vertices, faces = load_mesh(path)
-        voxels = place_and_voxelize(vertices, faces, resolution, up_axis, normalization) if voxelize else None
-        placed, shown = simplified(place_vertices(vertices, up_axis, normalization), faces)
+            return Shape(None, points_to_voxels(read_ply(path), resolution, name=path.name), None, ())
+        geometry = load_mesh(path)
+        made = voxelize_geometry(geometry, resolution, up_axis, normalization) if voxelize else None
+        said = geometry.up or geometry.usual_up
+        axis = axis_of_file(up_axis, said, normalization)
+        # A visitor may say that a y-up file is z-up. It comes down as it came.
+        back: Axis = "keep" if axis == "z" and said == "y" else axis
+        placed, shown = simplified(place_vertices(geometry.vertices, axis, normalization), geometry.faces)
     except (DataError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not isinstance(error.__cause__, MemoryError):
             raise
         raise DataError(f"needs more than {memory / 2**30:.3g} GiB of memory. Give a simpler mesh") from error
-    mesh = ShownMesh(((placed + 0.5) * resolution).astype(np.float32), shown.astype(np.int32), len(faces))
-    return Shape(mesh, voxels)
+    mesh = ShownMesh(((placed + 0.5) * resolution).astype(np.float32), shown.astype(np.int32), len(geometry.faces))
+    return Shape(mesh, made.voxels if made else None, back, made.notes if made else geometry.notes)
 
 
 def simplified(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,142 @@
+"""The files that --input names: which are read, which are not and why, and what their bytes hash to."""
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from trellis.grids.formats import MESH_SUFFIXES, VOLUME_SUFFIXES, reader_of, why_not
+from trellis.utils.errors import DataError
+
+READ_SUFFIXES = " ".join((*MESH_SUFFIXES, *VOLUME_SUFFIXES))
+KINDS = (  # of what is no regular file
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+# Headers whose data lie in a second file. All scans of one machine may have the same header.
+DATA_FILE = {
+    ".mhd": re.compile(rb"^ElementDataFile\s*=\s*(?!LOCAL|LIST)(\S[^\r\n]*)", re.MULTILINE),
+    ".nhdr": re.compile(rb"^data ?file:\s*(?!LIST)(\S[^\r\n]*)", re.MULTILINE),
+}
+
+
+class Found(NamedTuple):
+    """Files by recorded name, sorted.
+
+    files: {name: path} of files that are read.
+    left_out: {name: reason} of files of 3D formats that are not read, and of files and folders that cannot be.
+    """
+
+    files: dict[str, Path]
+    left_out: dict[str, str]
+
+
+def find_files(inputs: Iterable[str | os.PathLike], exclude: Path) -> Found:
+    """Find the files of meshes and volumes. Links are followed.
+
+    inputs: files and folders, which are searched recursively.
+    exclude: a folder that is not searched: grids written there are PLY files as well.
+    Raise DataError if an input is missing, a file of inputs is not read, or no file is.
+    """
+    paths = [Path(item) for item in inputs]
+    found: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+    for path in paths:
+        reason = obstacle(path)
+        if path.is_dir():
+            for below, why in _walk(path, exclude.resolve()):
+                if why is None:
+                    found[os.path.abspath(below)] = below
+                else:
+                    left_out[printable(below)] = why
+        elif not os.path.lexists(path):
+            raise DataError(f"{path}: no such file or folder. Give a mesh or a folder of meshes.")
+        elif reason is not None:
+            raise DataError(f"{path}: {reason}. Give a mesh or a folder of meshes.")
+        elif reader_of(path) is None:
+            raise DataError(f"{path}: {why_not(path) or f'is not one of {READ_SUFFIXES}. Convert it to one of them'}.")
+        else:
+            found[os.path.abspath(path)] = path
+    if not found:
+        reasons = "".join(f" {name}: {reason}." for name, reason in sorted(left_out.items())[:1])
+        others = f" {len(left_out)} files or folders are left out, the first:{reasons}" if left_out else ""
+        raise DataError(
+            f"{', '.join(map(str, paths))}: no {READ_SUFFIXES} there or below.{others} Give a folder of meshes."
+        )
+    files = dict(sorted((printable(path), path) for path in found.values()))
+    return Found(files, dict(sorted(left_out.items())))
+
+
+def _walk(folder: Path, exclude: Path) -> Iterator[tuple[Path, str | None]]:
+    """Yield the files to read with None, and those of 3D formats that are left out with the reason."""
+    visited = set()  # else a link to a parent would never end
+    closed: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
+        real = Path(parent).resolve()
+        if real in visited or real == exclude:
+            folders.clear()
+            continue
+        visited.add(real)
+        for name in names:
+            path = Path(parent, name)
+            is_read = reader_of(path) is not None
+            reason = obstacle(path)
+            if reason is None and not is_read:
+                try:
+                    reason = why_not(path)
+                except OSError as error:
+                    reason = f"cannot be read: {error.strerror}"
+                if reason is None:
+                    continue  # a texture, a text, …
+            elif not (is_read or (path.is_symlink() and not path.suffix)):  # a broken link may be one to a folder
+                continue
+            yield path, reason
+    for failed in closed:
+        yield Path(failed.filename), f"the folder cannot be read: {failed.strerror}"
+
+
+def obstacle(path: Path) -> str | None:
+    """Return why a path is no file that could be opened, None if it is one. Reading a pipe or device may never end."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if path.is_symlink():
+            return "is a link to what is not there"
+        return f"cannot be read: {error.strerror}"
+    if stat.S_ISREG(mode):
+        return None
+    kind = next((name for is_kind, name in KINDS if is_kind(mode)), "no file")
+    return f"is {kind} and not a file"
+
+
+def printable(path: Path) -> str:
+    """Return a path as one line of valid UTF-8. File names on Linux can be other bytes."""
+    text = os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal, reading it in pieces.
+
+    A header whose data lie in a second file is hashed with these. Raise OSError if a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    _add(digest, path)
+    pattern = DATA_FILE.get(path.suffix.lower())
+    if pattern and (named := pattern.search(path.read_bytes()[: 1 << 16])):
+        data = path.parent / os.fsdecode(named[1].strip())
+        if obstacle(data) is None:  # else reading the volume says what is missing
+            _add(digest, data)
+    return digest.hexdigest()
+
+
+def _add(digest: "hashlib._Hash", path: Path) -> None:
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)

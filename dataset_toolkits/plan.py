@@ -1,0 +1,101 @@
+"""What there is to do for one rank: files listed, hashed, and those of the same bytes put together."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from trellis.utils.errors import DataError
+
+from . import inputs, records
+from .work import is_volume
+
+
+class Job(NamedTuple):
+    """A file to make grids of."""
+
+    sha256: str
+    path: Path
+    names: tuple[str, ...]  # all files with these bytes; the first is the one recorded
+
+
+class Plan(NamedTuple):
+    """The share of this rank, before looking at what is done already."""
+
+    jobs: list[Job]
+    failures: list[records.Row]  # files that cannot be opened or are not read, as rows of failed.csv
+    share: set[str]  # names of this rank's files
+    listing: set[str]  # names of the files of all ranks
+    base: dict[str, records.Row]  # rows of TRELLIS's metadata.csv
+
+
+def plan_files(found: inputs.Found, rank: int, world_size: int, threads: int) -> Plan:
+    """Hash this rank's share of some files; files with the same bytes make one job."""
+    listing = sorted((*found.files, *found.left_out))
+    share = listing[rank::world_size]
+    failures = [{"file": name, "reason": found.left_out[name]} for name in share if name in found.left_out]
+    files = {name: found.files[name] for name in share if name in found.files}
+
+    def attempt(path: Path) -> str | OSError:
+        try:
+            return inputs.sha256_of(path)
+        except OSError as error:
+            return error
+
+    by_sha: dict[str, list[str]] = {}
+    pool = ThreadPoolExecutor(threads)
+    try:
+        hashes = tqdm(pool.map(attempt, files.values()), "hash", len(files), unit="file", leave=False, delay=1)
+        for name, result in zip(files, hashes, strict=True):
+            if isinstance(result, OSError):
+                failures.append({"file": name, "reason": f"cannot be read: {result.strerror}"})
+            else:
+                by_sha.setdefault(result, []).append(name)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what is left
+    jobs = [Job(sha256, files[names[0]], tuple(names)) for sha256, names in by_sha.items()]
+    return Plan(jobs, failures, set(share), set(listing), {})
+
+
+def plan_meshes(paths: list[str], output_dir: Path, threads: int) -> Plan:
+    """List and hash the mesh files of some files and folders, for programs that take meshes and no volumes.
+
+    output_dir: its folder `voxels` is not searched.
+    Volumes are among the failures. Raise DataError if there is no mesh.
+    """
+    found = inputs.find_files(paths, exclude=output_dir / "voxels")
+    volumes = {name for name, path in found.files.items() if is_volume(path)}
+    reason = "is a volume: make grids of it with voxelize.py, and give their folder"
+    left_out = {**found.left_out, **dict.fromkeys(volumes, reason)}
+    files = {name: path for name, path in found.files.items() if name not in volumes}
+    if not files:
+        raise DataError(
+            f"{', '.join(paths)}: there are only volumes. Make grids with voxelize.py, and give their folder."
+        )
+    return plan_files(inputs.Found(files, left_out), 0, 1, threads)
+
+
+def plan_renders(root: Path, rank: int, world_size: int) -> Plan:
+    """List this rank's share of `renders/<sha256>/mesh.ply` in a folder of TRELLIS."""
+    _, base = records.read_rows(root)
+    if not base:
+        raise DataError(f"{root / 'metadata.csv'}: lists no object. Make it with TRELLIS's toolkit.")
+    names = {sha256: f"renders/{sha256}/mesh.ply" for sha256 in sorted(base)}
+    share = dict(list(names.items())[rank::world_size])
+    jobs, failures = [], []
+    for sha256, name in share.items():
+        reason = inputs.obstacle(root / name)
+        if reason is None:
+            jobs.append(Job(sha256, root / name, (name,)))
+        else:
+            missing = not (root / name).exists()
+            failures.append(
+                {"file": name, "sha256": sha256, "reason": "is missing: not rendered yet?" if missing else reason}
+            )
+    return Plan(jobs, failures, set(share.values()), set(names.values()), base)
+
+
+def is_trellis_root(path: str) -> bool:
+    """Return whether a folder is a data root of TRELLIS, with its meshes in renders/."""
+    return Path(path, "metadata.csv").is_file() and Path(path, "renders").is_dir()

@@ -1,0 +1,50 @@
+"""What voxelize.py says at its end: counts, notes and reasons by kind."""
+
+import re
+from collections.abc import Iterable
+
+from trellis.grids.meshes import UNKNOWN_AXIS
+
+KINDS_SHOWN = 5
+NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?")
+
+
+def by_kind(texts: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a line for each kind of text, the most frequent first: one with its file, several with their number.
+
+    texts: (file, note or reason). Those that differ in numbers alone are of one kind.
+    """
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for file, text in texts:
+        kinds.setdefault(NUMBER.sub("#", text), []).append((file, text))
+    ranked = sorted(kinds.values(), key=lambda members: -len(members))
+    lines = []
+    for members in ranked[:KINDS_SHOWN]:
+        file, text = members[0]
+        if len(members) == 1:
+            lines.append(f"{file}: {text}")
+        elif all(other == text for _, other in members):
+            lines.append(f"{len(members)} files: {text}")
+        else:
+            lines.append(f"{len(members)} files, such as {file}: {text}")
+        if text.startswith(UNKNOWN_AXIS):
+            lines[-1] += ". Say it by --up_axis y or z"
+    if len(ranked) > KINDS_SHOWN:
+        lines.append(f"{sum(map(len, ranked[KINDS_SHOWN:]))} others for {len(ranked) - KINDS_SHOWN} other reasons")
+    return lines
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("bytes", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people."""
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,147 @@
+"""What a worker process does with one file: make its grids, write them, and say what became of it."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from trellis.grids.formats import reader_of
+from trellis.grids.meshes import UNKNOWN_AXIS, mesh_voxels
+from trellis.grids.placing import Axis, axis_of_file
+from trellis.grids.voxels import voxel_centers, write_ply
+from trellis.utils.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from trellis.grids.volumes import Labels
+
+
+class Settings(NamedTuple):
+    """How files become grids.
+
+    resolution: voxels along an edge.
+    up_axis, normalization: see `trellis.grids.placing`.
+    points: take files that have only points.
+    labels: the objects of label maps; None takes every label.
+    components: take each connected part of a label map's objects by itself.
+    fill: "surface" or "solid", for volumes.
+    """
+
+    resolution: int
+    up_axis: str
+    normalization: str | None
+    points: bool = False
+    labels: "Labels | None" = None
+    components: bool = False
+    fill: str = "surface"
+
+
+class Made(NamedTuple):
+    """A grid that was made.
+
+    part: the object of the file, "" if the file is one object.
+    mm_per_cell, frame: of an object of a scan, as text for metadata.csv; else "".
+    """
+
+    part: str
+    sha256: str
+    num_voxels: int
+    axis: str
+    notes: tuple[str, ...]
+    mm_per_cell: str = ""
+    frame: str = ""
+
+
+class Missing(NamedTuple):
+    """An object of a volume that has no grid, and why."""
+
+    part: str
+    sha256: str
+    reason: str
+
+
+class Outcome(NamedTuple):
+    """What became of a file."""
+
+    made: tuple[Made, ...]
+    missing: tuple[Missing, ...] = ()
+
+
+def is_volume(path: Path) -> bool:
+    """Return whether a file is a volume by its name, which may hold several objects."""
+    found = reader_of(path)
+    return found is not None and found.kind == "volume"
+
+
+def input_key(sha256: str, settings: Settings) -> str:
+    """Return the sha256 that stands for a volume and how it is divided into objects."""
+    groups = settings.labels and sorted(settings.labels.groups.items())
+    return _digest(sha256, groups, settings.components)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+
+def make_grids(path: Path, sha256: str, folder: Path | None, settings: Settings) -> Outcome:
+    """Make the grids of a file, and write them as `<sha256>.ply` into a folder, if one is given.
+
+    sha256: of the file's bytes.
+    Raise DataError with the reason if the file gives none, OSError if a grid cannot be written.
+    """
+    try:
+        grids, missing = _grids(path, sha256, settings)
+    except (DataError, MemoryError):
+        raise
+    except ConfigError as error:  # a package that few files need: the others go on without it
+        raise DataError(str(error)) from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # one file in thousands must not end the run
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"cannot be voxelized, by a fault of this program ({type(error).__name__}: {reason})"
+        ) from error
+    if folder is not None:
+        for voxels, made in grids:
+            write_ply(folder / f"{made.sha256}.ply", voxel_centers(voxels, settings.resolution))
+    return Outcome(tuple(made for _, made in grids), missing)
+
+
+def _grids(path: Path, sha256: str, settings: Settings) -> tuple[list[tuple[np.ndarray, Made]], tuple[Missing, ...]]:
+    if not is_volume(path):
+        voxels, axis, notes = mesh_voxels(
+            path, settings.resolution, settings.up_axis, settings.normalization, settings.points
+        )
+        return [(voxels, Made("", sha256, len(voxels), axis, notes))], ()
+    if settings.normalization != "cube":
+        raise DataError("is a volume, which is placed as by --normalization cube: give another --output_dir and that")
+    return _objects(path, sha256, settings)
+
+
+def _objects(path: Path, sha256: str, settings: Settings) -> tuple[list[tuple[np.ndarray, Made]], tuple[Missing, ...]]:
+    """Return the grids of a volume's objects and what it does not give."""
+    from trellis.grids.volumes import ARRAY_SUFFIXES, LeftOut, grids_of_file, volume_suffix
+
+    axis: Axis = "z"  # of scans
+    notes: tuple[str, ...] = ()
+    if volume_suffix(path) in ARRAY_SUFFIXES:
+        axis = axis_of_file(settings.up_axis, None, settings.normalization)
+        notes = (f"{UNKNOWN_AXIS}: taken as they are",) if settings.up_axis == "auto" else ()
+    elif settings.up_axis == "y":
+        notes = ("its axes are z-up, as those of every scan: --up_axis y does not turn it",)
+    grids, missing = [], []
+    places: dict[tuple[int, ...], int] = {}  # components of the same labels so far
+    for item in grids_of_file(
+        path, settings.resolution, settings.labels, settings.components, settings.fill, axis == "y"
+    ):
+        if isinstance(item, LeftOut):
+            missing.append(Missing(item.name, _digest(sha256, item.name), item.reason))
+            continue
+        places[item.labels] = places.get(item.labels, 0) + 1
+        part = places[item.labels] if settings.components else "whole"
+        key = _digest(sha256, sorted(item.labels), part) if item.name else sha256
+        edge, frame = (f"{item.frame.mm_per_cell:.9g}", item.frame.to_json()) if item.frame else ("", "")
+        made = Made(item.name, key, len(item.voxels), axis, (*item.notes, *notes), edge, frame)
+        grids.append((item.voxels, made))
+    return grids, tuple(missing)

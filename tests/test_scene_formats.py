@@ -524,6 +524,19 @@ def test_collada_geometry_of_other_kinds_is_refused_by_name(inner, word, tmp_pat
     assert word in refusal(collada.read, dae(tmp_path, document(text, nodes)))
 
 
+def test_collada_ids_are_taken_where_they_are_used(tmp_path):
+    """Exporters give all meshes sources of the same ids, and nodes the ids of their geometries."""
+    other = geometry("g", 2 * POINTS, faces_text("g", FACES)).replace('<geometry id="g">', '<geometry id="h">')
+    nodes = f'<node id="g">{INSTANCE}</node><node id="h"><instance_geometry url="#h"/></node>'
+    got = collada.read(dae(tmp_path, document(TETRA + other, nodes)))
+    assert_same(got, np.concatenate([POINTS, 2 * POINTS]), np.concatenate([FACES, FACES + 4]))
+    assert not got.notes
+    twice = geometry("g", 2 * POINTS, faces_text("g", FACES))
+    got = collada.read(dae(tmp_path, document(TETRA + twice)))
+    assert_same(got, POINTS, FACES)
+    assert len(got.notes) == 1 and '"g"' in got.notes[0]
+
+
 def test_collada_of_lines_has_no_triangles(tmp_path):
     text = geometry("g", POINTS, f'<lines count="1">{vertex_input("g")}<p>0 1</p></lines>')
     assert refusal(collada.read, dae(tmp_path, document(text))) == "has no triangles, only lines"
@@ -538,6 +551,13 @@ def test_xml_in_its_encoding(encoding, tmp_path):
     name = {"utf-8-sig": "utf-8", "latin-1": "iso-8859-1"}.get(encoding, encoding)
     content = document(head=f'<?xml version="1.0" encoding="{name}"?><!-- Schädel -->').decode()
     assert_same(collada.read(dae(tmp_path, content.encode(encoding))), POINTS, FACES)
+
+
+@pytest.mark.parametrize("declared", ["", ' encoding="utf-8"', ' encoding="utf-16"', ' encoding="windows-1252"'])
+def test_xml_in_another_encoding_than_it_says(declared, tmp_path):
+    content = document(head=f'<?xml version="1.0"{declared}?><!-- Schädel -->').decode()
+    for encoding in ("latin-1", "utf-8"):
+        assert_same(collada.read(dae(tmp_path, content.encode(encoding))), POINTS, FACES)
 
 
 def test_xml_entities_are_never_expanded(tmp_path):
@@ -611,6 +631,19 @@ def test_3mf_parts_of_the_production_extension(tmp_path):
     )
     got = threemf.read(write_3mf(tmp_path / "a.3mf", text, part=model(f'<object id="1">{mesh_3mf()}</object>', "")))
     assert_same(got, np.concatenate([POINTS, POINTS]), np.concatenate([FACES, FACES + 4]))
+
+
+def test_3mf_says_what_a_slicer_keeps_in_it(tmp_path):
+    path = write_3mf(tmp_path / "a.3mf", model(f'<object id="1">{mesh_3mf()}</object>', '<item objectid="1"/>'))
+    with zipfile.ZipFile(path, "a") as package:
+        volumes = "".join(
+            f'<volume firstid="0" lastid="1"><metadata type="volume" key="volume_type" value="{kind}"/></volume>'
+            for kind in ("ModelPart", "NegativeVolume")
+        )
+        package.writestr("Metadata/Slic3r_PE_model.config", f'<config><object id="1">{volumes}</object></config>')
+    got = threemf.read(path)
+    assert_same(got, POINTS, FACES)
+    assert len(got.notes) == 1 and "(NegativeVolume)" in got.notes[0]
 
 
 def test_3mf_leaves_out_supports_and_says_so(tmp_path):

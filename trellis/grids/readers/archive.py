@@ -22,7 +22,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".ktx2", ".basis", ".dds", ".tga",
 
 
 def read(path: Path) -> Geometry:
-    """Read the one mesh in an archive; see `Geometry`. Without a word of its own on what is up, the rule of its format holds.
+    """Read the one mesh in an archive; see `Geometry`. `usual_up` is the rule of its format.
 
     Raise DataError with the reason if the archive is damaged, encrypted or too large, has no mesh or several, or if the
     mesh cannot be read.

@@ -36,6 +36,7 @@ NAMES = {
     "http://schemas.3mf.io/3dmanufacturing/implicit/2023/12": "implicit functions",
 }
 SHOWN = ("model", "surface")  # types of objects; others are supports, and what a slicer keeps for itself
+SLICER = "Metadata/Slic3r_PE_model.config"
 LEAVES = {"vertex": ("x", "y", "z"), "triangle": ("v1", "v2", "v3")}
 
 
@@ -60,10 +61,13 @@ def read(path: Path) -> Geometry:
         if not items:
             raise DataError("its <build> has no items: nothing of it is to be made")
         parts = Parts()
+        helpers = package.helpers()
         left_out = _place([package.use(item, start, np.eye(4)) for item in items], package, parts)
     vertices, faces = parts.joined()
-    notes = (f"leaves out {left_out} objects of type support or other",) if left_out else ()
-    return Geometry(vertices, faces, "z", notes)
+    notes = [f"leaves out {left_out} objects of type support or other"] if left_out else []
+    if helpers:
+        notes.append(f"has volumes that a slicer keeps for itself ({', '.join(helpers)}), read like the model")
+    return Geometry(vertices, faces, "z", tuple(notes))
 
 
 def _place(items: list[_Use], package: "_Package", parts: Parts) -> int:
@@ -112,6 +116,14 @@ class _Package:
             raise DataError(f"has no part {part[:100]}: it is no 3MF file, or damaged")
         check_members([self.archive.getinfo(name)])
         return self.archive.read(name)
+
+    def helpers(self) -> list[str]:
+        """Return the kinds of volumes besides parts of the model that PrusaSlicer puts into the same meshes."""
+        if "/" + SLICER.lower() not in self.names:
+            return []
+        settings = parse(self._content("/" + SLICER))
+        kinds = {each.get("value", "")[:50] for each in settings.iter("metadata") if each.get("key") == "volume_type"}
+        return sorted(kinds - {"ModelPart"})
 
     def start(self) -> str:
         """Return the name of the model that the package begins with."""

@@ -7,6 +7,7 @@ file to gigabytes, or name other files) are refused instead of being expanded.
 import binascii
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -16,6 +17,14 @@ import numpy as np
 
 from ...utils.errors import DataError
 
+WRONG_ENCODING = [
+    expat.errors.codes[message]
+    for message in (
+        expat.errors.XML_ERROR_INVALID_TOKEN,
+        expat.errors.XML_ERROR_INCORRECT_ENCODING,
+        expat.errors.XML_ERROR_UNKNOWN_ENCODING,
+    )
+]
 Number = TypeVar("Number", bound=np.generic)
 
 
@@ -28,11 +37,25 @@ def parse(content: bytes, leaves: Mapping[str, tuple[str, ...]] | None = None) -
         text of the element around them.
     Raise DataError if it is not well-formed, such as a file that is cut off, or declares entities.
     """
-    builder = TreeBuilder()
-    parser = expat.ParserCreate()
-    parser.buffer_text = True
+    content = content.lstrip(b" \t\r\n")
+    try:
+        return _parse(content, leaves or {}, None)
+    except expat.ExpatError as error:
+        if error.code in WRONG_ENCODING:
+            # Names and comments are often in another encoding than the file says; geometry is ASCII.
+            for encoding in ("utf-8", "iso-8859-1"):
+                with suppress(expat.ExpatError):
+                    return _parse(content, leaves or {}, encoding)
+        raise DataError(f"is not well-formed XML ({error}): it is damaged or cut off") from error
+    except (LookupError, ValueError) as error:
+        raise DataError(f"its XML has an encoding that cannot be read ({error})") from error
 
-    leaves = leaves or {}
+
+def _parse(content: bytes, leaves: Mapping[str, tuple[str, ...]], encoding: str | None) -> Element:
+    """Parse in an encoding, None for the one that the document declares. Raise what expat raises, and DataError."""
+    builder = TreeBuilder()
+    parser = expat.ParserCreate(encoding)
+    parser.buffer_text = True
 
     def start(tag: str, attributes: dict[str, str]) -> None:
         tag = _local(tag)
@@ -56,12 +79,7 @@ def parse(content: bytes, leaves: Mapping[str, tuple[str, ...]] | None = None) -
     parser.CharacterDataHandler = builder.data
     parser.EntityDeclHandler = refuse
     parser.SkippedEntityHandler = refuse
-    try:
-        parser.Parse(content.lstrip(b" \t\r\n"), True)
-    except expat.ExpatError as error:
-        raise DataError(f"is not well-formed XML ({error}): it is damaged or cut off") from error
-    except (LookupError, ValueError) as error:
-        raise DataError(f"its XML has an encoding that cannot be read ({error})") from error
+    parser.Parse(content, True)
     return builder.close()
 
 

@@ -55,7 +55,7 @@ def load_mesh(path: Path, points: bool = False) -> Geometry:
     geometry = _read(path)
     vertices, faces = geometry.vertices, geometry.faces
     if not len(faces) and not (points and len(vertices)):
-        only_points = f"has {len(vertices)} points and no triangles: --points reads them as points"
+        only_points = f"is a cloud of {len(vertices)} points without triangles (voxelize.py --points reads it)"
         raise DataError(only_points if len(vertices) else "has no triangles")
     if len(faces):
         if faces.min() < 0 or faces.max() >= len(vertices):

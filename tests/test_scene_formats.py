@@ -498,6 +498,7 @@ def test_collada_takes_the_scene_that_it_names(tmp_path):
         ((b"<p>0 2 1 ", b"<p>0 2 4 "), "0 to 4 of 4"),
         ((b"<p>0 2 1 ", b"<p>0 2 -1 "), "-1 to 3 of 4"),
         ((b"<p>0 2 1 ", b"<p>0 2 1.5 "), "not a number"),
+        ((b"<p>0 2 1 ", b"<p>0 2 0_1 "), "not a number"),
         ((b"<p>0 2 1 ", b"<p>0 2 99999999999999999999 "), "not a number"),
         ((b'<instance_geometry url="#g"', b'<instance_geometry url="#h"'), "#h"),
         ((b'<instance_geometry url="#g"', b'<instance_geometry url="other.dae#g"'), "another file"),
@@ -535,6 +536,20 @@ def test_collada_ids_are_taken_where_they_are_used(tmp_path):
     got = collada.read(dae(tmp_path, document(TETRA + twice)))
     assert_same(got, POINTS, FACES)
     assert len(got.notes) == 1 and '"g"' in got.notes[0]
+
+
+def test_coordinates_with_too_few_digits_are_refused(tmp_path):
+    """Six digits are steps of 10 here, in an object of 3."""
+    far = np.asarray(POINTS, dtype=np.float64) + 4_000_000
+    written = [" ".join(f"{value:.5e}" for value in far.ravel()), " ".join(f"{value:.8e}" for value in far.ravel())]
+    exact = " ".join(repr(float(value)) for value in far.ravel())
+    content = document(geometry("g", far, faces_text("g", FACES))).decode()
+    assert "digits" in refusal(collada.read, dae(tmp_path, content.replace(exact, written[0]).encode()))
+    assert_same(collada.read(dae(tmp_path, content.replace(exact, written[1]).encode())), far, FACES, 0.01)
+    text = model(f'<object id="1">{mesh_3mf(far)}</object>', '<item objectid="1"/>')
+    for value in np.unique(far):
+        text = text.replace(f'"{value}"', f'"{value:.5e}"')
+    assert "digits" in refusal(threemf.read, write_3mf(tmp_path / "a.3mf", text))
 
 
 def test_collada_of_lines_has_no_triangles(tmp_path):

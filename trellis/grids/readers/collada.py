@@ -20,7 +20,7 @@ from ..geometry import Geometry, Up
 from .collada_nodes import affine, node_matrix
 from .collada_primitives import PRIMITIVES, Primitive, adds_up
 from .parts import Parts
-from .xml_tree import integer, numbers, read_tree
+from .xml_tree import check_digits, integer, numbers, read_tree
 
 # Columns of the rotation from x-up (right is -y, up is x, toward the viewer is z) to y-up.
 FROM_X_UP = np.array([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -50,6 +50,8 @@ class _Values(NamedTuple):
 
     rows: np.ndarray
     params: list[str]  # names of the columns; "" for a column that is to be skipped
+    array: Element  # where they are, and at which of its values
+    places: np.ndarray
 
 
 class _Document:
@@ -132,7 +134,8 @@ class _Document:
         accessor = source.find("technique_common/accessor")
         if accessor is None:
             raise DataError(f'source "{source.get("id")}" has no accessor')
-        array = self._array(self.find(accessor, "source", *ARRAYS, within=source))
+        element = self.find(accessor, "source", *ARRAYS, within=source)
+        array = self._array(element)
         count, offset, stride = (integer(accessor, *pair) for pair in (("count",), ("offset", 0), ("stride", 1)))
         params = [param.get("name", "") for param in accessor.findall("param")]
         params = params if any(params) else ["X", "Y", "Z"]  # none has a name
@@ -143,7 +146,8 @@ class _Document:
                 f"from {offset}: the file is damaged"
             )
         used = np.arange(len(params)) if params else np.zeros(1, dtype=np.int64)
-        return _Values(array[offset + stride * np.arange(count)[:, None] + used], params)
+        places = offset + stride * np.arange(count)[:, None] + used
+        return _Values(array[places], params, element, places)
 
     def _array(self, element: Element) -> np.ndarray:
         if element not in self._arrays:
@@ -160,11 +164,13 @@ class _Document:
 
     def positions(self, element: Element, within: Element) -> np.ndarray:
         """Return the points [N, 3] float64 of a source."""
-        rows, params = self.values(element, within)
+        rows, params, array, places = self.values(element, within)
         columns = [column for column, name in enumerate(params) if name][:3]
         if len(columns) < 3 or rows.dtype == object:
             raise DataError(f'source "{element.get("source", "")[1:]}" of positions has not three numbers per point')
-        return rows[:, columns]
+        points = rows[:, columns]
+        check_digits(points, array.text, places[:, columns])
+        return points
 
     def matrices(self, element: Element, within: Element) -> np.ndarray:
         """Return the matrices [N, 4, 4] float64 of a source of 16 values each."""

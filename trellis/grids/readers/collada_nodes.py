@@ -29,9 +29,9 @@ def node_matrix(node: Element) -> np.ndarray:
 def affine(values: np.ndarray) -> np.ndarray:
     if len(values) != 16:
         raise DataError(f"a matrix has {len(values)} numbers, not 16")
-    if not (values[12:] == (0, 0, 0, 1)).all():
+    if np.abs(values[12:] - (0, 0, 0, 1)).max() > 1e-4:  # writers of single precision miss it a little
         raise DataError(f"a matrix has the last row {values[12:].tolist()}, not 0 0 0 1: it is no affine transform")
-    return values.reshape(4, 4)
+    return np.array([*values[:12], 0, 0, 0, 1]).reshape(4, 4)
 
 
 def _translate(values: np.ndarray) -> np.ndarray:

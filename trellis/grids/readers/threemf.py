@@ -16,7 +16,7 @@ import numpy as np
 from ...utils.errors import DataError
 from ..geometry import Geometry
 from .parts import Parts
-from .xml_tree import numbers, parse
+from .xml_tree import check_digits, numbers, parse
 from .zipped import check_members, opened_zip
 
 MODEL = "http://schemas.microsoft.com/3dmanufacturing/2013/01/3dmodel"
@@ -180,11 +180,13 @@ def _read_mesh(thing: Element) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{name} has a beam lattice, which is not read: export it as a mesh")
     if thing.get("meshresolution") == "lowres":
         raise DataError(f"{name} has its shape in slices, which are not read: export it as a mesh")
-    vertices = numbers(mesh.findtext("vertices"), np.float64, f"<vertices> of {name}")
+    text = mesh.findtext("vertices")
+    vertices = numbers(text, np.float64, f"<vertices> of {name}")
     faces = numbers(mesh.findtext("triangles"), np.int64, f"<triangles> of {name}")
     if len(vertices) % 3 or len(faces) % 3:
         raise DataError(f"{name} has vertices or triangles of other than three numbers: the file is damaged")
     vertices, faces = vertices.reshape(-1, 3), faces.reshape(-1, 3)
+    check_digits(vertices, text, np.arange(vertices.size).reshape(-1, 3))
     if len(faces) and not 0 <= faces.min() <= faces.max() < len(vertices):
         raise DataError(f"{name} uses vertices {faces.min()} to {faces.max()} of {len(vertices)}")
     return vertices, faces

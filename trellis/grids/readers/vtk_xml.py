@@ -22,7 +22,7 @@ TYPES = {
     "Float64": "f8",
 }
 APPENDED = re.compile(rb"<AppendedData\b[^>]*>")
-MAX_BYTES = 2**31  # of one array when it is decompressed
+MAX_BYTES = 2**30  # of one array when it is decompressed
 
 
 def read_xml(content: bytes) -> Geometry:

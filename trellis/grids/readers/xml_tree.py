@@ -16,6 +16,7 @@ from xml.parsers import expat
 import numpy as np
 
 from ...utils.errors import DataError
+from .text import to_coordinates
 
 WRONG_ENCODING = [
     expat.errors.codes[message]
@@ -100,11 +101,25 @@ def numbers(text: str | None, dtype: type[Number] | np.dtype[Number], name: str)
 
     name: what the reason calls the text, such as "<p>".
     """
+    text = text or ""
     try:
-        return np.array((text or "").encode().split(), dtype=dtype)  # numpy reads bytes faster than str
+        if "_" in text:  # Python allows it between digits
+            raise ValueError("an underscore")
+        return np.array(text.encode().split(), dtype=dtype)  # numpy reads bytes faster than str
     except (ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:100]
         raise DataError(f"{name} has something that is not a number of its type ({reason})") from error
+
+
+def check_digits(points: np.ndarray, text: str | None, index: np.ndarray) -> None:
+    """Raise DataError if an object far from the origin is written with too few digits; see `text.to_coordinates`.
+
+    points: [N, 3] float64, the numbers of the words at index [N, 3] int64 of the text.
+    """
+    finite = points[np.isfinite(points).all(axis=1)]
+    if len(finite) and np.abs(finite).max() > 1000 * np.ptp(finite, axis=0).max():
+        words = (text or "").encode().split()
+        to_coordinates([[words[place] for place in column] for column in index.T])
 
 
 def integer(element: Element, attribute: str, default: int | None = None) -> int:

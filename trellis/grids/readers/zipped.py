@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...utils.errors import DataError
 
-MAX_BYTES = 2**31  # unpacked; far beyond what is voxelized
+MAX_BYTES = 2**30  # unpacked; far beyond what is voxelized
 
 
 @contextmanager

@@ -504,6 +504,7 @@ def test_collada_takes_the_scene_that_it_names(tmp_path):
         ((b'<instance_geometry url="#g"', b'<instance_geometry url="other.dae#g"'), "another file"),
         ((b'offset="0"', b'offset="-1"'), "offset"),
         ((b'stride="3"', b'stride="99999999999999"'), "takes 4 times"),
+        ((b'count="4" stride="3"', b'count="0" stride="99999999999999999999"'), "0 to 3 of 0"),
         ((b'semantic="VERTEX"', b'semantic="NORMAL"'), "VERTEX"),
         ((b'version="1.4.1"', b'version="1.3.0"'), "1.3.0"),
         ((b"<mesh>", b"<brep>"), "XML"),

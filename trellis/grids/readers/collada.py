@@ -146,6 +146,8 @@ class _Document:
                 f"from {offset}: the file is damaged"
             )
         used = np.arange(len(params)) if params else np.zeros(1, dtype=np.int64)
+        if not count:
+            offset = stride = 0  # they may be any number then
         places = offset + stride * np.arange(count)[:, None] + used
         return _Values(array[places], params, element, places)
 
@@ -180,7 +182,9 @@ class _Document:
             raise DataError(f'source "{source.get("id")}" of matrices has not 16 numbers per matrix')
         array = self._array(self.find(accessor, "source", "float_array", within=source))
         count, offset, stride = integer(accessor, "count"), integer(accessor, "offset", 0), integer(accessor, "stride")
-        if count and offset + stride * (count - 1) + 16 > len(array):
+        if not count:
+            return np.zeros((0, 4, 4))
+        if offset + stride * (count - 1) + 16 > len(array):
             raise DataError(f'source "{source.get("id")}" has {len(array)} values, too few for {count} matrices')
         return array[offset + stride * np.arange(count)[:, None] + np.arange(16)].reshape(-1, 4, 4)
 

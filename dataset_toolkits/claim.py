@@ -15,26 +15,26 @@ from pathlib import Path
 from trellis.utils.errors import DataError
 from trellis.utils.files import atomic_write, host_name, is_running
 
-from .records import Settings, active_file, flags_of, known_grids
+from .records import Known, Row, Settings, active_file, flags_of, known_grids
 
 PATIENCE = 5  # seconds for another run that is just about to give up, or to write its claim
 
 
 @contextmanager
-def claimed(root: Path, settings: Settings, run: str) -> Iterator[None]:
-    """Hold a folder for runs with these settings.
+def claimed(root: Path, settings: Settings, run: str) -> Iterator[tuple[Known, dict[str, Row]]]:
+    """Hold a folder for runs with these settings, and give what `known_grids` finds in it.
 
     run: as in the name of the run's record file.
     Raise DataError if it has grids of other settings, or if another active run has other settings.
     """
-    known_grids(root, settings)
+    known = known_grids(root, settings)
     path = active_file(root, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         partial.write_text(json.dumps({"host": host_name(), "pid": os.getpid(), "settings": settings}))
     try:
         _claim(root, settings, path)
-        yield
+        yield known
     finally:
         path.unlink(missing_ok=True)
 

@@ -3,9 +3,9 @@
     python dataset_toolkits/pack.py --input data/voxels --output data/voxels.npz
     python dataset_toolkits/pack.py --unpack data/voxels.npz --output_dir data/voxels
 
-A packed file keeps the grid, sha256, name, source and split of each object, and how the meshes were normalized and
-turned. Training loads it as a whole, which is fast and takes R^3 / 8 bytes of memory per object. Nothing is ever
-overwritten.
+A packed file keeps the grid, sha256, name, source and split of each object, how the files were normalized and turned,
+and where an organ lies in its scan. Training loads it as a whole, which is fast and takes R^3 / 8 bytes of memory per
+object. Nothing is ever overwritten.
 """
 
 import argparse
@@ -20,14 +20,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 from dataset_toolkits import records
-from trellis.datasets.metadata import setting_of_data
 from trellis.datasets.packed import load_packed, packed_resolution, save_packed
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import occupancy_to_points, pack_bits, packed_size, write_ply
 from trellis.utils.command import run_command
 from trellis.utils.errors import DataError
 
-SETTINGS = ("up_axis", "normalization")  # columns of metadata.csv that all objects share; ids depend on them
+KEPT = ("up_axis", "normalization", "mm_per_cell", "frame")  # columns of metadata.csv
 
 
 def pack(root: str, output: Path, resolution: int) -> int:
@@ -49,10 +48,11 @@ def pack(root: str, output: Path, resolution: int) -> int:
         key: np.array([getattr(entry, key) or "" for entry in dataset.entries])
         for key in ("sha256", "name", "source", "split")
     }
-    for name in SETTINGS:
-        value = setting_of_data(dataset.roots, name)
-        if value is not None:
-            texts[name] = np.full(len(dataset), value)
+    kept = {root: _kept(Path(root)) for root in dataset.roots}
+    for name in KEPT:
+        values = [kept[entry.root][name].get(entry.sha256, "") for entry in dataset.entries]
+        if any(values):
+            texts[name] = np.array(values)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_packed(output, bits, texts)
     return len(dataset)
@@ -73,7 +73,7 @@ def unpack(packed: Path, output_dir: Path) -> int:
     (partial / "voxels").mkdir(parents=True)
     try:
         rows = []
-        settings = {name: value for name in SETTINGS if (value := setting_of_data([packed], name)) is not None}
+        kept = {name: texts for name, texts in _kept(packed).items() if any(texts.values())}
         for index, entry in enumerate(tqdm(dataset.entries, desc="unpacking", unit="grid", disable=None)):
             points = occupancy_to_points(dataset[index]["ss"][0])
             write_ply(partial / "voxels" / f"{entry.sha256}.ply", points)
@@ -85,7 +85,7 @@ def unpack(packed: Path, output_dir: Path) -> int:
                     "split": entry.split,
                     "voxelized": "True",
                     "num_voxels": str(len(points)),
-                    **settings,
+                    **{name: texts[entry.sha256] for name, texts in kept.items()},
                 }
             )
         records.write_table(partial / "metadata.csv", rows[0].keys(), rows)
@@ -93,6 +93,20 @@ def unpack(packed: Path, output_dir: Path) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return len(dataset)
+
+
+def _kept(root: Path) -> dict[str, dict[str, str]]:
+    """Return {column of KEPT: {sha256: text}} of metadata.csv, or of the text arrays of packed files in its place."""
+    found: dict[str, dict[str, str]] = {name: {} for name in KEPT}
+    packed = [root] if root.suffix == ".npz" else sorted(root.glob("*.npz"))
+    for path in packed:
+        arrays = load_packed(path)
+        for name in arrays.keys() & found:
+            found[name] |= zip(arrays["sha256"].tolist(), arrays[name].tolist(), strict=True)
+    for sha256, row in () if packed else records.read_rows(root)[1].items():
+        for name in row.keys() & found:
+            found[name][sha256] = row[name]
+    return found
 
 
 def _refuse_existing(path: Path) -> None:

@@ -71,7 +71,7 @@ def plan_meshes(paths: list[str], output_dir: Path, threads: int) -> Plan:
     files = {name: path for name, path in found.files.items() if name not in volumes}
     if not files:
         raise DataError(
-            f"{', '.join(paths)}: there are only volumes. Make grids with voxelize.py, and give their folder."
+            f"{', '.join(paths)}: no mesh, only volumes. Make grids with voxelize.py, and give their folder."
         )
     return plan_files(inputs.Found(files, left_out), 0, 1, threads)
 

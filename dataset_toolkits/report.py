@@ -30,7 +30,7 @@ def by_kind(texts: Iterable[tuple[str, str]]) -> list[str]:
         if text.startswith(UNKNOWN_AXIS):
             lines[-1] += ". Say it by --up_axis y or z"
     if len(ranked) > KINDS_SHOWN:
-        lines.append(f"{sum(map(len, ranked[KINDS_SHOWN:]))} others for {len(ranked) - KINDS_SHOWN} other reasons")
+        lines.append(f"and {sum(map(len, ranked[KINDS_SHOWN:]))} more")
     return lines
 
 

@@ -57,7 +57,7 @@ def voxelize(args: argparse.Namespace) -> int:
         return 0
     record_file = records.RecordFile(root, args.rank)
     try:
-        with claimed(root, key, record_file.run), record_file:
+        with claimed(root, key, record_file.run) as known, record_file:
             (root / "voxels").mkdir(parents=True, exist_ok=True)
             for folder in (root, root / "voxels", root / "records"):
                 remove_leftovers(folder)
@@ -65,13 +65,13 @@ def voxelize(args: argparse.Namespace) -> int:
                 plan = plan_renders(Path(args.input[0]), args.rank, args.world_size)
             else:
                 plan = plan_files(found, args.rank, args.world_size, args.max_workers)
-            run = Run(args, root, settings, key, plan, record_file)
+            run = Run(args, root, settings, key, plan, known, record_file)
             exit_code = run.work()
+            remove_leftovers(root / "voxels")  # of workers that were killed
             rows, _ = records.update_tables(root, plan.base)
     except OSError as error:  # of the output; an input that cannot be read is a line of failed.csv
         raise DataError(
-            f"{error.filename or root}: {error.strerror or error}. Nothing is lost: mend that and run the same "
-            "command again, which goes on where this one stopped."
+            f"{root}: {error.strerror or error}. Mend that and run the same command again: what is finished is kept."
         ) from error
     run.print_summary(rows, time.perf_counter() - started)
     if exit_code:
@@ -106,13 +106,14 @@ class Run:
         settings: Settings,
         key: records.Settings,
         plan: Plan,
+        known: tuple[records.Known, dict[str, records.Row]],
         record_file: records.RecordFile,
     ):
         self.args, self.root, self.settings, self.plan = args, root, settings, plan
         self.record_file = record_file
         self.common = dict(zip(records.SETTINGS, key, strict=True))
         self.common["fill"] = "" if settings.fill == "surface" else settings.fill
-        self.known, self.failed_before = records.known_grids(root, key)
+        self.known, self.failed_before = known
         self.made: set[str] = set()
         self.finished: set[str] = set()
         self.left_out: list[tuple[str, str]] = []

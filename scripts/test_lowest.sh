@@ -8,6 +8,7 @@ TRELLIS_VENV="${TRELLIS_VENV_LOWEST:-$HERE/../.venv_lowest}"
 TRELLIS_CONSTRAINTS=constraints_lowest.txt
 source "$HERE/setup.sh"
 set_up
+check_open3d
 cd "$ROOT"
 # Left out: what has nothing to do with versions of packages (documents, benchmarks, the demo), the browser, and tests of
 # 8 seconds and more whose libraries are met in a shorter one too.

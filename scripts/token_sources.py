@@ -124,7 +124,7 @@ class MeshSource:
     max_workers: worker processes of this machine.
     timeout: seconds for a file.
     output_dir: its folder `voxels` is not searched: grids are PLY files too.
-    Raise DataError if there is no mesh, ConfigError if trimesh or open3d is missing.
+    Raise DataError if there is no mesh, ConfigError if a package is missing.
     """
 
     def __init__(
@@ -137,12 +137,9 @@ class MeshSource:
         timeout: float,
         output_dir: Path,
     ):
-        from dataset_toolkits.voxelize import plan_meshes
-        from trellis.grids.meshes import require_open3d, require_trimesh
+        from dataset_toolkits.plan import plan_meshes
 
-        require_trimesh()
-        require_open3d()
-        plan = plan_meshes(inputs, output_dir, 0, 1, max_workers)
+        plan = plan_meshes(inputs, output_dir, max_workers)
         self.jobs = sorted(plan.jobs)  # by sha256, so that the spelling of paths does not matter
         self.objects = [(job.sha256, job.names[0], None) for job in self.jobs]
         self.failures = plan.failures

@@ -73,6 +73,32 @@ def test_how_objects_were_turned_and_normalized_stays_known(packed, tmp_path):
     assert setting_of_data([roots[0], packed], "up_axis") is None
 
 
+def test_each_object_keeps_what_its_root_says_of_it(packed, tmp_path):
+    """Also where roots differ, or some say nothing; and an organ's place in its scan."""
+    unpack(packed, tmp_path / "all")
+    table = pd.read_csv(tmp_path / "all" / "metadata.csv", dtype=str, keep_default_na=False)
+    for part, root in enumerate("abc"):
+        (tmp_path / root / "voxels").mkdir(parents=True)
+        rows = table.iloc[part::3]
+        for sha256 in rows["sha256"]:
+            name = f"voxels/{sha256}.ply"
+            (tmp_path / root / name).write_bytes((tmp_path / "all" / name).read_bytes())
+        if root != "c":
+            rows = rows.assign(up_axis={"a": "y", "b": "auto"}[root])
+        if root == "b":
+            rows = rows.assign(mm_per_cell="0.5", frame=[f'{{"center":[{i},0,0]}}' for i in range(len(rows))])
+        rows.to_csv(tmp_path / root / "metadata.csv", index=False)
+    assert pack(",".join(str(tmp_path / root) for root in "abc"), tmp_path / "all.npz", R) == 7
+    arrays = load_packed(tmp_path / "all.npz")
+    assert arrays["up_axis"].tolist() == ["y"] * 3 + ["auto"] * 2 + [""] * 2
+    assert arrays["mm_per_cell"].tolist() == [""] * 3 + ["0.5"] * 2 + [""] * 2
+    assert arrays["frame"].tolist() == [""] * 3 + [f'{{"center":[{i},0,0]}}' for i in range(2)] + [""] * 2
+    unpack(tmp_path / "all.npz", tmp_path / "again")
+    assert pack(str(tmp_path / "again"), tmp_path / "again.npz", R) == 7
+    again = load_packed(tmp_path / "again.npz")
+    assert again.keys() == arrays.keys() and all(np.array_equal(again[key], arrays[key]) for key in arrays)
+
+
 def test_names_that_look_like_numbers_stay_text(tmp_path):
     names = np.array(["007", "1e3", "1.0", "-0", "00", "1.10", "12"])
     np.savez(tmp_path / "a.npz", **arrays() | {"name": names, "source": names[::-1]})

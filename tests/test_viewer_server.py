@@ -129,15 +129,14 @@ def test_a_file_is_parsed_once_and_its_mesh_lies_in_its_voxels(normalization, tm
         return load_mesh(path, *args)
 
     monkeypatch.setattr(uploads, "load_mesh", counted)
-    monkeypatch.setattr(uploads, "_limit_memory", lambda memory: None)  # this process is no worker
     path = box(tmp_path / "a.glb", (1.0, 0.6, 0.3))
-    shape = uploads.open_shape(path, RESOLUTION, "y", normalization, True, uploads.MEMORY)
+    shape = uploads.open_shape(path, RESOLUTION, "y", normalization, True)
     assert loaded == [path]
     grid = mesh_to_grid(path, RESOLUTION, "y", normalization)[0].numpy()
     assert np.array_equal(shape.voxels, np.argwhere(grid))
     assert np.abs(shape.mesh.vertices.min(0) - shape.voxels.min(0)).max() <= 1
     assert np.abs(shape.mesh.vertices.max(0) - shape.voxels.max(0) - 1).max() <= 1
-    shown = uploads.open_shape(path, RESOLUTION, "y", normalization, False, uploads.MEMORY)
+    shown = uploads.open_shape(path, RESOLUTION, "y", normalization, False)
     assert shown.voxels is None and np.array_equal(shown.mesh.vertices, shape.mesh.vertices)
 
 

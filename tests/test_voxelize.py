@@ -1,7 +1,10 @@
 """voxelize.py: what it records, what is left out and why, ranks, resuming, older folders and TRELLIS's."""
 
+import errno
 import hashlib
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,12 +18,14 @@ import torch
 from helpers import BROKEN, ROOT, cells_met, table, tetrahedron
 
 trimesh = pytest.importorskip("trimesh")
-pytest.importorskip("open3d")
+pytest.importorskip("numba")
 
-from dataset_toolkits import build_metadata, records, voxelize  # noqa: E402
+from dataset_toolkits import build_metadata, records, report, voxelize, work  # noqa: E402
 from trellis.grids import meshes  # noqa: E402
-from trellis.grids.voxels import points_to_occupancy, read_ply  # noqa: E402
+from trellis.grids.volumes import Frame  # noqa: E402
+from trellis.grids.voxels import points_to_occupancy, points_to_voxels, read_ply  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
+from trellis.utils.files import host_name  # noqa: E402
 
 
 @pytest.fixture
@@ -28,7 +33,7 @@ def serial(monkeypatch):
     """Voxelize in this process, which saves the start of workers; returns the paths that were worked on."""
     worked = []
 
-    def run(function, tasks, finish, max_workers, timeout):
+    def run(function, tasks, finish, max_workers, timeout, memory):
         for task in tasks:
             worked.append(task[0])
             try:
@@ -43,6 +48,18 @@ def serial(monkeypatch):
 
 def run(*args: object) -> int:
     return voxelize.main([str(arg) for arg in (*args, "--resolution", 16, "--max_workers", 1)])
+
+
+def record_of(root: Path) -> Path:
+    """The record file of a folder with one run."""
+    [path] = (root / "records").glob("run_*.csv")
+    return path
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """What a folder holds that programs read, by relative path."""
+    paths = [root / "metadata.csv", root / "failed.csv", *sorted((root / "voxels").iterdir())]
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths if path.exists()}
 
 
 def export(folder: Path, count: int) -> dict[str, Path]:
@@ -65,9 +82,10 @@ def test_grids_below_the_input_are_not_taken_for_meshes(tmp_path, serial, capsys
 @pytest.mark.parametrize(
     "flags, up_axis, normalization",
     [
-        ((), "keep", "cube"),
+        ((), "auto", "cube"),
         (("--up_axis", "y"), "y", "cube"),
-        (("--normalization", "shapellm"), "y", "shapellm"),
+        (("--up_axis", "keep"), "keep", "cube"),
+        (("--normalization", "shapellm"), "auto", "shapellm"),
         (("--normalization", "shapellm", "--up_axis", "y"), "y", "shapellm"),
     ],
 )
@@ -76,43 +94,56 @@ def test_settings_are_recorded(flags, up_axis, normalization, tmp_path, serial):
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", *flags) == 0
     [row] = table(tmp_path / "out" / "metadata.csv")
     assert (row["up_axis"], row["normalization"]) == (up_axis, normalization)
-    [record] = table(tmp_path / "out" / "records" / "voxelized_0.csv")
+    [record] = records.read_records(tmp_path / "out").grids.values()
     assert (record["up_axis"], record["normalization"]) == (up_axis, normalization)
     grid = points_to_occupancy(read_ply(tmp_path / "out" / "voxels" / f"{sha256}.ply"), 16)
     assert torch.equal(grid, meshes.mesh_to_grid(path, 16, up_axis, normalization))
 
 
 @pytest.mark.parametrize("kept", ["records", "metadata.csv", "both"])
-def test_folders_without_normalization_are_cubes(kept, tmp_path, serial, capsys):
-    """A folder of before there was a choice: the column is missing in metadata.csv, the last field in records."""
-    export(tmp_path / "in", 2)
-    out, record = tmp_path / "out", tmp_path / "out" / "records" / "voxelized_0.csv"
-    args = "--input", tmp_path / "in", "--output_dir", out
+@pytest.mark.parametrize("has_normalization", [False, True])
+def test_folders_of_earlier_versions_go_on(kept, has_normalization, tmp_path, serial, capsys):
+    """Their records have another name, no header that counts, 7 fields, or 6 from before there was a normalization."""
+    shas = list(export(tmp_path / "in", 2))
+    out = tmp_path / "out"
+    args = "--input", tmp_path / "in", "--output_dir", out, "--up_axis", "keep"
     assert run(*args) == 0
-    today = (out / "metadata.csv").read_bytes()
-    for path in (out / "metadata.csv", record):
-        rows = table(path)
-        assert [row.pop("normalization") for row in rows] == ["cube", "cube"]
-        records.write_table(path, rows[0], rows)
+    rows = table(out / "metadata.csv")
+    for row in rows:
+        del row["axis"], row["notes"]
+        if not has_normalization:
+            del row["normalization"]
+    records.write_table(out / "metadata.csv", rows[0], rows)
+    shutil.rmtree(out / "records")
+    (out / "records").mkdir()
+    fields = records.OLD_FIELDS if has_normalization else records.OLD_FIELDS[:-1]
+    records.write_table(
+        out / "records" / "voxelized_0.csv", fields, [{name: row.get(name, "") for name in fields} for row in rows]
+    )
     if kept == "records":
         (out / "metadata.csv").unlink()
     elif kept == "metadata.csv":
-        record.unlink()
+        shutil.rmtree(out / "records")
 
     serial.clear()
-    assert run(*args, "--normalization", "shapellm") == 1
-    error = capsys.readouterr().err
-    assert "--up_axis keep --resolution 16 --normalization cube" in error
-    assert "--up_axis y --resolution 16 --normalization shapellm" in error and not serial
+    for flags, message in (
+        (("--up_axis", "auto"), "--up_axis auto --resolution 16 --normalization cube and --up_axis keep"),
+        (("--up_axis", "auto", "--normalization", "shapellm"), "--up_axis keep --resolution 16 --normalization cube"),
+    ):
+        assert run(*args, *flags) == 1
+        assert message in capsys.readouterr().err and not serial
     assert run(*args) == 0 and not serial
-    assert (out / "metadata.csv").read_bytes() == today
-
-    tetrahedron(7).export(tmp_path / "in" / "new, with a comma.off")  # its record follows the shorter ones
-    assert run(*args) == 0 and len(serial) == 1
     after = table(out / "metadata.csv")
-    assert [row["normalization"] for row in after] == ["cube"] * 3
+    for row, old in zip(after, rows, strict=True):
+        assert row == {**old, "normalization": "cube", "axis": "", "notes": ""}
+
+    tetrahedron(7).export(tmp_path / "in" / "new, with a comma.off")
     assert run(*args) == 0 and len(serial) == 1
-    assert table(out / "metadata.csv") == after
+    after = {row["sha256"]: row for row in table(out / "metadata.csv")}
+    assert len(after) == 3 and [row["normalization"] for row in after.values()] == ["cube"] * 3
+    assert {row["axis"] for sha256, row in after.items() if sha256 not in shas} == {"keep"}
+    assert run(*args) == 0 and len(serial) == 1
+    assert {row["sha256"]: row for row in table(out / "metadata.csv")} == after
 
 
 def test_a_shapellm_folder_takes_nothing_else(tmp_path, serial, capsys):
@@ -124,9 +155,9 @@ def test_a_shapellm_folder_takes_nothing_else(tmp_path, serial, capsys):
     assert not (tmp_path / "out").exists()
     assert run(*args, "--normalization", "shapellm") == 0
     before = (tmp_path / "out" / "metadata.csv").read_bytes()
-    assert run(*args, "--up_axis", "y") == 1  # differs in the normalization alone
-    assert "--normalization cube and --up_axis y --resolution 16 --normalization shapellm" in capsys.readouterr().err
-    assert run(*args, "--normalization", "shapellm", "--up_axis", "y") == 0
+    assert run(*args) == 1  # differs in the normalization alone
+    assert "--normalization cube and --up_axis auto --resolution 16 --normalization shapellm" in capsys.readouterr().err
+    assert run(*args, "--normalization", "shapellm", "--up_axis", "auto") == 0
     assert (tmp_path / "out" / "metadata.csv").read_bytes() == before and len(serial) == 1
 
 
@@ -136,7 +167,7 @@ def test_other_settings_are_refused(tmp_path, serial, capsys):
     before = (tmp_path / "out" / "metadata.csv").read_bytes()
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--up_axis", "z") == 1
     error = capsys.readouterr().err
-    assert "--up_axis keep --resolution 16 --normalization cube and --up_axis z --resolution 16 --norm" in error
+    assert "--up_axis auto --resolution 16 --normalization cube and --up_axis z --resolution 16 --norm" in error
     assert (tmp_path / "out" / "metadata.csv").read_bytes() == before and len(serial) == 1
 
 
@@ -206,11 +237,9 @@ def test_two_ranks_make_what_one_makes(tmp_path, serial):
     assert run(*common_args, tmp_path / "one") == 0
     for rank in (1, 0):
         assert run(*common_args, tmp_path / "two", "--rank", rank, "--world_size", 2) == 0
-    for name in ("metadata.csv", "failed.csv"):
-        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    assert sorted(os.listdir(tmp_path / "two" / "records")) == [".lock", "voxelized_0.csv", "voxelized_1.csv"]
-    for path in (tmp_path / "one" / "voxels").iterdir():
-        assert (tmp_path / "two" / "voxels" / path.name).read_bytes() == path.read_bytes()
+    assert tree(tmp_path / "two") == tree(tmp_path / "one") and len(tree(tmp_path / "one")) == 7
+    names = sorted(path.name[:13] for path in (tmp_path / "two" / "records").iterdir())
+    assert names == ["run_000001_1_", "run_000002_0_", "settings.json"]
 
 
 def test_record_cut_off_by_a_crash_is_made_again(tmp_path, serial):
@@ -218,8 +247,8 @@ def test_record_cut_off_by_a_crash_is_made_again(tmp_path, serial):
     args = "--input", tmp_path / "in", "--output_dir", tmp_path / "out"
     assert run(*args) == 0
     expected = (tmp_path / "out" / "metadata.csv").read_bytes()
-    record = tmp_path / "out" / "records" / "voxelized_0.csv"
-    record.write_bytes(record.read_bytes()[:-30])
+    record = record_of(tmp_path / "out")
+    record.write_bytes(record.read_bytes()[:-3])
     (tmp_path / "out" / "metadata.csv").unlink()
     serial.clear()
     assert run(*args) == 0 and len(serial) == 1
@@ -257,22 +286,13 @@ def test_trellis_folder_is_taken_as_it_is(tmp_path, serial, capsys):
     assert (other / "metadata.csv").read_bytes() == (root / "metadata.csv").read_bytes()
 
 
-def test_pool_survives_slow_and_dying_tasks():
-    results = {}
-    tasks = [("__import__('time').sleep(60)",), ("__import__('os')._exit(3)",), ("6 * 7",)]
-    voxelize.run_in_pool(eval, tasks, lambda task, result: results.update({task: result}), 1, timeout=1)
-    assert results[tasks[2]] == 42
-    assert isinstance(results[tasks[0]], DataError) and "time limit of 1 s" in str(results[tasks[0]])
-    assert isinstance(results[tasks[1]], DataError) and "exit code 3" in str(results[tasks[1]])
-
-
 @pytest.mark.parametrize(
     "args, message",
     [
         (["--input", "missing"], "missing: no such file or folder"),
         (["--input", "empty"], "empty: no .glb"),
         (["--input", "note.txt"], "note.txt: is not one of .glb"),
-        (["--input", "bad"], "none of the 1 meshes could be voxelized"),
+        (["--input", "bad"], "none of the 1 files could be voxelized"),
         (["--input", "bad", "--rank", "2", "--world_size", "2"], "--rank 2 --world_size 2"),
         (["--input", "bad", "--resolution", "0"], "--resolution 0"),
     ],
@@ -319,13 +339,16 @@ def test_program_killed_midway_goes_on(tmp_path):
         "--max_workers",
         "1",
     ]
-    record = tmp_path / "out" / "records" / "voxelized_0.csv"
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while process.poll() is None and (not record.exists() or record.read_bytes().count(b"\n") < 4):
+
+    def lines() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in (tmp_path / "out" / "records").glob("run_*.csv"))
+
+    while process.poll() is None and lines() < 4:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = record.read_bytes().count(b"\n") - 1
+    done = lines() - 1
 
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
@@ -336,3 +359,460 @@ def test_program_killed_midway_goes_on(tmp_path):
     missing = subprocess.run([*command, "--rank", "-1"], cwd=tmp_path, capture_output=True, text=True)
     assert missing.returncode == 1 and missing.stderr.startswith("error: --rank -1")
     assert "Traceback" not in missing.stderr
+
+
+# The program without open3d, whose import takes a worker seconds: the voxels are those of the corners.
+FAST = """
+import sys
+sys.path.insert(0, {root!r})
+from dataset_toolkits import voxelize
+from trellis.grids import mesh_pool, meshes
+mesh_pool.start_worker = lambda: None
+meshes.voxelize_mesh = lambda vertices, faces, resolution: meshes.voxelize_points(vertices, resolution)
+if __name__ == "__main__":
+    sys.exit(voxelize.main(sys.argv[1:]))
+"""
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "fast.py", "--input", "in", "--resolution", "16", "--max_workers", "1", *flags]
+    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def events(root: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in (root / "records").glob("run_*.csv"))
+
+
+def wait_for_events(process: subprocess.Popen, root: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and events(root) < count and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None and events(root) >= count
+
+
+@pytest.fixture
+def mixed_input(tmp_path, serial, monkeypatch) -> Path:
+    """A folder `in` with meshes, bad files and a format that is not read, and in `clean` what one run makes of it."""
+    (tmp_path / "fast.py").write_text(FAST.format(root=str(ROOT)))
+    monkeypatch.setattr(
+        meshes, "voxelize_mesh", lambda vertices, faces, resolution: meshes.voxelize_points(vertices, resolution)
+    )
+    export(tmp_path / "in", 60)
+    for i in range(3):
+        (tmp_path / "in" / f"bad{i}.obj").write_bytes(BROKEN["points.obj"][0])
+    (tmp_path / "in" / "scene.fbx").write_bytes(b"Kaydara")
+    shutil.copy(tmp_path / "in" / "7.off", tmp_path / "in" / "copy of 7.off")
+    folder = Path.cwd()
+    try:
+        os.chdir(tmp_path)  # names are recorded as they are given
+        assert run("--input", "in", "--output_dir", "clean") == 0
+    finally:
+        os.chdir(folder)
+    assert len(tree(tmp_path / "clean")) == 62
+    return tmp_path
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are looked up in /proc")
+def test_killed_workers_cost_nothing(mixed_input):
+    """A file whose worker was killed is tried once more at the end."""
+    process = start(mixed_input, "--output_dir", "out")
+    for count in (8, 30):
+        wait_for_events(process, mixed_input / "out", count)
+        for child in Path(f"/proc/{process.pid}/task").glob("*/children"):
+            for pid in child.read_text().split():
+                if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(int(pid), signal.SIGKILL)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "65 meshes: 60 new, 0 done already, 1 duplicates, 4 left out" in output
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")
+
+
+def test_the_same_command_twice_at_once(mixed_input):
+    both = [start(mixed_input, "--output_dir", "out") for _ in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")
+    assert not [
+        path
+        for path in (mixed_input / "out").rglob("*")
+        if path.name.endswith((".tmp", "json")) and path.name != "settings.json"
+    ]
+
+
+def test_of_two_settings_at_once_one_is_made_and_the_other_refused_at_once(mixed_input):
+    both = [start(mixed_input, "--output_dir", "out", "--up_axis", axis) for axis in ("auto", "z")]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1]
+    lost = [process.returncode for process in both].index(1)
+    message = errors[lost].strip().splitlines()[-1]
+    assert message.startswith("error: out: another run is active there with --up_axis ")
+    assert "voxelize:" not in errors[lost]  # it did no work
+    [axis] = {row["up_axis"] for row in table(mixed_input / "out" / "metadata.csv")}
+    assert axis == ("z", "auto")[lost]
+
+
+def test_a_mistaken_flag_locks_a_folder_only_with_its_first_grid(mixed_input, serial, capsys, monkeypatch):
+    monkeypatch.chdir(mixed_input)
+    (mixed_input / "none").mkdir()
+    (mixed_input / "none" / "bad.obj").write_bytes(BROKEN["points.obj"][0])
+    assert run("--input", "none", "--output_dir", "out", "--up_axis", "y") == 1
+    killed = records.active_file(mixed_input / "out", "0_00000000")  # and one that was killed before its first grid
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    killed.write_text(json.dumps({"host": host_name(), "pid": dead.pid, "settings": ["y", "16", "cube", "surface"]}))
+    assert run("--input", "in", "--output_dir", "out") == 0 and not killed.exists()
+    rows = [row for row in table(mixed_input / "out" / "failed.csv") if row["file"] != "none/bad.obj"]
+    assert rows == table(mixed_input / "clean" / "failed.csv")
+    assert (mixed_input / "out" / "metadata.csv").read_bytes() == (mixed_input / "clean" / "metadata.csv").read_bytes()
+    assert run("--input", "in", "--output_dir", "out", "--up_axis", "y") == 1
+    assert "would hold grids made with --up_axis auto" in capsys.readouterr().err
+
+    alive = records.active_file(mixed_input / "new", "0_00000000")
+    alive.parent.mkdir(parents=True)
+    alive.write_text(
+        killed_text := json.dumps({"host": "another", "pid": 1, "settings": ["y", "16", "cube", "surface"]})
+    )
+    (alive.parent / "settings.json").write_text('["y", "16", "cube", "surface"]')
+    assert run("--input", "in", "--output_dir", "new") == 1
+    error = capsys.readouterr().err
+    assert "another run is active there with --up_axis y" in error and f"delete new/records/{alive.name}" in error
+    assert alive.read_text() == killed_text
+
+
+def test_killed_again_and_again(mixed_input):
+    """Killed at the start, among the first files, later and while the tables are written."""
+    for count in (0, 3, 30, 64):
+        process = start(mixed_input, "--output_dir", "out")
+        before = events(mixed_input / "out")
+        while process.poll() is None and events(mixed_input / "out") < max(count, before):
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+    process = start(mixed_input, "--output_dir", "out")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")
+
+
+@pytest.mark.parametrize("where", ["grid", "record", "table"])
+def test_a_full_disk_is_one_error_and_a_rerun_goes_on(where, mixed_input, serial, capsys, monkeypatch):
+    monkeypatch.chdir(mixed_input)
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def fill(real, last):
+            def write(*args, **kwargs):
+                calls.append(1)
+                if len(calls) > last:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return real(*args, **kwargs)
+
+            return write
+
+        if where == "grid":
+            patch.setattr(work, "write_ply", fill(work.write_ply, 5))
+        elif where == "record":
+            patch.setattr(records.RecordFile, "_append", fill(records.RecordFile._append, 9))
+        else:
+            patch.setattr(records, "write_table", fill(records.write_table, 1))  # metadata.csv, but not failed.csv
+        assert run("--input", "in", "--output_dir", "out") == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and error[0].startswith("error: out: No space left on device. Mend that and run the same")
+    assert run("--input", "in", "--output_dir", "out") == 0
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")
+
+
+# --- what is said ---
+
+
+def test_notes_and_axes_are_recorded_and_counted(tmp_path, serial, capsys):
+    export(tmp_path / "in", 3)
+    tetrahedron().export(tmp_path / "in" / "lamp.stl")
+    tetrahedron(2).export(tmp_path / "in" / "chair.glb")
+    (tmp_path / "in" / "cloud.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\n")
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--points") == 0
+    rows = {Path(row["file"]).name: row for row in table(tmp_path / "out" / "metadata.csv")}
+    unknown = f"{meshes.UNKNOWN_AXIS}: taken as they are"
+    cloud = "a cloud of 3 points: its voxels have no surface between them"
+    assert {name: (row["axis"], row["notes"]) for name, row in rows.items()} == {
+        **{f"{i}.off": ("keep", unknown) for i in range(3)},
+        "lamp.stl": ("z", ""),
+        "chair.glb": ("y", ""),
+        "cloud.obj": ("keep", f"{cloud}; {unknown}"),
+    }
+    assert rows["cloud.obj"]["num_voxels"] == "3"
+    output = capsys.readouterr().out.splitlines()
+    assert f"  noted: 4 files: {unknown}. Say it by --up_axis y or z" in output
+    assert f"  noted: {tmp_path / 'in' / 'cloud.obj'}: {cloud}" in output
+
+    shutil.rmtree(tmp_path / "out")
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--up_axis", "z") == 0
+    [row] = table(tmp_path / "out" / "failed.csv")
+    assert row["file"].endswith("cloud.obj") and "--points" in row["reason"]
+    axes = {Path(row["file"]).name: row["axis"] for row in table(tmp_path / "out" / "metadata.csv")}
+    assert set(axes.values()) == {"z"}  # of the GLB too, which says nothing that contradicts
+
+
+def test_many_notes_are_shown_by_kind():
+    texts = [("a", "has 3 points"), ("b", "has 1,250.5 points"), ("c", "is cut"), ("d", "is cut")]
+    assert report.by_kind(texts) == ["2 files, such as a: has 3 points", "2 files: is cut"]
+    lines = report.by_kind((f"{i}", "x" * i) for i in range(1, 10))
+    assert len(lines) == report.KINDS_SHOWN + 1 and lines[-1] == "and 4 more"
+
+
+def test_formats_that_are_not_read_are_listed_and_counted(tmp_path, serial, capsys):
+    export(tmp_path / "in", 1)
+    for name in ("a.fbx", "b.fbx", "c.step"):
+        (tmp_path / "in" / name).touch()
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    output = capsys.readouterr().out
+    assert "4 meshes: 1 new, 0 done already, 0 duplicates, 3 left out" in output
+    assert "  left out: 2 files: FBX is not read: " in output
+    failed = {Path(row["file"]).name: row["reason"] for row in table(tmp_path / "out" / "failed.csv")}
+    assert failed.keys() == {"a.fbx", "b.fbx", "c.step"} and failed["c.step"].startswith("STEP is not read: ")
+    before = events(tmp_path / "out")
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    assert events(tmp_path / "out") == before  # nothing new to record
+    (tmp_path / "in" / "a.fbx").unlink()
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    assert len(table(tmp_path / "out" / "failed.csv")) == 2
+
+
+def test_a_file_that_goes_while_it_runs_costs_itself_alone(tmp_path, serial, monkeypatch):
+    export(tmp_path / "in", 3)
+    planned = voxelize.plan_files
+
+    def plan_and_lose(*args):
+        plan = planned(*args)
+        (tmp_path / "in" / "1.off").unlink()
+        return plan
+
+    monkeypatch.setattr(voxelize, "plan_files", plan_and_lose)
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    [row] = table(tmp_path / "out" / "failed.csv")
+    assert row["file"].endswith("1.off") and row["reason"] == "cannot be read: No such file or directory"
+    assert len(table(tmp_path / "out" / "metadata.csv")) == 2
+
+
+def test_a_fault_of_a_reader_costs_its_file_alone(tmp_path, serial, monkeypatch):
+    export(tmp_path / "in", 2)
+    voxels = work.mesh_voxels
+
+    def fail(path, *args):
+        if path.name == "0.off":
+            raise KeyError("x")
+        return voxels(path, *args)
+
+    monkeypatch.setattr(work, "mesh_voxels", fail)
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    [row] = table(tmp_path / "out" / "failed.csv")
+    assert row["reason"] == "cannot be voxelized, by a fault of this program (KeyError: 'x')"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"file,sha256,reason\r\nold.off,,edited\r\n",
+        b"file;sha256;reason\nold.off;;by a spreadsheet\n",
+        b"\xef\xbb\xbffile,reason\nold.off,x\n",
+        b'file,sha256,reason\n"in/0.off,,not ended\n\xff\xfe',
+        b"reason,file,sha256,mine\n1,2\n",
+    ],
+)
+def test_a_failed_csv_that_was_edited_is_made_anew(content, mixed_input, serial, monkeypatch):
+    monkeypatch.chdir(mixed_input)
+    assert run("--input", "in", "--output_dir", "out") == 0
+    (mixed_input / "out" / "failed.csv").write_bytes(content)
+    assert run("--input", "in", "--output_dir", "out") == 0
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")
+
+
+def test_a_failed_csv_of_others_is_not_touched(tmp_path, serial, capsys):
+    export(tmp_path / "in", 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "failed.csv").write_text("student,grade\nme,F\n")
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 1
+    assert "failed.csv: begins with 'student,grade', so voxelize.py did not write it" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["failed.csv"] and not serial
+
+
+def test_reasons_that_an_earlier_version_listed_stay_until_their_rank_runs_again(mixed_input, serial, monkeypatch):
+    """It kept them in failed.csv alone."""
+    monkeypatch.chdir(mixed_input)
+    assert run("--input", "in", "--output_dir", "out") == 0
+    shutil.rmtree(mixed_input / "out" / "records")
+    for rank in (0, 1):
+        assert run("--input", "in", "--output_dir", "out", "--rank", rank, "--world_size", 2) == 0
+        assert table(mixed_input / "out" / "failed.csv") == table(mixed_input / "clean" / "failed.csv")
+
+
+def test_a_success_of_one_run_outlives_a_failure_of_another(mixed_input, serial, monkeypatch):
+    """As when two runs share the files, and one machine is too slow for a file."""
+    monkeypatch.chdir(mixed_input)
+    assert run("--input", "in", "--output_dir", "out") == 0
+    sha256 = hashlib.sha256((mixed_input / "in" / "3.off").read_bytes()).hexdigest()
+    with records.RecordFile(mixed_input / "out", 1) as file:
+        file.write("failed", file="in/3.off", sha256=sha256, reason="took longer than the time limit of 1 s")
+    assert build_metadata.main(["--output_dir", "out"]) == 0
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")
+
+
+def test_records_that_come_while_the_tables_are_written_are_in_them(tmp_path, serial, monkeypatch):
+    """The last one to write has every record, without a lock."""
+    export(tmp_path / "in", 4)
+    args = "--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--world_size", 2
+    write_table = records.write_table
+
+    def write_late(path, *rest):
+        if path.name == "metadata.csv":
+            monkeypatch.setattr(records, "write_table", write_table)
+            assert run(*args, "--rank", 1) == 0  # from its start to its end, between this rank's reading and writing
+        write_table(path, *rest)
+
+    monkeypatch.setattr(records, "write_table", write_late)
+    assert run(*args, "--rank", 0) == 0
+    assert len(table(tmp_path / "out" / "metadata.csv")) == 4
+
+
+def test_a_dry_run_writes_nothing_and_says_what_a_run_would_do(mixed_input, capsys, monkeypatch):
+    monkeypatch.chdir(mixed_input)
+    command = ["--input", "in", "--output_dir", "new", "--resolution", "16", "--max_workers", "1", "--dry_run"]
+    assert voxelize.main(command) == 0
+    assert not (mixed_input / "new").exists()
+    output = capsys.readouterr().out
+    assert output.startswith("new: dry run, nothing is written\n  64 files, ")
+    assert "61 .off, 3 .obj" in output and "left out: in/scene.fbx: FBX is not read" in output
+    assert " to do: about " in output and "of those tried, noted: " in output
+    found = re.search(r"at most (\d+) are duplicates", output)
+    assert found and int(found[1]) >= 1
+
+    shutil.copytree("clean", "done")
+    before = tree(mixed_input / "done")
+    command[3] = "done"
+    assert voxelize.main(command) == 0
+    output = capsys.readouterr().out
+    assert "60 are recorded as done, by their names" in output and "\n  4 to do: " in output
+    assert tree(mixed_input / "done") == before
+    assert voxelize.main([*command, "--up_axis", "z"]) == 1  # it would be refused
+    assert "would hold grids made with" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not limit memory")
+def test_memory_is_limited_for_each_file(tmp_path, capsys):
+    """A PLY of 60 million points is 720 MB, which does not fit in 0.2 GiB."""
+    export(tmp_path / "in", 1)
+    header = b"ply\nformat binary_little_endian 1.0\nelement vertex 60000000\n"
+    header += b"".join(b"property float %c\n" % axis for axis in b"xyz") + b"end_header\n"
+    with open(tmp_path / "in" / "large.ply", "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 720_000_000)  # a sparse file: it takes no disk
+    flags = ["--resolution", "16", "--max_workers", "1", "--memory", "0.2", "--points"]
+    assert voxelize.main(["--input", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"), *flags]) == 0
+    [row] = table(tmp_path / "out" / "failed.csv")
+    assert row["file"].endswith("large.ply")
+    assert row["reason"] == "needs more memory than the limit of 0.2 GiB: simplify it or raise the limit"
+    assert len(table(tmp_path / "out" / "metadata.csv")) == 1
+
+
+# --- volumes ---
+
+
+def write_scan(path: Path, spacing: float = 1.5) -> None:
+    """A scan with two organs, one of two parts, and three voxels of a third."""
+    nibabel = pytest.importorskip("nibabel")
+    labels = np.zeros((24, 20, 16), np.uint8)
+    labels[2:10, 4:12, 3:9] = 1
+    labels[14:20, 4:12, 3:9] = 2
+    labels[14:20, 15:19, 3:9] = 2
+    labels[12, 0, :3] = 5
+    nibabel.save(nibabel.Nifti1Image(labels, np.diag([spacing, spacing, 2 * spacing, 1])), path)
+
+
+def test_a_scan_gives_a_grid_for_each_organ(tmp_path, serial, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for case in (1, 2):
+        write_scan(Path("in", f"case_{case}.nii.gz"), spacing=case)
+    tetrahedron().export("in/mesh.stl")
+    Path("labels.json").write_text('{"1": "liver", "kidneys": [2], "9": "heart", "small": [5]}')
+    args = "--input", "in", "--output_dir", "out", "--labels", "labels.json"
+    assert run(*args) == 0
+    assert "3 files: 5 new, 0 done already, 0 duplicates, 4 left out" in capsys.readouterr().out
+    rows = {row["file"]: row for row in table(Path("out/metadata.csv"))}
+    organs = {f"in/case_{case}.nii.gz#{name}" for case in (1, 2) for name in ("liver", "kidneys")}
+    assert rows.keys() == organs | {"in/mesh.stl"}
+    for case in (1, 2):
+        row = rows[f"in/case_{case}.nii.gz#liver"]
+        assert row["axis"] == "z" and float(row["mm_per_cell"]) == case * 12 / 16  # 6 slices of 2 mm are longest
+        frame = Frame.from_json(row["frame"])
+        assert frame.mm_per_cell == case * 12 / 16 and frame.shape == (24, 20, 16)
+        voxels = points_to_voxels(read_ply(Path("out/voxels", f"{row['sha256']}.ply")), 16)
+        assert len(voxels) == int(row["num_voxels"])
+    assert rows["in/mesh.stl"]["frame"] == rows["in/mesh.stl"]["mm_per_cell"] == ""
+    failed = {row["file"]: row["reason"] for row in table(Path("out/failed.csv"))}
+    assert failed.keys() == {f"in/case_{case}.nii.gz#{name}" for case in (1, 2) for name in ("heart", "small")}
+
+    before = tree(Path("out"))
+    serial.clear()
+    assert run(*args) == 0 and not serial and tree(Path("out")) == before
+    assert "0 new, 3 done already, 0 duplicates, 4 left out" in capsys.readouterr().out
+    Path("out/voxels", f"{rows['in/case_1.nii.gz#kidneys']['sha256']}.ply").unlink()
+    assert run(*args) == 0 and serial == [Path("in/case_1.nii.gz")] and tree(Path("out")) == before
+
+    assert run(*args, "--split", "val") == 0 and {row["split"] for row in table(Path("out/metadata.csv"))} == {"val"}
+    Path("in/case_2.nii.gz").unlink()
+    serial.clear()
+    assert run(*args) == 0 and not serial
+    assert {row["file"] for row in table(Path("out/failed.csv"))} == {
+        f"in/case_1.nii.gz#{name}" for name in ("heart", "small")
+    }
+
+
+def test_parts_of_an_organ_and_solids(tmp_path, serial, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_scan(Path("case.nii"))
+    args = "--input", "case.nii", "--output_dir", "out", "--components", "--fill", "solid"
+    assert run(*args) == 0
+    rows = table(Path("out/metadata.csv"))
+    assert {row["file"] for row in rows} == {"case.nii#1_1", "case.nii#2_1", "case.nii#2_2"}
+    assert {row["fill"] for row in rows} == {"solid"} and len({row["sha256"] for row in rows}) == 3
+    assert run("--input", "case.nii", "--output_dir", "out", "--components") == 1
+    assert "--normalization cube --fill solid and --up_axis auto" in capsys.readouterr().err
+    assert run(*args, "--normalization", "shapellm") == 1
+    assert run("--input", "case.nii", "--output_dir", "other", "--normalization", "shapellm") == 1
+    assert "is a volume, which is placed as by --normalization cube" in capsys.readouterr().err
+
+
+def test_an_array_is_one_object_and_turns_by_up_axis(tmp_path, serial, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    occupied = np.zeros((16, 16, 16), bool)
+    occupied[:, 2:5, 3:11] = True
+    np.save("array.npy", occupied)
+    sha256 = hashlib.sha256(Path("array.npy").read_bytes()).hexdigest()
+    for axis in ("auto", "y"):
+        assert run("--input", "array.npy", "--output_dir", axis, "--up_axis", axis, "--fill", "solid") == 0
+        [row] = table(Path(axis, "metadata.csv"))
+        assert (row["file"], row["sha256"]) == ("array.npy", sha256)
+        assert row["axis"] == ("keep" if axis == "auto" else "y")
+        assert row["notes"] == (f"{meshes.UNKNOWN_AXIS}: taken as they are" if axis == "auto" else "")
+        grid = points_to_occupancy(read_ply(Path(axis, "voxels", f"{sha256}.ply")), 16)[0].numpy().astype(bool)
+        assert np.array_equal(grid, occupied if axis == "auto" else occupied.transpose(0, 2, 1)[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--labels", "totalsegmentator"], "--labels: there is no volume among the files"),
+        (["--components"], "--components: there is no volume"),
+        (["--fill", "solid"], "--fill: there is no volume"),
+        (["--labels", "gone.json"], "gone.json: cannot be read"),
+        (["--memory", "0"], "--memory 0.0: must lie between"),
+    ],
+)
+def test_flags_that_go_with_nothing_are_one_error(flags, message, tmp_path, serial, capsys):
+    export(tmp_path / "in", 1)
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", *flags) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists() and not serial

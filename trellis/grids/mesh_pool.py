@@ -6,7 +6,6 @@ Each worker has a pipe of its own, and a thread here waits for its answer. Pools
 
 import concurrent.futures
 import contextlib
-import logging
 import multiprocessing
 import os
 import pickle
@@ -21,10 +20,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..utils.errors import ConfigError, DataError, UserError
-from .meshes import require_open3d, require_trimesh
+from .meshes import voxelize_mesh
 
 THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+STARTS = 3  # attempts to start a worker that is killed before it is ready
 START_SECONDS = 300  # for the imports of a worker, which a cold network disk makes slow
 ORPHAN_SECONDS = 60  # after its time limit, a worker whose parent was killed ends by itself
 
@@ -92,13 +94,19 @@ class MeshPool:
                 raise concurrent.futures.CancelledError
             if self._idle:
                 return self._idle.pop()
-            worker = _Worker()
-            self._all.add(worker)
-        try:
-            worker.wait_until_ready()
-        except ConfigError:
-            self._drop(worker)
-            raise
+        for attempt in range(1, STARTS + 1):
+            with self._lock:
+                if threads is not self._threads:
+                    raise concurrent.futures.CancelledError
+                worker = _Worker()
+                self._all.add(worker)
+            try:
+                worker.wait_until_ready()
+                break
+            except ConfigError:
+                self._drop(worker)
+                if attempt == STARTS or (worker.process.exitcode or 0) >= 0:  # not killed
+                    raise
         return worker
 
     def _drop(self, worker: "_Worker") -> None:
@@ -266,12 +274,9 @@ def _serve(connection: Connection) -> None:
 
 
 def start_worker() -> None:
-    """Load open3d and trimesh before the time limit of the first file runs, and silence their warnings."""
-    require_trimesh()
-    open3d = require_open3d()
-    open3d.utility.set_verbosity_level(open3d.utility.VerbosityLevel.Error)
-    logging.getLogger("trimesh").setLevel(logging.CRITICAL)
+    """Load what voxelizing takes before the time limit of the first file runs, and silence warnings of libraries."""
     warnings.simplefilter("ignore")
+    voxelize_mesh(np.eye(3) / 4, np.array([(0, 1, 2)]), 8)
 
 
 def _end_with_parent() -> None:

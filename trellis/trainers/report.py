@@ -67,10 +67,8 @@ def tryrun(trainer: BasicTrainer) -> None:
     for fact in trainer.facts():
         print(fact)
     print("one sample, forward and backward: " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
-    if trainer.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(trainer.device)
-    else:
-        memory = peak_memory()
+    on_gpu = trainer.device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(trainer.device) if on_gpu else peak_memory()
     used = "" if memory is None else f", peak memory {memory / 2**30:.2f} GiB"
     print(f"{seconds:.1f} s{used}; a run would start")
 

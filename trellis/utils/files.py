@@ -53,4 +53,7 @@ def is_running(pid: int) -> bool:
         return False
     except (PermissionError, OverflowError):
         return True
-    return True
+    try:  # a process that has ended, but whose parent has not asked for its exit code, can still be signaled
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):  # macOS has no /proc
+        return True

@@ -4,7 +4,6 @@ A damaged file may make a parser hang, crash or fill the memory, and none of tha
 """
 
 import json
-import os
 import re
 import threading
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..grids.mesh_pool import MeshPool, result_of
+from ..grids.mesh_pool import MeshPool
 from ..grids.meshes import MESH_SUFFIXES, load_mesh, voxelize_geometry
 from ..grids.placing import Axis, axis_of_file, place_vertices
 from ..grids.voxels import has_faces, points_to_voxels, read_ply
@@ -86,32 +85,24 @@ def _gltf_uris(path: Path) -> list[str]:
     return [str(item["uri"]) for item in buffers if item.get("uri") is not None]
 
 
-def open_shape(
-    path: Path, resolution: int, up_axis: str, normalization: str | None, voxelize: bool, memory: int
-) -> Shape:
-    """Open a file in a worker that may take `memory` further bytes.
+def open_shape(path: Path, resolution: int, up_axis: str, normalization: str | None, voxelize: bool) -> Shape:
+    """Open a file in a worker.
 
     up_axis, normalization: see `grids.placing`.
     voxelize: return the voxels too, and treat the file as an upload, which may be hostile.
     Raise DataError with the reason.
     """
-    _limit_memory(memory)
-    try:
-        if voxelize:
-            check_content(path)
-        if path.suffix.lower() == ".ply" and not has_faces(path):
-            return Shape(None, points_to_voxels(read_ply(path), resolution, name=path.name), None, ())
-        geometry = load_mesh(path)
-        made = voxelize_geometry(geometry, resolution, up_axis, normalization) if voxelize else None
-        said = geometry.up or geometry.usual_up
-        axis = axis_of_file(up_axis, said, normalization)
-        # A visitor may say that a y-up file is z-up. It comes down as it came.
-        back: Axis = "keep" if axis == "z" and said == "y" else axis
-        placed, shown = simplified(place_vertices(geometry.vertices, axis, normalization), geometry.faces)
-    except (DataError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not isinstance(error.__cause__, MemoryError):
-            raise
-        raise DataError(f"needs more than {memory / 2**30:.3g} GiB of memory. Give a simpler mesh") from error
+    if voxelize:
+        check_content(path)
+    if path.suffix.lower() == ".ply" and not has_faces(path):
+        return Shape(None, points_to_voxels(read_ply(path), resolution, name=path.name), None, ())
+    geometry = load_mesh(path)
+    made = voxelize_geometry(geometry, resolution, up_axis, normalization) if voxelize else None
+    said = geometry.up or geometry.usual_up
+    axis = axis_of_file(up_axis, said, normalization)
+    # A visitor may say that a y-up file is z-up. It comes down as it came.
+    back: Axis = "keep" if axis == "z" and said == "y" else axis
+    placed, shown = simplified(place_vertices(geometry.vertices, axis, normalization), geometry.faces)
     mesh = ShownMesh(((placed + 0.5) * resolution).astype(np.float32), shown.astype(np.int32), len(geometry.faces))
     return Shape(mesh, made.voxels if made else None, back, made.notes if made else geometry.notes)
 
@@ -136,19 +127,6 @@ def simplified(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.
     return vertices, faces
 
 
-def _limit_memory(memory: int) -> None:
-    """Limit this process to `memory` bytes more than it has now. Does nothing on systems without such limits."""
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except (ImportError, OSError):
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = pages * os.sysconf("SC_PAGE_SIZE") + memory
-    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-
-
 class Opener:
     """Worker processes that open meshes. They start with the first file and are shared by all visitors.
 
@@ -169,8 +147,9 @@ class Opener:
         if not self._slots.acquire(blocking=False):
             raise DataError("too many files are being opened at the moment: try again in a minute")
         try:
-            args = path, resolution, up_axis, normalization, voxelize, self.memory
-            return result_of(self._pool.submit(open_shape, *args, timeout=self.seconds), self.seconds)
+            args = path, resolution, up_axis, normalization, voxelize
+            shape: Shape = self._pool.submit(open_shape, *args, timeout=self.seconds, memory=self.memory).result()
+            return shape
         finally:
             self._slots.release()
 

@@ -1,0 +1,139 @@
+"""What --input names: files to read, and what is left out by name."""
+
+import hashlib
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataset_toolkits.inputs import find_files, sha256_of
+from dataset_toolkits.plan import plan_meshes
+from trellis.grids.formats import FORMATS
+from trellis.utils.errors import DataError
+
+needs_links = pytest.mark.skipif(sys.platform == "win32", reason="needs links, pipes and permissions")
+
+
+def find(*paths: Path):
+    return find_files(paths, exclude=paths[0] / "voxels")
+
+
+def names_below(folder: Path, found: dict) -> set[str]:
+    return {Path(name).relative_to(folder).as_posix() for name in found}
+
+
+def test_every_suffix_is_found_in_any_case(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for suffix in FORMATS:
+        (tmp_path / f"a{suffix}").touch()
+        (tmp_path / "sub" / f"b.1{suffix.upper()}").touch()
+    for name in ("texture.png", "material.mtl", "scene.bin", "README", "notes.txt"):
+        (tmp_path / name).touch()
+    found = find(tmp_path)
+    expected = {f"a{suffix}" for suffix in FORMATS} | {f"sub/b.1{suffix.upper()}" for suffix in FORMATS}
+    assert names_below(tmp_path, found.files) == expected and not found.left_out
+    assert list(found.files) == sorted(found.files)
+
+
+def test_formats_that_are_not_read_are_left_out_by_name(tmp_path):
+    names = ["a.fbx", "b.STEP", "c.usdz", "d.blend", "e.urdf"]
+    for name in ("mesh.obj", *names):
+        (tmp_path / name).touch()
+    found = find(tmp_path)
+    assert names_below(tmp_path, found.files) == {"mesh.obj"}
+    assert names_below(tmp_path, found.left_out) == set(names)
+    assert all(" is not read: " in reason for reason in found.left_out.values())
+    for name in names:
+        with pytest.raises(DataError, match=f"{name}: .* is not read: .*[a-z]+"):
+            find(tmp_path / name)
+    (tmp_path / "mesh.obj").unlink()
+    with pytest.raises(
+        DataError, match=r"no .glb .*5 files or folders are left out, the first: .*a.fbx: FBX is not read"
+    ):
+        find(tmp_path)
+
+
+@needs_links
+def test_what_is_no_file_is_left_out_by_name_and_never_opened(tmp_path):
+    (tmp_path / "good.obj").touch()
+    os.mkfifo(tmp_path / "pipe.obj")
+    os.mkfifo(tmp_path / "pipe.dat")  # of a suffix that other formats share: its content is not looked at
+    os.mkfifo(tmp_path / "other.txt")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "socket.ply"))
+    (tmp_path / "zero.stl").symlink_to("/dev/zero")
+    (tmp_path / "broken.glb").symlink_to("gone.glb")
+    (tmp_path / "unmounted").symlink_to("/gone/meshes")
+    (tmp_path / "circle.off").symlink_to("circle.off")
+    (tmp_path / "broken.txt").symlink_to("gone.txt")
+    (tmp_path / "good link.obj").symlink_to("good.obj")
+    found = find(tmp_path)
+    assert names_below(tmp_path, found.files) == {"good.obj", "good link.obj"}
+    reasons = {Path(name).name: reason for name, reason in found.left_out.items()}
+    assert reasons == {
+        "pipe.obj": "is a named pipe and not a file",
+        "socket.ply": "is a socket and not a file",
+        "zero.stl": "is a device and not a file",
+        "broken.glb": "is a link to what is not there",
+        "unmounted": "is a link to what is not there",
+        "circle.off": "is a link to what is not there",
+    }
+    for name in reasons:
+        with pytest.raises(DataError, match=f"{name}: {reasons[name]}"):
+            find(tmp_path / name)
+    with pytest.raises(DataError, match="/dev/zero: is a device"):
+        find(Path("/dev/zero"))
+
+
+@needs_links
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Root may read all folders, so the system's refusal is made here."""
+    for name in ("open", "closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mesh.obj").touch()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = find(tmp_path)
+    assert names_below(tmp_path, found.files) == {"open/mesh.obj"}
+    assert {Path(name).name: reason for name, reason in found.left_out.items()} == {
+        "closed": "the folder cannot be read: Permission denied"
+    }
+    with pytest.raises(DataError, match="closed: the folder cannot be read: Permission denied"):
+        find(tmp_path / "closed")
+
+
+@pytest.mark.parametrize(
+    "suffix, line", [(".mhd", "ElementDataFile = {}\n"), (".nhdr", "data file: {}\n"), (".nhdr", "datafile: {}\r\n")]
+)
+def test_a_header_is_hashed_with_its_data(suffix, line, tmp_path):
+    """Scans of one machine have the same header, and would be taken for one."""
+    hashes = set()
+    for case in "ab":
+        folder = tmp_path / case
+        folder.mkdir()
+        (folder / f"seg{suffix}").write_bytes(line.format("seg data.raw").encode())
+        (folder / "seg data.raw").write_bytes(case.encode())
+        hashes.add(sha256_of(folder / f"seg{suffix}"))
+    assert len(hashes) == 2
+    (folder / "seg data.raw").unlink()  # reading the volume says what is missing
+    assert sha256_of(folder / f"seg{suffix}") == hashlib.sha256((folder / f"seg{suffix}").read_bytes()).hexdigest()
+
+
+def test_meshes_are_planned_without_volumes(tmp_path):
+    for name, content in (("a.obj", b"1"), ("b.obj", b"2"), ("c.obj", b"1"), ("scan.nii.gz", b"3"), ("d.fbx", b"")):
+        (tmp_path / name).write_bytes(content)
+    plan = plan_meshes([str(tmp_path)], tmp_path, 2)
+    assert [[Path(name).name for name in job.names] for job in plan.jobs] == [["a.obj", "c.obj"], ["b.obj"]]
+    assert plan.jobs[0].sha256 == hashlib.sha256(b"1").hexdigest()
+    reasons = {Path(row["file"]).name: row["reason"] for row in plan.failures}
+    assert reasons.keys() == {"scan.nii.gz", "d.fbx"} and "is a volume" in reasons["scan.nii.gz"]
+    with pytest.raises(DataError, match="no mesh, only volumes"):
+        plan_meshes([str(tmp_path / "scan.nii.gz")], tmp_path, 2)

@@ -276,7 +276,7 @@ def check_what_the_recipes_made() -> None:
             < float(row["mm_per_cell"]) * 64 / np.ptp(np.argwhere(truth) @ scan.affine[:3, :3].T, axis=0).max()
             < 1.5
         )
-        made = nibabel.load(f"outputs/organ_maps/{case.removesuffix('.nii.gz')}_{organ}.nii.gz")
+        made = nibabel.load(f"outputs/organ_maps/{entry.sha256}.nii.gz")
         assert made.shape == scan.shape and np.allclose(made.affine, scan.affine, atol=1e-5)
     assert len(list(Path("outputs/organ_meshes").glob("*.glb"))) == 3
 

@@ -88,7 +88,7 @@ def blocks(path: Path) -> Iterator[Block]:
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
     """An empty folder in which documents run: with the configurations, the demo's VAE, and no GPU."""
-    for package in ("trimesh", "open3d", "pebble", "skimage", "pyarrow", "matplotlib", "nibabel"):
+    for package in ("trimesh", "numba", "skimage", "pyarrow", "matplotlib", "nibabel"):
         pytest.importorskip(package)
     (tmp_path / "pretrained").mkdir()  # documents write here too
     for name in ("configs", "pretrained/demo_vae"):
@@ -605,7 +605,7 @@ def printed(notebook) -> list[str]:
 
 
 def test_the_notebook_runs_and_says_what_is_stored(tmp_path, monkeypatch):
-    for package in ("trimesh", "open3d", "skimage", "ipykernel"):
+    for package in ("trimesh", "numba", "skimage", "ipykernel"):
         pytest.importorskip(package)
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

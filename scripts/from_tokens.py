@@ -29,17 +29,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trellis.grids.placing import UP_AXES
+from trellis.grids.volumes import Frame, write_nifti
 from trellis.grids.voxels import occupancy_to_points, write_ply
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet
 from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.errors import DataError
 
-FORMATS = {"glb": ".glb", "obj": ".obj", "ply": ".ply", "stl": ".stl", "voxels": ".ply"}
+FORMATS = {"glb": ".glb", "obj": ".obj", "ply": ".ply", "stl": ".stl", "voxels": ".ply", "nifti": ".nii.gz"}
 ANSWERS = ("predict", "output", "response", "text")
 
-# Reads the ids of one object, later: one may fail while others are fine.
-Reader = Callable[[], Tensor]
+# Reads the ids of one object and its frame in a scan, if any, later: one may fail while others are fine.
+Reader = Callable[[], tuple[Tensor, str | None]]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,7 +59,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--format",
         choices=FORMATS,
         default="glb",
-        help="mesh format (default: glb), or voxels: a PLY file of their centers, as voxelize.py writes",
+        help="mesh format (default: glb); voxels: a PLY file of their centers, as voxelize.py writes; nifti: a label "
+        "map in the space of the scan that an object of --tokens comes from",
     )
     parser.add_argument(
         "--up_axis",
@@ -69,9 +71,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repair", action="store_true", help="repair damaged answers of --text")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args(argv)
+    if args.format == "nifti" and args.text:
+        parser.error("--format nifti goes with --tokens: an answer does not say which scan it belongs to")
     if args.repair and not args.text:
         parser.error("--repair goes with --text")
-    if args.up_axis and args.format == "voxels":
+    if args.up_axis and args.format in ("voxels", "nifti"):
         parser.error("--up_axis goes with meshes: voxels have the axes of the grid")
     return args
 
@@ -87,7 +91,11 @@ def from_parquet(path: str, tokenizer: SparseStructureTokenizer) -> Iterator[tup
     for row in parquet.read_shards(path):
         if not re.fullmatch(r"[\w-]+", row["sha256"] or ""):
             raise DataError(f"{path}: sha256 {row['sha256']!r} is not a hash and cannot name a file.")
-        yield row["sha256"], partial(torch.from_numpy, row["tokens"])
+        yield row["sha256"], partial(_of_row, row)
+
+
+def _of_row(row: dict[str, Any]) -> tuple[Tensor, str | None]:
+    return torch.from_numpy(row["tokens"]), row.get("frame")
 
 
 def from_text(path: str, tokenizer: SparseStructureTokenizer, repair: bool) -> Iterator[tuple[str, Reader]]:
@@ -103,12 +111,12 @@ def from_text(path: str, tokenizer: SparseStructureTokenizer, repair: bool) -> I
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text ({error}). Give a text file or a .jsonl.") from error
 
-    def read(line: str, name: str) -> Tensor:
+    def read(line: str, name: str) -> tuple[Tensor, None]:
         answer = answer_of(line, words.start) if path.lower().endswith(".jsonl") else line
         parsed = words.from_text(answer, tokenizer.num_tokens, strict=not repair, fill=fill)
         for problem in parsed.problems:
             tqdm.write(f"repaired: {name}: {problem}")
-        return parsed.ids
+        return parsed.ids, None
 
     found = False
     for number, line in enumerate(lines, 1):
@@ -163,7 +171,8 @@ def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str,
     for name, read in tqdm(objects(), total=len(names), unit="object", disable=not sys.stderr.isatty()):
         path = folder / f"{name}{suffix}"
         try:
-            write(tokenizer, read(), path, args.format, args.up_axis)
+            ids, frame = read()
+            write(tokenizer, ids, frame, path, args.format, args.up_axis)
         except DataError as error:
             left_out.append((name, str(error)))
         else:
@@ -171,18 +180,28 @@ def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str,
     return written, left_out
 
 
-def write(tokenizer: SparseStructureTokenizer, ids: Tensor, path: Path, kind: str, up_axis: str | None) -> None:
-    """Write the object of ids [T] as one of FORMATS. Raise DataError if it has no voxel.
+def write(
+    tokenizer: SparseStructureTokenizer, ids: Tensor, frame: str | None, path: Path, kind: str, up_axis: str | None
+) -> None:
+    """Write the object of ids [T] as one of FORMATS. Raise DataError if it has no voxel, or for NIfTI no frame.
 
+    frame: where it lies in its scan, see grids.volumes.Frame.
     up_axis: of a mesh; None for the tokenizer's setting.
     """
-    if kind != "voxels":
+    if kind not in ("voxels", "nifti"):
         tokenizer.save_mesh(ids, path, up_axis=up_axis)
         return
-    points = occupancy_to_points((tokenizer.decode(ids)[0, 0] > 0).cpu())
-    if not len(points):
+    grid = (tokenizer.decode(ids)[0, 0] > 0).cpu()
+    if not grid.any():
         raise DataError("decodes to no voxel")
-    write_ply(path, points)
+    if kind == "voxels":
+        write_ply(path, occupancy_to_points(grid))
+    elif frame is None:
+        raise DataError(
+            "comes from no scan whose space is known, so it cannot be written as NIfTI: take another --format"
+        )
+    else:
+        write_nifti(path, grid.numpy(), Frame.from_json(frame))
 
 
 def report_objects(args: argparse.Namespace) -> int:

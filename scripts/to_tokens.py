@@ -183,6 +183,11 @@ class Work(NamedTuple):
     captions: dict[str, list[str]]
     cuda: bool
 
+    @property
+    def frames(self) -> bool:
+        """Whether an object says where it lies in its scan."""
+        return any(item.frame for item in self.source.objects)
+
     def path(self, number: int) -> Path:
         return Path(self.args.output_dir, parquet.shard_name(number, len(self.shards)))
 
@@ -229,7 +234,8 @@ def run_process(
             columns = encode_batches(tokenizer, shard.batches, args.precision, args.iou)
             if writing is not None:
                 writing.result()
-            sha256, names, sources = map(list, zip(*shard.objects, strict=True)) if shard.objects else ([], [], [])
+            columns_of_names = map(list, zip(*shard.objects, strict=True)) if shard.objects else ([], [], [], [])
+            sha256, names, sources, frames = columns_of_names
             writing = writer.submit(
                 parquet.write_shard,
                 work.path(shard.number),
@@ -241,6 +247,7 @@ def run_process(
                 num_voxels=columns[1],
                 iou=columns[2] if args.iou else None,
                 left_out=shard.left_out,
+                frames=frames if work.frames else None,
             )
             count += len(sha256)
 
@@ -357,13 +364,13 @@ def plan_conversations(
 ) -> tuple[sharegpt.Prompts, dict[str, list[str]]]:
     """Return the questions, and captions by sha256. Raise DataError if no object would have a record."""
     captions = sharegpt.read_captions(Path(args.captions), required=True) if args.captions else source.captions()
-    captions = {sha256: captions[sha256] for sha256, _, _ in source.objects if sha256 in captions}
+    captions = {sha256: captions[sha256] for sha256, *_ in source.objects if sha256 in captions}
     if args.captions and not captions:
         raise DataError(f"{args.captions}: has no caption of any object. Its sha256 must be the data's.")
     default = sharegpt.PROMPT_OF_CAPTION if captions else sharegpt.PROMPT_OF_NAME
     prompts = sharegpt.Prompts(args.prompt or default, args.describe_prompt)
     if not any(
-        sharegpt.records(sha256, name, "-", captions.get(sha256, ()), prompts) for sha256, name, _ in source.objects
+        sharegpt.records(item.sha256, item.name, "-", captions.get(item.sha256, ()), prompts) for item in source.objects
     ):
         fields = ", ".join(f"{{{name}}}" for name in prompts.fields)
         raise DataError(

@@ -25,11 +25,20 @@ from trellis.utils.errors import DataError
 BATCH = {"cpu": 8, "cuda": 64}  # objects per batch, enough to keep a device busy; ids do not depend on it
 
 
+class TokenObject(NamedTuple):
+    """An object as its row in a Parquet file names it."""
+
+    sha256: str
+    name: str
+    source: str | None = None
+    frame: str | None = None  # where it lies in its scan
+
+
 class Shard(NamedTuple):
     """A run of objects with their grids."""
 
     number: int
-    objects: Sequence[tuple[str, str, str | None]]  # sha256, name, source of the objects that have a grid
+    objects: Sequence[TokenObject]  # those that have a grid
     batches: Iterable[Tensor]  # [B, ceil(R³ / 8)] uint8 on the CPU, in the order of `objects`
     left_out: list[dict[str, str]]  # {"file", "sha256", "reason"} of the objects without a grid
 
@@ -49,7 +58,9 @@ class DataSource:
     def __init__(self, roots: str, split: Split, resolution: int, up_axis: str, normalization: str):
         self.given = roots, split, resolution, up_axis, normalization
         self.dataset = SparseStructure(roots, resolution=resolution, split=split)
-        self.objects = [(entry.sha256, entry.name, entry.source) for entry in self.dataset.entries]
+        self.objects = [
+            TokenObject(entry.sha256, entry.name, entry.source, entry.frame) for entry in self.dataset.entries
+        ]
         self.failures: list[dict[str, str]] = []
         self.notes = list(self.dataset.notes)
         for root in self.dataset.roots:
@@ -141,7 +152,7 @@ class MeshSource:
 
         plan = plan_meshes(inputs, output_dir, max_workers)
         self.jobs = sorted(plan.jobs)  # by sha256, so that the spelling of paths does not matter
-        self.objects = [(job.sha256, job.names[0], None) for job in self.jobs]
+        self.objects = [TokenObject(job.sha256, job.names[0]) for job in self.jobs]
         self.failures = plan.failures
         self.notes: list[str] = []
         self.settings = resolution, up_axis, normalization
@@ -185,7 +196,7 @@ class MeshSource:
                 if isinstance(result, DataError):
                     left_out += [{"file": name, "sha256": job.sha256, "reason": str(result)} for name in job.names]
                 else:
-                    objects.append((job.sha256, job.names[0], None))
+                    objects.append(TokenObject(job.sha256, job.names[0]))
                     bits.append(result)
             batches = torch.from_numpy(np.stack(bits)).split(BATCH[device.type]) if bits else ()
             if running is not None:

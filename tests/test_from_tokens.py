@@ -14,6 +14,7 @@ pytest.importorskip("pyarrow")
 from scripts import from_tokens as script
 from trellis import SparseStructureTokenizer
 from trellis.grids.placing import turn_to_y_up
+from trellis.grids.volumes import Frame
 from trellis.grids.voxels import points_to_occupancy, read_ply
 from trellis.tokens import parquet
 
@@ -107,6 +108,43 @@ def test_voxels_have_the_axes_of_the_grid(base, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(base, tmp_path, "--tokens", base / "tokens", "--format", "voxels", "--up_axis", "y")
     assert "--up_axis goes with meshes" in capsys.readouterr().err
+
+
+def test_label_maps_lie_in_their_scans(base, tokenizer, ids, tmp_path, capsys):
+    nibabel = pytest.importorskip("nibabel")
+    affine = np.array([[0, -2, 0, 50], [-1.5, 0, 0, 20], [0, 0, 3, -7], [0, 0, 0, 1]], dtype=float)
+    frame = Frame((-10.0, -40.0, 53.0), 4.0, "solid", affine, (40, 50, 45))
+    names = [f"{i:064x}" for i in range(OBJECTS)]
+    parquet.write_shard(
+        tmp_path / "a.parquet",
+        tokenizer.token_info("fp32"),
+        names,
+        names,
+        [None] * OBJECTS,
+        ids.numpy(),
+        np.ones(OBJECTS),
+        frames=[frame.to_json(), None, frame.to_json()],
+    )
+    assert run(base, tmp_path / "out", "--tokens", tmp_path / "a.parquet", "--format", "nifti") == 1
+    assert f"left out: {names[1]}: comes from no scan" in capsys.readouterr().out
+    for i in (0, 2):
+        image = nibabel.load(tmp_path / "out" / f"{names[i]}.nii.gz")
+        assert np.array_equal(image.affine, affine) and image.shape == frame.shape
+        grid = (tokenizer.decode(ids[i]) > 0)[0, 0].numpy()
+        # The cell of each voxel's center, by hand.
+        world = np.argwhere(np.ones(frame.shape)) @ affine[:3, :3].T + affine[:3, 3]
+        cells = np.floor((world - frame.center) / frame.mm_per_cell + 8).astype(int)
+        inside = ((cells >= 0) & (cells < 16)).all(axis=1)
+        want = np.zeros(len(cells), dtype=bool)
+        want[inside] = grid[tuple(cells[inside].T)]
+        assert want.any() and np.array_equal(np.asarray(image.dataobj).reshape(-1) == 1, want)
+    assert not (tmp_path / "out" / f"{names[1]}.nii.gz").exists()
+
+
+def test_answers_have_no_scan(base, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(base, tmp_path, "--text", tmp_path / "a.txt", "--format", "nifti")
+    assert "--format nifti goes with --tokens" in capsys.readouterr().err
 
 
 def test_ids_of_another_tokenizer_are_refused(base, tmp_path, capsys):

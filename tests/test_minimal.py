@@ -19,7 +19,13 @@ OPTIONAL = (
     "huggingface_hub",
     "trimesh",
     "open3d",
-    "pebble",
+    "numba",
+    "DracoPy",
+    "mapbox_earcut",
+    "nibabel",
+    "nrrd",
+    "highdicom",
+    "pydicom",
     "scipy",
     "skimage",
     "pyarrow",
@@ -139,7 +145,9 @@ def test_no_module_needs_an_extra():
     """What extras bring is optional; everything in the package but the viewer imports without it."""
     python("""
 import sys
-for name in ("trimesh", "open3d", "pebble", "skimage", "scipy", "pyarrow", "dash", "plotly", "matplotlib"):
+EXTRAS = '''trimesh open3d numba DracoPy mapbox_earcut nibabel nrrd highdicom pydicom skimage scipy pyarrow dash plotly
+matplotlib'''
+for name in EXTRAS.split():
     sys.modules[name] = None
 import importlib, pkgutil, trellis
 for module in pkgutil.walk_packages(trellis.__path__, "trellis."):

@@ -51,6 +51,16 @@ def test_concave_polygon_from_every_corner(shift: int, mirror: bool):
         covers(plane[::-1] if mirror else plane, seed=shift)
 
 
+def test_small_polygons_need_no_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "mapbox_earcut", None)
+    rng = np.random.default_rng(1)
+    for i in range(200):
+        angles = np.sort(rng.uniform(0, 2 * np.pi, 4 + i % 2))
+        if np.diff(angles, append=angles[0] + 2 * np.pi).max() < np.pi:  # around the origin: it does not cross itself
+            radii = rng.uniform(0.05, 1, len(angles))
+            covers(np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1), seed=i)
+
+
 def test_comb_of_many_teeth():
     x = np.arange(2001.0)
     comb = np.concatenate([np.stack([x, 1 + x % 2], axis=1), [[2000, 0], [0, 0]]])
@@ -136,4 +146,4 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "mapbox_earcut", None)
     polygon(in_space(L_SHAPE))  # a fan does without
     with pytest.raises(ConfigError, match="pip install mapbox_earcut"):
-        polygon(in_space(DART))
+        polygon(in_space(L_SHAPE[[1, 2, 3, 4, 5, 0]]))

@@ -1,6 +1,7 @@
 """Triangles to voxels: equal to geometry in exact fractions, and to Open3D bit for bit."""
 
 import itertools
+import json
 import math
 import os
 import subprocess
@@ -13,7 +14,7 @@ from helpers import ROOT, TEST_DATA, needs_test_data
 
 from trellis.grids import rasterize
 from trellis.grids.rasterize import HALF, voxelize_mesh
-from trellis.utils.errors import ConfigError
+from trellis.utils.errors import ConfigError, DataError
 
 numba = pytest.importorskip("numba")
 
@@ -269,9 +270,9 @@ def test_an_index_out_of_range_is_refused(index):
 
 @pytest.fixture
 def fresh():
-    rasterize._compiled.cache_clear()
+    rasterize.load_kernels.cache_clear()
     yield
-    rasterize._compiled.cache_clear()
+    rasterize.load_kernels.cache_clear()
 
 
 def test_a_missing_numba_is_named(monkeypatch, fresh):
@@ -281,11 +282,11 @@ def test_a_missing_numba_is_named(monkeypatch, fresh):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no locator available"), OSError(28, "No space left"), EOFError()])
-def test_code_that_cannot_be_kept_is_compiled_anyhow(monkeypatch, fresh, error):
+def test_code_that_cannot_be_kept_isload_kernels_anyhow(monkeypatch, fresh, error):
     """Plain Python stands for the code compiled then, and gives the same voxels."""
     vertices = anywhere(np.random.default_rng(0), 16, 2)
     expected = voxelize_mesh(vertices, triangles(2), 16)
-    rasterize._compiled.cache_clear()
+    rasterize.load_kernels.cache_clear()
 
     def njit(signature, cache=False):
         if cache:
@@ -296,7 +297,7 @@ def test_code_that_cannot_be_kept_is_compiled_anyhow(monkeypatch, fresh, error):
     assert np.array_equal(voxelize_mesh(vertices, triangles(2), 16), expected)
 
 
-def test_kept_code_that_is_damaged_is_compiled_again(tmp_path):
+def test_kept_code_that_is_damaged_isload_kernels_again(tmp_path):
     code = """
 import numpy as np
 from trellis.grids.rasterize import voxelize_mesh
@@ -310,3 +311,44 @@ print(voxelize_mesh(np.zeros((3, 3)), np.array([[0, 1, 2]]), 16).tolist())
         assert len(kept) == 4  # an index and the code of each function
         for path in kept:
             path.write_bytes(path.read_bytes()[:10])
+
+
+# --- the benchmark ---
+
+
+def test_the_benchmark_counts_what_it_measured(tmp_path, capsys):
+    trimesh = pytest.importorskip("trimesh")
+    from benchmarks import voxelize
+
+    source, output = tmp_path / "meshes", tmp_path / "result.md"
+    source.mkdir()
+    for name in ("a.off", "b.off", "c.STL"):
+        trimesh.creation.icosphere(subdivisions=1).export(source / name)
+    (source / "broken.ply").write_bytes(b"")
+    (source / "notes.txt").write_text("no mesh")
+    voxelize.main(["--meshes", str(source), "--resolutions", "16", "8", "--repeats", "1", "--output", str(output)])
+    assert capsys.readouterr().out.strip() == output.read_text().strip()
+    content = json.loads(output.with_suffix(".json").read_text())
+    assert content["work"] == {"resolution": 16, "meshes": 3} and "broken.ply" in content["notes"][1]
+    rows, stages, formats = (
+        [dict(zip((column["name"] for column in table["columns"]), row, strict=True)) for row in table["rows"]]
+        for table in content["tables"]
+    )
+    assert [row["resolution"] for row in rows] == [16, 8] and {row["equal"] for row in rows} <= {1, None}
+    for row in rows:
+        if row["plain ms"] is not None:
+            assert row["plain ms"] == pytest.approx(row["plain: make grid, ms"] + row["plain: read out, ms"])
+            assert row["ratio to plain"] == pytest.approx(row["plain ms"] / row["ms"])
+            assert row["least ratio"] <= row["ratio to plain"] * (1 + 1e-9)
+    assert [row["stage"] for row in stages] == ["hash", "load", "place", "rasterize", "write"]
+    assert sum(row["share"] for row in stages) == pytest.approx(1)
+    assert {row["format"]: (row["files"], row["triangles"]) for row in formats} == {".off": (2, 160), ".stl": (1, 80)}
+    assert sum(row["share of load"] for row in formats) == pytest.approx(1)
+
+
+def test_the_benchmark_refuses_a_folder_without_meshes(tmp_path):
+    pytest.importorskip("trimesh")
+    from benchmarks import voxelize
+
+    with pytest.raises(DataError, match="has no mesh that can be voxelized"):
+        voxelize.main(["--meshes", str(tmp_path)])

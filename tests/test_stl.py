@@ -70,13 +70,22 @@ def test_bytes_behind_that_are_no_triangle(tmp_path: Path, rest: bytes):
 
 def test_several_binary_files_in_one(tmp_path: Path):
     check(tmp_path, binary() * 5, times=5)
-    check(tmp_path, binary(TRIANGLES[:1]) + binary(TRIANGLES[:0]) + binary(TRIANGLES[1:], header=b"solid x"))
+    check(tmp_path, binary(TRIANGLES[:1]) + binary(TRIANGLES[1:], header=b"solid x"))
+    check(tmp_path, binary() + binary() + b"\0" * 500, times=2)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 1000, 2**32 - 1])
 def test_count_that_does_not_fit(tmp_path: Path, count: int):
     refused(tmp_path, binary(count=count), f"counts {count} triangles, its 234 bytes have room for 3")
     refused(tmp_path, binary(header=b"solid x", count=count), f"counts {count} triangles, .* room for 3")
+
+
+def test_small_count_over_zeros(tmp_path: Path):
+    """Zeros among the triangles are no headers of empty solids."""
+    flat = np.zeros((60, 3, 3), dtype=np.float32)
+    flat[-1] = TRIANGLES[0]
+    for count in range(60):
+        refused(tmp_path, binary(flat, count=count), f"counts {count} triangles, its 3084 bytes have room for 60")
 
 
 def test_cut_binary_file(tmp_path: Path):
@@ -119,6 +128,7 @@ def test_white_space(tmp_path: Path, line_end: str, before: str):
 @pytest.mark.parametrize("blank", [" ", "\n", "\r\n", "\t\t"])
 def test_white_space_anywhere(tmp_path: Path, blank: str):
     check(tmp_path, blank.join(text().split()))
+    check(tmp_path, blank.join(text().split()).replace("facet", " " * 300_000 + "facet", 1))  # in linear time
 
 
 def test_several_solids(tmp_path: Path):

@@ -102,7 +102,7 @@ def test_grids_may_come_as_arrays_files_and_lists(tmp_path):
 
 def test_a_mesh_is_what_voxelize_makes_of_it(tmp_path):
     trimesh = pytest.importorskip("trimesh")
-    pytest.importorskip("open3d")
+    pytest.importorskip("numba")
     from dataset_toolkits import voxelize
 
     tokenizer = make()
@@ -359,7 +359,7 @@ def test_files_of_one_grid_stand_by_the_rule_of_their_format_and_read_back_alike
 def test_what_is_encoded_comes_back_standing_and_is_encoded_alike(tmp_path):
     trimesh = pytest.importorskip("trimesh")
     pytest.importorskip("skimage")
-    pytest.importorskip("open3d")
+    pytest.importorskip("numba")
     from trellis.grids.placing import turn_to_y_up
     from trellis.grids.surface import surface_mesh
 
@@ -380,7 +380,7 @@ def test_what_is_encoded_comes_back_standing_and_is_encoded_alike(tmp_path):
 def test_the_axes_of_files_may_be_taken_and_written_in_another_way(tmp_path):
     trimesh = pytest.importorskip("trimesh")
     pytest.importorskip("skimage")
-    pytest.importorskip("open3d")
+    pytest.importorskip("numba")
     from trellis.grids.meshes import mesh_to_grid
 
     path = tmp_path / "box.glb"

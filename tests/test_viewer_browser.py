@@ -23,7 +23,7 @@ from trellis.viewer.backend import Backend
 from trellis.viewer.code_usage import UsageCounter
 from trellis.viewer.uploads import Opener
 
-for name in ("selenium", "dash", "open3d", "trimesh", "pebble", "skimage"):
+for name in ("selenium", "dash", "numba", "trimesh", "skimage"):
     pytest.importorskip(name)
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

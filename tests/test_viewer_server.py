@@ -36,7 +36,7 @@ def needs(*names: str):
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
 
 
-needs_dash, needs_meshes = needs("dash"), needs("open3d", "trimesh", "pebble")
+needs_dash, needs_meshes = needs("dash"), needs("numba", "trimesh")
 needs_surface = needs("skimage", "trimesh")
 
 

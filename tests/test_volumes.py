@@ -910,7 +910,7 @@ def test_an_organ_as_mesh_and_as_label_map_agrees(label, resolution):
 
     Cells that the mesh does not meet are wholly inside or outside, so there both grids are the same.
     """
-    pytest.importorskip("open3d")
+    pytest.importorskip("numba")
     from trellis.grids.meshes import voxelize_mesh
     from trellis.grids.placing import normalize_cube
 
@@ -929,7 +929,7 @@ def test_an_organ_as_mesh_and_as_label_map_agrees(label, resolution):
 @pytest.mark.parametrize("label", ELLIPSOIDS)
 def test_an_organ_by_marching_cubes_agrees(label, tmp_path):
     """A smooth mesh, from where voxels meet: its surface is that of the label map within two cells, compared in mm."""
-    pytest.importorskip("open3d")
+    pytest.importorskip("numba")
     measure = pytest.importorskip("skimage.measure")
     from trellis.grids.meshes import voxelize_mesh
     from trellis.grids.placing import normalize_cube

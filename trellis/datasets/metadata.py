@@ -39,6 +39,7 @@ class Entry(NamedTuple):
     name: str  # the mesh file if known, else the sha256
     source: str | None  # the collection it comes from, if known
     split: str
+    frame: str | None = None  # where it lies in its scan, see grids.volumes.Frame; None if it comes from no scan
 
 
 def read_metadata(root: str) -> "DataFrame":
@@ -236,10 +237,10 @@ def entries_of(root: str, where: str, metadata: "DataFrame") -> list[Entry]:
         return [None] * len(metadata)
 
     entries = []
-    for sha256, name, source, split in zip(
-        metadata["sha256"], texts(*NAME_COLUMNS), texts("source"), texts("split"), strict=True
+    for sha256, name, source, split, frame in zip(
+        metadata["sha256"], texts(*NAME_COLUMNS), texts("source"), texts("split"), texts("frame"), strict=True
     ):
         if split not in (*SPLITS, None):
             raise DataError(f"{where}: split of {sha256} is {split!r}; it must be train, val or blank")
-        entries.append(Entry(root, sha256, name or sha256, source, split or split_of(sha256)))
+        entries.append(Entry(root, sha256, name or sha256, source, split or split_of(sha256), frame))
     return entries

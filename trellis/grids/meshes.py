@@ -1,18 +1,17 @@
 """From a mesh file to the voxels that its triangles meet: load, place in the cube (see `placing`), voxelize.
 
-`mesh_to_grid` does all of it. voxelize.py and the page call its steps. `readers/` has a file per format, `rasterize` the
-triangle-to-voxel test.
+`mesh_to_grid` does all of it. voxelize.py and the page call its steps. `readers/` has a file per format, `rasterize`
+the triangle-to-voxel test.
 """
 
 import importlib
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..utils.errors import ConfigError, DataError, UserError
+from ..utils.errors import DataError, UserError
 from .formats import MESH_SUFFIXES, reader_of, why_not
 from .geometry import Geometry, check_precision, check_triangles
 from .placing import (
@@ -55,7 +54,7 @@ def load_mesh(path: Path, points: bool = False) -> Geometry:
     geometry = _read(path)
     vertices, faces = geometry.vertices, geometry.faces
     if not len(faces) and not (points and len(vertices)):
-        only_points = f"has {len(vertices)} points and no triangles: --points reads them as points"
+        only_points = f"is a cloud of {len(vertices)} points without triangles (voxelize.py --points reads it)"
         raise DataError(only_points if len(vertices) else "has no triangles")
     if len(faces):
         if faces.min() < 0 or faces.max() >= len(vertices):

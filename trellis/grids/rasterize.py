@@ -46,13 +46,17 @@ def voxelize_mesh(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> n
         raise ValueError("a vertex is not finite")
     if faces.size and not 0 <= faces.min() <= faces.max() < len(vertices):
         raise ValueError(f"the triangles use vertices {faces.min()} to {faces.max()} of {len(vertices)}")
-    mark, read_out = _compiled()
+    mark, read_out = load_kernels()
     return read_out(*mark(np.ascontiguousarray(np.clip(vertices, -HALF, HALF)), faces, resolution))
 
 
 @functools.cache
-def _compiled() -> tuple[Callable, Callable]:
-    """Return `_mark` and `_read_out` as machine code, which Numba keeps between processes where it can."""
+def load_kernels() -> tuple[Callable, Callable]:
+    """Return `_mark` and `_read_out` as machine code, compiled in about 2 s or read from where Numba keeps it.
+
+    `voxelize_mesh` needs no earlier call; one keeps that time out of the first mesh's. Raise ConfigError if Numba is
+    missing.
+    """
     try:
         import numba
     except ModuleNotFoundError as error:
@@ -126,7 +130,7 @@ def _mark(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> tuple[np.
                 if spread > 0.0:
                     height = az + (nx * x0 + ny * y0) / nz - origin  # of the plane in this column, above voxel 0
                     bottom = max(bottom, math.floor((height - spread) / size - MARGIN))
-                    top = min(top, math.ceil((height + spread) / size + MARGIN) + 1)
+                    top = min(top, math.ceil((height + spread) / size + MARGIN))
                 for k in range(bottom, top):
                     if mask[i, j, k >> 3] >> (k & 7) & 1:
                         continue

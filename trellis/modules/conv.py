@@ -102,7 +102,9 @@ def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     def by(m: int) -> Tensor:
         if m > 1:
             # The gradient is a convolution with the kernel reversed and its channels exchanged.
-            return _merged(grad, weight.flip(2, 3, 4).transpose(0, 1), None, m)
+            # A backward pass inside autocast would run this one, unlike the library's own, in half precision.
+            with torch.autocast(grad.device.type, enabled=False):
+                return _merged(grad, weight.flip(2, 3, 4).transpose(0, 1), None, m)
         shape = (len(grad), weight.shape[1], *grad.shape[2:])
         unread = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last_3d)
         return _backward(grad, unread, weight, 1, (True, False, False))[0]

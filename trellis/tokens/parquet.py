@@ -9,6 +9,7 @@ shard-00003-of-00012.parquet. A row is an object:
     tokens      list<uint16>, or list<int32> for more than 65536 codes
     num_voxels  int32
     iou         float32, if it was asked for
+    frame       string or null, if an object comes from a scan: where it lies there, see grids.volumes.Frame
 
 The metadata of every file say how its ids were made: the fields of `TokenInfo` (text as it is, other values as JSON),
 `format_version` (see utils/formats.py), and `left_out`, the objects of its share that have no row, with the reasons.
@@ -107,8 +108,8 @@ def shard_name(number: int, shards: int) -> str:
     return f"shard-{number:05d}-of-{shards:05d}.parquet"
 
 
-def schema(info: TokenInfo, iou: bool) -> "pyarrow.Schema":
-    """Return a shard's schema, with or without the column iou. Its metadata lack `left_out`."""
+def schema(info: TokenInfo, iou: bool = False, frame: bool = False) -> "pyarrow.Schema":
+    """Return a shard's schema, with or without the columns iou and frame. Its metadata lack `left_out`."""
     import pyarrow as pa
 
     ids = pa.uint16() if info.n_embed <= 2**16 else pa.int32()
@@ -119,7 +120,9 @@ def schema(info: TokenInfo, iou: bool) -> "pyarrow.Schema":
         "tokens": pa.list_(ids),
         "num_voxels": pa.int32(),
     }
-    return pa.schema({**columns, "iou": pa.float32()} if iou else columns, metadata=info.to_metadata())
+    columns |= {"iou": pa.float32()} if iou else {}
+    columns |= {"frame": pa.string()} if frame else {}
+    return pa.schema(columns, metadata=info.to_metadata())
 
 
 def write_shard(
@@ -132,6 +135,7 @@ def write_shard(
     num_voxels: np.ndarray,
     iou: np.ndarray | None = None,
     left_out: list[dict[str, str]] | None = None,
+    frames: list[str | None] | None = None,
 ) -> None:
     """Write a shard atomically.
 
@@ -139,6 +143,7 @@ def write_shard(
     num_voxels: [n].
     iou: [n] or None.
     left_out: {"file", "sha256", "reason"} of each object without ids.
+    frames: [n] where objects lie in their scans; None if no object of the data set comes from a scan.
     Raise ConfigError without pyarrow, ValueError for tokens of another shape.
     """
     require_pyarrow()
@@ -147,7 +152,7 @@ def write_shard(
 
     if tokens.shape != (len(sha256), info.num_tokens):
         raise ValueError(f"tokens must be [{len(sha256)}, {info.num_tokens}], not {list(tokens.shape)}")
-    layout = schema(info, iou is not None)
+    layout = schema(info, iou is not None, frames is not None)
     ids = layout.field("tokens").type.value_type
     offsets = np.arange(len(sha256) + 1, dtype=np.int32) * info.num_tokens
     values = pa.array(tokens.reshape(-1).astype(ids.to_pandas_dtype()), ids)
@@ -158,6 +163,8 @@ def write_shard(
     }  # fmt: skip
     if iou is not None:
         columns["iou"] = iou.astype(np.float32)
+    if frames is not None:
+        columns["frame"] = frames
     layout = layout.with_metadata({**info.to_metadata(), LEFT_OUT: json.dumps(left_out or [])})
     with atomic_write(path) as partial:
         pa.parquet.write_table(pa.table(columns, schema=layout), partial, compression="zstd")
@@ -225,7 +232,7 @@ def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a folder's shards, or of one file, in order.
 
     A row is {"sha256": str, "name": str, "source": str or None, "tokens": int64 array [T], "num_voxels": int}, with
-    "iou": float if the file has it.
+    "iou": float and "frame": str or None if the file has them.
     Raise DataError for missing or damaged shards, for an object whose number of ids is not T, and for an id outside
     [0, K).
     """
@@ -234,7 +241,7 @@ def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
     info = read_info(source)
     for path in shard_files(source):
         file = _open(path)
-        lacking = set(schema(info, False).names) - set(file.schema_arrow.names)
+        lacking = set(schema(info).names) - set(file.schema_arrow.names)
         if lacking:
             raise DataError(
                 f"{path}: has no column {', '.join(sorted(lacking))}. scripts/to_tokens.py writes such files."

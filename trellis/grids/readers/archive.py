@@ -14,6 +14,7 @@ from zipfile import ZipInfo
 from ...utils.errors import DataError
 from .. import formats
 from ..geometry import Geometry
+from ..meshes import HEAD, check_content
 from .zipped import MAX_BYTES, check_members, opened_zip
 
 # A .gltf's buffers may have any name; these members are no buffers and often the largest.
@@ -21,7 +22,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".ktx2", ".basis", ".dds", ".tga",
 
 
 def read(path: Path) -> Geometry:
-    """Read the one mesh in an archive; see `Geometry`. `up` is the mesh's own word, or the rule of its format.
+    """Read the one mesh in an archive; see `Geometry`. `usual_up` is the rule of its format.
 
     Raise DataError with the reason if the archive is damaged, encrypted or too large, has no mesh or several, or if the
     mesh cannot be read.
@@ -30,14 +31,14 @@ def read(path: Path) -> Geometry:
         mesh = (_unpack_gzip if path.suffix.lower() == ".gz" else _unpack_zip)(path, Path(folder))
         known = formats.reader_of(mesh)
         assert known is not None and known.reader is not None  # the member was chosen for it
-        if mesh.stat().st_size == 0:
-            raise DataError(f"{mesh.name} in it is empty (0 bytes)")
         reader = importlib.import_module(f".{known.reader}", __package__)
         try:
+            with open(mesh, "rb") as file:
+                check_content(file.read(HEAD))
             geometry: Geometry = reader.read(mesh)
         except DataError as error:
             raise DataError(f"{mesh.name} in it: {error}") from error
-    return geometry._replace(up=geometry.up or known.up)
+    return geometry._replace(usual_up=geometry.usual_up or known.up)
 
 
 def _unpack_gzip(path: Path, folder: Path) -> Path:

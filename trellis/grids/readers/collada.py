@@ -6,6 +6,7 @@ scene with their transforms and instances, skins in the pose of the scene's join
 Materials, animations, physics and the unit, which only scales, are not.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,14 +15,13 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from ...utils.errors import ConfigError, DataError
+from ...utils.errors import DataError
 from ..geometry import Geometry, Up
+from .collada_nodes import affine, node_matrix
+from .collada_primitives import PRIMITIVES, Primitive, adds_up
 from .parts import Parts
-from .polygons import triangulate
-from .strips import split_fans, split_strips
-from .xml_tree import integer, numbers, read_tree
+from .xml_tree import check_digits, integer, numbers, read_tree
 
-PRIMITIVES = ("triangles", "polylist", "polygons", "tristrips", "trifans")
 # Columns of the rotation from x-up (right is -y, up is x, toward the viewer is z) to y-up.
 FROM_X_UP = np.array([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 
@@ -50,6 +50,8 @@ class _Values(NamedTuple):
 
     rows: np.ndarray
     params: list[str]  # names of the columns; "" for a column that is to be skipped
+    array: Element  # where they are, and at which of its values
+    places: np.ndarray
 
 
 class _Document:
@@ -62,9 +64,10 @@ class _Document:
         self.root = root
         self.notes: list[str] = []
         self.has_lines = False
-        self.by_id: dict[str, Element] = {}
-        for element in root.iter():
-            self.by_id.setdefault(element.get("id", ""), element)
+        self._by_id: dict[Element, dict[tuple[str, str], Element]] = {}
+        self._ids = self._ids_in(root)
+        counts = Counter((element.tag, element.get("id")) for element in root.iter() if element.get("id"))
+        self._repeated = {key for key, count in counts.items() if count > 1}
         self._arrays: dict[Element, np.ndarray] = {}
         self._meshes: dict[Element, tuple[np.ndarray, np.ndarray]] = {}
         self._nodes_by_name: dict[tuple[Element, ...], dict[str, Element]] = {}
@@ -92,29 +95,50 @@ class _Document:
             self.notes.append(f"does not say which scene to show: the first of {len(scenes)} is taken")
         return scenes[0]
 
-    def find(self, element: Element, attribute: str, *tags: str) -> Element:
-        """Return the element that an attribute of another one refers to. Raise DataError if it is none of `tags`."""
+    def _ids_in(self, part: Element) -> dict[tuple[str, str], Element]:
+        """Return the elements of a part of the document by tag and id: exporters give a node its geometry's id."""
+        if part not in self._by_id:
+            found = self._by_id[part] = {}
+            for element in part.iter():
+                if name := element.get("id"):
+                    found.setdefault((element.tag, name), element)
+        return self._by_id[part]
+
+    def find(self, element: Element, attribute: str, *tags: str, within: Element | None = None) -> Element:
+        """Return the element that an attribute of another one refers to. Raise DataError if it is none of `tags`.
+
+        within: the mesh, skin or morph whose own elements go before others of the same id.
+        """
         url = element.get(attribute, "")
         document, _, name = url.rpartition("#")
         if document:
             raise DataError(f"refers to another file ({url[:100]}), which is not read: export it as one file")
-        found = self.by_id.get(name, self.by_id.get(unquote(name))) if name else None
-        if found is None or found.tag not in tags:
-            raise DataError(f'<{element.tag}> has {attribute}="{url[:100]}", which is no {" or ".join(tags)} here')
-        return found
+        keys = [(tag, each) for each in (name, unquote(name)) for tag in tags if each]
+        own = {} if within is None else self._ids_in(within)
+        found = next((own[key] for key in keys if key in own), None)
+        if found is not None:
+            return found
+        for key in keys:
+            if key in self._ids:
+                if key in self._repeated:
+                    self._repeated.discard(key)
+                    self.notes.append(f'has more than one {key[0]} with the id "{key[1][:100]}": the first is taken')
+                return self._ids[key]
+        raise DataError(f'<{element.tag}> has {attribute}="{url[:100]}", which is no {" or ".join(tags)} here')
 
     # --- sources of numbers and names ---
 
-    def values(self, element: Element, attribute: str = "source") -> _Values:
-        """Return the rows of the source that an element refers to."""
-        source = self.find(element, attribute, "source")
+    def values(self, element: Element, within: Element) -> _Values:
+        """Return the rows of the source that an <input> of a mesh, skin or morph refers to."""
+        source = self.find(element, "source", "source", within=within)
         accessor = source.find("technique_common/accessor")
         if accessor is None:
             raise DataError(f'source "{source.get("id")}" has no accessor')
-        array = self._array(self.find(accessor, "source", *ARRAYS))
+        element = self.find(accessor, "source", *ARRAYS, within=source)
+        array = self._array(element)
         count, offset, stride = (integer(accessor, *pair) for pair in (("count",), ("offset", 0), ("stride", 1)))
         params = [param.get("name", "") for param in accessor.findall("param")]
-        params = params if any(params) else [str(column) for column in range(max(stride, 1))]  # none has a name
+        params = params if any(params) else ["X", "Y", "Z"]  # none has a name
         params = params[: max(stride, 1)]
         if count and (stride < 1 or offset + stride * (count - 1) + max(len(params), 1) > len(array)):
             raise DataError(
@@ -122,7 +146,10 @@ class _Document:
                 f"from {offset}: the file is damaged"
             )
         used = np.arange(len(params)) if params else np.zeros(1, dtype=np.int64)
-        return _Values(array[offset + stride * np.arange(count)[:, None] + used], params)
+        if not count:
+            offset = stride = 0  # they may be any number then
+        places = offset + stride * np.arange(count)[:, None] + used
+        return _Values(array[places], params, element, places)
 
     def _array(self, element: Element) -> np.ndarray:
         if element not in self._arrays:
@@ -137,23 +164,27 @@ class _Document:
             self._arrays[element] = array
         return self._arrays[element]
 
-    def positions(self, element: Element, attribute: str = "source") -> np.ndarray:
+    def positions(self, element: Element, within: Element) -> np.ndarray:
         """Return the points [N, 3] float64 of a source."""
-        rows, params = self.values(element, attribute)
+        rows, params, array, places = self.values(element, within)
         columns = [column for column, name in enumerate(params) if name][:3]
         if len(columns) < 3 or rows.dtype == object:
-            raise DataError(f'source "{element.get(attribute, "")[1:]}" of positions has not three numbers per point')
-        return rows[:, columns]
+            raise DataError(f'source "{element.get("source", "")[1:]}" of positions has not three numbers per point')
+        points = rows[:, columns]
+        check_digits(points, array.text, places[:, columns])
+        return points
 
-    def matrices(self, element: Element) -> np.ndarray:
+    def matrices(self, element: Element, within: Element) -> np.ndarray:
         """Return the matrices [N, 4, 4] float64 of a source of 16 values each."""
-        source = self.find(element, "source", "source")
+        source = self.find(element, "source", "source", within=within)
         accessor = source.find("technique_common/accessor")
         if accessor is None or integer(accessor, "stride", 1) < 16:
             raise DataError(f'source "{source.get("id")}" of matrices has not 16 numbers per matrix')
-        array = self._array(self.find(accessor, "source", "float_array"))
+        array = self._array(self.find(accessor, "source", "float_array", within=source))
         count, offset, stride = integer(accessor, "count"), integer(accessor, "offset", 0), integer(accessor, "stride")
-        if count and offset + stride * (count - 1) + 16 > len(array):
+        if not count:
+            return np.zeros((0, 4, 4))
+        if offset + stride * (count - 1) + 16 > len(array):
             raise DataError(f'source "{source.get("id")}" has {len(array)} values, too few for {count} matrices')
         return array[offset + stride * np.arange(count)[:, None] + np.arange(16)].reshape(-1, 4, 4)
 
@@ -183,29 +214,29 @@ class _Document:
             if primitive.tag not in PRIMITIVES:
                 continue
             inputs = primitive.findall("input")
-            position, offset = self._position_input(primitive, inputs)
+            position, offset = self._position_input(primitive, inputs, mesh)
             if position is None:
                 if primitive.find("p") is None and not integer(primitive, "count", 0):
                     continue
                 raise DataError(f'<{primitive.tag}> of geometry "{name}" has no VERTEX input')
             source = position.get("source", "")
             if source not in sources:
-                sources[source] = self.positions(position), total
+                sources[source] = self.positions(position, mesh), total
                 total += len(sources[source][0])
             vertices, start = sources[source]
             stride = max(integer(each, "offset", 0) for each in inputs) + 1
-            faces.append(_Primitive(primitive, name, offset, stride, vertices).faces() + start)
+            faces.append(Primitive(primitive, name, offset, stride, vertices).faces() + start)
         points = [vertices for vertices, _ in sources.values()]
         empty = np.zeros((0, 3), dtype=np.int64)
         if not points and (first := mesh.find("vertices/input[@semantic='POSITION']")) is not None:
-            points.append(self.positions(first))  # points without triangles, such as a target of a morph
+            points.append(self.positions(first, mesh))  # points without triangles, such as a target of a morph
         return np.concatenate([np.zeros((0, 3)), *points]), np.concatenate([empty, *faces])
 
-    def _position_input(self, primitive: Element, inputs: list[Element]) -> tuple[Element | None, int]:
+    def _position_input(self, primitive: Element, inputs: list[Element], mesh: Element) -> tuple[Element | None, int]:
         """Return the <input> of a primitive's positions and where its index is in each group of indices."""
         for each in inputs:
             if each.get("semantic") == "VERTEX":
-                vertices = self.find(each, "source", "vertices")
+                vertices = self.find(each, "source", "vertices", within=mesh)
                 for inner in vertices.findall("input"):
                     if inner.get("semantic") == "POSITION":
                         return inner, integer(each, "offset", 0)
@@ -286,8 +317,8 @@ class _Document:
         inputs = {each.get("semantic"): each for each in morph.findall("targets/input")}
         if not {"MORPH_TARGET", "MORPH_WEIGHT"} <= set(inputs):
             raise DataError("a <morph> has no targets or no weights")
-        targets = [str(name) for name in self.values(inputs["MORPH_TARGET"]).rows[:, 0]]
-        weights = self.values(inputs["MORPH_WEIGHT"]).rows[:, 0]
+        targets = [str(name) for name in self.values(inputs["MORPH_TARGET"], morph).rows[:, 0]]
+        weights = self.values(inputs["MORPH_WEIGHT"], morph).rows[:, 0]
         if len(targets) != len(weights) or weights.dtype == object:
             raise DataError(f"a <morph> has {len(weights)} weights for {len(targets)} targets")
         relative = morph.get("method", "NORMALIZED") == "RELATIVE"
@@ -295,8 +326,8 @@ class _Document:
         for name, weight in zip(targets, weights, strict=True):
             if weight == 0:
                 continue
-            target = self.by_id.get(name)
-            if target is None or target.tag != "geometry":
+            target = self._ids.get(("geometry", name))
+            if target is None:
                 raise DataError(f'morph target "{name[:100]}" is no geometry here')
             points = self.mesh(target)[0]
             if len(points) != len(vertices):
@@ -310,13 +341,13 @@ class _Document:
         used_input = skin.find("vertex_weights/input[@semantic='JOINT']")
         if joint_input is None or used_input is None:
             raise DataError("a <skin> has no joints, or no vertex weights with joints")
-        names = [str(name) for name in self.values(joint_input).rows[:, 0]]
-        if names != [str(name) for name in self.values(used_input).rows[:, 0]]:
+        names = [str(name) for name in self.values(joint_input, skin).rows[:, 0]]
+        if names != [str(name) for name in self.values(used_input, skin).rows[:, 0]]:
             raise DataError("a <skin> has other joints for its vertices than for its matrices, which is not read")
         roots = [
-            self.by_id[name]
+            self._ids[key]
             for skeleton in instance.findall("skeleton")
-            if (name := (skeleton.text or "").strip().rpartition("#")[2]) and name in self.by_id
+            if (key := ("node", (skeleton.text or "").strip().rpartition("#")[2])) in self._ids
         ]
         by_name = self._joint_nodes(tuple(roots), worlds)
         missing = next((name for name in names if name not in by_name), None)
@@ -342,22 +373,22 @@ class _Document:
         joints: [J, 4, 4] float64, from a joint's space to the scene's.
         """
         bind_text = skin.findtext("bind_shape_matrix")
-        bind = np.eye(4) if bind_text is None else _matrix(numbers(bind_text, np.float64, "<bind_shape_matrix>"))
+        bind = np.eye(4) if bind_text is None else affine(numbers(bind_text, np.float64, "<bind_shape_matrix>"))
         inverse_input = skin.find("joints/input[@semantic='INV_BIND_MATRIX']")
         weights_element = skin.find("vertex_weights")
         if inverse_input is None or weights_element is None:
             raise DataError("a <skin> has no inverse bind matrices or no vertex weights")
-        inverses = self.matrices(inverse_input)
+        inverses = self.matrices(inverse_input, skin)
         if len(inverses) != len(joints):
             raise DataError(f"a <skin> has {len(inverses)} inverse bind matrices for {len(joints)} joints")
         inputs = {each.get("semantic"): each for each in weights_element.findall("input")}
         if not {"JOINT", "WEIGHT"} <= set(inputs):
             raise DataError("a <skin> has no joints or no weights of its vertices")
-        table = self.values(inputs["WEIGHT"]).rows[:, 0]
+        table = self.values(inputs["WEIGHT"], skin).rows[:, 0]
         stride = max(integer(each, "offset", 0) for each in inputs.values()) + 1
         counts = numbers(weights_element.findtext("vcount"), np.int64, "<vcount> of a skin")
         indices = numbers(weights_element.findtext("v"), np.int64, "<v> of a skin")
-        if len(counts) != len(vertices) or (counts < 0).any() or not _adds_up(counts, stride, len(indices)):
+        if len(counts) != len(vertices) or (counts < 0).any() or not adds_up(counts, stride, len(indices)):
             raise DataError(
                 f"a <skin> has weights of {len(counts)} vertices in {len(indices)} indices, its mesh has "
                 f"{len(vertices)}: the file is damaged"
@@ -370,17 +401,18 @@ class _Document:
         if len(groups) and (weight.min() < 0 or weight.max() >= len(table)):
             raise DataError(f"a <skin> uses weights {weight.min()} to {weight.max()} of {len(table)}")
 
-        bound = vertices @ bind[:3, :3].T + bind[:3, 3]
-        moves = np.concatenate([joints @ inverses, np.eye(4)[None]])[:, :3]  # the last one, -1, is the bind shape
-        owner = np.repeat(np.arange(len(vertices)), counts)
-        amount = table[weight].astype(np.float64)
-        sums = np.zeros((len(vertices), 3))
-        for axis in range(3):
-            moved = (moves[joint, axis, :3] * bound[owner]).sum(axis=1) + moves[joint, axis, 3]
-            sums[:, axis] = np.bincount(owner, amount * moved, minlength=len(vertices))
-        totals = np.bincount(owner, amount, minlength=len(vertices))[:, None]
-        # Weights need not add up to 1 exactly; a vertex without weight stays where it is bound.
-        return np.where(totals > 0, sums / np.where(totals > 0, totals, 1), bound)
+        with np.errstate(invalid="ignore"):  # a vertex that is not finite is refused later, if a triangle uses it
+            bound = vertices @ bind[:3, :3].T + bind[:3, 3]
+            moves = np.concatenate([joints @ inverses, np.eye(4)[None]])[:, :3]  # the last one, -1, is the bind shape
+            owner = np.repeat(np.arange(len(vertices)), counts)
+            amount = table[weight].astype(np.float64)
+            sums = np.zeros((len(vertices), 3))
+            for axis in range(3):
+                moved = (moves[joint, axis, :3] * bound[owner]).sum(axis=1) + moves[joint, axis, 3]
+                sums[:, axis] = np.bincount(owner, amount * moved, minlength=len(vertices))
+            totals = np.bincount(owner, amount, minlength=len(vertices))[:, None]
+            # Weights need not add up to 1 exactly; a vertex without weight stays where it is bound.
+            return np.where(totals > 0, sums / np.where(totals > 0, totals, 1), bound)
 
 
 # Elements that have the values of a source; None where they are words.
@@ -391,173 +423,3 @@ ARRAYS: dict[str, type | None] = {
     "IDREF_array": None,
     "SIDREF_array": None,
 }
-
-
-def node_matrix(node: Element) -> np.ndarray:
-    """Return the matrix [4, 4] float64 of a node's transforms, in their order, for column vectors.
-
-    Raise DataError if one has another number of values than its kind.
-    """
-    matrix = np.eye(4)
-    for child in node:
-        if child.tag in TRANSFORMS:
-            count, transform = TRANSFORMS[child.tag]
-            values = numbers(child.text, np.float64, f"<{child.tag}> of a node")
-            if len(values) != count:
-                raise DataError(f"<{child.tag}> of a node has {len(values)} numbers, not {count}")
-            matrix = matrix @ transform(values)
-    return matrix
-
-
-def _matrix(values: np.ndarray) -> np.ndarray:
-    if len(values) != 16:
-        raise DataError(f"a matrix has {len(values)} numbers, not 16")
-    if not (values[12:] == (0, 0, 0, 1)).all():
-        raise DataError(f"a matrix has the last row {values[12:].tolist()}, not 0 0 0 1: it is no affine transform")
-    return values.reshape(4, 4)
-
-
-def _translate(values: np.ndarray) -> np.ndarray:
-    matrix = np.eye(4)
-    matrix[:3, 3] = values
-    return matrix
-
-
-def _scale(values: np.ndarray) -> np.ndarray:
-    return np.diag([*values, 1.0])
-
-
-def _rotate(values: np.ndarray) -> np.ndarray:
-    """Return the rotation about an axis x y z by an angle in degrees (Rodrigues' formula)."""
-    matrix = np.eye(4)
-    length = np.linalg.norm(values[:3])
-    if values[3] != 0 and length > 0:
-        x, y, z = values[:3] / length
-        cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-        angle = np.radians(values[3])
-        matrix[:3, :3] += np.sin(angle) * cross + (1 - np.cos(angle)) * (cross @ cross)
-    return matrix
-
-
-def _skew(values: np.ndarray) -> np.ndarray:
-    """Return the shear along the second axis that turns the first toward it by an angle in degrees (RenderMan's)."""
-    first, along = values[1:4], values[4:7]
-    if not (np.linalg.norm(first) > 0 and np.linalg.norm(along) > 0):
-        raise DataError("<skew> of a node has an axis of no length")
-    first, along = first / np.linalg.norm(first), along / np.linalg.norm(along)
-    across = first - (first @ along) * along
-    between = np.arctan2(np.linalg.norm(across), first @ along)  # in (0, pi)
-    rest = between - np.radians(values[0])
-    if not (np.linalg.norm(across) > 1e-12 and 0 < rest < np.pi):
-        raise DataError(f"<skew> of a node by {values[0]:g} degrees turns its axis past the other")
-    matrix = np.eye(4)
-    amount = 1 / np.tan(rest) - 1 / np.tan(between)
-    matrix[:3, :3] += amount * np.outer(along, across / np.linalg.norm(across))
-    return matrix
-
-
-def _look_at(values: np.ndarray) -> np.ndarray:
-    """Return the placing of a camera at a point that looks along its -z axis to another, with a direction up."""
-    eye, target, up = values.reshape(3, 3)
-    back = eye - target
-    right = np.cross(up, back)
-    if not (np.linalg.norm(back) > 0 and np.linalg.norm(right) > 0):
-        raise DataError("<lookat> of a node has no direction: its points are equal, or up is along it")
-    back, right = back / np.linalg.norm(back), right / np.linalg.norm(right)
-    matrix = np.eye(4)
-    matrix[:3] = np.stack([right, np.cross(back, right), back, eye], axis=1)
-    return matrix
-
-
-TRANSFORMS = {
-    "matrix": (16, _matrix),
-    "translate": (3, _translate),
-    "scale": (3, _scale),
-    "rotate": (4, _rotate),
-    "skew": (7, _skew),
-    "lookat": (9, _look_at),
-}
-
-
-def _adds_up(counts: np.ndarray, stride: int, length: int) -> bool:
-    """Return whether groups of these many entries, of `stride` indices each, make `length` indices; counts >= 0."""
-    return not (counts > length).any() and int(counts.sum()) * stride == length  # so the sum cannot overflow
-
-
-class _Primitive:
-    """One element of PRIMITIVES.
-
-    offset, stride: an entry has `stride` indices, of which the one at `offset` is the vertex.
-    vertices: [V, 3] float64, that the indices count.
-    """
-
-    def __init__(self, element: Element, geometry: str, offset: int, stride: int, vertices: np.ndarray):
-        self.element = element
-        self.name = f'<{element.tag}> of geometry "{geometry}"'
-        self.offset, self.stride, self.vertices = offset, stride, vertices
-
-    def faces(self) -> np.ndarray:
-        """Return the triangles [F, 3] int64. Raise DataError if counts, indices and vertices do not fit together."""
-        kind = self.element.tag
-        lists = [self.corners(p) for p in self.element.findall("p")]
-        corners = np.concatenate([np.zeros(0, dtype=np.int64), *lists])
-        count = integer(self.element, "count", -1 if lists else 0)
-        if kind == "triangles":
-            if len(corners) % 3 or count not in (-1, len(corners) // 3):
-                raise DataError(f"{self.name} has {len(corners)} corners for {count} triangles: the file is damaged")
-            return corners.reshape(-1, 3)
-        if kind == "polylist":
-            sizes = numbers(self.element.findtext("vcount"), np.int64, f"<vcount> in {self.name}")
-            if (sizes < 0).any() or count not in (-1, len(sizes)) or not _adds_up(sizes, 1, len(corners)):
-                raise DataError(
-                    f"{self.name} has {len(corners)} corners and {len(sizes)} sizes for {count} polygons: "
-                    "the file is damaged"
-                )
-            return triangulate(self.vertices, corners, sizes)
-        holed = self.element.findall("ph")
-        if count > len(lists) + len(holed):
-            raise DataError(f"{self.name} has {len(lists) + len(holed)} of {count} parts: the file is damaged")
-        sizes = np.array([len(each) for each in lists], dtype=np.int64)
-        if kind == "tristrips":
-            return split_strips(corners, sizes)
-        if kind == "trifans":
-            return split_fans(corners, sizes)
-        return np.concatenate([triangulate(self.vertices, corners, sizes), *map(self.with_holes, holed)])
-
-    def corners(self, element: Element) -> np.ndarray:
-        """Return the vertices [C] int64 that a <p> or <h> lists."""
-        indices = numbers(element.text, np.int64, f"<{element.tag}> in {self.name}")
-        if len(indices) % self.stride:
-            raise DataError(
-                f"{self.name} has {len(indices)} indices, no multiple of {self.stride}: the file is damaged"
-            )
-        corners = indices[self.offset :: self.stride]
-        if len(corners) and (corners.min() < 0 or corners.max() >= len(self.vertices)):
-            raise DataError(f"{self.name} uses vertices {corners.min()} to {corners.max()} of {len(self.vertices)}")
-        return corners
-
-    def with_holes(self, element: Element) -> np.ndarray:
-        """Return the triangles [F, 3] int64 of a <ph>: a polygon with holes, cut in the plane of its outline."""
-        try:
-            import mapbox_earcut
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"a Python package is missing ({error}): pip install mapbox_earcut") from error
-        rings = [self.corners(ring) for ring in element if ring.tag in ("p", "h")]
-        rings = [ring for ring in rings if len(ring) >= 3]
-        if element.find("p") is None or not rings:
-            return np.zeros((0, 3), dtype=np.int64)
-        corners = np.concatenate(rings)
-        points = self.vertices[corners] - self.vertices[corners[0]]
-        points /= max(np.abs(points).max(), np.finfo(float).tiny)  # the products of tiny lengths would underflow
-        outline = points[: len(rings[0])]
-        normal = np.cross(outline, np.roll(outline, -1, axis=0)).sum(axis=0)  # Newell's
-        if not (np.isfinite(points).all() and np.linalg.norm(normal) > 0):
-            return np.zeros((0, 3), dtype=np.int64)
-        axis = np.cross(normal, np.eye(3)[np.abs(normal).argmin()])
-        plane = np.stack([points @ (axis / np.linalg.norm(axis)), points @ _unit(np.cross(normal, axis))], axis=1)
-        ends = np.cumsum([len(ring) for ring in rings]).astype(np.uint32)
-        return corners[mapbox_earcut.triangulate_float64(plane, ends).reshape(-1, 3).astype(np.int64)]
-
-
-def _unit(vector: np.ndarray) -> np.ndarray:
-    return vector / np.linalg.norm(vector)

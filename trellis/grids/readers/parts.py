@@ -35,7 +35,8 @@ class Parts:
             if count > MAX_SIZE:
                 raise DataError(f"has more than {MAX_SIZE:,} {what}, counting each use of a part: simplify it")
         if not (matrix == np.eye(4)).all():
-            vertices = vertices @ matrix[:3, :3].T + matrix[:3, 3]
+            with np.errstate(invalid="ignore"):  # a vertex that is not finite is refused later, if a triangle uses it
+                vertices = vertices @ matrix[:3, :3].T + matrix[:3, 3]
         self.vertices.append(vertices)
         self.faces.append(faces + self.vertex_count)
         self.vertex_count += len(vertices)

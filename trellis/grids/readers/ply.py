@@ -96,7 +96,7 @@ def read(path: Path) -> geometry.Geometry:
     rest = body.size - position
     if not body.is_blank(position):
         what = "values" if form == "ascii" else "bytes"
-        raise DataError(f"has {rest} {what} more than its header describes: its counts are wrong, or other data follow")
+        raise DataError(f"has {rest} {what} more than its header describes: its header is wrong, or other data follow")
 
     if not polygons and not strips:
         names = {p.name for element in elements for p in element.properties}
@@ -167,7 +167,7 @@ class Words:
         try:
             return to_ints(self.words_at(starts))
         except ValueError:
-            raise DataError("has a face whose vertices are no whole numbers: rows or counts are wrong") from None
+            raise DataError("has a face whose vertices are no whole numbers: rows or the header are wrong") from None
 
     def words_at(self, starts: Starts) -> list[bytes]:
         if isinstance(starts, range):
@@ -273,7 +273,7 @@ def _layout(element: Element, body: Words | Bytes, start: int) -> Layout:
 def _cut(element: Element, rows: int) -> DataError:
     return DataError(
         f'its header counts {element.rows} rows of "{element.name}", but the file has room for {rows}: '
-        "it is cut, or its counts are wrong"
+        "it is cut, or its header is wrong"
     )
 
 

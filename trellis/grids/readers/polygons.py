@@ -1,8 +1,10 @@
 """Polygons in space to triangles, for every reader whose format has polygons.
 
-A fan from the first corner is right for triangles, for convex polygons and for all that this corner sees whole. One
-vectorized test finds the others, and mapbox_earcut (ear clipping with a spatial index) cuts those: ear clipping in
-Python would be quadratic, and CAD programs write polygons of thousands of corners.
+A fan from the first corner is right for triangles, for convex polygons and for all that this corner sees whole; one
+vectorized test tells. Of five corners or fewer, some corner sees the whole polygon (Chvatal, "A combinatorial theorem
+in plane geometry", 1975: n // 3 guards suffice), and its fan is taken. mapbox_earcut (ear clipping with a spatial
+index) cuts the others: ear clipping in Python would be quadratic, and CAD programs write polygons of thousands of
+corners.
 """
 
 import numpy as np
@@ -22,9 +24,9 @@ def triangulate(vertices: np.ndarray, corners: np.ndarray, sizes: np.ndarray) ->
     corners: [C] int64, the vertices of all polygons, one polygon after the other.
     sizes: [P] int64, the corners of each polygon, in sum C. Polygons of less than three corners have no area and are
         left out.
-    Return [F, 3] int64, indices of vertices. A polygon whose fan covers it gives that fan: (0, 1, 2), (0, 2, 3) and so
-    on, of four corners (0, 1, 2), (2, 3, 0). Others are cut in the plane of their normal (the sum of the fan's cross
-    products, Newell's). One that crosses itself has no triangulation and keeps the fan.
+    Return [F, 3] int64, indices of vertices. A polygon that its first corner sees whole gives the fan (0, 1, 2),
+    (0, 2, 3) and so on, of four corners (0, 1, 2), (2, 3, 0). Seeing is judged in the plane of the polygon's normal,
+    the sum of the fan's cross products (Newell's). A polygon that crosses itself cannot be cut and keeps the fan.
     Raise DataError if a corner is no vertex, ConfigError if mapbox_earcut is needed and missing.
     """
     corners, sizes = np.asarray(corners, dtype=np.int64), np.asarray(sizes, dtype=np.int64)
@@ -34,18 +36,20 @@ def triangulate(vertices: np.ndarray, corners: np.ndarray, sizes: np.ndarray) ->
     if len(corners) and (sizes == 3).all():
         return corners.reshape(-1, 3)
 
+    shifts, concave = _fans(vertices, corners, starts, sizes)
     counts = np.maximum(sizes - 2, 0)  # triangles of each polygon
     polygon = np.repeat(np.arange(len(sizes)), counts)
     first_triangle = np.cumsum(counts) - counts
     step = np.arange(len(polygon)) - first_triangle[polygon]
-    first = starts[polygon]
-    faces = corners[np.stack([first, first + step + 1, first + step + 2], axis=1)]
+    within = np.stack([np.zeros_like(step), step + 1, step + 2], axis=1)
     closing = (sizes[polygon] == 4) & (step == 1)
-    faces[closing] = np.roll(faces[closing], -1, axis=1)
-
-    concave = _without_fan(vertices, corners, starts, sizes)
+    within[closing] = [2, 3, 0]
+    shifted = shifts[polygon] > 0
+    within[shifted] = (within[shifted] + shifts[polygon[shifted], None]) % sizes[polygon[shifted], None]
+    faces = corners[starts[polygon, None] + within]
     if not len(concave):
         return faces
+
     replaced = np.zeros(len(sizes), dtype=bool)
     replaced[concave] = True
     replaced = replaced[polygon]
@@ -58,9 +62,12 @@ def triangulate(vertices: np.ndarray, corners: np.ndarray, sizes: np.ndarray) ->
     return np.concatenate(parts)[np.argsort(np.concatenate(owners), kind="stable")]
 
 
-def _without_fan(vertices: np.ndarray, corners: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return the polygons [N] int64 whose fan has a triangle that faces against the polygon's normal."""
-    found = []
+def _fans(
+    vertices: np.ndarray, corners: np.ndarray, starts: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the corner [P] int64 whose fan each polygon takes, and the polygons [N] int64 for which no fan will do."""
+    shifts = np.zeros(len(sizes), dtype=np.int64)
+    found = [np.zeros(0, dtype=np.int64)]
     by_size = np.argsort(sizes, kind="stable")
     by_size = by_size[np.searchsorted(sizes[by_size], 4) :]
     different = np.flatnonzero(np.diff(sizes[by_size])) + 1
@@ -69,13 +76,30 @@ def _without_fan(vertices: np.ndarray, corners: np.ndarray, starts: np.ndarray, 
         rows = max(1, 2**20 // size)  # bounds the memory of the cross products
         for chunk in np.array_split(polygons, -(-len(polygons) // rows)):
             points = np.asarray(vertices[corners[starts[chunk, None] + np.arange(size)]], dtype=np.float64)  # [N, S, 3]
-            with np.errstate(all="ignore"):  # what is not finite compares as false and keeps its fan
-                crosses = _fan_crosses(points)
-                normals = crosses.sum(axis=1, keepdims=True)
-                along = (crosses * normals).sum(axis=2).min(axis=1)
-                squares = (normals**2).sum(axis=(1, 2))
-                found.append(chunk[(squares > LINE**2) & (along < -TOLERANCE * squares)])
-    return np.sort(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+            unseen = np.flatnonzero(_leaves(points))
+            if size > 5:
+                found.append(chunk[unseen])
+                continue
+            for shift in range(1, size):  # what crosses itself keeps 0
+                seen = ~_leaves(np.roll(points[unseen], -shift, axis=1))
+                shifts[chunk[unseen[seen]]] = shift
+                unseen = unseen[~seen]
+    return shifts, np.sort(np.concatenate(found))
+
+
+def _leaves(points: np.ndarray) -> np.ndarray:
+    """Return whether the fan of the first corner leaves the polygon, bool [N], of polygons [N, S, 3].
+
+    Then one of its triangles faces against the polygon's normal.
+    """
+    if not len(points):
+        return np.zeros(0, dtype=bool)
+    with np.errstate(all="ignore"):  # what is not finite compares as false
+        crosses = _fan_crosses(points)
+        normals = crosses.sum(axis=1, keepdims=True)
+        along = (crosses * normals).sum(axis=2).min(axis=1)
+        squares = (normals**2).sum(axis=(1, 2))
+        return (squares > LINE**2) & (along < -TOLERANCE * squares)
 
 
 def _fan_crosses(points: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from .text import BOM, are_floats, quote, refuse_utf16, to_coordinates, unify_li
 
 HEADER = 84
 TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
-STATEMENT = rb"\s+(?=(?:facet|outer|vertex|endloop|endfacet|endsolid)\s)"
+STATEMENT = rb" (?=(?:facet|outer|vertex|endloop|endfacet|endsolid) )"
 
 
 def read(path: Path) -> geometry.Geometry:
@@ -61,25 +61,28 @@ def _several(data: bytes) -> np.ndarray:
         raise DataError('is text that does not begin with "solid": it is no STL file')
     if len(data) < HEADER:
         raise DataError(f"is cut, or no STL file: it has {len(data)} bytes, and a binary one at least {HEADER}")
-    solids = []
+    solids: list[np.ndarray] = []
     start = 0
     while len(data) - start >= HEADER:
-        end = start + HEADER + TRIANGLE.itemsize * _count(data, start)
-        if end > len(data):
+        count = _count(data, start)
+        end = start + HEADER + TRIANGLE.itemsize * count
+        # Zeros are common between triangles, so only the first may have a count of 0.
+        if end > len(data) or (solids and not count):
             break
         solids.append(_binary(data, start))
         start = end
-    if solids and start == len(data):
-        return np.concatenate(solids)
 
-    count, room = _count(data, 0), (len(data) - HEADER) // TRIANGLE.itemsize
-    rest = data[HEADER + TRIANGLE.itemsize * count :]
-    if count > room or len(rest) >= TRIANGLE.itemsize and rest.strip(b"\0") and not _is_text(rest):
+    rest = data[start:]
+    if not solids or len(rest) >= TRIANGLE.itemsize and rest.strip(b"\0") and not _is_text(rest):
+        counted, room = _count(data, 0), (len(data) - HEADER) // TRIANGLE.itemsize
+        if solids:
+            counted = sum(map(len, solids))
+            room = counted + len(rest) // TRIANGLE.itemsize
         raise DataError(
-            f"its header counts {count} triangles, its {len(data)} bytes have room for {room}: "
+            f"its header counts {counted} triangles, its {len(data)} bytes have room for {room}: "
             "it is cut, or its count is wrong"
         )
-    return _binary(data, 0)
+    return np.concatenate(solids)
 
 
 def _is_text(data: bytes) -> bool:
@@ -93,7 +96,7 @@ def _text(text: bytes) -> geometry.Geometry:
         return _facets([line.strip() for line in text.split(b"\n")])
     except DataError:
         try:  # the format allows any white space: statements that share a line or span several
-            return _facets(re.split(STATEMENT, text + b"\n"))
+            return _facets(re.split(STATEMENT, b" ".join([*text.split(), b""])))
         except DataError:
             pass
         raise

@@ -16,7 +16,7 @@ import numpy as np
 from ...utils.errors import DataError
 from ..geometry import Geometry
 from .parts import Parts
-from .xml_tree import numbers, parse
+from .xml_tree import check_digits, numbers, parse
 from .zipped import check_members, opened_zip
 
 MODEL = "http://schemas.microsoft.com/3dmanufacturing/2013/01/3dmodel"
@@ -36,6 +36,7 @@ NAMES = {
     "http://schemas.3mf.io/3dmanufacturing/implicit/2023/12": "implicit functions",
 }
 SHOWN = ("model", "surface")  # types of objects; others are supports, and what a slicer keeps for itself
+SLICER = "Metadata/Slic3r_PE_model.config"
 LEAVES = {"vertex": ("x", "y", "z"), "triangle": ("v1", "v2", "v3")}
 
 
@@ -60,10 +61,13 @@ def read(path: Path) -> Geometry:
         if not items:
             raise DataError("its <build> has no items: nothing of it is to be made")
         parts = Parts()
+        helpers = package.helpers()
         left_out = _place([package.use(item, start, np.eye(4)) for item in items], package, parts)
     vertices, faces = parts.joined()
-    notes = (f"leaves out {left_out} objects of type support or other",) if left_out else ()
-    return Geometry(vertices, faces, "z", notes)
+    notes = [f"leaves out {left_out} objects of type support or other"] if left_out else []
+    if helpers:
+        notes.append(f"has volumes that a slicer keeps for itself ({', '.join(helpers)}), read like the model")
+    return Geometry(vertices, faces, "z", tuple(notes))
 
 
 def _place(items: list[_Use], package: "_Package", parts: Parts) -> int:
@@ -112,6 +116,14 @@ class _Package:
             raise DataError(f"has no part {part[:100]}: it is no 3MF file, or damaged")
         check_members([self.archive.getinfo(name)])
         return self.archive.read(name)
+
+    def helpers(self) -> list[str]:
+        """Return the kinds of volumes besides parts of the model that PrusaSlicer puts into the same meshes."""
+        if "/" + SLICER.lower() not in self.names:
+            return []
+        settings = parse(self._content("/" + SLICER))
+        kinds = {each.get("value", "")[:50] for each in settings.iter("metadata") if each.get("key") == "volume_type"}
+        return sorted(kinds - {"ModelPart"})
 
     def start(self) -> str:
         """Return the name of the model that the package begins with."""
@@ -168,11 +180,13 @@ def _read_mesh(thing: Element) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{name} has a beam lattice, which is not read: export it as a mesh")
     if thing.get("meshresolution") == "lowres":
         raise DataError(f"{name} has its shape in slices, which are not read: export it as a mesh")
-    vertices = numbers(mesh.findtext("vertices"), np.float64, f"<vertices> of {name}")
+    text = mesh.findtext("vertices")
+    vertices = numbers(text, np.float64, f"<vertices> of {name}")
     faces = numbers(mesh.findtext("triangles"), np.int64, f"<triangles> of {name}")
     if len(vertices) % 3 or len(faces) % 3:
         raise DataError(f"{name} has vertices or triangles of other than three numbers: the file is damaged")
     vertices, faces = vertices.reshape(-1, 3), faces.reshape(-1, 3)
+    check_digits(vertices, text, np.arange(vertices.size).reshape(-1, 3))
     if len(faces) and not 0 <= faces.min() <= faces.max() < len(vertices):
         raise DataError(f"{name} uses vertices {faces.min()} to {faces.max()} of {len(vertices)}")
     return vertices, faces
@@ -186,5 +200,7 @@ def _transform(element: Element) -> np.ndarray:
         values = numbers(text, np.float64, "transform")
         if len(values) != 12:
             raise DataError(f"has a transform of {len(values)} numbers, not 12")
+        if not np.isfinite(values).all():
+            raise DataError("has a transform with a number that is not finite")
         matrix[:3] = values.reshape(4, 3).T
     return matrix

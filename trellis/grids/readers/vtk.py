@@ -33,7 +33,7 @@ TYPES = {
     "vtktypeint64": ">i8",
     "vtktypeuint64": ">u8",
 }
-HEADER = re.compile(rb"\s*#\s*vtk\s+DataFile\s+Version\s+(\d+\.\d+)[^\n]*\n[^\n]*\n\s*(\w+)\s+DATASET\s+(\w+)", re.I)
+HEADER = re.compile(rb"\s*#\s*vtk\s+DataFile\s+Version\s+[\d.]+[^\n]*\n[^\n]*\n\s*(\w+)\s+DATASET\s+(\w+)", re.I)
 CELL_SECTIONS = ("VERTICES", "LINES", "POLYGONS", "TRIANGLE_STRIPS", "CELLS")
 # Sections of text files end where the next one begins.
 KEYWORD = re.compile(
@@ -61,7 +61,7 @@ def read(path: Path) -> Geometry:
     header = HEADER.match(content)
     if not header:
         raise DataError('does not begin as a VTK file: "# vtk DataFile Version", a title, ASCII or BINARY, DATASET')
-    encoding, dataset = header[2].decode().upper(), header[3].decode().upper()
+    encoding, dataset = header[1].decode().upper(), header[2].decode().upper()
     if encoding not in ("ASCII", "BINARY"):
         raise DataError(f"has {encoding[:20]!r} in its third line, which must be ASCII or BINARY")
     if dataset not in ("POLYDATA", "UNSTRUCTURED_GRID"):
@@ -155,7 +155,7 @@ def _text_sections(content: bytes, start: int) -> _Sections:
     marks = list(KEYWORD.finditer(content, start))
     ends = [mark.start() for mark in marks[1:]] + [len(content)]
     words: list[tuple[str, list[bytes]]] = []
-    for mark, end in zip(marks, ends, strict=True):
+    for mark, end in zip(marks, ends, strict=False):  # without a keyword, there is one end too many
         if mark[1].upper() in (b"POINT_DATA", b"CELL_DATA"):
             break  # what follows is no geometry
         words.append((mark[1].decode().upper(), content[mark.end() : end].split()))

@@ -3,7 +3,6 @@
 After the VTK file formats documentation (docs.vtk.org/en/latest/vtk_file_formats, "XML file formats").
 """
 
-import binascii
 import lzma
 import re
 import zlib
@@ -14,7 +13,7 @@ import numpy as np
 from ...utils.errors import DataError
 from ..geometry import Geometry
 from .vtk_cells import NO_CELLS, Cells, cells_of_offsets, surface
-from .xml_tree import integer, numbers, parse
+from .xml_tree import base64_bytes, integer, numbers, parse
 
 TYPES = {
     **{f"Int{8 * size}": f"i{size}" for size in (1, 2, 4, 8)},
@@ -23,7 +22,7 @@ TYPES = {
     "Float64": "f8",
 }
 APPENDED = re.compile(rb"<AppendedData\b[^>]*>")
-MAX_BYTES = 2**31  # of one array when it is decompressed
+MAX_BYTES = 2**30  # of one array when it is decompressed
 
 
 def read_xml(content: bytes) -> Geometry:
@@ -118,12 +117,12 @@ class _File:
         if kind == "ascii":
             return numbers(text, dtype.newbyteorder("="), name)
         if kind == "binary":
-            stream = _base64(text.encode("ascii", "replace"), name)
+            stream = base64_bytes(text, name)
         elif kind == "appended":
             offset = integer(element, "offset")
             if offset > len(self.data):
                 raise DataError(f"{name} begins at {offset} of {len(self.data)} bytes of appended data: it is damaged")
-            stream = self.data[offset:] if self.is_raw else _base64(self.data[offset : self.ends[offset]], name)
+            stream = self.data[offset:] if self.is_raw else base64_bytes(self.data[offset : self.ends[offset]], name)
         else:
             raise DataError(f"{name} has the format {kind[:30]!r}, which must be ascii, binary or appended")
         content = self._content(stream, name)
@@ -184,13 +183,3 @@ class _File:
         if len(content) != length:
             raise DataError(f"{name} has a block that decompresses to another size than {length} bytes: it is damaged")
         return content
-
-
-def _base64(text: bytes, name: str) -> bytes:
-    """Return the bytes of base64 streams that follow one another: each ends with its padding."""
-    try:
-        return b"".join(
-            binascii.a2b_base64(stream, strict_mode=True) for stream in re.findall(rb"[^=]+=*", b"".join(text.split()))
-        )
-    except binascii.Error as error:
-        raise DataError(f"{name} is not base64 ({error}): the file is damaged or cut off") from error

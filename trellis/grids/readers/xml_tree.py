@@ -1,10 +1,13 @@
-"""XML as the readers of COLLADA, 3MF and VTK need it: a tree of elements, and numbers out of their text.
+"""XML as readers need it: a tree of elements, and numbers out of their text.
 
 The standard library's tree builder is fed by its expat parser here, so that declared entities (which can expand a small
 file to gigabytes, or name other files) are refused instead of being expanded.
 """
 
+import binascii
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -13,7 +16,16 @@ from xml.parsers import expat
 import numpy as np
 
 from ...utils.errors import DataError
+from .text import to_coordinates
 
+WRONG_ENCODING = [
+    expat.errors.codes[message]
+    for message in (
+        expat.errors.XML_ERROR_INVALID_TOKEN,
+        expat.errors.XML_ERROR_INCORRECT_ENCODING,
+        expat.errors.XML_ERROR_UNKNOWN_ENCODING,
+    )
+]
 Number = TypeVar("Number", bound=np.generic)
 
 
@@ -26,11 +38,25 @@ def parse(content: bytes, leaves: Mapping[str, tuple[str, ...]] | None = None) -
         text of the element around them.
     Raise DataError if it is not well-formed, such as a file that is cut off, or declares entities.
     """
-    builder = TreeBuilder()
-    parser = expat.ParserCreate()
-    parser.buffer_text = True
+    content = content.lstrip(b" \t\r\n")
+    try:
+        return _parse(content, leaves or {}, None)
+    except expat.ExpatError as error:
+        if error.code in WRONG_ENCODING:
+            # Names and comments are often in another encoding than the file says; geometry is ASCII.
+            for encoding in ("utf-8", "iso-8859-1"):
+                with suppress(expat.ExpatError):
+                    return _parse(content, leaves or {}, encoding)
+        raise DataError(f"is not well-formed XML ({error}): it is damaged or cut off") from error
+    except (LookupError, ValueError) as error:
+        raise DataError(f"its XML has an encoding that cannot be read ({error})") from error
 
-    leaves = leaves or {}
+
+def _parse(content: bytes, leaves: Mapping[str, tuple[str, ...]], encoding: str | None) -> Element:
+    """Parse in an encoding, None for the one that the document declares. Raise what expat raises, and DataError."""
+    builder = TreeBuilder()
+    parser = expat.ParserCreate(encoding)
+    parser.buffer_text = True
 
     def start(tag: str, attributes: dict[str, str]) -> None:
         tag = _local(tag)
@@ -54,12 +80,7 @@ def parse(content: bytes, leaves: Mapping[str, tuple[str, ...]] | None = None) -
     parser.CharacterDataHandler = builder.data
     parser.EntityDeclHandler = refuse
     parser.SkippedEntityHandler = refuse
-    try:
-        parser.Parse(content.lstrip(b" \t\r\n"), True)
-    except expat.ExpatError as error:
-        raise DataError(f"is not well-formed XML ({error}): it is damaged or cut off") from error
-    except (LookupError, ValueError) as error:
-        raise DataError(f"its XML has an encoding that cannot be read ({error})") from error
+    parser.Parse(content, True)
     return builder.close()
 
 
@@ -80,11 +101,25 @@ def numbers(text: str | None, dtype: type[Number] | np.dtype[Number], name: str)
 
     name: what the reason calls the text, such as "<p>".
     """
+    text = text or ""
     try:
-        return np.array((text or "").encode().split(), dtype=dtype)  # numpy reads bytes faster than str
+        if "_" in text:  # Python allows it between digits
+            raise ValueError("an underscore")
+        return np.array(text.encode().split(), dtype=dtype)  # numpy reads bytes faster than str
     except (ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:100]
         raise DataError(f"{name} has something that is not a number of its type ({reason})") from error
+
+
+def check_digits(points: np.ndarray, text: str | None, index: np.ndarray) -> None:
+    """Raise DataError if an object far from the origin is written with too few digits; see `text.to_coordinates`.
+
+    points: [N, 3] float64, the numbers of the words at index [N, 3] int64 of the text.
+    """
+    finite = points[np.isfinite(points).all(axis=1)]
+    if len(finite) and np.abs(finite).max() > 1000 * np.ptp(finite, axis=0).max():
+        words = (text or "").encode().split()
+        to_coordinates([[words[place] for place in column] for column in index.T])
 
 
 def integer(element: Element, attribute: str, default: int | None = None) -> int:
@@ -99,3 +134,15 @@ def integer(element: Element, attribute: str, default: int | None = None) -> int
     if value < 0:
         raise DataError(f'<{element.tag}> has {attribute}="{text or ""}", which is not a whole number from 0')
     return value
+
+
+def base64_bytes(text: str | bytes, name: str) -> bytes:
+    """Return the bytes of base64 streams that follow one another: each ends with its padding.
+
+    Raise DataError if the text, which the reason calls `name`, is not base64.
+    """
+    packed = b"".join((text.encode("ascii", "replace") if isinstance(text, str) else text).split())
+    try:
+        return b"".join(binascii.a2b_base64(stream, strict_mode=True) for stream in re.findall(rb"[^=]+=*", packed))
+    except binascii.Error as error:
+        raise DataError(f"{name} is not base64 ({error}): the file is damaged or cut off") from error

@@ -1,5 +1,6 @@
 """Members of zip archives, which 3MF files are too: sizes bounded, damage and encryption as one clear error."""
 
+import errno
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from ...utils.errors import DataError
 
-MAX_BYTES = 2**31  # unpacked; far beyond what is voxelized
+MAX_BYTES = 2**30  # unpacked; far beyond what is voxelized
 
 
 @contextmanager
@@ -21,6 +22,10 @@ def opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         raise DataError(f"is not a zip archive, or damaged or cut off ({error})") from error
     except NotImplementedError as error:
         raise DataError(f"has a member in a compression that is not read ({error}): unpack it") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise DataError("is a damaged zip archive: its directory leads out of the file") from error
 
 
 def check_members(members: list[zipfile.ZipInfo]) -> None:

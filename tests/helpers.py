@@ -189,7 +189,7 @@ TETRAHEDRON = (
 )
 BROKEN = {
     "nan.obj": (b"v 0 0 0\nv 1 0 0\nv 0 nan 1\nf 1 2 3\n", "not finite"),
-    "points.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\n", "no triangles"),
+    "points.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\n", "cloud of 3 points without triangles"),
     "nothing.stl": (b"", "0 bytes"),
     "speck.obj": (b"v 1 1 1\nv 1 1 1\nv 1 1 1\nf 1 2 3\n", "longest edge is 0"),
     "astray.off": (b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", "0 to 7 of 3"),

@@ -1,12 +1,14 @@
 """The files that --input names: which are read, which are not and why, and what their bytes hash to."""
 
 import hashlib
+import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from trellis.grids.formats import MESH_SUFFIXES, VOLUME_SUFFIXES, reader_of, why_not
 from trellis.utils.errors import DataError
@@ -121,19 +123,38 @@ def printable(path: Path) -> str:
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, known: Container[str] = ()) -> str:
     """Return the sha256 of a file's bytes in hexadecimal, reading it in pieces.
 
-    A header whose data lie in a second file is hashed with these. Raise OSError if a file cannot be read.
+    A file whose data lie in others, such as the buffers of a .gltf, is hashed with these. Raise OSError if a file
+    cannot be read.
+    known: grids that exist. A .gltf whose own bytes gave one keeps its name; earlier versions hashed them alone.
     """
     digest = hashlib.sha256()
     _add(digest, path)
-    pattern = DATA_FILE.get(path.suffix.lower())
-    if pattern and (named := pattern.search(path.read_bytes()[: 1 << 16])):
-        data = path.parent / os.fsdecode(named[1].strip())
-        if obstacle(data) is None:  # else reading the volume says what is missing
+    if digest.hexdigest() in known:
+        return digest.hexdigest()
+    for data in _data_files(path):
+        if obstacle(data) is None:  # else reading the file says what is missing
             _add(digest, data)
     return digest.hexdigest()
+
+
+def _data_files(path: Path) -> list[Path]:
+    """Return the files that hold a file's data. Damaged files name none: reading them says what is wrong."""
+    suffix = path.suffix.lower()
+    if pattern := DATA_FILE.get(suffix):
+        named = pattern.search(path.read_bytes()[: 1 << 16])
+        return [path.parent / os.fsdecode(named[1].strip())] if named else []
+    if suffix != ".gltf":
+        return []
+    try:
+        buffers = json.loads(path.read_bytes())["buffers"]
+        uris = [buffer["uri"] for buffer in buffers if not buffer["uri"].startswith("data:")]
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return []
+    # As in readers/gltf_accessors.py: a name is percent-encoded, or was written as it is.
+    return [path.parent / (unquote(uri) if obstacle(path.parent / unquote(uri)) is None else uri) for uri in uris]
 
 
 def _add(digest: "hashlib._Hash", path: Path) -> None:

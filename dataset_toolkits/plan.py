@@ -1,5 +1,6 @@
 """What there is to do for one rank: files listed, hashed, and those of the same bytes put together."""
 
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +31,11 @@ class Plan(NamedTuple):
     base: dict[str, records.Row]  # rows of TRELLIS's metadata.csv
 
 
-def plan_files(found: inputs.Found, rank: int, world_size: int, threads: int) -> Plan:
-    """Hash this rank's share of some files; files with the same bytes make one job."""
+def plan_files(found: inputs.Found, rank: int, world_size: int, threads: int, known: Container[str] = ()) -> Plan:
+    """Hash this rank's share of some files; files with the same bytes make one job.
+
+    known: sha256 of the grids that exist.
+    """
     listing = sorted((*found.files, *found.left_out))
     share = listing[rank::world_size]
     failures = [{"file": name, "reason": found.left_out[name]} for name in share if name in found.left_out]
@@ -39,7 +43,7 @@ def plan_files(found: inputs.Found, rank: int, world_size: int, threads: int) ->
 
     def attempt(path: Path) -> str | OSError:
         try:
-            return inputs.sha256_of(path)
+            return inputs.sha256_of(path, known)
         except OSError as error:
             return error
 

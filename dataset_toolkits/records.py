@@ -311,6 +311,14 @@ def known_grids(root: Path, settings: Settings) -> tuple[Known, dict[str, Row]]:
     return Known(grids, recorded.inputs - gone), recorded.failures
 
 
+def axis_of_folder(root: Path) -> str | None:
+    """Return the --up_axis that all grids of a folder have; None if it has no grids, or none that say it."""
+    _, rows = read_rows(root)
+    every = [*(row for row in rows.values() if is_voxelized(row)), *read_records(root).grids.values()]
+    found = {settings_of(row)[0] for row in every} - {""}
+    return found.pop() if len(found) == 1 else None
+
+
 def is_voxelized(row: Row) -> bool:
     """Return whether a row of metadata.csv says that its grid exists. Spreadsheets write TRUE."""
     return row.get("voxelized", "").lower() == "true"

@@ -46,6 +46,7 @@ def voxelize(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     root = Path(args.output_dir or args.input[0])
     from_trellis = is_trellis_root(args.input[0])
+    args.up_axis = args.up_axis or records.axis_of_folder(root) or "auto"
     settings = settings_of(args)
     key = (settings.up_axis, str(settings.resolution), args.normalization, settings.fill)
     records.check_failed(root)
@@ -64,7 +65,7 @@ def voxelize(args: argparse.Namespace) -> int:
             if found is None:
                 plan = plan_renders(Path(args.input[0]), args.rank, args.world_size)
             else:
-                plan = plan_files(found, args.rank, args.world_size, args.max_workers)
+                plan = plan_files(found, args.rank, args.world_size, args.max_workers, known[0].grids)
             run = Run(args, root, settings, key, plan, known, record_file)
             exit_code = run.work()
             remove_leftovers(root / "voxels")  # of workers that were killed
@@ -324,10 +325,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--up_axis",
         choices=placing.UP_AXES,
-        default="auto",
-        help="the files' up axis, which becomes the grids' z: auto (default) takes what each file or its format says "
-        "(glTF y, STL z), and files that do not say as they are; y or z holds for all files; keep leaves all axes "
-        "alone, without saying what they are. A folder has one value",
+        help="the files' up axis, which becomes the grids' z: auto takes what each file or its format says (glTF y, "
+        "STL z), and files that do not say as they are; y or z holds for all files; keep leaves all axes alone, "
+        "without saying what they are. A folder has one value. Default: that of --output_dir, else auto",
     )
     parser.add_argument(
         "--normalization",
@@ -394,7 +394,7 @@ def check_args(args: argparse.Namespace) -> None:
             f"--normalization {args.normalization}: the meshes in {trellis_roots[0]} are normalized "
             "already. Leave the flag out."
         )
-    placing.check_settings(args.up_axis, args.normalization)
+    placing.check_settings(args.up_axis or "auto", args.normalization)
     if not trellis_roots and not args.output_dir:
         raise ConfigError("--output_dir is missing. Only a TRELLIS folder has a default: itself.")
 

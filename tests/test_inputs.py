@@ -1,6 +1,7 @@
 """What --input names: files to read, and what is left out by name."""
 
 import hashlib
+import json
 import os
 import socket
 import sys
@@ -137,3 +138,21 @@ def test_meshes_are_planned_without_volumes(tmp_path):
     assert reasons.keys() == {"scan.nii.gz", "d.fbx"} and "is a volume" in reasons["scan.nii.gz"]
     with pytest.raises(DataError, match="no mesh, only volumes"):
         plan_meshes([str(tmp_path / "scan.nii.gz")], tmp_path, 2)
+
+
+def test_gltf_files_that_differ_in_their_buffers_alone_are_two_objects(tmp_path):
+    text = json.dumps({"buffers": [{"byteLength": 3, "uri": "my%20mesh.bin"}, {"byteLength": 0, "uri": "data:,"}]})
+    hashes = set()
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.gltf").write_text(text)
+        (tmp_path / name / "my mesh.bin").write_text({"a": "one", "b": "two", "c": "one"}[name])
+        hashes.add(sha256_of(tmp_path / name / "model.gltf"))
+    assert hashes == {hashlib.sha256((text + data).encode()).hexdigest() for data in ("one", "two")}
+    alone = hashlib.sha256(text.encode()).hexdigest()
+    assert sha256_of(tmp_path / "a" / "model.gltf", known={alone}) == alone
+    (tmp_path / "a" / "my mesh.bin").rename(tmp_path / "a" / "my%20mesh.bin")
+    assert sha256_of(tmp_path / "a" / "model.gltf") == hashlib.sha256((text + "one").encode()).hexdigest()
+    for damaged in ("{", "[]", '{"buffers": 5}', '{"buffers": [{"uri": 5}]}', "\xff"):
+        (tmp_path / "a" / "model.gltf").write_text(damaged)
+        assert sha256_of(tmp_path / "a" / "model.gltf") == hashlib.sha256(damaged.encode()).hexdigest()

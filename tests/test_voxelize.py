@@ -133,6 +133,7 @@ def test_folders_of_earlier_versions_go_on(kept, has_normalization, tmp_path, se
         assert run(*args, *flags) == 1
         assert message in capsys.readouterr().err and not serial
     assert run(*args) == 0 and not serial
+    assert run(*args[:4]) == 0 and not serial  # without the flag too
     after = table(out / "metadata.csv")
     for row, old in zip(after, rows, strict=True):
         assert row == {**old, "normalization": "cube", "axis": "", "notes": ""}

@@ -42,7 +42,7 @@ SCRIPTS = (
     "scaling",
     "plain_train",
     "tokenizer",
-    "voxelize",
+    "meshes",
 )
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--resolution", "16", "--objects", "8"]

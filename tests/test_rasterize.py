@@ -318,7 +318,7 @@ print(voxelize_mesh(np.zeros((3, 3)), np.array([[0, 1, 2]]), 16).tolist())
 
 def test_the_benchmark_counts_what_it_measured(tmp_path, capsys):
     trimesh = pytest.importorskip("trimesh")
-    from benchmarks import voxelize
+    from benchmarks import meshes
 
     source, output = tmp_path / "meshes", tmp_path / "result.md"
     source.mkdir()
@@ -326,7 +326,7 @@ def test_the_benchmark_counts_what_it_measured(tmp_path, capsys):
         trimesh.creation.icosphere(subdivisions=1).export(source / name)
     (source / "broken.ply").write_bytes(b"")
     (source / "notes.txt").write_text("no mesh")
-    voxelize.main(["--meshes", str(source), "--resolutions", "16", "8", "--repeats", "1", "--output", str(output)])
+    meshes.main(["--meshes", str(source), "--resolutions", "16", "8", "--repeats", "1", "--output", str(output)])
     assert capsys.readouterr().out.strip() == output.read_text().strip()
     content = json.loads(output.with_suffix(".json").read_text())
     assert content["work"] == {"resolution": 16, "meshes": 3} and "broken.ply" in content["notes"][1]
@@ -348,7 +348,7 @@ def test_the_benchmark_counts_what_it_measured(tmp_path, capsys):
 
 def test_the_benchmark_refuses_a_folder_without_meshes(tmp_path):
     pytest.importorskip("trimesh")
-    from benchmarks import voxelize
+    from benchmarks import meshes
 
     with pytest.raises(DataError, match="has no mesh that can be voxelized"):
-        voxelize.main(["--meshes", str(tmp_path)])
+        meshes.main(["--meshes", str(tmp_path)])

@@ -84,7 +84,7 @@ def test_files_hold_the_shape(suffix, tmp_path):
     parts = make_shapes.make_shape(0, "train", 0)
     path = tmp_path / f"shape.{suffix}"
     make_shapes.write_shape(parts, path)
-    vertices, faces = meshes.load_mesh(path)
+    vertices, faces, *_ = meshes.load_mesh(path)
     expected = np.concatenate([part.triangles for part in parts])
     found = vertices[faces].round(make_shapes.DECIMALS) + 0.0  # glb keeps float32 and its own order of the parts
     assert sorted(found.reshape(-1, 9).tolist()) == sorted((expected + 0.0).reshape(-1, 9).tolist())

@@ -1,7 +1,7 @@
 """Mesh files to voxel files: the time of each stage, on one core.
 
-    python benchmarks/voxelize.py --meshes DIR    # every mesh below DIR
-    python benchmarks/voxelize.py                 # made-up spheres of 320 to 81,920 triangles
+    python benchmarks/meshes.py --meshes DIR    # every mesh below DIR
+    python benchmarks/meshes.py                 # made-up spheres of 320 to 81,920 triangles
 
 Stages: hash (SHA-256 of the file), load, place (center and scale), rasterize (triangles to an array of voxels) and
 write. For each file and stage the least of several times counts: other work may interfere, and the first reads the file

@@ -1,6 +1,7 @@
 """What the readers of text formats share: line ends, byte-order marks, numbers."""
 
 import itertools
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,12 @@ def to_ints(words: list[bytes]) -> np.ndarray:
     """
     if not words:
         return np.zeros(0, dtype=np.int64)
-    numbers = np.fromstring(b" ".join(words), dtype=np.int64, sep=" ")  # 8 times as fast as int() of each
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)  # of NumPy 1, which stops at what is no number
+        try:
+            numbers = np.fromstring(b" ".join(words), dtype=np.int64, sep=" ")  # 8 times as fast as int() of each
+        except DeprecationWarning as warning:
+            raise ValueError("a word is no whole number") from warning
     if len(numbers) != len(words) or not words[-1][-1:].isdigit():  # an empty word gives no number, or a last 0
         raise ValueError("a word is no whole number")
     return numbers

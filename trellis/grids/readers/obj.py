@@ -62,7 +62,10 @@ def read(path: Path) -> geometry.Geometry:
             raise DataError(f"line {line + 1}: a face uses vertex 0; vertices count from 1")
         there = f"{before[at]} vertices come before it" if corners[at] < 0 else f"the file has {len(vertices)}"
         raise DataError(f"line {line + 1}: {quote(lines[line])} uses a vertex that is not there: {there}")
-    return geometry.Geometry(vertices, triangulate(vertices, indices, sizes))
+    # Complete files often have one of the two; a copy that broke off has both.
+    unused = len(vertices) - len(np.unique(indices)) if last and face_lines else 0
+    cut = f"ends without a line end, and {unused} of its {len(vertices)} vertices are in no face: it may be cut"
+    return geometry.Geometry(vertices, triangulate(vertices, indices, sizes), notes=(cut,) if unused else ())
 
 
 def _statements(data: bytes) -> tuple[list[bytes], list[bytes]]:

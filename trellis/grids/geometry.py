@@ -47,6 +47,23 @@ def check_precision(vertices: np.ndarray) -> None:
         )
 
 
+def note_on_precision(vertices: np.ndarray) -> tuple[str, ...]:
+    """Return a note if coordinates that were written in full look as if single precision had made them too coarse.
+
+    vertices: [V, 3] float64, V >= 1, finite.
+    """
+    extent, farthest = float(np.ptp(vertices, axis=0).max()), float(np.abs(vertices).max())
+    if not 0 < farthest < float(np.finfo(np.float32).max):
+        return ()
+    step = float(np.spacing(np.float32(farthest)))
+    if step <= COARSEST * extent or not (vertices == vertices.astype(np.float32)).all():
+        return ()
+    return (
+        f"all its coordinates are numbers of single precision, which has steps of {step:g} at {farthest:g}, and the "
+        f"object is {extent:g} long: its shape may be rounded",
+    )
+
+
 def check_triangles(vertices: np.ndarray, faces: np.ndarray) -> None:
     """Raise DataError if no triangle has an area: all are points or lines.
 

@@ -34,7 +34,7 @@ CONTENTS = {
     ".off": f"OFF\n4 4 0\n{V}{WORDS}".encode(),
     ".stl": (STL + "endsolid a\n").encode(),
     ".stl, binary": b"x" * 80 + struct.pack("<I", 2) + b"\0" * 100,
-    ".vtk": "# vtk DataFile Version 3.0\na\nASCII\nDATASET POLYDATA\n".encode()
+    ".vtk": b"# vtk DataFile Version 3.0\na\nASCII\nDATASET POLYDATA\n"
     + f"POINTS 4 float\n{V}POLYGONS 4 16\n{WORDS}".encode(),
     ".vtp": b'<?xml version="1.0"?>\n<VTKFile type="PolyData"/>',
     ".gii": b'<?xml version="1.0"?>\n<!DOCTYPE GIFTI>\n<GIFTI Version="1.0"/>',

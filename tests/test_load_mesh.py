@@ -85,6 +85,15 @@ def test_a_damaged_file_under_its_own_name_keeps_its_reason(tmp_path):
     assert reason(tmp_path / "part.zip") == "holds no mesh of a format that is read, only .txt"
 
 
+@pytest.mark.parametrize(
+    "page", ["<!DOCTYPE html>\n<p>", "\n<HTML>", "<?xml version='1.0'?>\n<!DOCTYPE html PUBLIC>", "<!-- a -->\n<html>"]
+)
+def test_a_web_page_is_no_mesh(page, tmp_path):
+    for suffix in MESH_SUFFIXES:
+        (tmp_path / f"part{suffix}").write_text(page)
+        assert reason(tmp_path / f"part{suffix}").startswith("is a web page (HTML)")
+
+
 @pytest.mark.parametrize("suffix", MESH_SUFFIXES)
 def test_zeros_are_no_mesh(suffix, tmp_path):
     (tmp_path / f"part{suffix}").write_bytes(b"\0" * 2000)
@@ -101,3 +110,19 @@ def test_text_that_single_precision_rounded_is_noted(tmp_path):
     (note,) = notes(far.astype(np.float32).astype(np.float64))
     assert note.startswith("all its coordinates are numbers of single precision, which has steps of 0.25 at 4e+06")
     assert notes(far) == () and notes(POINTS * 7 + 4e6) == () and notes(POINTS * 1e200) == ()
+
+
+def test_coordinates_that_double_precision_rounds_are_refused(tmp_path):
+    node = {"mesh": 0, "translation": [1e17, 0, 0]}
+    accessors = [{"bufferView": 0, "componentType": 5126, "type": "VEC3", "count": 3}]
+    tree = json.loads(GLTF) | {"scenes": [{"nodes": [0]}], "nodes": [node], "accessors": accessors}
+    tree |= {"meshes": [{"primitives": [{"attributes": {"POSITION": 0}}]}], "buffers": [{"uri": "a.bin"}]}
+    tree |= {"bufferViews": [{"buffer": 0, "byteLength": 36}]}
+    (tmp_path / "a.bin").write_bytes(POINTS[1:].astype("<f4").tobytes())
+    (tmp_path / "part.gltf").write_text(json.dumps(tree))
+    assert reason(tmp_path / "part.gltf").startswith(
+        "its coordinates are too coarse: double precision has steps of 16 at 1e+17, but the object is 2 long"
+    )
+    node["translation"] = [1e12, 0, 0]
+    (tmp_path / "part.gltf").write_text(json.dumps(tree))
+    assert np.array_equal(load_mesh(tmp_path / "part.gltf").vertices, POINTS[1:] + [1e12, 0, 0])

@@ -33,17 +33,18 @@ COARSEST = 1 / 64  # of the longest edge: coordinates with larger steps lose vox
 
 
 def check_precision(vertices: np.ndarray) -> None:
-    """Raise DataError if single precision is too coarse for a mesh far from the origin.
+    """Raise DataError if the precision of the coordinates is too coarse for a mesh far from the origin.
 
-    vertices: [V, 3] float32, V >= 1, finite, used by triangles or points.
+    vertices: [V, 3] float32 or float64, V >= 1, finite, used by triangles or points.
     """
     extent = float((vertices.max(axis=0).astype(np.float64) - vertices.min(axis=0)).max())
-    farthest = float(np.abs(vertices).max())
-    step = float(np.spacing(np.float32(farthest)))
+    farthest = np.abs(vertices).max()
+    step = float(np.spacing(farthest))
     if extent > 0 and step > COARSEST * extent:
+        precision = "single" if vertices.dtype == np.float32 else "double"
         raise DataError(
-            f"its coordinates are too coarse: single precision has steps of {step:g} at {farthest:g}, but the object "
-            f"is {extent:g} long. Move it to the origin where it is made, and export it again"
+            f"its coordinates are too coarse: {precision} precision has steps of {step:g} at {farthest:g}, but the "
+            f"object is {extent:g} long. Move it to the origin where it is made, and export it again"
         )
 
 

@@ -6,6 +6,7 @@ the triangle-to-voxel test.
 
 import importlib
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -65,8 +66,7 @@ def load_mesh(path: Path, points: bool = False) -> Geometry:
     finite = np.isfinite(vertices).all(axis=1)
     if not finite.all():
         raise DataError(f"vertex {vertices[finite.argmin()].tolist()} is not finite")
-    if vertices.dtype == np.float32:
-        check_precision(vertices)
+    check_precision(vertices)
     vertices = vertices.astype(np.float64)
     if len(faces):
         check_triangles(vertices, faces)
@@ -118,7 +118,7 @@ def check_content(head: bytes) -> None:
         raise DataError(f"begins with {HEAD} zero bytes: it was not written, copy or download it again")
     if start.startswith(b"version https://git-lfs"):
         raise DataError("is a pointer of git-lfs and not the file itself: run git lfs pull where it comes from")
-    if start.startswith((b"<!doctype html", b"<html")):
+    if start.startswith(b"<") and re.search(rb"<(?:!doctype )?html\b", start):  # XHTML and comments may come first
         raise DataError("is a web page (HTML), perhaps a failed download: download it again")
 
 

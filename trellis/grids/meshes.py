@@ -99,7 +99,8 @@ def _check_name(path: Path, format: Format) -> None:
     with open(path, "rb") as file:
         suffix = formats.suffix_by_content(file.read(formats.HEAD), path.stat().st_size)
     if suffix == ".gz" and format.reader != "archive":
-        raise DataError(f"is in gzip: rename it to {path.suffix}.gz")
+        packed = f"{path.suffix}.gz".lower()
+        raise DataError(f"is in gzip: {f'rename it to {packed}' if packed in formats.FORMATS else 'unpack it'}")
     found = formats.FORMATS.get(suffix or "")
     zipped = {"archive", "threemf"}  # a damaged one of either may look like the other
     if found and found.reader != format.reader and not {found.reader, format.reader} <= zipped:

@@ -8,9 +8,10 @@ import stat
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote
 
 from trellis.grids.formats import MESH_SUFFIXES, VOLUME_SUFFIXES, reader_of, why_not
+from trellis.grids.readers.gltf_accessors import file_names
+from trellis.grids.readers.gltf_file import HEADER, MAGIC
 from trellis.utils.errors import DataError
 
 READ_SUFFIXES = " ".join((*MESH_SUFFIXES, *VOLUME_SUFFIXES))
@@ -146,15 +147,28 @@ def _data_files(path: Path) -> list[Path]:
     if pattern := DATA_FILE.get(suffix):
         named = pattern.search(path.read_bytes()[: 1 << 16])
         return [path.parent / os.fsdecode(named[1].strip())] if named else []
-    if suffix != ".gltf":
+    if suffix not in (".gltf", ".glb"):
+        return []
+    candidates = [[path.parent / name for name in file_names(uri)] for uri in _buffer_uris(path)]
+    return [next((name for name in names if obstacle(name) is None), names[0]) for names in candidates]
+
+
+def _buffer_uris(path: Path) -> list[str]:
+    """Return the URIs of the buffers of a glTF file that are not in it."""
+    with open(path, "rb") as file:
+        text = file.read(HEADER + 8)
+        if text.startswith(MAGIC):
+            text = file.read(min(int.from_bytes(text[HEADER : HEADER + 4], "little"), path.stat().st_size))
+        else:
+            text += file.read()
+    if b'"uri"' not in text:
         return []
     try:
-        buffers = json.loads(path.read_bytes())["buffers"]
-        uris = [buffer["uri"] for buffer in buffers if not buffer["uri"].startswith("data:")]
+        buffers = json.loads(text.rstrip(b"\0"))["buffers"]
+        uris = [buffer["uri"] for buffer in buffers if isinstance(buffer.get("uri"), str)]
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return []
-    # As in readers/gltf_accessors.py: a name is percent-encoded, or was written as it is.
-    return [path.parent / (unquote(uri) if obstacle(path.parent / unquote(uri)) is None else uri) for uri in uris]
+    return [uri for uri in uris if not uri.startswith("data:") and "\0" not in uri]
 
 
 def _add(digest: "hashlib._Hash", path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import socket
+import struct
 import sys
 from pathlib import Path
 
@@ -156,3 +157,29 @@ def test_gltf_files_that_differ_in_their_buffers_alone_are_two_objects(tmp_path)
     for damaged in ("{", "[]", '{"buffers": 5}', '{"buffers": [{"uri": 5}]}', "\xff"):
         (tmp_path / "a" / "model.gltf").write_text(damaged)
         assert sha256_of(tmp_path / "a" / "model.gltf") == hashlib.sha256(damaged.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "uri, name",
+    [("my%20mesh.bin", "my mesh.bin"), ("parts\\\\x.bin", "parts/x.bin"), ("m\u00fcsh.bin", "mu\u0308sh.bin")],
+)
+@pytest.mark.parametrize("form", ["text", "binary"])
+def test_every_buffer_that_is_read_is_hashed(uri, name, form, tmp_path):
+    """As `readers/gltf_accessors.py` finds them; a buffer of another kind beside them does not matter."""
+    text = f'{{"buffers": [{{"byteLength": 0}}, {{"uri": "{uri}", "byteLength": 3}}]}}'.encode()
+    if form == "binary":
+        text = b"glTF" + struct.pack("<5I", 2, 20 + len(text), len(text), 0x4E4F534A, 0)[:16] + text
+    hashes = set()
+    for folder, data in (("a", b"one"), ("b", b"two")):
+        path = tmp_path / folder / "model.glb"
+        (tmp_path / folder / name).parent.mkdir(parents=True)
+        (tmp_path / folder / name).write_bytes(data)
+        path.write_bytes(text)
+        hashes.add(sha256_of(path))
+    assert hashes == {hashlib.sha256(text + data).hexdigest() for data in (b"one", b"two")}
+
+
+def test_a_glb_whose_chunk_claims_more_than_the_file_is_hashed_alone(tmp_path):
+    content = b"glTF" + struct.pack("<4I", 2, 1 << 31, (1 << 32) - 1, 0x4E4F534A) + b'{"uri": '
+    (tmp_path / "model.glb").write_bytes(content)
+    assert sha256_of(tmp_path / "model.glb") == hashlib.sha256(content).hexdigest()

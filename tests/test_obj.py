@@ -185,3 +185,25 @@ def test_six_digits_far_from_the_origin(tmp_path: Path):
     assert np.array_equal(read(tmp_path, text(".7f")).vertices[:, 0], np.array(VERTICES)[:, 0] * 100 + 4000013)
     assert len(read(tmp_path, text(".12e")).faces) == 3
     assert len(read(tmp_path, "v 1e6 0 0\nv 1.001e6 0 0\nv 1e6 1000 0\nf 1 2 3\n").faces) == 1  # written by hand
+
+
+@pytest.mark.parametrize("corner", ["{}/1", "{}//1", "{}/1/1", "-{}/-1/-1", "-{}/"])
+def test_cut_in_a_corner_that_has_references_is_refused(tmp_path: Path, corner: str):
+    text = V + "f " + " ".join(corner.format(i) for i in (1, 2, 4, 3))
+    whole = read(tmp_path, text).faces
+    assert len(whole) == 2 and np.array_equal(read(tmp_path, text + "\n").faces, whole)
+    for end in range(text.rindex(" ") + 2, len(text)):
+        last = text[:end].split()[-1]
+        if last.count("/") < corner.count("/") or last[-1] == "-" or (last[-1] == "/" and corner[-1] != "/"):
+            refused(tmp_path, text[:end], "ends in the middle of a face|is no face")
+        else:
+            assert np.array_equal(read(tmp_path, text[:end]).faces, whole)
+
+
+def test_a_copy_that_broke_off_in_a_line_is_noted(tmp_path: Path):
+    text = V + F
+    note = "ends without a line end, and 1 of its 5 vertices are in no face: it may be cut"
+    assert read(tmp_path, text[: len(V) + len("f 1 2 3\nf 1 3 4")]).notes == (note,)
+    assert read(tmp_path, V + "f 1 2 3\nf 1 3 4\n").notes == ()
+    assert read(tmp_path, text[:-1]).notes == ()
+    assert read(tmp_path, V + "f 1 2 3\nf 1 3 4\n# 2 faces").notes == ()

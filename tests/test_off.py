@@ -92,6 +92,23 @@ def test_faces_of_any_size_and_color(tmp_path: Path, color: str):
     check(tmp_path, mixed_colors)
 
 
+@pytest.mark.parametrize("faces, expected", [(FACES, FACES), (MIXED, MIXED_FACES)], ids=["triangles", "mixed"])
+def test_lines_may_break_anywhere(tmp_path: Path, faces: list, expected: list):
+    """Without colors and normals, the number of values says where each vertex and face ends."""
+    words = text(f"OFF {len(VERTICES)} {len(faces)} 0 ", faces=faces).split()
+    for width in (1, 2, 5, 7, 1000):
+        lines = [" ".join(words[i : i + width]) for i in range(0, len(words), width)]
+        check(tmp_path, "\n".join(lines), expected)
+        for damaged in (words[:-1], [*words, "3"], [*words[:2], str(len(faces) + 1), *words[3:]]):
+            lines = [" ".join(damaged[i : i + width]) for i in range(0, len(damaged), width)]
+            refused(tmp_path, "\n".join(lines), "it is cut|are expected|is no face|is no vertex|its counts are wrong")
+    four = "4OFF\n5\n3\n0\n" + text("", "{} {} {} 1").replace(" ", "\n")
+    check(tmp_path, four)
+    refused(
+        tmp_path, text("COFF\n5 3 0\n", "{} {} {}\n1 0 0"), "its header counts 5 vertices and 3 faces, but 13 lines"
+    )
+
+
 def test_points(tmp_path: Path):
     geometry = read(tmp_path, text("OFF\n5 0 0\n", faces=[]))
     assert np.array_equal(geometry.vertices, VERTICES) and geometry.faces.shape == (0, 3)

@@ -59,7 +59,9 @@ def check(path: Path, content: bytes, faces: list = FACES, dtype: type | None = 
     geometry = read(path, content)
     if dtype:
         assert geometry.vertices.dtype == dtype
-    assert geometry.faces.dtype == np.int64 and geometry.up is None and geometry.notes == ()
+    assert geometry.faces.dtype == np.int64 and geometry.up is None
+    few = "without 3 of its 7 faces, which have less than three corners"
+    assert geometry.notes == ((few,) if faces is MIXED_FACES else ())
     assert np.array_equal(geometry.vertices, VERTICES) and np.array_equal(geometry.faces, faces)
 
 
@@ -118,6 +120,14 @@ def test_headers(tmp_path: Path, form: str, end: str, mark: bytes):
     content = mark + mesh(form, header=header, end=end)
     check(tmp_path, content)
     check(tmp_path, content.replace(b"end_header" + end.encode(), b" end_header  " + end.encode(), 2))
+    if end != "\r":
+        other = "\n" if end == "\r\n" else "\r\n"
+        check(
+            tmp_path,
+            content.replace(f"end_header{end}".encode(), f"end_header{other}".encode()).replace(
+                f"gr\xfc\xdfe end_header{other}".encode("latin-1"), b"x" + end.encode()
+            ),
+        )
     # A body that begins like the end of a line.
     first = struct.unpack("<f", b"\n\r\n\0")[0]
     rows = [[first, 0, 0], *VERTICES[1:]]
@@ -147,6 +157,13 @@ def test_counts_that_do_not_fit(tmp_path: Path, form: str):
     refused(tmp_path, mesh(form, MIXED).replace(b"face 7", b"face 99999999999"), "counts 99999999999 rows")
     for count in (b"many", b"-1", b"3.0", b"", b"9" * 5000):
         refused(tmp_path, content.replace(b"face 3", b"face " + count), 'has "element face.* in its header')
+
+
+def test_a_vertex_too_many_that_takes_the_bytes_of_a_face_is_noted(tmp_path: Path):
+    """The first face of 13 bytes becomes a vertex of 12 and a face of no corners: all counts fit."""
+    geometry = read(tmp_path, mesh(FORMATS[1]).replace(b"vertex 5", b"vertex 6"))
+    assert np.array_equal(geometry.faces, FACES[1:])
+    assert geometry.notes == ("without 1 of its 3 faces, which have less than three corners",)
 
 
 def test_behind_the_last_row(tmp_path: Path):

@@ -432,9 +432,13 @@ def test_collada_skins_ignore_the_node_of_their_instance(tmp_path):
 
 
 def test_collada_skins_without_their_joints_are_shown_as_modeled(tmp_path):
-    got = collada.read(dae(tmp_path, skinned(order="a gone", node="<translate>50 0 0</translate>")))
+    content = skinned(order="a gone", node="<translate>50 0 0</translate>")
+    got = collada.read(dae(tmp_path, content))
     assert_same(got, POINTS + [50, 0, 0], FACES)
     assert len(got.notes) == 1 and "gone" in got.notes[0]
+    instance = content[content.index(b"<instance_controller") : content.rindex(b"</instance_controller>") + 22]
+    twice = collada.read(dae(tmp_path, content.replace(instance, instance * 2)))
+    assert len(twice.faces) == 2 * len(got.faces) and twice.notes == got.notes
 
 
 @pytest.mark.parametrize(

@@ -62,10 +62,24 @@ def test_binary_header_may_be_anything(tmp_path: Path, header: bytes):
 
 
 @pytest.mark.parametrize(
-    "rest", [b"\0", b"\0" * 1000, b"x" * 49, b"\n", bytes(range(49)), b"Saved by a program.\r\n" * 9]
+    "rest, count",
+    [
+        (b"\0", 0),
+        (b"\0" * 1000, 0),
+        (b"\r\n\0", 0),
+        (b"x" * 49, 49),
+        (b"\0\0x\0", 1),
+        (b"\2" * 49, 49),
+        (b"Saved by a program.\r\n" * 9, 187),
+        (binary()[:83], 80),
+    ],
 )
-def test_bytes_behind_that_are_no_triangle(tmp_path: Path, rest: bytes):
-    check(tmp_path, binary() + rest)
+def test_bytes_behind_that_are_no_triangle(tmp_path: Path, rest: bytes, count: int):
+    note = f"ends with {count} bytes that are no triangle, or the beginning of one"
+    if rest[:4] == b"part":  # the header of a second file that was cut there
+        refused(tmp_path, binary() + rest, "counts 3 triangles, its 317 bytes have room for 4")
+    else:
+        check(tmp_path, binary() + rest, notes=(note,) if count else ())
 
 
 def test_several_binary_files_in_one(tmp_path: Path):
@@ -139,6 +153,19 @@ def test_several_solids(tmp_path: Path):
 @pytest.mark.parametrize("end", ["", "\n", "end", "\0" * 50])
 def test_missing_end_is_noted(tmp_path: Path, end: str):
     check(tmp_path, text(end=end), notes=('has no "endsolid" at its end: facets may be missing',))
+
+
+def test_a_second_solid_that_is_cut_is_refused_or_noted(tmp_path: Path):
+    whole = text() + text(" second", "endsolid second\n")
+    for end in range(len(text()) + 1, len(whole) - len("endsolid second\n")):
+        try:
+            geometry = read(tmp_path, whole[:end])
+        except DataError as error:
+            assert "is cut" in str(error)
+        else:
+            assert whole[:end].rstrip().endswith("endfacet") or end < len(text()) + len("solid")
+            assert geometry.notes or end < len(text()) + len("solid")  # what follows may be text of a program
+    check(tmp_path, whole.replace("\n", " "), times=2)
 
 
 def test_zeros_behind(tmp_path: Path):

@@ -3,6 +3,7 @@
 Suffixes are compared without regard to case. A suffix of two parts, such as .nii.gz, goes before its last part.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -195,6 +196,38 @@ _UNREAD = {
     )
     for suffix in suffixes.split()
 }
+
+
+# What files of a format have in their first HEAD bytes; \\A is after a byte-order mark and white space.
+_CONTENTS = {
+    ".glb": rb"\AglTF",
+    ".gltf": rb"\A\{(?s:.*)\"asset\"\s*:",
+    ".ply": rb"\Aply[ \t]*[\r\n]",
+    ".stl": rb"\Asolid\b[^\r\n]*[\r\n]\s*facet\s",
+    ".off": rb"\A(?:ST)?C?N?4?OFF\s",
+    ".vtk": rb"\A#\s*vtk\s+DataFile",
+    ".dae": rb"\A<(?s:.*)<COLLADA\b",
+    ".vtp": rb"\A<(?s:.*)VTKFile\b",
+    ".gii": rb"\A<(?s:.*)GIFTI\b",
+    ".3mf": rb"\APK\x03\x04(?s:.*)3D/",
+    ".zip": rb"\APK\x03\x04",
+    ".gz": rb"\A\x1f\x8b\x08",
+    ".obj": rb"(?:\A|[\r\n])[ \t]*v(?:[ \t]+[-+.\d]+(?:e[-+]?\d+)?){3,6}[ \t]*[\r\n]",
+}
+
+
+def suffix_by_content(head: bytes, size: int) -> str | None:
+    """Return the suffix that the content of a mesh file asks for, or ".gz" for gzip; None if it does not tell.
+
+    head: its first HEAD bytes.
+    size: of the file, in bytes.
+    """
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for suffix, content in _CONTENTS.items():
+        if re.search(content, start):
+            return suffix
+    triangles = int.from_bytes(head[80:84], "little")
+    return ".stl" if triangles and size == 84 + 50 * triangles else None  # a binary one
 
 
 def suffix_of(path: Path, known: dict) -> str | None:

@@ -33,18 +33,36 @@ COARSEST = 1 / 64  # of the longest edge: coordinates with larger steps lose vox
 
 
 def check_precision(vertices: np.ndarray) -> None:
-    """Raise DataError if single precision is too coarse for a mesh far from the origin.
+    """Raise DataError if the precision of the coordinates is too coarse for a mesh far from the origin.
 
-    vertices: [V, 3] float32, V >= 1, finite, used by triangles or points.
+    vertices: [V, 3] float32 or float64, V >= 1, finite, used by triangles or points.
     """
     extent = float((vertices.max(axis=0).astype(np.float64) - vertices.min(axis=0)).max())
-    farthest = float(np.abs(vertices).max())
-    step = float(np.spacing(np.float32(farthest)))
+    farthest = np.abs(vertices).max()
+    step = float(np.spacing(farthest))
     if extent > 0 and step > COARSEST * extent:
+        precision = "single" if vertices.dtype == np.float32 else "double"
         raise DataError(
-            f"its coordinates are too coarse: single precision has steps of {step:g} at {farthest:g}, but the object "
-            f"is {extent:g} long. Move it to the origin where it is made, and export it again"
+            f"its coordinates are too coarse: {precision} precision has steps of {step:g} at {farthest:g}, but the "
+            f"object is {extent:g} long. Move it to the origin where it is made, and export it again"
         )
+
+
+def note_on_precision(vertices: np.ndarray) -> tuple[str, ...]:
+    """Return a note if coordinates that were written in full look as if single precision had made them too coarse.
+
+    vertices: [V, 3] float64, V >= 1, finite.
+    """
+    extent, farthest = float(np.ptp(vertices, axis=0).max()), float(np.abs(vertices).max())
+    if not 0 < farthest < float(np.finfo(np.float32).max):
+        return ()
+    step = float(np.spacing(np.float32(farthest)))
+    if step <= COARSEST * extent or not (vertices == vertices.astype(np.float32)).all():
+        return ()
+    return (
+        f"all its coordinates are numbers of single precision, which has steps of {step:g} at {farthest:g}, and the "
+        f"object is {extent:g} long: its shape may be rounded",
+    )
 
 
 def check_triangles(vertices: np.ndarray, faces: np.ndarray) -> None:

@@ -6,14 +6,16 @@ the triangle-to-voxel test.
 
 import importlib
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..utils.errors import DataError, UserError
-from .formats import MESH_SUFFIXES, reader_of, why_not
-from .geometry import Geometry, check_precision, check_triangles
+from . import formats
+from .formats import MESH_SUFFIXES, Format, reader_of, why_not
+from .geometry import Geometry, check_precision, check_triangles, note_on_precision
 from .placing import (
     Axis,
     axis_of_file,
@@ -64,12 +66,12 @@ def load_mesh(path: Path, points: bool = False) -> Geometry:
     finite = np.isfinite(vertices).all(axis=1)
     if not finite.all():
         raise DataError(f"vertex {vertices[finite.argmin()].tolist()} is not finite")
-    if vertices.dtype == np.float32:
-        check_precision(vertices)
+    check_precision(vertices)
     vertices = vertices.astype(np.float64)
     if len(faces):
         check_triangles(vertices, faces)
-    return geometry._replace(vertices=vertices, faces=faces.astype(np.int64))
+    notes = geometry.notes + note_on_precision(vertices)
+    return geometry._replace(vertices=vertices, faces=faces.astype(np.int64), notes=notes)
 
 
 def _read(path: Path) -> Geometry:
@@ -81,6 +83,9 @@ def _read(path: Path) -> Geometry:
     reader = importlib.import_module(f".readers.{format.reader}", __package__)
     try:
         geometry: Geometry = reader.read(path)
+    except DataError:
+        _check_name(path, format)
+        raise
     except (UserError, OSError, MemoryError):
         raise
     except Exception as error:
@@ -89,17 +94,32 @@ def _read(path: Path) -> Geometry:
     return geometry._replace(usual_up=geometry.usual_up or format.up)
 
 
+def _check_name(path: Path, format: Format) -> None:
+    """Raise DataError if a file is of another format than its name says. It could not be read as that."""
+    with open(path, "rb") as file:
+        suffix = formats.suffix_by_content(file.read(formats.HEAD), path.stat().st_size)
+    if suffix == ".gz" and format.reader != "archive":
+        packed = f"{path.suffix}.gz".lower()
+        raise DataError(f"is in gzip: {f'rename it to {packed}' if packed in formats.FORMATS else 'unpack it'}")
+    found = formats.FORMATS.get(suffix or "")
+    zipped = {"archive", "threemf"}  # a damaged one of either may look like the other
+    if found and found.reader != format.reader and not {found.reader, format.reader} <= zipped:
+        raise DataError(f"its content is {found.name}, its name says {format.name}: rename it to {suffix}")
+
+
 def check_content(head: bytes) -> None:
-    """Raise DataError for what is no mesh whatever its name: empty files, pointers of git-lfs, web pages.
+    """Raise DataError for what is no mesh whatever its name: empty files, zeros, pointers of git-lfs, web pages.
 
     head: the first HEAD bytes of a file.
     """
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         raise DataError("the file is empty (0 bytes)")
+    if len(head) == HEAD and not head.strip(b"\0"):
+        raise DataError(f"begins with {HEAD} zero bytes: it was not written, copy or download it again")
     if start.startswith(b"version https://git-lfs"):
         raise DataError("is a pointer of git-lfs and not the file itself: run git lfs pull where it comes from")
-    if start.startswith((b"<!doctype html", b"<html")):
+    if start.startswith(b"<") and re.search(rb"<(?:!doctype )?html\b", start):  # XHTML and comments may come first
         raise DataError("is a web page (HTML), perhaps a failed download: download it again")
 
 

@@ -42,7 +42,7 @@ def read(path: Path) -> Geometry:
     vertices, faces = parts.joined()
     if not len(faces) and document.has_lines:
         raise DataError("has no triangles, only lines")
-    return Geometry(vertices, faces, up, tuple(document.notes))
+    return Geometry(vertices, faces, up, tuple(dict.fromkeys(document.notes)))
 
 
 class _Values(NamedTuple):

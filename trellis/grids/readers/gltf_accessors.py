@@ -190,12 +190,8 @@ def _fetch(buffer: Item, folder: Path) -> bytes:
         return _data_uri(buffer, uri)
     if scheme or uri.startswith("//"):
         raise DataError(f"{buffer.path}.uri is {uri[:80]}, which is not fetched: export it as .glb, all in one")
-    # Percent-encoded by the specification, but many writers put the name as it is. Systems differ in how they compose
-    # accents in the names of files.
-    names = {os.fsdecode(unquote_to_bytes(uri)): None, uri: None}
-    names |= {unicodedata.normalize(form, name): None for name in list(names) for form in ("NFC", "NFD")}
-    names |= {name.replace("\\", "/"): None for name in list(names)}
-    shown = next(iter(names))[:80].encode(errors="replace").decode()
+    names = file_names(uri)
+    shown = names[0][:80].encode(errors="replace").decode()
     for name in names:
         if "\0" in name or Path(name).is_absolute():
             raise DataError(f"{buffer.path}.uri is {shown!r}, which is no relative path")
@@ -205,6 +201,18 @@ def _fetch(buffer: Item, folder: Path) -> bytes:
         except OSError as error:
             raise DataError(f"needs {shown!r}, which cannot be read ({error.strerror})") from error
     raise DataError(f"needs {shown!r}, which is not there: put it beside the file, or export it as .glb, all in one")
+
+
+def file_names(uri: str) -> list[str]:
+    """Return the names that the file of a relative URI may have, the likeliest first.
+
+    Percent-encoded by the specification, but many writers put the name as it is. Systems differ in how they compose
+    accents in the names of files.
+    """
+    names = {os.fsdecode(unquote_to_bytes(uri)): None, uri: None}
+    names |= {unicodedata.normalize(form, name): None for name in list(names) for form in ("NFC", "NFD")}
+    names |= {name.replace("\\", "/"): None for name in list(names)}
+    return list(names)
 
 
 def _data_uri(buffer: Item, uri: str) -> bytes:

@@ -44,7 +44,7 @@ def read(path: Path) -> geometry.Geometry:
     vertices = _vertices(lines, vertex_lines)
     corners, sizes = _faces(lines, face_lines)
     last = lines[-1].split()  # empty where the file ends with a line end, as it should
-    if last[:1] == [b"f"] and len(last) < 4:
+    if last[:1] == [b"f"] and (len(last) < 4 or _references(last[1]) != _references(last[-1]) or last[-1][-1:] == b"-"):
         raise DataError(f"ends in the middle of a face: {quote(lines[-1])}")
     if not vertex_lines and not face_lines:
         raise DataError("has no vertices and no faces (v and f statements): it is no Wavefront OBJ file, or empty")
@@ -62,7 +62,15 @@ def read(path: Path) -> geometry.Geometry:
             raise DataError(f"line {line + 1}: a face uses vertex 0; vertices count from 1")
         there = f"{before[at]} vertices come before it" if corners[at] < 0 else f"the file has {len(vertices)}"
         raise DataError(f"line {line + 1}: {quote(lines[line])} uses a vertex that is not there: {there}")
-    return geometry.Geometry(vertices, triangulate(vertices, indices, sizes))
+    # Complete files often have one of the two; a copy that broke off has both.
+    unused = len(vertices) - len(np.unique(indices)) if last and face_lines else 0
+    cut = f"ends without a line end, and {unused} of its {len(vertices)} vertices are in no face: it may be cut"
+    return geometry.Geometry(vertices, triangulate(vertices, indices, sizes), notes=(cut,) if unused else ())
+
+
+def _references(corner: bytes) -> list[bool]:
+    """Return which of vertex, texture and normal a corner of a face names, as far as its slashes go."""
+    return [bool(part) for part in corner.split(b"/")]
 
 
 def _statements(data: bytes) -> tuple[list[bytes], list[bytes]]:

@@ -63,7 +63,7 @@ def read(path: Path) -> geometry.Geometry:
     """Read all faces and tristrips of a file as triangles.
 
     vertices: [V, 3], float32 if the file is binary and stores that, else float64, in the file's units.
-    Faces of less than three corners are left out. A file without faces gives its points alone.
+    Faces of less than three corners are left out, with a note. A file without faces gives its points alone.
     Raise DataError if the file has not what its header describes, or holds Gaussian splats.
     """
     data = path.read_bytes().removeprefix(BOM)
@@ -89,6 +89,8 @@ def read(path: Path) -> geometry.Geometry:
             vertices = _coordinates(element, layout, body)
         elif element.name in FACES and element.rows:
             polygons.append(_lists(element, layout, body))
+            if few := int((polygons[-1][1] < 3).sum()):
+                notes.append(f"without {few} of its {element.rows} faces, which have less than three corners")
         elif element.name in STRIPS and element.rows:
             strips.append(_strip_triangles(*_lists(element, layout, body)))
         elif element.rows and any(p.name in LISTS for p in element.properties):
@@ -115,8 +117,9 @@ def _header(data: bytes) -> tuple[str, list[Element], int]:
     first = re.match(rb"ply[ \t]*(\r\n|\r|\n)", data)
     if not first:
         raise DataError('is no PLY file: it does not begin with "ply"')
-    # The body may begin with bytes that look like the end of a line, so the first line says what ends lines.
-    last = re.compile(rb"[\r\n][ \t]*end_header[ \t]*(?:" + first[1] + rb"|\Z)").search(data)
+    # The body may begin with the byte of a line feed: after a carriage return alone, if that ends lines.
+    end = rb"\r" if first[1] == b"\r" else rb"\r?\n"
+    last = re.compile(rb"[\r\n][ \t]*end_header[ \t]*(?:" + end + rb"|\Z)").search(data)
     if not last:
         raise DataError('has no "end_header": it is cut or damaged')
     form = None

@@ -56,7 +56,7 @@ def triangulate(vertices: np.ndarray, corners: np.ndarray, sizes: np.ndarray) ->
     parts, owners = [faces[~replaced]], [polygon[~replaced]]
     for index in concave:
         ring = corners[starts[index] : starts[index] + sizes[index]]
-        cut = _cut(np.asarray(vertices[ring], dtype=np.float64))
+        cut = _cut(_float64(vertices[ring]))
         parts.append(faces[first_triangle[index] : first_triangle[index] + counts[index]] if cut is None else ring[cut])
         owners.append(np.full(len(parts[-1]), index))
     return np.concatenate(parts)[np.argsort(np.concatenate(owners), kind="stable")]
@@ -75,7 +75,7 @@ def _fans(
         size = int(sizes[polygons[0]])
         rows = max(1, 2**20 // size)  # bounds the memory of the cross products
         for chunk in np.array_split(polygons, -(-len(polygons) // rows)):
-            points = np.asarray(vertices[corners[starts[chunk, None] + np.arange(size)]], dtype=np.float64)  # [N, S, 3]
+            points = _float64(vertices[corners[starts[chunk, None] + np.arange(size)]])  # [N, S, 3]
             unseen = np.flatnonzero(_leaves(points))
             if size > 5:
                 found.append(chunk[unseen])
@@ -85,6 +85,11 @@ def _fans(
                 shifts[chunk[unseen[seen]]] = shift
                 unseen = unseen[~seen]
     return shifts, np.sort(np.concatenate(found))
+
+
+def _float64(points: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # of damaged data: some numbers that are none make NumPy warn
+        return points.astype(np.float64)
 
 
 def _leaves(points: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from .text import BOM, are_floats, quote, refuse_utf16, to_coordinates, unify_li
 
 HEADER = 84
 TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
-STATEMENT = rb" (?=(?:facet|outer|vertex|endloop|endfacet|endsolid) )"
+STATEMENT = rb"[ \n](?=(?:facet|outer|vertex|endloop|endfacet|endsolid)[ \n])|\n(?=solid\b)"
 
 
 def read(path: Path) -> geometry.Geometry:
@@ -34,7 +34,7 @@ def read(path: Path) -> geometry.Geometry:
     text = data.removeprefix(BOM).strip(b" \t\r\n\f\v\0")
     if text[:5].lower() in (b"solid", b"facet") and (b"\0" not in text or b"endloop" in text[HEADER:].lower()):
         return _text(text)
-    return _geometry(_several(data))
+    return _several(data)
 
 
 def _geometry(corners: np.ndarray) -> geometry.Geometry:
@@ -52,8 +52,8 @@ def _binary(data: bytes, start: int) -> np.ndarray:
     return np.frombuffer(data, TRIANGLE, _count(data, start), start + HEADER)["corners"]
 
 
-def _several(data: bytes) -> np.ndarray:
-    """Return the corners [F, 3, 3] float32 of a binary file that is longer than its first header says.
+def _several(data: bytes) -> geometry.Geometry:
+    """Return the triangles of a binary file that is longer than its first header says.
 
     It may be several files in one, or end with what is no triangle.
     """
@@ -82,7 +82,9 @@ def _several(data: bytes) -> np.ndarray:
             f"its header counts {counted} triangles, its {len(data)} bytes have room for {room}: "
             "it is cut, or its count is wrong"
         )
-    return np.concatenate(solids)
+    left = len(rest.strip(b"\0 \t\r\n"))
+    notes = (f"ends with {left} bytes that are no triangle, or the beginning of one",) if left else ()
+    return _geometry(np.concatenate(solids))._replace(notes=notes)
 
 
 def _is_text(data: bytes) -> bool:
@@ -92,11 +94,12 @@ def _is_text(data: bytes) -> bool:
 def _text(text: bytes) -> geometry.Geometry:
     """Return the triangles of a text file. Case does not matter, names may have any bytes and words."""
     text = unify_line_ends(text.lower())
+    lines = [line.strip() for line in text.split(b"\n")]
     try:
-        return _facets([line.strip() for line in text.split(b"\n")])
+        return _facets(lines)
     except DataError:
         try:  # the format allows any white space: statements that share a line or span several
-            return _facets(re.split(STATEMENT, b" ".join([*text.split(), b""])))
+            return _facets(re.split(STATEMENT, b"\n".join([b" ".join(line.split()) for line in lines if line] + [b""])))
         except DataError:
             pass
         raise
@@ -111,7 +114,9 @@ def _facets(statements: list[bytes]) -> geometry.Geometry:
     if not starts:
         raise DataError("has no triangles")
     last = statements[-1].strip()
-    complete = kinds.count(b"endso") >= kinds.count(b"solid")
+    # The statement that ends a solid may have the beginning of the next one, if they share a line.
+    closed = [i for i, kind in enumerate(kinds) if kind == b"endso"]
+    complete = len(closed) >= kinds.count(b"solid") and (not closed or not ends or closed[-1] > ends[-1])
     between = last == b"endfacet" or b"endsolid".startswith(last)
     if len(ends) != len(starts) or not (complete or between):
         raise DataError(f"is cut: of {len(starts)} facets {len(ends)} are complete, and its last line is {quote(last)}")

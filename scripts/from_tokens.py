@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--up_axis",
         choices=UP_AXES,
         help="axes of the meshes: auto for those of the format (a GLB is y-up, the others z-up as the grid), y, z, or "
-        "keep for the grid's (default: the tokenizer's setting)",
+        "keep for the grid's (default: the setting that --tokens were made with, else the tokenizer's)",
     )
     parser.add_argument("--repair", action="store_true", help="repair damaged answers of --text")
     parser.add_argument("--device", choices=DEVICES, default="auto")
@@ -159,6 +159,7 @@ def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str,
             return from_parquet(args.tokens, tokenizer)
         return from_text(args.text, tokenizer, args.repair)
 
+    up_axis = args.up_axis or (parquet.read_info(args.tokens).up_axis if args.tokens else None)
     folder, suffix = Path(args.output_dir), FORMATS[args.format]
     names = Counter(name for name, _ in objects())
     for name, number in names.items():
@@ -172,7 +173,7 @@ def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str,
         path = folder / f"{name}{suffix}"
         try:
             ids, frame = read()
-            write(tokenizer, ids, frame, path, args.format, args.up_axis)
+            write(tokenizer, ids, frame, path, args.format, up_axis)
         except DataError as error:
             left_out.append((name, str(error)))
         else:

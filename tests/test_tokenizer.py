@@ -395,8 +395,12 @@ def test_the_axes_of_files_may_be_taken_and_written_in_another_way(tmp_path):
         extents = trimesh.load(tmp_path / f"{up_axis}.glb", force="mesh").extents
         assert np.allclose(extents / extents.max(), (1.0, 0.25, 0.5), atol=2 / RESOLUTION)
     assert torch.equal(tokenizer.grid_of_file(path), mesh_to_grid(path, RESOLUTION, "y"))
-    with pytest.raises(ConfigError, match="up_axis 'x'"):
-        tokenizer.encode(path, up_axis="x")
+    write_ply(tmp_path / "voxels.ply", np.zeros((1, 3), np.float32) + 0.5 / RESOLUTION)
+    for file in (path, tmp_path / "voxels.ply"):
+        with pytest.raises(ConfigError, match="up_axis 'x'"):
+            tokenizer.encode(file, up_axis="x")
+    with pytest.raises(ValueError, match="up_axis 'y' goes with mesh files"):
+        tokenizer.encode(grid[None], up_axis="y")
     with pytest.raises(ConfigError, match="up_axis 'x'"):
         tokenizer.save_mesh(torch.zeros(tokenizer.num_tokens), tmp_path / "x.glb", up_axis="x")
 

@@ -206,6 +206,7 @@ STANDS = {  # file, y-up or not, dropdown: how the grid stands, how its GLB and 
     ("a.glb", True, "z"): ("y", "y", "y"),  # said wrongly: it lies, but comes down as it came
     ("a.stl", False, "auto"): ("z", "y", "z"),
     ("a.stl", False, "z"): ("z", "y", "z"),
+    ("a.stl", False, "keep"): ("z", "y", "z"),
     ("a.obj", True, "y"): ("z", "y", "y"),
     ("a.obj", False, "z"): ("z", "y", "z"),
     ("a.obj", True, "auto"): ("y", "y", "y"),  # not known: as it is
@@ -342,7 +343,7 @@ def test_uploads_are_checked_before_they_are_opened(app):
         ("name=a.stl&up_axis=z", b"solid", {}, "viewer's own page"),
         ("name=a.exe&up_axis=z", b"MZ", ours, ".glb"),
         ("name=a.stl&up_axis=w", b"solid", ours, "up_axis"),
-        ("name=a.stl&up_axis=z", b"", ours, "0 bytes"),
+        ("name=a.stl&up_axis=z", b"", ours, "0 bytes; it must have some, and at most 64 MiB. Export it again"),
     ]
     for query, content, headers, words in cases:
         answer = client.post(f"/upload?{query}", data=content, headers=headers)
@@ -431,11 +432,25 @@ def test_the_page_asks_for_nothing_from_outside(app):
 
 
 def test_data_of_a_run_may_be_gone_but_data_that_are_asked_for_may_not(data_dir):
-    found = open_data(argparse.Namespace(data_dir=data_dir, run=None), RESOLUTION)
+    tokenizer = make_tokenizer()
+    found = open_data(argparse.Namespace(data_dir=data_dir, run=None), tokenizer)
     assert len(found) == 30
-    assert open_data(argparse.Namespace(data_dir=None, run=None), RESOLUTION) is None
+    assert open_data(argparse.Namespace(data_dir=None, run=None), tokenizer) is None
     with pytest.raises(DataError):
-        open_data(argparse.Namespace(data_dir="/nowhere", run=None), RESOLUTION)
+        open_data(argparse.Namespace(data_dir="/nowhere", run=None), tokenizer)
+
+
+def test_data_of_other_settings_than_the_tokenizer_s_are_refused_or_named(tmp_path, capsys):
+    bits = np.packbits(solid_grids(2, RESOLUTION, 0).reshape(2, -1), axis=1)
+    for name, setting in (("normalization", "shapellm"), ("up_axis", "keep"), ("up_axis", "y")):
+        np.savez(tmp_path / f"{setting}.npz", bits=bits, **{name: np.full(2, setting)})
+    tokenizer = make_tokenizer()
+    with pytest.raises(DataError, match="shapellm.npz: its grids have normalization shapellm.* tokenizer's is cube"):
+        open_data(argparse.Namespace(data_dir=str(tmp_path / "shapellm.npz"), run=None), tokenizer)
+    for setting in ("keep", "y"):
+        open_data(argparse.Namespace(data_dir=str(tmp_path / f"{setting}.npz"), run=None), tokenizer)
+        said = "made with up_axis keep, but the tokenizer's is z" in capsys.readouterr().err
+        assert said == (setting == "keep")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -175,7 +175,8 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         grids: [B, 1, R, R, R] or [R, R, R], occupied where > 0; or a mesh, a voxel file (.ply without faces), or
             several files.
         up_axis: how the axes of these mesh files are taken (default: this tokenizer's setting).
-        Raise ValueError for another shape, DataError for a file that is damaged or missing.
+        Raise ValueError for another shape and for an up_axis beside grids, which have theirs already, DataError for a
+        file that is damaged or missing, ConfigError for an up_axis that does not go with the normalization.
         """
         parts = []
         for part, number in self._parts(self._to_grids(grids, up_axis)):
@@ -230,11 +231,13 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
     def save_mesh(self, ids: Tensor, path: Source, smooth: bool = True, up_axis: str | None = None) -> None:
         """Write `to_mesh` as GLB, OBJ, PLY or STL, by the suffix of path, with the axes that `encode` finds in such a
-        file: under "auto" a GLB is y-up, as glTF says, and the others have the grid's axes, z-up.
+        file: under "auto" a GLB is y-up, as glTF says, and the others have the grid's axes, z-up; but with
+        normalization "shapellm" OBJ and PLY are y-up too.
 
         ids: [T] or [1, T].
-        up_axis: as for `encode`.
-        Raise ConfigError if the folder does not exist.
+        up_axis: as for `encode`; "keep" leaves the grid's axes.
+        Raise ConfigError for another suffix or up_axis, or if the folder does not exist, DataError if no voxel is
+        occupied.
         """
         from .grids.surface import save_mesh
 
@@ -435,6 +438,10 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
     def _to_grids(self, grids: Grids, up_axis: str | None = None) -> Tensor:
         """Return [B, 1, R, R, R] float32, 0 or 1."""
+        if up_axis is not None:
+            check_settings(up_axis, self.normalization)
+            if isinstance(grids, (Tensor, np.ndarray)):
+                raise ValueError(f"up_axis {up_axis!r} goes with mesh files; these are grids, whose axes are settled")
         if isinstance(grids, (str, Path)):
             grids = [grids]
         if not isinstance(grids, (Tensor, np.ndarray)):
@@ -453,7 +460,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         [1, R, R, R].
 
         up_axis: as for `encode`.
-        Raise DataError if the file cannot be read.
+        Raise DataError if the file cannot be read, ConfigError for an up_axis that does not go with the normalization.
         """
         path = Path(path)
         if not path.is_file():

@@ -89,10 +89,11 @@ def add_uploads(app: Dash, backend: Backend, opener: Opener) -> None:
             suffix = check_name(name)
             if up_axis not in UP_AXES:
                 raise DataError(f"up_axis {up_axis!r}: must be one of {', '.join(UP_AXES)}")
-            if not request.content_length or request.content_length > MAX_BYTES:
+            size = request.content_length or 0
+            if not 0 < size <= MAX_BYTES:
+                remedy = "Simplify the mesh" if size else "Export it again"
                 raise DataError(
-                    f"{name}: has {request.content_length or 0:,} bytes; it must have some, and at most "
-                    f"{MAX_BYTES // 2**20} MiB. Simplify the mesh"
+                    f"{name}: has {size:,} bytes; it must have some, and at most {MAX_BYTES // 2**20} MiB. {remedy}"
                 )
             with tempfile.TemporaryDirectory(prefix="viewer-") as folder:
                 path = Path(folder, f"upload{suffix}")

@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
     mesh: ShownMesh | None  # None for a file of voxels
     voxels: np.ndarray | None  # [N, 3] int64, the occupied voxels, which may repeat; None if not asked for
-    axis: Axis | None  # how the file's axes were taken; "keep" too where that was not as the file says
+    axis: Axis | None  # how a mesh of the grid gets the file's axes back; None for a file of voxels
     notes: tuple[str, ...]  # what the visitor should know of the file, see `grids.geometry`
 
 
@@ -95,13 +95,19 @@ def open_shape(path: Path, resolution: int, up_axis: str, normalization: str | N
     if voxelize:
         check_content(path)
     if path.suffix.lower() == ".ply" and not has_faces(path):
-        return Shape(None, points_to_voxels(read_ply(path), resolution, name=path.name), None, ())
+        voxels = points_to_voxels(read_ply(path), resolution, name=path.name) if voxelize else None
+        return Shape(None, voxels, None, ())
     geometry = load_mesh(path)
     made = voxelize_geometry(geometry, resolution, up_axis, normalization) if voxelize else None
     said = geometry.up or geometry.usual_up
     axis = axis_of_file(up_axis, said, normalization)
-    # A visitor may say that a y-up file is z-up. It comes down as it came.
-    back: Axis = "keep" if axis == "z" and said == "y" else axis
+    # A visitor may say that a y-up file is z-up: it comes down as it came. Of a z-up file whose axes are left as they
+    # are, the grid is z-up.
+    back: Axis = axis
+    if said == "y" and axis == "z":
+        back = "keep"
+    elif said == "z" and axis == "keep":
+        back = "z"
     placed, shown = simplified(place_vertices(geometry.vertices, axis, normalization), geometry.faces)
     mesh = ShownMesh(((placed + 0.5) * resolution).astype(np.float32), shown.astype(np.int32), len(geometry.faces))
     return Shape(mesh, made.voxels if made else None, back, made.notes if made else geometry.notes)

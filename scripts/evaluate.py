@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--resolution", type=int, default=64, help="voxels along an axis, with --pretrained (default: 64)"
     )
     parser.add_argument("--data_dir", help="data roots, separated by commas (default: the run's)")
-    parser.add_argument("--split", choices=("train", "val", "all"), default="val")
+    parser.add_argument("--split", choices=("train", "val", "all"), default="val", help="default: val")
     parser.add_argument(
         "--weights",
         choices=("all", "averaged"),
@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", help="default: {run}/eval")
     parser.add_argument("--device", choices=DEVICES, default="auto")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=8, help="default: 8")
     args = parser.parse_args(argv)
     if args.ckpt not in ("latest", "best") and not args.ckpt.isdigit():
         parser.error(f"--ckpt is {args.ckpt!r}; it must be latest, best or a step")

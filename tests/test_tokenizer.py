@@ -399,6 +399,15 @@ def test_the_axes_of_files_may_be_taken_and_written_in_another_way(tmp_path):
     for file in (path, tmp_path / "voxels.ply"):
         with pytest.raises(ConfigError, match="up_axis 'x'"):
             tokenizer.encode(file, up_axis="x")
+    with pytest.raises(ValueError, match="no grids or files to encode"):
+        tokenizer.encode([])
+    for name, content, reason in (
+        ("scan.NII.gz", b"", "is a volume \\(NIfTI\\). Make grids of it with voxelize.py"),
+        ("cut.ply", b"ply\nformat ascii 1.0\nelement vertex 3\n", 'has no "end_header": it is cut or damaged'),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: {reason}"):
+            tokenizer.encode(tmp_path / name)
     with pytest.raises(ValueError, match="up_axis 'y' goes with mesh files"):
         tokenizer.encode(grid[None], up_axis="y")
     with pytest.raises(ConfigError, match="up_axis 'x'"):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from .grids.formats import reader_of
 from .grids.meshes import mesh_to_grid
 from .grids.placing import axis_to_write, check_settings
 from .grids.voxels import has_faces, points_to_occupancy, read_ply
@@ -445,7 +446,10 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         if isinstance(grids, (str, Path)):
             grids = [grids]
         if not isinstance(grids, (Tensor, np.ndarray)):
-            grids = torch.stack([self.grid_of_file(path, up_axis) for path in grids])
+            files = [self.grid_of_file(path, up_axis) for path in grids]
+            if not files:
+                raise ValueError("there are no grids or files to encode; give at least one")
+            grids = torch.stack(files)
         grids, side = torch.as_tensor(grids), (self.resolution,) * 3
         if grids.ndim == 3:
             grids = grids[None, None]
@@ -466,6 +470,9 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "there is no such file"
             raise DataError(f"{path}: {what}. Give a mesh or a voxel file, or a list of them")
+        known = reader_of(path)
+        if known is not None and known.kind == "volume":
+            raise DataError(f"{path}: is a volume ({known.name}). Make grids of it with voxelize.py, and give those")
         if path.suffix.lower() == ".ply" and not has_faces(path):
             return points_to_occupancy(read_ply(path), self.resolution, name=str(path))
         return mesh_to_grid(path, self.resolution, up_axis or self.up_axis, self.normalization)

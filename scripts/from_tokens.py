@@ -86,12 +86,20 @@ def from_parquet(path: str, tokenizer: SparseStructureTokenizer) -> Iterator[tup
     if info.tokenizer_hash != tokenizer.hash:
         raise DataError(
             f"{path}: its ids come from the tokenizer with hash {info.tokenizer_hash[:12]}…, but this one has "
-            f"{tokenizer.hash[:12]}…. Give the one that made them."
+            f"{tokenizer.hash[:12]}…. Give the one that made them{_settings_that_differ(info, tokenizer)}."
         )
     for row in parquet.read_shards(path):
         if not re.fullmatch(r"[\w-]+", row["sha256"] or ""):
             raise DataError(f"{path}: sha256 {row['sha256']!r} is not a hash and cannot name a file.")
         yield row["sha256"], partial(_of_row, row)
+
+
+def _settings_that_differ(info: parquet.TokenInfo, tokenizer: SparseStructureTokenizer) -> str:
+    here = tokenizer.token_info()
+    names = ("resolution", "normalization", "up_axis")
+    pairs = [(name, getattr(info, name), getattr(here, name)) for name in names]
+    differing = ", ".join(f"{name} {there} and not {value}" for name, there, value in pairs if there != value)
+    return f", with {differing}" if differing else ""
 
 
 def _of_row(row: dict[str, Any]) -> tuple[Tensor, str | None]:

@@ -106,7 +106,7 @@ def test_the_axes_of_meshes_may_be_chosen(base, tokenizer, ids, tmp_path, kind, 
 
 
 @pytest.mark.parametrize("made, y_up", [("auto", True), ("y", True), ("z", False), ("keep", False)])
-def test_meshes_have_axes_by_the_setting_that_their_tokens_were_made_with(base, ids, tmp_path, made, y_up):
+def test_meshes_have_axes_by_the_setting_that_their_tokens_were_made_with(base, ids, tmp_path, made, y_up, capsys):
     trimesh = pytest.importorskip("trimesh")
     pytest.importorskip("skimage")
     tokenizer = save_tokenizer(tmp_path / "kept", 0, up_axis="keep")
@@ -114,6 +114,9 @@ def test_meshes_have_axes_by_the_setting_that_their_tokens_were_made_with(base, 
     file = tmp_path / "a.parquet"
     parquet.write_shard(file, info, ["a"], ["a"], [None], ids[-1:].numpy(), np.ones(1))
     assert run(base, tmp_path / "out", "--tokens", file, "--tokenizer", tmp_path / "kept") == 0
+    assert run(base, tmp_path / "none", "--tokens", file) == 1  # the tokenizer with "auto"
+    said = "Give the one that made them" + (f", with up_axis {made} and not auto" if made != "auto" else "") + ".\n"
+    assert capsys.readouterr().err.endswith(said)
     want = tokenizer.to_mesh(ids[-1]).bounds
     if y_up:
         want = np.sort(turn_to_y_up(want), axis=0)

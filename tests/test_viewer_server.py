@@ -71,27 +71,53 @@ def test_kinds_of_files_are_the_voxelizer_s():
             uploads.check_name(name)
 
 
-def test_files_that_point_to_other_files_or_hide_it_are_turned_away(tmp_path):
+def test_files_that_point_to_other_files_are_turned_away(tmp_path):
     outside = {"asset": {"version": "2.0"}, "buffers": [{"uri": "../../secret.bin", "byteLength": 4}]}
     entity = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]><COLLADA>&e;</COLLADA>'
     cases = {
-        "a.gltf": json.dumps(outside).encode(),
-        "b.gltf": b"{",
-        "c.dae": entity.encode(),
-        "d.dae": entity.encode("utf-16"),
-        "e.dae": b"PK\x03\x04 an archive",
-        "f.glb": b"glTF" + bytes(8),
-        "g.gltf": b'{"buffers": 5}',
-        "h.gltf": b'{"buffers": [5]}',
-        "i.gltf": b"[]",
-        "j.gltf": b"[" * 100_000,
-        "k.glb": b"glTF" + bytes(8) + (2).to_bytes(4, "little") + b"BIN\0{}",
+        "a.gltf": (json.dumps(outside).encode(), "in another file, '../../secret.bin'"),
+        "b.gltf": (b"{", "its JSON is damaged"),
+        "c.dae": (entity.encode(), "XML entity"),
+        "d.dae": (entity.encode("utf-16"), "XML entity"),
+        "e.dae": (b"PK\x03\x04 an archive", "not well-formed XML"),
+        "f.glb": (b"glTF" + bytes(8), "too few for a GLB"),
+        "g.gltf": (b'{"asset": {}, "buffers": 5}', "buffers is 5; it should be an array"),
+        "h.gltf": (b'{"asset": {}, "buffers": [5]}', "buffers has an entry that is not an object"),
+        "i.gltf": (b"[]", "not an object"),
+        "j.gltf": (b"[" * 100_000, "its JSON is damaged"),
+        "k.gltf": (b'{"asset": {}, "buffers": [{"uri": 5}]}', r"buffers\[0\].uri is 5; it should be a string"),
     }
-    for name, content in cases.items():
+    for name, (content, reason) in cases.items():
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(DataError):
-            uploads.check_content(path)
+        with pytest.raises(DataError, match=reason):
+            uploads.open_shape(path, RESOLUTION, "auto", "cube", voxelize=True)
+
+
+@needs_meshes
+def test_an_upload_is_read_as_voxelize_reads_it(tmp_path):
+    """A GLB whose JSON is padded with zeros, and COLLADA in another encoding and with a document type."""
+    content = box(tmp_path / "a.glb").read_bytes()
+    size = int.from_bytes(content[12:16], "little")
+    text = content[20 : 20 + size].rstrip() + bytes(8)
+    text += bytes(-len(text) % 4)
+    chunks = len(text).to_bytes(4, "little") + b"JSON" + text + content[20 + size :]
+    (tmp_path / "a.glb").write_bytes(content[:8] + (12 + len(chunks)).to_bytes(4, "little") + chunks)
+    triangles = (
+        '<library_geometries><geometry id="g"><mesh>'
+        '<source id="p"><float_array id="a" count="9">0 0 0 2 0 0 0 1 0</float_array><technique_common>'
+        '<accessor source="#a" count="3" stride="3"><param name="X" type="float"/><param name="Y" type="float"/>'
+        '<param name="Z" type="float"/></accessor></technique_common></source>'
+        '<vertices id="v"><input semantic="POSITION" source="#p"/></vertices>'
+        '<triangles count="1"><input semantic="VERTEX" source="#v" offset="0"/><p>0 1 2</p></triangles>'
+        "</mesh></geometry></library_geometries>"
+    )
+    head = '<?xml version="1.0" encoding="ISO-8859-1"?><!DOCTYPE COLLADA><!-- h\u00fclle -->'
+    document = f'{head}<COLLADA version="1.4.1"><asset/>{triangles}</COLLADA>'
+    (tmp_path / "b.dae").write_bytes(document.encode("iso-8859-1"))
+    for name in ("a.glb", "b.dae"):
+        shape = uploads.open_shape(tmp_path / name, RESOLUTION, "auto", "cube", voxelize=True)
+        assert np.array_equal(shape.voxels, np.argwhere(mesh_to_grid(tmp_path / name, RESOLUTION)[0].numpy()))
 
 
 def test_simplified_meshes_are_small_and_near(monkeypatch):

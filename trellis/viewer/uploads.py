@@ -3,8 +3,6 @@
 A damaged file may make a parser hang, crash or fill the memory, and none of that may reach the server.
 """
 
-import json
-import re
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +12,12 @@ import numpy as np
 from ..grids.mesh_pool import MeshPool
 from ..grids.meshes import MESH_SUFFIXES, load_mesh, voxelize_geometry
 from ..grids.placing import Axis, axis_of_file, place_vertices
+from ..grids.readers.gltf_file import open_file
 from ..grids.voxels import has_faces, points_to_voxels, read_ply
 from ..utils.errors import DataError
 
-# Formats whose parsers open no other file, or of which `check_content` can tell: not archives, nor lists of files.
+# Formats whose readers open no other file, or of which `check_content` can tell: not archives, nor lists of files.
+# Those of XML read no external entities.
 SAFE = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae", ".3mf", ".vtk", ".vtp")
 UPLOAD_SUFFIXES = tuple(suffix for suffix in MESH_SUFFIXES if suffix in SAFE)
 MAX_BYTES = 64 * 2**20
@@ -54,35 +54,12 @@ def check_name(name: str) -> str:
 
 
 def check_content(path: Path) -> None:
-    """Raise DataError for an upload that would make its parser open other files of this machine."""
-    suffix = path.suffix.lower()
-    if suffix in (".glb", ".gltf"):
-        others = [uri for uri in _gltf_uris(path) if not uri.startswith("data:")]
-        if others:
-            raise DataError(f"keeps its geometry in another file, {others[0]!r:.80}. Export it as .glb, all in one")
-    elif suffix == ".dae":
-        content = path.read_bytes()
-        # An archive or another encoding could hide what is looked for here.
-        plain = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<" and b"\0" not in content
-        if not plain or re.search(rb"<!(DOCTYPE|ENTITY)|encoding\s*=\s*[\"'](?!utf-8)", content, re.IGNORECASE):
-            raise DataError("is not plain UTF-8 XML without a document type. Export it anew, or as .glb")
-
-
-def _gltf_uris(path: Path) -> list[str]:
-    """Return where a glTF file keeps its buffers, if not in itself. Raise DataError if its JSON is damaged."""
-    content = path.read_bytes()
-    if content[:4] == b"glTF":
-        if content[16:20] != b"JSON":
-            raise DataError("cannot be read: its first chunk is not JSON")
-        content = content[20 : 20 + int.from_bytes(content[12:16], "little")]
-    try:
-        tree = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"cannot be read: its JSON is damaged ({' '.join(str(error).split())[:200]})") from error
-    buffers = tree.get("buffers", []) if isinstance(tree, dict) else None
-    if not isinstance(buffers, list) or not all(isinstance(item, dict) for item in buffers):
-        raise DataError("cannot be read: its JSON has no list of buffers")
-    return [str(item["uri"]) for item in buffers if item.get("uri") is not None]
+    """Raise DataError for an upload that would make its reader open other files of this machine, or a damaged glTF."""
+    if path.suffix.lower() in (".glb", ".gltf"):
+        for buffer in open_file(path).tree.items("buffers"):
+            uri = buffer.text("uri", "data:")
+            if not uri.startswith("data:"):
+                raise DataError(f"keeps its geometry in another file, {uri!r:.80}. Export it as .glb, all in one")
 
 
 def open_shape(path: Path, resolution: int, up_axis: str, normalization: str | None, voxelize: bool) -> Shape:

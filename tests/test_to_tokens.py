@@ -439,6 +439,11 @@ def test_the_axes_of_meshes_may_be_taken_in_another_way(base, tmp_path, capsys):
     assert script.main([*command, "--output_dir", str(tmp_path / "obj"), "--verify", "1"]) == 0
     said = f"  noted: {tmp_path / 'box.obj'}: its format does not say which axis is up: taken as they are."
     assert capsys.readouterr().out.count(said) == 1
+    save_tokenizer(tmp_path / "shapellm", 0, normalization="shapellm")
+    command[1] = str(tmp_path / "shapellm")
+    assert script.main([*command, "--output_dir", str(tmp_path / "shapellm_tokens")]) == 0
+    said = f"  noted: {tmp_path / 'box.obj'}: its format does not say which axis is up: taken as y-up\n"
+    assert said in capsys.readouterr().out  # and nothing else can be said
 
 
 def test_the_up_axis_goes_with_meshes_and_the_normalization(base, tmp_path, capsys):

@@ -73,13 +73,15 @@ def settings_of_rows(metadata: "DataFrame", name: str) -> set[str | None]:
         ignored if other rows say something: all grids of such a folder share their settings. Without any
         normalization it is "cube", the only one when folders did not say.
     """
-    values: set[str | None] = {None}
+    values: set[str | None] = {None} if len(metadata) else set()
     if name in metadata:
         column = metadata[name].astype(object)
         values = {str(value) if value else None for value in column.where(column.notna(), None)}
     if Path(metadata.attrs["path"]).name != "metadata.csv":
         return values
-    return values - {None} or {"cube" if name == "normalization" else None}
+    if values == {None} and name == "normalization":
+        return {"cube"}
+    return values if values == {None} else values - {None}
 
 
 def settings_of_data(roots: Iterable[str | os.PathLike], name: str) -> dict[str | None, str]:

@@ -9,12 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import PARITY, ROOT, assert_logits, solid_grids, tiny_config
+from helpers import DATA, PARITY, ROOT, assert_logits, solid_grids, tiny_config
 from safetensors.torch import load_file
 
 from trellis import SparseStructureTokenizer, __version__
 from trellis.grids.voxels import occupancy_to_points, write_ply
 from trellis.models import build
+from trellis.runs import Run
 from trellis.tokens.text import SHAPELLM
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
 from trellis.utils.errors import CheckpointError, ConfigError, DataError
@@ -465,6 +466,15 @@ def test_the_up_axis_of_a_run_is_what_holds_for_its_data(tmp_path, axes, up_axis
     recwarn.clear()
     assert SparseStructureTokenizer.load(tmp_path / "run", up_axis="z").up_axis == "z"
     assert not [warning for warning in recwarn if "up_axis" in str(warning.message)]
+
+
+def test_data_that_say_a_setting_that_does_not_exist_are_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(Run, "data_setting", {"up_axis": "Y", "normalization": "sphere"}.get)
+    for given, message in (({}, "up_axis 'Y'"), ({"up_axis": "z"}, "normalization 'sphere'")):
+        with pytest.raises(ConfigError, match=f"stage2: {message}: must be.*from_run\\(..., normalization="):
+            SparseStructureTokenizer.load(DATA / "v0.1.0" / "stage2", **given)
+    tokenizer = SparseStructureTokenizer.load(DATA / "v0.1.0" / "stage2", "z", "cube")
+    assert (tokenizer.up_axis, tokenizer.normalization) == ("z", "cube")
 
 
 def test_id_text_id_file_id(tmp_path):

@@ -333,12 +333,17 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         ckpt: "latest", "best" or a step.
         normalization, up_axis: of the run's data; by default what the data themselves say if they are still there
             (see `Run.data_setting`), else "cube" and "keep" ("y" with "shapellm").
-        Raise CheckpointError if the run has no such checkpoint, ConfigError if it has no codebook, DataError if its
-        data have several normalizations.
+        Raise CheckpointError if the run has no such checkpoint, ConfigError if it has no codebook or its data
+        say settings that do not exist, DataError if they have several normalizations.
         """
         run = open_run(output_dir, ckpt)
         normalization = normalization or run.data_setting("normalization") or "cube"
         up_axis = up_axis or run.data_setting("up_axis") or ("keep" if normalization == "cube" else "y")
+        try:
+            check_settings(up_axis, normalization)
+        except ConfigError as error:
+            remedy = "from_run(..., normalization=..., up_axis=...) takes others than the run's data say."
+            raise ConfigError(f"{output_dir}: {error} {remedy}") from error
         tokenizer = cls(run.config["models"], run.resolution, normalization, up_axis, run.about())
         for name in MODELS:
             load_weights(getattr(tokenizer, name), run.weight_file(name))

@@ -27,7 +27,7 @@ def by_kind(texts: Iterable[tuple[str, str]]) -> list[str]:
             lines.append(f"{len(members)} files: {text}")
         else:
             lines.append(f"{len(members)} files, such as {file}: {text}")
-        if text.startswith(UNKNOWN_AXIS):
+        if text == f"{UNKNOWN_AXIS}: taken as they are":
             lines[-1] += ". Say it by --up_axis y or z"
     if len(ranked) > KINDS_SHOWN:
         lines.append(f"and {sum(map(len, ranked[KINDS_SHOWN:]))} more")

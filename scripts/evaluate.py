@@ -22,6 +22,8 @@ import torch
 from tqdm import tqdm
 
 from trellis.datasets import DATASETS
+from trellis.datasets.base import StandardDatasetBase
+from trellis.datasets.metadata import SETTINGS, common_setting, settings_of_data
 from trellis.evaluation.evaluate import Scores, codebook_scores, evaluate, kl_scores, occupancy_scores
 from trellis.grids.preview import contact_sheet, save_png
 from trellis.models import build, load_weights
@@ -80,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--resolution", type=int, default=64, help="voxels along an axis, with --pretrained (default: 64)"
     )
     parser.add_argument("--data_dir", help="data roots, separated by commas (default: the run's)")
-    parser.add_argument("--split", choices=("train", "val", "all"), default="val")
+    parser.add_argument("--split", choices=("train", "val", "all"), default="val", help="default: val")
     parser.add_argument(
         "--weights",
         choices=("all", "averaged"),
@@ -89,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", help="default: {run}/eval")
     parser.add_argument("--device", choices=DEVICES, default="auto")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=8, help="default: 8")
     args = parser.parse_args(argv)
     if args.ckpt not in ("latest", "best") and not args.ckpt.isdigit():
         parser.error(f"--ckpt is {args.ckpt!r}; it must be latest, best or a step")
@@ -221,6 +223,21 @@ def pick_examples(iou: torch.Tensor) -> list[tuple[str, int]]:
     return [(label, number) for label, objects in blocks.items() for number in objects]
 
 
+def notes_on_data(subject: Subject, dataset: StandardDatasetBase) -> list[str]:
+    """Return a note if the grids to score were made in another way than those that a run was trained on."""
+    trained = [root for root in (subject.data_dir or "").split(",") if root]
+    notes = []
+    for name in SETTINGS:
+        before = set(filter(None, settings_of_data(trained, name)))
+        now = {value for values in dataset.settings.values() for value in values[name] if value}
+        if before and now and common_setting(before | now) is None:
+            notes.append(
+                f"{name} of these grids is {' and '.join(sorted(now))}, but the models were trained on grids of "
+                f"{' and '.join(sorted(before))}"
+            )
+    return notes
+
+
 def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     """Score the models and write the files. Return the content of the JSON file, and its path."""
     if args.pretrained:
@@ -235,6 +252,9 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
 
     dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
     dataset = dataset_class(data_dir, split=args.split, **config["dataset"].get("args", {}))
+    differing = notes_on_data(subject, dataset) if args.data_dir else []
+    for note in (*dataset.notes, *differing):
+        print(f"note: {note}")
     trainer_class: type[SparseStructureVaeTrainer] = TRAINERS.get(config["trainer"]["name"], "trainer.name")
     reconstruct = trainer_class.reconstruct
     models = {name: build(spec, f"models.{name}").to(device).eval() for name, spec in config["models"].items()}

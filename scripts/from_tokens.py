@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--up_axis",
         choices=UP_AXES,
         help="axes of the meshes: auto for those of the format (a GLB is y-up, the others z-up as the grid), y, z, or "
-        "keep for the grid's (default: the tokenizer's setting)",
+        "keep for the grid's (default: the setting that --tokens were made with, else the tokenizer's)",
     )
     parser.add_argument("--repair", action="store_true", help="repair damaged answers of --text")
     parser.add_argument("--device", choices=DEVICES, default="auto")
@@ -86,12 +86,20 @@ def from_parquet(path: str, tokenizer: SparseStructureTokenizer) -> Iterator[tup
     if info.tokenizer_hash != tokenizer.hash:
         raise DataError(
             f"{path}: its ids come from the tokenizer with hash {info.tokenizer_hash[:12]}…, but this one has "
-            f"{tokenizer.hash[:12]}…. Give the one that made them."
+            f"{tokenizer.hash[:12]}…. Give the one that made them{_settings_that_differ(info, tokenizer)}."
         )
     for row in parquet.read_shards(path):
         if not re.fullmatch(r"[\w-]+", row["sha256"] or ""):
             raise DataError(f"{path}: sha256 {row['sha256']!r} is not a hash and cannot name a file.")
         yield row["sha256"], partial(_of_row, row)
+
+
+def _settings_that_differ(info: parquet.TokenInfo, tokenizer: SparseStructureTokenizer) -> str:
+    here = tokenizer.token_info()
+    names = ("resolution", "normalization", "up_axis")
+    pairs = [(name, getattr(info, name), getattr(here, name)) for name in names]
+    differing = ", ".join(f"{name} {there} and not {value}" for name, there, value in pairs if there != value)
+    return f", with {differing}" if differing else ""
 
 
 def _of_row(row: dict[str, Any]) -> tuple[Tensor, str | None]:
@@ -159,6 +167,7 @@ def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str,
             return from_parquet(args.tokens, tokenizer)
         return from_text(args.text, tokenizer, args.repair)
 
+    up_axis = args.up_axis or (parquet.read_info(args.tokens).up_axis if args.tokens else None)
     folder, suffix = Path(args.output_dir), FORMATS[args.format]
     names = Counter(name for name, _ in objects())
     for name, number in names.items():
@@ -172,7 +181,7 @@ def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str,
         path = folder / f"{name}{suffix}"
         try:
             ids, frame = read()
-            write(tokenizer, ids, frame, path, args.format, args.up_axis)
+            write(tokenizer, ids, frame, path, args.format, up_axis)
         except DataError as error:
             left_out.append((name, str(error)))
         else:

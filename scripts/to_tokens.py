@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset_toolkits.records import FAILED_FIELDS, write_table
+from dataset_toolkits.report import by_kind
 from scripts.token_sources import BATCH, DataSource, MeshSource, Shard
 from trellis.evaluation.metrics import voxel_metrics
 from trellis.grids.placing import UP_AXES, check_settings
@@ -204,6 +205,7 @@ class Report(NamedTuple):
     objects: int  # with new ids
     seconds: float  # without start-up
     records: int  # conversations written
+    noted: list[tuple[str, str]]  # files and what a user should know of them
 
 
 def run_process(
@@ -259,7 +261,7 @@ def run_process(
     records = 0
     if work.prompts is not None:
         records = sum(write_conversations(work, work.prompts, tokenizer, number) for number in numbers)
-    return Report(count, seconds, records)
+    return Report(count, seconds, records, list(work.source.noted))
 
 
 def write_conversations(work: Work, prompts: sharegpt.Prompts, tokenizer: SparseStructureTokenizer, number: int) -> int:
@@ -316,6 +318,7 @@ def run_processes(work: Work, tokenizer: SparseStructureTokenizer, numbers: list
         sum(report.objects for report in reports),
         max(report.seconds for report in reports),
         sum(report.records for report in reports),
+        [each for report in reports for each in report.noted],
     )
 
 
@@ -479,6 +482,8 @@ def run(args: argparse.Namespace) -> None:
             f"  {report.records} new conversations in {Path(args.output_dir, sharegpt.FOLDER)}; data set "
             f"{sharegpt.DATASET} of dataset_info.json"
         )
+    for line in by_kind(report.noted):
+        print(f"  noted: {line}")
     for row in failures[:REASONS_SHOWN]:
         print(f"  left out: {row['file']}: {row['reason']}")
     if failures:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trellis.datasets.batches import load_batches
-from trellis.datasets.metadata import Split, common_setting
+from trellis.datasets.metadata import Split, compare_with_tokenizer
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import pack_bits, voxels_to_grid
 from trellis.tokens.sharegpt import read_captions
@@ -62,20 +62,9 @@ class DataSource:
             TokenObject(entry.sha256, entry.name, entry.source, entry.frame) for entry in self.dataset.entries
         ]
         self.failures: list[dict[str, str]] = []
-        self.notes = list(self.dataset.notes)
-        for root in self.dataset.roots:
-            others = self.dataset.settings[root]["normalization"] - {None, normalization}
-            if others:
-                raise DataError(
-                    f"{root}: its grids have normalization {min(filter(None, others))}, but the tokenizer's is "
-                    f"{normalization}. Make them anew with voxelize.py --normalization {normalization}."
-                )
-            said = self.dataset.settings[root]["up_axis"] - {None}
-            if said and common_setting(said | {up_axis}) is None:
-                self.notes.append(
-                    f"{root}: its grids were made with up_axis {' and '.join(sorted(filter(None, said)))}, but the "
-                    f"tokenizer's is {up_axis}, so other axes may be up in them than in those it was trained on"
-                )
+        differing = compare_with_tokenizer(self.dataset.settings, up_axis, normalization)
+        self.notes = [*self.dataset.notes, *differing]
+        self.noted: list[tuple[str, str]] = []  # of files; grids have none
 
     def __reduce__(self):
         return type(self), self.given  # each process reads the data itself
@@ -155,6 +144,7 @@ class MeshSource:
         self.objects = [TokenObject(job.sha256, job.names[0]) for job in self.jobs]
         self.failures = plan.failures
         self.notes: list[str] = []
+        self.noted: list[tuple[str, str]] = []  # (file, note) of what this process has voxelized
         self.settings = resolution, up_axis, normalization
         self.max_workers, self.timeout = max_workers, timeout
 
@@ -233,6 +223,7 @@ class MeshSource:
             if isinstance(result, DataError):
                 finish(task[0], result)
             else:
+                self.noted += [(str(task[0]), note) for note in result.notes]
                 finish(task[0], pack_bits(voxels_to_grid(result.voxels, resolution)[None])[0])
 
         tasks = ((path, *self.settings) for path in paths)

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from trellis.datasets.metadata import compare_with_tokenizer
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.evaluation.metrics import occupied_blocks
 from trellis.tokenizer import SparseStructureTokenizer
@@ -86,9 +87,19 @@ def spread(total: int, wanted: int) -> np.ndarray:
     return np.arange(total) if total <= wanted else np.arange(wanted) * total // wanted
 
 
-def read_tokens(args: argparse.Namespace, tokenizer: SparseStructureTokenizer | None) -> Subject:
+def open_data(args: argparse.Namespace, info: parquet.TokenInfo) -> SparseStructure:
+    """Open --data_dir, and print notes on its roots. Raise DataError for grids that the ids cannot be made of."""
+    dataset = SparseStructure(args.data_dir, resolution=info.resolution, split=args.split)
+    differing = compare_with_tokenizer(dataset.settings, info.up_axis, info.normalization)
+    for note in (*dataset.notes, *differing):
+        print(f"note: {note}")
+    return dataset
+
+
+def read_tokens(
+    args: argparse.Namespace, info: parquet.TokenInfo, tokenizer: SparseStructureTokenizer | None
+) -> Subject:
     """Read the ids of --tokens. Raise ConfigError if another tokenizer made them, DataError if there are none."""
-    info = parquet.read_info(args.tokens)
     if tokenizer is not None and tokenizer.hash != info.tokenizer_hash:
         raise ConfigError(
             f"{args.tokenizer}: did not make {args.tokens}, whose tokenizer has the hash "
@@ -115,11 +126,12 @@ def read_tokens(args: argparse.Namespace, tokenizer: SparseStructureTokenizer | 
     return Subject(tokens, info.resolution, total, about)
 
 
-def encode_grids(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, device: torch.device) -> Subject:
+def encode_grids(
+    args: argparse.Namespace, dataset: SparseStructure, tokenizer: SparseStructureTokenizer, device: torch.device
+) -> Subject:
     """Encode the grids of --data_dir."""
     empty_ids = tokenizer.empty_ids.numpy()
     tokenizer.to(device)
-    dataset = SparseStructure(args.data_dir, resolution=tokenizer.resolution, split=args.split)
     chosen = spread(len(dataset), args.max_objects)
     parts = []
     for indices in batches(chosen, "encoding"):
@@ -137,12 +149,11 @@ def encode_grids(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, 
     return Subject(tokens, tokenizer.resolution, len(dataset), about)
 
 
-def read_grids(args: argparse.Namespace, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+def read_grids(args: argparse.Namespace, dataset: SparseStructure, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     """Return whether positions have an occupied voxel, [N, L] bool, and bytes of compressed grids, [N, 2].
 
     Raise DataError if --data_dir lacks the grid of an object.
     """
-    dataset = SparseStructure(args.data_dir, resolution=subject.resolution, split=args.split)
     numbers = {sha256: i for i, (_, sha256) in enumerate(dataset.instances)}
     missing = [sha256 for sha256 in subject.tokens.objects.tolist() if sha256 not in numbers]
     if missing:
@@ -175,12 +186,15 @@ def measure(args: argparse.Namespace) -> dict:
     device = pick_device(args.device)
     tokenizer = SparseStructureTokenizer.load(args.tokenizer) if args.tokenizer else None
     if args.tokens:
-        subject = read_tokens(args, tokenizer)
+        info = parquet.read_info(args.tokens)
+        subject = read_tokens(args, info, tokenizer)
+        dataset = open_data(args, info) if args.data_dir else None
     else:
         assert tokenizer is not None  # parse_args asks for it
-        subject = encode_grids(args, tokenizer, device)
+        dataset = open_data(args, tokenizer.token_info())
+        subject = encode_grids(args, dataset, tokenizer, device)
     tokens = subject.tokens
-    occupied, grid_sizes = read_grids(args, subject) if args.data_dir else (None, None)
+    occupied, grid_sizes = read_grids(args, dataset, subject) if dataset else (None, None)
     result = {
         **subject.about, "data_dir": args.data_dir, "objects": len(tokens.ids), "objects_in_all": subject.total,
         "resolution": subject.resolution, "lattice": list(tokens.lattice), "codes_per_token": tokens.codes_per_token,

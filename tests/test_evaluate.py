@@ -369,6 +369,22 @@ def test_a_run_of_trellis_is_scored_from_its_config(vae_run, sourced_data, tmp_p
     assert_same(report["weights"]["raw"], by_hand(vae_run, sourced_data, None))
 
 
+def test_grids_made_in_another_way_than_those_of_the_run_are_named(sourced_data, tmp_path, capsys):
+    bits = np.packbits(solid_grids(4, 16, 0).reshape(4, -1), axis=1)
+    for name, (normalization, up_axis) in {"a": ("cube", "y"), "b": ("cube", "z"), "c": ("shapellm", "keep")}.items():
+        texts = {"normalization": np.full(4, normalization), "up_axis": np.full(4, up_axis)}
+        np.savez(tmp_path / f"{name}.npz", bits=bits, split=np.array(["train"] * 2 + ["val"] * 2), **texts)
+    run = trained(tmp_path, tmp_path / "a.npz", tiny_config(max_steps=1, i_eval=100, i_save=1))
+    capsys.readouterr()
+    for name, noted in (("a", 0), ("b", 0), ("c", 2)):
+        score(run, tmp_path / f"out_{name}", "--data_dir", tmp_path / f"{name}.npz")
+        said = capsys.readouterr().out
+        assert said.count("note: ") == noted
+        assert ("normalization of these grids is shapellm, but the models were trained on grids of cube" in said) == (
+            name == "c"
+        )
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

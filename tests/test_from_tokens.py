@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,24 @@ def test_the_axes_of_meshes_may_be_chosen(base, tokenizer, ids, tmp_path, kind, 
         want.vertices = turn_to_y_up(want.vertices)
     got = trimesh.load_mesh(path, process=False).triangles.astype(np.float32)
     assert sorted(got.reshape(-1, 9).tolist()) == sorted(want.triangles.astype(np.float32).reshape(-1, 9).tolist())
+
+
+@pytest.mark.parametrize("made, y_up", [("auto", True), ("y", True), ("z", False), ("keep", False)])
+def test_meshes_have_axes_by_the_setting_that_their_tokens_were_made_with(base, ids, tmp_path, made, y_up, capsys):
+    trimesh = pytest.importorskip("trimesh")
+    pytest.importorskip("skimage")
+    tokenizer = save_tokenizer(tmp_path / "kept", 0, up_axis="keep")
+    info = replace(tokenizer.token_info(), up_axis=made)
+    file = tmp_path / "a.parquet"
+    parquet.write_shard(file, info, ["a"], ["a"], [None], ids[-1:].numpy(), np.ones(1))
+    assert run(base, tmp_path / "out", "--tokens", file, "--tokenizer", tmp_path / "kept") == 0
+    assert run(base, tmp_path / "none", "--tokens", file) == 1  # the tokenizer with "auto"
+    said = "Give the one that made them" + (f", with up_axis {made} and not auto" if made != "auto" else "") + ".\n"
+    assert capsys.readouterr().err.endswith(said)
+    want = tokenizer.to_mesh(ids[-1]).bounds
+    if y_up:
+        want = np.sort(turn_to_y_up(want), axis=0)
+    assert np.allclose(trimesh.load_mesh(tmp_path / "out" / "a.glb").bounds, want, atol=1e-6)
 
 
 def test_voxels_have_the_axes_of_the_grid(base, tmp_path, capsys):

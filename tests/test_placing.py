@@ -87,6 +87,7 @@ def test_settings_that_go_together_and_a_mesh_without_size():
         ("y", "shapellm", ("y", "y", "y")),
         ("z", "cube", ("z", "z", "z")),
         ("keep", "cube", ("keep", "keep", "keep")),
+        ("keep", "shapellm", ("keep", "keep", "keep")),  # only to write: no file is read so
     ],
 )
 def test_the_axis_of_a_file_is_found_and_files_are_written_with_the_axis_that_is_found_in_them(

@@ -420,6 +420,7 @@ def test_the_axes_of_meshes_may_be_taken_in_another_way(base, tmp_path, capsys):
     trimesh.creation.box((1.0, 0.25, 0.5)).export(mesh)
     tokenizer = SparseStructureTokenizer.load(base / "tokenizer")
     command = ["--tokenizer", str(base / "tokenizer"), "--meshes", str(mesh), "--device", "cpu", "--max_workers", "1"]
+    trimesh.creation.box((1.0, 0.5, 0.25)).export(tmp_path / "box.obj")
     for up_axis in ("auto", "z"):
         out = ["--output_dir", str(tmp_path / up_axis)]
         more = [] if up_axis == "auto" else ["--up_axis", up_axis]
@@ -428,12 +429,21 @@ def test_the_axes_of_meshes_may_be_taken_in_another_way(base, tmp_path, capsys):
         assert np.array_equal(row["tokens"], tokenizer.encode(mesh, up_axis=up_axis)[0].numpy())
         found = parquet.read_info(tmp_path / up_axis)
         assert found.up_axis == up_axis and found.tokenizer_hash == tokenizer.hash
-        capsys.readouterr()
+        assert ("noted: " + str(mesh) in capsys.readouterr().out) == (up_axis == "z")
         for other in {"auto", "y", "z"} - {up_axis}:
             assert script.main([*command, *out, "--up_axis", other]) == 1
             assert "has other values of up_axis" in capsys.readouterr().err
         assert script.main([*command, *out, "--up_axis", up_axis]) == 0  # said aloud
         assert "0 of them new" in capsys.readouterr().out
+    command[3] = str(tmp_path / "box.obj")
+    assert script.main([*command, "--output_dir", str(tmp_path / "obj"), "--verify", "1"]) == 0
+    said = f"  noted: {tmp_path / 'box.obj'}: its format does not say which axis is up: taken as they are."
+    assert capsys.readouterr().out.count(said) == 1
+    save_tokenizer(tmp_path / "shapellm", 0, normalization="shapellm")
+    command[1] = str(tmp_path / "shapellm")
+    assert script.main([*command, "--output_dir", str(tmp_path / "shapellm_tokens")]) == 0
+    said = f"  noted: {tmp_path / 'box.obj'}: its format does not say which axis is up: taken as y-up\n"
+    assert said in capsys.readouterr().out  # and nothing else can be said
 
 
 def test_the_up_axis_goes_with_meshes_and_the_normalization(base, tmp_path, capsys):

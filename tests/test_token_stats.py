@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -374,6 +375,22 @@ def test_the_script_encodes_measures_and_reads(run_script, tokenizer_folder, dat
 
     code, _, errors = run_script("--tokenizer", tokenizer_folder, "--data_dir", data_dir, "--output_dir", out)
     assert code == 1 and errors.startswith("error: ") and "exists already" in errors
+
+
+@needs_plots
+def test_grids_of_other_settings_than_the_tokenizer_s_are_refused_or_named(
+    run_script, tokenizer_folder, data_dir, tmp_path
+):
+    path = next(Path(data_dir).glob("*.npz"))
+    with np.load(path) as file:
+        arrays = {**file}
+    for name, setting in (("normalization", "shapellm"), ("up_axis", "keep")):
+        np.savez(tmp_path / f"{setting}.npz", **arrays, **{name: np.full(len(arrays["bits"]), setting)})
+    flags = ["--tokenizer", tokenizer_folder, "--output_dir", tmp_path / "out", "--data_dir"]
+    code, _, errors = run_script(*flags, tmp_path / "shapellm.npz")
+    assert code == 1 and "have normalization shapellm, but the tokenizer's is cube" in errors
+    code, printed, errors = run_script(*flags, tmp_path / "keep.npz")
+    assert code == 0 and printed.count("made with up_axis keep, but the tokenizer's is auto") == 1, errors
 
 
 @needs_plots

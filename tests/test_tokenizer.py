@@ -9,12 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import PARITY, ROOT, assert_logits, solid_grids, tiny_config
+from helpers import DATA, PARITY, ROOT, assert_logits, solid_grids, tiny_config
 from safetensors.torch import load_file
 
 from trellis import SparseStructureTokenizer, __version__
 from trellis.grids.voxels import occupancy_to_points, write_ply
 from trellis.models import build
+from trellis.runs import Run
 from trellis.tokens.text import SHAPELLM
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
 from trellis.utils.errors import CheckpointError, ConfigError, DataError
@@ -395,8 +396,21 @@ def test_the_axes_of_files_may_be_taken_and_written_in_another_way(tmp_path):
         extents = trimesh.load(tmp_path / f"{up_axis}.glb", force="mesh").extents
         assert np.allclose(extents / extents.max(), (1.0, 0.25, 0.5), atol=2 / RESOLUTION)
     assert torch.equal(tokenizer.grid_of_file(path), mesh_to_grid(path, RESOLUTION, "y"))
-    with pytest.raises(ConfigError, match="up_axis 'x'"):
-        tokenizer.encode(path, up_axis="x")
+    write_ply(tmp_path / "voxels.ply", np.zeros((1, 3), np.float32) + 0.5 / RESOLUTION)
+    for file in (path, tmp_path / "voxels.ply"):
+        with pytest.raises(ConfigError, match="up_axis 'x'"):
+            tokenizer.encode(file, up_axis="x")
+    with pytest.raises(ValueError, match="no grids or files to encode"):
+        tokenizer.encode([])
+    for name, content, reason in (
+        ("scan.NII.gz", b"", "is a volume \\(NIfTI\\). Make grids of it with voxelize.py"),
+        ("cut.ply", b"ply\nformat ascii 1.0\nelement vertex 3\n", 'has no "end_header": it is cut or damaged'),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: {reason}"):
+            tokenizer.encode(tmp_path / name)
+    with pytest.raises(ValueError, match="up_axis 'y' goes with mesh files"):
+        tokenizer.encode(grid[None], up_axis="y")
     with pytest.raises(ConfigError, match="up_axis 'x'"):
         tokenizer.save_mesh(torch.zeros(tokenizer.num_tokens), tmp_path / "x.glb", up_axis="x")
 
@@ -452,6 +466,15 @@ def test_the_up_axis_of_a_run_is_what_holds_for_its_data(tmp_path, axes, up_axis
     recwarn.clear()
     assert SparseStructureTokenizer.load(tmp_path / "run", up_axis="z").up_axis == "z"
     assert not [warning for warning in recwarn if "up_axis" in str(warning.message)]
+
+
+def test_data_that_say_a_setting_that_does_not_exist_are_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(Run, "data_setting", {"up_axis": "Y", "normalization": "sphere"}.get)
+    for given, message in (({}, "up_axis 'Y'"), ({"up_axis": "z"}, "normalization 'sphere'")):
+        with pytest.raises(ConfigError, match=f"stage2: {message}: must be.*from_run\\(..., normalization="):
+            SparseStructureTokenizer.load(DATA / "v0.1.0" / "stage2", **given)
+    tokenizer = SparseStructureTokenizer.load(DATA / "v0.1.0" / "stage2", "z", "cube")
+    assert (tokenizer.up_axis, tokenizer.normalization) == ("z", "cube")
 
 
 def test_id_text_id_file_id(tmp_path):

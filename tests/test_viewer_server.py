@@ -71,27 +71,53 @@ def test_kinds_of_files_are_the_voxelizer_s():
             uploads.check_name(name)
 
 
-def test_files_that_point_to_other_files_or_hide_it_are_turned_away(tmp_path):
+def test_files_that_point_to_other_files_are_turned_away(tmp_path):
     outside = {"asset": {"version": "2.0"}, "buffers": [{"uri": "../../secret.bin", "byteLength": 4}]}
     entity = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]><COLLADA>&e;</COLLADA>'
     cases = {
-        "a.gltf": json.dumps(outside).encode(),
-        "b.gltf": b"{",
-        "c.dae": entity.encode(),
-        "d.dae": entity.encode("utf-16"),
-        "e.dae": b"PK\x03\x04 an archive",
-        "f.glb": b"glTF" + bytes(8),
-        "g.gltf": b'{"buffers": 5}',
-        "h.gltf": b'{"buffers": [5]}',
-        "i.gltf": b"[]",
-        "j.gltf": b"[" * 100_000,
-        "k.glb": b"glTF" + bytes(8) + (2).to_bytes(4, "little") + b"BIN\0{}",
+        "a.gltf": (json.dumps(outside).encode(), "in another file, '../../secret.bin'"),
+        "b.gltf": (b"{", "its JSON is damaged"),
+        "c.dae": (entity.encode(), "XML entity"),
+        "d.dae": (entity.encode("utf-16"), "XML entity"),
+        "e.dae": (b"PK\x03\x04 an archive", "not well-formed XML"),
+        "f.glb": (b"glTF" + bytes(8), "too few for a GLB"),
+        "g.gltf": (b'{"asset": {}, "buffers": 5}', "buffers is 5; it should be an array"),
+        "h.gltf": (b'{"asset": {}, "buffers": [5]}', "buffers has an entry that is not an object"),
+        "i.gltf": (b"[]", "not an object"),
+        "j.gltf": (b"[" * 100_000, "its JSON is damaged"),
+        "k.gltf": (b'{"asset": {}, "buffers": [{"uri": 5}]}', r"buffers\[0\].uri is 5; it should be a string"),
     }
-    for name, content in cases.items():
+    for name, (content, reason) in cases.items():
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(DataError):
-            uploads.check_content(path)
+        with pytest.raises(DataError, match=reason):
+            uploads.open_shape(path, RESOLUTION, "auto", "cube", voxelize=True)
+
+
+@needs_meshes
+def test_an_upload_is_read_as_voxelize_reads_it(tmp_path):
+    """A GLB whose JSON is padded with zeros, and COLLADA in another encoding and with a document type."""
+    content = box(tmp_path / "a.glb").read_bytes()
+    size = int.from_bytes(content[12:16], "little")
+    text = content[20 : 20 + size].rstrip() + bytes(8)
+    text += bytes(-len(text) % 4)
+    chunks = len(text).to_bytes(4, "little") + b"JSON" + text + content[20 + size :]
+    (tmp_path / "a.glb").write_bytes(content[:8] + (12 + len(chunks)).to_bytes(4, "little") + chunks)
+    triangles = (
+        '<library_geometries><geometry id="g"><mesh>'
+        '<source id="p"><float_array id="a" count="9">0 0 0 2 0 0 0 1 0</float_array><technique_common>'
+        '<accessor source="#a" count="3" stride="3"><param name="X" type="float"/><param name="Y" type="float"/>'
+        '<param name="Z" type="float"/></accessor></technique_common></source>'
+        '<vertices id="v"><input semantic="POSITION" source="#p"/></vertices>'
+        '<triangles count="1"><input semantic="VERTEX" source="#v" offset="0"/><p>0 1 2</p></triangles>'
+        "</mesh></geometry></library_geometries>"
+    )
+    head = '<?xml version="1.0" encoding="ISO-8859-1"?><!DOCTYPE COLLADA><!-- h\u00fclle -->'
+    document = f'{head}<COLLADA version="1.4.1"><asset/>{triangles}</COLLADA>'
+    (tmp_path / "b.dae").write_bytes(document.encode("iso-8859-1"))
+    for name in ("a.glb", "b.dae"):
+        shape = uploads.open_shape(tmp_path / name, RESOLUTION, "auto", "cube", voxelize=True)
+        assert np.array_equal(shape.voxels, np.argwhere(mesh_to_grid(tmp_path / name, RESOLUTION)[0].numpy()))
 
 
 def test_simplified_meshes_are_small_and_near(monkeypatch):
@@ -206,6 +232,7 @@ STANDS = {  # file, y-up or not, dropdown: how the grid stands, how its GLB and 
     ("a.glb", True, "z"): ("y", "y", "y"),  # said wrongly: it lies, but comes down as it came
     ("a.stl", False, "auto"): ("z", "y", "z"),
     ("a.stl", False, "z"): ("z", "y", "z"),
+    ("a.stl", False, "keep"): ("z", "y", "z"),
     ("a.obj", True, "y"): ("z", "y", "y"),
     ("a.obj", False, "z"): ("z", "y", "z"),
     ("a.obj", True, "auto"): ("y", "y", "y"),  # not known: as it is
@@ -342,7 +369,7 @@ def test_uploads_are_checked_before_they_are_opened(app):
         ("name=a.stl&up_axis=z", b"solid", {}, "viewer's own page"),
         ("name=a.exe&up_axis=z", b"MZ", ours, ".glb"),
         ("name=a.stl&up_axis=w", b"solid", ours, "up_axis"),
-        ("name=a.stl&up_axis=z", b"", ours, "0 bytes"),
+        ("name=a.stl&up_axis=z", b"", ours, "0 bytes; it must have some, and at most 64 MiB. Export it again"),
     ]
     for query, content, headers, words in cases:
         answer = client.post(f"/upload?{query}", data=content, headers=headers)
@@ -431,11 +458,25 @@ def test_the_page_asks_for_nothing_from_outside(app):
 
 
 def test_data_of_a_run_may_be_gone_but_data_that_are_asked_for_may_not(data_dir):
-    found = open_data(argparse.Namespace(data_dir=data_dir, run=None), RESOLUTION)
+    tokenizer = make_tokenizer()
+    found = open_data(argparse.Namespace(data_dir=data_dir, run=None), tokenizer)
     assert len(found) == 30
-    assert open_data(argparse.Namespace(data_dir=None, run=None), RESOLUTION) is None
+    assert open_data(argparse.Namespace(data_dir=None, run=None), tokenizer) is None
     with pytest.raises(DataError):
-        open_data(argparse.Namespace(data_dir="/nowhere", run=None), RESOLUTION)
+        open_data(argparse.Namespace(data_dir="/nowhere", run=None), tokenizer)
+
+
+def test_data_of_other_settings_than_the_tokenizer_s_are_refused_or_named(tmp_path, capsys):
+    bits = np.packbits(solid_grids(2, RESOLUTION, 0).reshape(2, -1), axis=1)
+    for name, setting in (("normalization", "shapellm"), ("up_axis", "keep"), ("up_axis", "y")):
+        np.savez(tmp_path / f"{setting}.npz", bits=bits, **{name: np.full(2, setting)})
+    tokenizer = make_tokenizer()
+    with pytest.raises(DataError, match="shapellm.npz: its grids have normalization shapellm.* tokenizer's is cube"):
+        open_data(argparse.Namespace(data_dir=str(tmp_path / "shapellm.npz"), run=None), tokenizer)
+    for setting in ("keep", "y"):
+        open_data(argparse.Namespace(data_dir=str(tmp_path / f"{setting}.npz"), run=None), tokenizer)
+        said = "made with up_axis keep, but the tokenizer's is z" in capsys.readouterr().err
+        assert said == (setting == "keep")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

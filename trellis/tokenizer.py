@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from .grids.formats import reader_of
 from .grids.meshes import mesh_to_grid
 from .grids.placing import axis_to_write, check_settings
 from .grids.voxels import has_faces, points_to_occupancy, read_ply
@@ -175,7 +176,8 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         grids: [B, 1, R, R, R] or [R, R, R], occupied where > 0; or a mesh, a voxel file (.ply without faces), or
             several files.
         up_axis: how the axes of these mesh files are taken (default: this tokenizer's setting).
-        Raise ValueError for another shape, DataError for a file that is damaged or missing.
+        Raise ValueError for another shape and for an up_axis beside grids, which have theirs already, DataError for a
+        file that is damaged or missing, ConfigError for an up_axis that does not go with the normalization.
         """
         parts = []
         for part, number in self._parts(self._to_grids(grids, up_axis)):
@@ -230,11 +232,13 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
     def save_mesh(self, ids: Tensor, path: Source, smooth: bool = True, up_axis: str | None = None) -> None:
         """Write `to_mesh` as GLB, OBJ, PLY or STL, by the suffix of path, with the axes that `encode` finds in such a
-        file: under "auto" a GLB is y-up, as glTF says, and the others have the grid's axes, z-up.
+        file: under "auto" a GLB is y-up, as glTF says, and the others have the grid's axes, z-up; but with
+        normalization "shapellm" OBJ and PLY are y-up too.
 
         ids: [T] or [1, T].
-        up_axis: as for `encode`.
-        Raise ConfigError if the folder does not exist.
+        up_axis: as for `encode`; "keep" leaves the grid's axes.
+        Raise ConfigError for another suffix or up_axis, or if the folder does not exist, DataError if no voxel is
+        occupied.
         """
         from .grids.surface import save_mesh
 
@@ -329,12 +333,17 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         ckpt: "latest", "best" or a step.
         normalization, up_axis: of the run's data; by default what the data themselves say if they are still there
             (see `Run.data_setting`), else "cube" and "keep" ("y" with "shapellm").
-        Raise CheckpointError if the run has no such checkpoint, ConfigError if it has no codebook, DataError if its
-        data have several normalizations.
+        Raise CheckpointError if the run has no such checkpoint, ConfigError if it has no codebook or its data
+        say settings that do not exist, DataError if they have several normalizations.
         """
         run = open_run(output_dir, ckpt)
         normalization = normalization or run.data_setting("normalization") or "cube"
         up_axis = up_axis or run.data_setting("up_axis") or ("keep" if normalization == "cube" else "y")
+        try:
+            check_settings(up_axis, normalization)
+        except ConfigError as error:
+            remedy = "from_run(..., normalization=..., up_axis=...) takes others than the run's data say."
+            raise ConfigError(f"{output_dir}: {error} {remedy}") from error
         tokenizer = cls(run.config["models"], run.resolution, normalization, up_axis, run.about())
         for name in MODELS:
             load_weights(getattr(tokenizer, name), run.weight_file(name))
@@ -435,10 +444,17 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
     def _to_grids(self, grids: Grids, up_axis: str | None = None) -> Tensor:
         """Return [B, 1, R, R, R] float32, 0 or 1."""
+        if up_axis is not None:
+            check_settings(up_axis, self.normalization)
+            if isinstance(grids, (Tensor, np.ndarray)):
+                raise ValueError(f"up_axis {up_axis!r} goes with mesh files; these are grids, whose axes are settled")
         if isinstance(grids, (str, Path)):
             grids = [grids]
         if not isinstance(grids, (Tensor, np.ndarray)):
-            grids = torch.stack([self.grid_of_file(path, up_axis) for path in grids])
+            files = [self.grid_of_file(path, up_axis) for path in grids]
+            if not files:
+                raise ValueError("there are no grids or files to encode; give at least one")
+            grids = torch.stack(files)
         grids, side = torch.as_tensor(grids), (self.resolution,) * 3
         if grids.ndim == 3:
             grids = grids[None, None]
@@ -453,12 +469,15 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         [1, R, R, R].
 
         up_axis: as for `encode`.
-        Raise DataError if the file cannot be read.
+        Raise DataError if the file cannot be read, ConfigError for an up_axis that does not go with the normalization.
         """
         path = Path(path)
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "there is no such file"
             raise DataError(f"{path}: {what}. Give a mesh or a voxel file, or a list of them")
+        known = reader_of(path)
+        if known is not None and known.kind == "volume":
+            raise DataError(f"{path}: is a volume ({known.name}). Make grids of it with voxelize.py, and give those")
         if path.suffix.lower() == ".ply" and not has_faces(path):
             return points_to_occupancy(read_ply(path), self.resolution, name=str(path))
         return mesh_to_grid(path, self.resolution, up_axis or self.up_axis, self.normalization)

@@ -6,7 +6,6 @@ A bad item is an error. It is never replaced by another one: a damaged folder wo
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -111,8 +110,6 @@ class StandardDatasetBase(Dataset, ABC):
             )
         self.check_files(root, metadata)
         self.settings[root] = {name: settings_of_rows(metadata, name) for name in SETTINGS}
-        if Path(root, "metadata.csv").is_file() and self.settings[root]["normalization"] == {None}:
-            self.settings[root]["normalization"] = {"cube"}  # the only one when folders did not say
 
         entries = entries_of(root, where, metadata)
         self._all_entries += entries

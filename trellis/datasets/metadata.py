@@ -70,14 +70,18 @@ def settings_of_rows(metadata: "DataFrame", name: str) -> set[str | None]:
     """Return the values of one of SETTINGS in the table of a root. None stands for objects that do not say.
 
     metadata: rows of objects with grids; `attrs["path"]` says whether they come from metadata.csv. There blanks are
-        ignored if other rows say something: all grids of such a folder share their settings.
+        ignored if other rows say something: all grids of such a folder share their settings. Without any
+        normalization it is "cube", the only one when folders did not say.
     """
-    if name not in metadata:
-        return {None}
-    column = metadata[name].astype(object)
-    values = {str(value) if value else None for value in column.where(column.notna(), None)}
-    from_csv = Path(metadata.attrs["path"]).name == "metadata.csv"
-    return values - {None} if from_csv and values != {None} else values
+    values: set[str | None] = {None} if len(metadata) else set()
+    if name in metadata:
+        column = metadata[name].astype(object)
+        values = {str(value) if value else None for value in column.where(column.notna(), None)}
+    if Path(metadata.attrs["path"]).name != "metadata.csv":
+        return values
+    if values == {None} and name == "normalization":
+        return {"cube"}
+    return values if values == {None} else values - {None}
 
 
 def settings_of_data(roots: Iterable[str | os.PathLike], name: str) -> dict[str | None, str]:
@@ -129,6 +133,30 @@ def compare_settings(settings: dict[str, Settings]) -> list[str]:
     Raise DataError for grids of several normalizations.
     """
     return [*_compare_normalizations(settings), *_compare_axes(settings)]
+
+
+def compare_with_tokenizer(settings: dict[str, Settings], up_axis: str, normalization: str) -> list[str]:
+    """Return notes on roots in whose grids other axes may be up than in those that a tokenizer was trained on.
+
+    settings: of each root that is used.
+    up_axis, normalization: the tokenizer's.
+    Raise DataError for a root whose grids have another normalization.
+    """
+    notes = []
+    for root, values in settings.items():
+        others = values["normalization"] - {None, normalization}
+        if others:
+            raise DataError(
+                f"{root}: its grids have normalization {min(filter(None, others))}, but the tokenizer's is "
+                f"{normalization}. Make them anew with voxelize.py --normalization {normalization}."
+            )
+        said = values["up_axis"] - {None}
+        if said and common_setting(said | {up_axis}) is None:
+            notes.append(
+                f"{root}: its grids were made with up_axis {' and '.join(sorted(filter(None, said)))}, but the "
+                f"tokenizer's is {up_axis}, so other axes may be up in them than in those it was trained on"
+            )
+    return notes
 
 
 def _compare_normalizations(settings: dict[str, Settings]) -> list[str]:

@@ -5,12 +5,12 @@ The grid divides the cube [-0.5, 0.5)^3 and is z-up.
 Which axis is up is a property of a mesh file. A setting `up_axis` says how to find it:
 
     auto  what the file or the specification of its format says (glTF y, COLLADA and 3MF as the file says, STL z).
-          A format that says nothing (OBJ, PLY, OFF, VTK) is taken as "keep"
+          A format that says nothing (OBJ, PLY, OFF, VTK) is taken as "keep", or with normalization "shapellm" as y-up
     y, z  every file has this axis up, whatever it says itself
     keep  the axes stay as they are, without saying what they are
 
 Files are written with the axes that the same setting would find in them, so under "auto" a GLB is y-up and an STL z-up,
-and OBJ and PLY have the axes of the grid.
+and OBJ and PLY have the axes of the grid, or with normalization "shapellm" are y-up.
 
 `normalization` says how the mesh is scaled into the cube: "cube" and "shapellm" as the functions below do, None not at
 all.
@@ -50,10 +50,9 @@ def axis_of_file(up_axis: str, said: Literal["y", "z"] | None, normalization: st
     said: the axis that the file or its format says is up, None if neither does.
     normalization: "shapellm" takes files that say nothing as y-up, as ShapeLLM-Omni takes all files.
     """
-    if up_axis in ("y", "z"):
-        return "y" if up_axis == "y" else "z"
-    unknown: Axis = "y" if normalization == "shapellm" else "keep"
-    return (said or unknown) if up_axis == "auto" else unknown
+    if up_axis == "auto":
+        return said or ("y" if normalization == "shapellm" else "keep")
+    return "y" if up_axis == "y" else "z" if up_axis == "z" else "keep"
 
 
 def axis_to_write(up_axis: str, suffix: str, normalization: str | None) -> Axis:

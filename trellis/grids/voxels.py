@@ -60,14 +60,15 @@ def read_ply(path: str | os.PathLike) -> np.ndarray:
 def has_faces(path: str | os.PathLike) -> bool:
     """Return whether a PLY file is a mesh: its header declares faces. Otherwise it holds points.
 
+    A file whose header does not end counts as a mesh, since only a mesh's reader has a word for every damaged file.
     Raise DataError if the file cannot be read.
     """
     try:
         with open(path, "rb") as file:
-            header = file.read(HEADER_LIMIT).partition(b"end_header")[0]
+            header, end, _ = file.read(HEADER_LIMIT).partition(b"end_header")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    return any(int(count) > 0 for count in FACES.findall(header))
+    return not end or any(int(count) > 0 for count in FACES.findall(header))
 
 
 def _check_counts(head: bytes, size: int) -> None:

@@ -9,7 +9,7 @@ from dash import Dash, set_props
 from flask import Response, abort, request
 from plotly.io.json import to_json_plotly
 
-from ..grids.placing import UP_AXES
+from ..grids.placing import check_settings
 from ..utils.errors import DataError, UserError
 from .backend import Backend
 from .callbacks import add_callbacks
@@ -87,12 +87,12 @@ def add_uploads(app: Dash, backend: Backend, opener: Opener) -> None:
                 raise DataError("uploads come from the viewer's own page")
             name, up_axis = request.args.get("name", ""), request.args.get("up_axis", "")
             suffix = check_name(name)
-            if up_axis not in UP_AXES:
-                raise DataError(f"up_axis {up_axis!r}: must be one of {', '.join(UP_AXES)}")
-            if not request.content_length or request.content_length > MAX_BYTES:
+            check_settings(up_axis, backend.tokenizer.normalization)
+            size = request.content_length or 0
+            if not 0 < size <= MAX_BYTES:
+                remedy = "Simplify the mesh" if size else "Export it again"
                 raise DataError(
-                    f"{name}: has {request.content_length or 0:,} bytes; it must have some, and at most "
-                    f"{MAX_BYTES // 2**20} MiB. Simplify the mesh"
+                    f"{name}: has {size:,} bytes; it must have some, and at most {MAX_BYTES // 2**20} MiB. {remedy}"
                 )
             with tempfile.TemporaryDirectory(prefix="viewer-") as folder:
                 path = Path(folder, f"upload{suffix}")

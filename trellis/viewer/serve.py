@@ -5,9 +5,14 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..utils.command import pick_device
 from ..utils.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from ..datasets.sparse_structure import SparseStructure
+    from ..tokenizer import SparseStructureTokenizer
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -65,20 +70,30 @@ def build(args: argparse.Namespace):
     else:
         tokenizer = SparseStructureTokenizer.load(args.tokenizer)
     tokenizer = tokenizer.to(device)
-    dataset = open_data(args, tokenizer.resolution)
+    dataset = open_data(args, tokenizer)
     name = Path(args.run or args.tokenizer)
     backend = Backend(tokenizer, dataset, Path(args.run) if args.run else None, "/".join(name.parts[-2:]))
     usage, opener = UsageCounter(backend), Opener()
     return create_app(backend, usage, opener, args.host), usage, opener
 
 
-def open_data(args: argparse.Namespace, resolution: int):
-    """Return the data of --data_dir, or else the run's if they still exist; None without either."""
+def open_data(args: argparse.Namespace, tokenizer: "SparseStructureTokenizer") -> "SparseStructure | None":
+    """Return the data of --data_dir, or else the run's if they still exist; None without either.
+
+    Print notes on roots of --data_dir that differ from one another or from the tokenizer's settings.
+    Raise DataError if --data_dir cannot be read, or has grids of another normalization.
+    """
+    from ..datasets.metadata import compare_with_tokenizer
     from ..datasets.sparse_structure import SparseStructure
     from ..runs.open import open_run
 
+    resolution = tokenizer.resolution
     if args.data_dir:
-        return SparseStructure(args.data_dir, resolution=resolution, split="all")
+        dataset = SparseStructure(args.data_dir, resolution=resolution, split="all")
+        differing = compare_with_tokenizer(dataset.settings, tokenizer.up_axis, tokenizer.normalization)
+        for note in (*dataset.notes, *differing):
+            print(f"note: {note}", file=sys.stderr)
+        return dataset
     if not args.run:
         return None
     data_dir = open_run(args.run, flag="--run").data_dir

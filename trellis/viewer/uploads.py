@@ -3,8 +3,6 @@
 A damaged file may make a parser hang, crash or fill the memory, and none of that may reach the server.
 """
 
-import json
-import re
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +12,12 @@ import numpy as np
 from ..grids.mesh_pool import MeshPool
 from ..grids.meshes import MESH_SUFFIXES, load_mesh, voxelize_geometry
 from ..grids.placing import Axis, axis_of_file, place_vertices
+from ..grids.readers.gltf_file import open_file
 from ..grids.voxels import has_faces, points_to_voxels, read_ply
 from ..utils.errors import DataError
 
-# Formats whose parsers open no other file, or of which `check_content` can tell: not archives, nor lists of files.
+# Formats whose readers open no other file, or of which `check_content` can tell: not archives, nor lists of files.
+# Those of XML read no external entities.
 SAFE = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae", ".3mf", ".vtk", ".vtp")
 UPLOAD_SUFFIXES = tuple(suffix for suffix in MESH_SUFFIXES if suffix in SAFE)
 MAX_BYTES = 64 * 2**20
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
     mesh: ShownMesh | None  # None for a file of voxels
     voxels: np.ndarray | None  # [N, 3] int64, the occupied voxels, which may repeat; None if not asked for
-    axis: Axis | None  # how the file's axes were taken; "keep" too where that was not as the file says
+    axis: Axis | None  # how a mesh of the grid gets the file's axes back; None for a file of voxels
     notes: tuple[str, ...]  # what the visitor should know of the file, see `grids.geometry`
 
 
@@ -54,35 +54,12 @@ def check_name(name: str) -> str:
 
 
 def check_content(path: Path) -> None:
-    """Raise DataError for an upload that would make its parser open other files of this machine."""
-    suffix = path.suffix.lower()
-    if suffix in (".glb", ".gltf"):
-        others = [uri for uri in _gltf_uris(path) if not uri.startswith("data:")]
-        if others:
-            raise DataError(f"keeps its geometry in another file, {others[0]!r:.80}. Export it as .glb, all in one")
-    elif suffix == ".dae":
-        content = path.read_bytes()
-        # An archive or another encoding could hide what is looked for here.
-        plain = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<" and b"\0" not in content
-        if not plain or re.search(rb"<!(DOCTYPE|ENTITY)|encoding\s*=\s*[\"'](?!utf-8)", content, re.IGNORECASE):
-            raise DataError("is not plain UTF-8 XML without a document type. Export it anew, or as .glb")
-
-
-def _gltf_uris(path: Path) -> list[str]:
-    """Return where a glTF file keeps its buffers, if not in itself. Raise DataError if its JSON is damaged."""
-    content = path.read_bytes()
-    if content[:4] == b"glTF":
-        if content[16:20] != b"JSON":
-            raise DataError("cannot be read: its first chunk is not JSON")
-        content = content[20 : 20 + int.from_bytes(content[12:16], "little")]
-    try:
-        tree = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"cannot be read: its JSON is damaged ({' '.join(str(error).split())[:200]})") from error
-    buffers = tree.get("buffers", []) if isinstance(tree, dict) else None
-    if not isinstance(buffers, list) or not all(isinstance(item, dict) for item in buffers):
-        raise DataError("cannot be read: its JSON has no list of buffers")
-    return [str(item["uri"]) for item in buffers if item.get("uri") is not None]
+    """Raise DataError for an upload that would make its reader open other files of this machine, or a damaged glTF."""
+    if path.suffix.lower() in (".glb", ".gltf"):
+        for buffer in open_file(path).tree.items("buffers"):
+            uri = buffer.text("uri", "data:")
+            if not uri.startswith("data:"):
+                raise DataError(f"keeps its geometry in another file, {uri!r:.80}. Export it as .glb, all in one")
 
 
 def open_shape(path: Path, resolution: int, up_axis: str, normalization: str | None, voxelize: bool) -> Shape:
@@ -95,13 +72,19 @@ def open_shape(path: Path, resolution: int, up_axis: str, normalization: str | N
     if voxelize:
         check_content(path)
     if path.suffix.lower() == ".ply" and not has_faces(path):
-        return Shape(None, points_to_voxels(read_ply(path), resolution, name=path.name), None, ())
+        voxels = points_to_voxels(read_ply(path), resolution, name=path.name) if voxelize else None
+        return Shape(None, voxels, None, ())
     geometry = load_mesh(path)
     made = voxelize_geometry(geometry, resolution, up_axis, normalization) if voxelize else None
     said = geometry.up or geometry.usual_up
     axis = axis_of_file(up_axis, said, normalization)
-    # A visitor may say that a y-up file is z-up. It comes down as it came.
-    back: Axis = "keep" if axis == "z" and said == "y" else axis
+    # A visitor may say that a y-up file is z-up: it comes down as it came. Of a z-up file whose axes are left as they
+    # are, the grid is z-up.
+    back: Axis = axis
+    if said == "y" and axis == "z":
+        back = "keep"
+    elif said == "z" and axis == "keep":
+        back = "z"
     placed, shown = simplified(place_vertices(geometry.vertices, axis, normalization), geometry.faces)
     mesh = ShownMesh(((placed + 0.5) * resolution).astype(np.float32), shown.astype(np.int32), len(geometry.faces))
     return Shape(mesh, made.voxels if made else None, back, made.notes if made else geometry.notes)

@@ -476,6 +476,18 @@ def test_roots_that_may_have_other_axes_up_are_named_in_the_summary(axes, noted,
         assert data.summary().count("note: grids may have different axes up") == noted
 
 
+def test_solid_grids_beside_surfaces_are_named_in_the_summary(tmp_path):
+    for first, second in (
+        *both_kinds(tmp_path / "a", "fill", ("solid", "")),
+        *both_kinds(tmp_path / "b", "fill", ("solid", None)),
+    ):
+        data = SparseStructure(f"{first},{second}", resolution=R, split="all")
+        assert f"grids of {first} are solid, and those of {second} surfaces: a model learns both" in data.notes
+        assert SparseStructure(str(first), resolution=R, split="all").settings[str(first)]["fill"] == {"solid"}
+    alike = both_kinds(tmp_path / "c", "fill", (None, ""))[1]
+    assert "solid" not in SparseStructure(",".join(map(str, alike)), resolution=R, split="all").summary()
+
+
 def test_roots_of_different_resolution_are_refused_with_both_names(tmp_path):
     grids = np.random.default_rng(3).random((2, 2 * R, 2 * R, 2 * R)) < 0.3
     fits = packed_root(tmp_path / "fits.npz", random_grids(2))

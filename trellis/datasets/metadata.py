@@ -26,7 +26,7 @@ SPLITS = ("train", "val")
 Split = Literal["train", "val", "all"]
 VAL_FRACTION = 0.05
 NAME_COLUMNS = ("name", "file", "file_identifier")  # packed files, voxelize.py, TRELLIS
-SETTINGS = ("up_axis", "normalization")
+SETTINGS = ("up_axis", "normalization", "fill")
 Settings = dict[str, set[str | None]]  # {one of SETTINGS: values that objects have; None: some do not say}
 TEXT_COLUMNS = ("sha256", "source", "split", *NAME_COLUMNS)
 
@@ -71,12 +71,14 @@ def settings_of_rows(metadata: "DataFrame", name: str) -> set[str | None]:
 
     metadata: rows of objects with grids; `attrs["path"]` says whether they come from metadata.csv. There blanks are
         ignored if other rows say something: all grids of such a folder share their settings. Without any
-        normalization it is "cube", the only one when folders did not say.
+        normalization it is "cube", the only one when folders did not say. A blank `fill` is "surface" everywhere.
     """
     values: set[str | None] = {None} if len(metadata) else set()
     if name in metadata:
         column = metadata[name].astype(object)
         values = {str(value) if value else None for value in column.where(column.notna(), None)}
+    if name == "fill":
+        return {value or "surface" for value in values}
     if Path(metadata.attrs["path"]).name != "metadata.csv":
         return values
     if values == {None} and name == "normalization":
@@ -96,6 +98,8 @@ def settings_of_data(roots: Iterable[str | os.PathLike], name: str) -> dict[str 
         for path in packed if all(map(Path.is_file, packed)) else ():
             texts = load_text(path, name)
             values |= {None} if texts is None else {text or None for text in texts}
+            if name == "fill":
+                values = {value or "surface" for value in values}
         if not packed and (root / "metadata.csv").is_file():
             metadata = read_metadata(str(root))
             if "voxelized" in metadata:
@@ -132,7 +136,7 @@ def compare_settings(settings: dict[str, Settings]) -> list[str]:
     settings: of each root that is used.
     Raise DataError for grids of several normalizations.
     """
-    return [*_compare_normalizations(settings), *_compare_axes(settings)]
+    return [*_compare_normalizations(settings), *_compare_axes(settings), *_compare_fills(settings)]
 
 
 def compare_with_tokenizer(settings: dict[str, Settings], up_axis: str, normalization: str) -> list[str]:
@@ -176,6 +180,14 @@ def _compare_normalizations(settings: dict[str, Settings]) -> list[str]:
     if said and silent:
         [(value, root)] = said.items()
         return [f"{silent[0]} does not say how its grids were normalized; those of {root} are normalized as {value}"]
+    return []
+
+
+def _compare_fills(settings: dict[str, Settings]) -> list[str]:
+    solid = [root for root, values in settings.items() if "solid" in values["fill"]]
+    hollow = [root for root, values in settings.items() if "surface" in values["fill"]]
+    if solid and hollow:
+        return [f"grids of {solid[0]} are solid, and those of {hollow[0]} surfaces: a model learns both"]
     return []
 
 

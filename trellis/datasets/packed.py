@@ -12,6 +12,7 @@ Arrays of a file with N grids of resolution R, an even number, so that R^3 divid
     up_axis        text [N], optional: how mesh files were turned, see grids.placing
     normalization  text [N], optional: how meshes were scaled, see grids.placing
     mm_per_cell    text [N], optional: edge of a voxel in mm, of objects of scans
+    fill           text [N], optional: "solid" if the inside is occupied too; blank: "surface"
     frame          text [N], optional: where an object's grid lies in its scan, JSON, see grids.volumes.Frame
     format         integer, optional: the format; default: 1
 
@@ -33,7 +34,7 @@ from ..utils.files import atomic_write
 from ..utils.formats import check_version
 
 FORMAT_VERSION = 1
-TEXT_ARRAYS = ("name", "source", "sha256", "split", "up_axis", "normalization", "mm_per_cell", "frame")
+TEXT_ARRAYS = ("name", "source", "sha256", "split", "up_axis", "normalization", "fill", "mm_per_cell", "frame")
 
 
 def load_packed(path: Path) -> dict[str, np.ndarray]:

@@ -143,5 +143,5 @@ def _objects(path: Path, sha256: str, settings: Settings) -> tuple[list[tuple[np
         key = _digest(sha256, sorted(item.labels), part) if item.name else sha256
         edge, frame = (f"{item.frame.mm_per_cell:.9g}", item.frame.to_json()) if item.frame else ("", "")
         made = Made(item.name, key, len(item.voxels), axis, (*item.notes, *notes), edge, frame)
-        grids.append((item.voxels, made))
+        grids.append((item.voxels.astype(np.uint16), made))  # a scan may have thousands
     return grids, tuple(missing)

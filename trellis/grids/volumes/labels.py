@@ -17,6 +17,8 @@ from .volume import Volume, require
 
 MIN_VOXELS = 27  # of the scan, 3^3; less has no shape
 MOST_UNLISTED = 1000  # values that no table names; more are an image's
+MANY_UNLISTED = 100  # from here on neighbors must be alike for a label map
+MASK_VALUES = (1, 255)  # of masks of one organ
 LARGEST_RANGE = 1 << 20  # labels that are counted by a table; those farther apart are sorted
 SIDES = (("left", "right"), ("back", "front"), ("bottom", "top"))  # low and high end of x, y, z
 
@@ -117,21 +119,25 @@ def _entry(source: str, key: str, value: object) -> tuple[str, tuple[int, ...]]:
     return name.strip(), tuple(labels)
 
 
-def objects_of(volume: Volume, labels: Labels | None, components: bool) -> Iterator[LabelObject | LeftOut]:
+def objects_of(
+    volume: Volume, labels: Labels | None, components: bool, file_name: str = ""
+) -> Iterator[LabelObject | LeftOut]:
     """Yield each object of a scan, or why it is left out: the scan lacks it, or it has fewer than MIN_VOXELS voxels.
 
     labels: what to take. None takes every label but 0, with the name that the file gives it, else its number. Of the
         tables in `label_names`, which name all that a body may have, what a scan lacks is passed over.
     components: take each connected part by itself (26 neighbors: voxels that share a corner are connected), as
         "liver_1", "liver_2" …, the largest first.
+    file_name: without its suffix. A mask, which has no label but 1 or 255 and no names of its own, is the object that
+        its file is named after, such as TotalSegmentator's liver.nii.gz: without labels always, else if they name it.
     An object that reaches the border of the scan may be cut off: a note says on which side.
-    Raise DataError if the scan has no label, or so many that it is an image.
+    Raise DataError if the scan has no label, or so many that it is an image, or is a mask of an object not asked for.
     """
     boxes = [_boxes(layer) for layer in volume.layers]
     present = sorted(set().union(*boxes))
     listed = {label for group in labels.groups.values() for label in group} if labels else set(volume.names)
     unlisted = [label for label in present if label not in listed]
-    if len(unlisted) > MOST_UNLISTED:
+    if len(unlisted) > MOST_UNLISTED or len(unlisted) > MANY_UNLISTED and not any(map(_is_patchy, volume.layers)):
         raise DataError(
             f"has {len(present)} values, from {present[0]} to {present[-1]}: an image, not a label map. If it is one, "
             "name its labels with --labels"
@@ -139,6 +145,10 @@ def objects_of(volume: Volume, labels: Labels | None, components: bool) -> Itera
     if not present:
         raise DataError("has no label: every voxel is 0")
     groups = labels.groups if labels else _default_groups(volume, unlisted)
+    if len(present) == 1 and present[0] in MASK_VALUES and not volume.names and file_name:
+        name = _name_of_mask(file_name, present[0], labels)
+        if name:
+            groups, labels = {name: (present[0],)}, None
     if labels and not any(label in listed for label in present):
         raise DataError(f"has the labels {_some(present)}, none of which {labels.source} names")
     for name, group in groups.items():
@@ -156,6 +166,41 @@ def objects_of(volume: Volume, labels: Labels | None, components: bool) -> Itera
     if labels and unlisted:
         names = [volume.names.get(label, str(label)) for label in unlisted]
         yield LeftOut(f"labels {_some(names)}", f"are not in {labels.source}")
+
+
+def _name_of_mask(file_name: str, value: int, labels: Labels | None) -> str | None:
+    """Return the object that a mask is by the name of its file, None if its value says which.
+
+    Raise DataError if the file has the name of an organ that is not asked for, or if neither says for sure.
+    """
+    if labels is None:
+        return file_name
+    asked = {name.casefold(): name for name in labels.groups}
+    known = {name for table in TABLES.values() for name in table.values()}
+    name = file_name.casefold()
+    if name not in asked and name in known:
+        raise DataError(f"is a mask of {name} by its name, which {labels.source} does not name")
+    if name not in asked and labels.source in TABLES and value in TABLES[labels.source]:
+        called = TABLES[labels.source][value]
+        raise DataError(
+            f"has no label but {value}, so it may be a mask of any organ, or {called} as {labels.source} numbers it. "
+            f'Name the file after its organ, or give --labels a JSON file such as {{"{called}": {value}}}'
+        )
+    return asked.get(name)
+
+
+def _is_patchy(layer: np.ndarray) -> bool:
+    """Return whether most neighbors along an axis are equal, as in a label map, where neither is 0."""
+    for axis in range(3):
+        turned = np.moveaxis(layer, axis, 0)
+        both = equal = 0
+        for one, other in zip(turned[:-1], turned[1:], strict=True):
+            inside = (one != 0) & (other != 0)
+            both += int(np.count_nonzero(inside))
+            equal += int(np.count_nonzero(inside & (one == other)))
+        if 2 * equal > both:
+            return True
+    return False
 
 
 def _default_groups(volume: Volume, unlisted: list[int]) -> dict[str, tuple[int, ...]]:

@@ -89,7 +89,7 @@ def _read_nifti(path: Path) -> Volume:
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     with gzip.open(path) if packed else open(path, "rb") as stream:
-        start = stream.read(348)
+        start = stream.read(540)
         stream.seek(0)
         if start[344:347] == b"ni1":
             raise DataError("is a NIfTI header without its voxels (.hdr and .img): save it as .nii.gz")
@@ -99,12 +99,17 @@ def _read_nifti(path: Path) -> Volume:
         image = kind.from_stream(stream)
         header = image.header
         dtype = header.get_data_dtype()
-        check_size(header.get_data_shape(), dtype.itemsize, path.stat().st_size * (DEFLATE_RATIO if packed else 1))
-        stored = image.dataobj  # nibabel clears the header's own slope and intercept
+        stored = image.dataobj  # nibabel clears the header's own offset, slope and intercept
+        there = path.stat().st_size
+        there = there * DEFLATE_RATIO if packed else there - stored.offset
+        check_size(header.get_data_shape(), dtype.itemsize, there)
         labels = as_labels(as_volume_shape(stored.get_unscaled()), float(stored.slope), float(stored.inter))
         while stream.read(1 << 20):  # to the end, where gzip has its checksum
             pass
     affine, notes = _nifti_affine(header)
+    given = kind.header_class(start[: kind.header_class.sizeof_hdr], check=False)["pixdim"][1:4]
+    if header["sform_code"] <= 0 and not (given > 0).all():  # nibabel mends these
+        notes.append(f"says that its voxels are {times(given)} large: signs are ignored, and 0 is taken as 1")
     names, name_notes = _nifti_names(header)
     return Volume((labels,), check_affine(affine), names, (*notes, *name_notes))
 

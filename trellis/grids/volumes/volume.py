@@ -1,7 +1,9 @@
 """A scan's labels in memory, and the checks that all its readers share."""
 
 import errno
+import gzip
 import importlib
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -71,6 +73,8 @@ def reasons() -> Iterator[None]:
     except Exception as error:  # parsers raise anything
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to a false place
             raise
+        if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
+            raise DataError(f"is truncated or damaged: its compressed voxels cannot be unpacked ({error})") from error
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"cannot be read ({type(error).__name__}: {reason})") from error
 

@@ -12,7 +12,7 @@ from trellis.grids.mesh_pool import MeshPool
 from trellis.utils.errors import DataError
 
 from . import report
-from .inputs import Found
+from .inputs import Found, printable
 from .work import Outcome, Settings, make_grids
 
 SAMPLES = 12
@@ -70,9 +70,11 @@ def dry_run(
     )
     about = f"about {report.duration(seconds)} with {workers} workers and {report.size(disk)} of disk"
     lines.append(f"{len(new)} to do: {about}, by {len(samples)} of them, of all sizes, that were tried")
-    reasons = [(str(sample.path), str(sample.outcome)) for sample in samples if isinstance(sample.outcome, DataError)]
+    reasons = [
+        (printable(sample.path), str(sample.outcome)) for sample in samples if isinstance(sample.outcome, DataError)
+    ]
     lines += [f"of those tried, would be left out: {line}" for line in report.by_kind(reasons)]
-    notes = [(str(sample.path), note) for sample, outcome in good for made in outcome.made for note in made.notes]
+    notes = [(printable(sample.path), note) for sample, outcome in good for made in outcome.made for note in made.notes]
     lines += [f"of those tried, noted: {line}" for line in report.by_kind(notes)]
     return lines
 

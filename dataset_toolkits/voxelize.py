@@ -14,7 +14,7 @@ beside the renders, or in --output_dir.
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Container
 from pathlib import Path
 
 from tqdm import tqdm
@@ -171,11 +171,10 @@ class Run:
         for job in self.done:
             for sha256 in self._grids_of(job):
                 recorded = self.known.grids[sha256].get("file", "")
-                file, _, part = (recorded, "", "") if recorded in self.plan.listing else recorded.rpartition("#")
+                file = _file_of(recorded, self.plan.listing)
                 if file in self.plan.listing and job.names[0] < file:
-                    self.record_file.write(
-                        "named", sha256=sha256, file=f"{job.names[0]}#{part}" if part else job.names[0]
-                    )
+                    part = recorded.removeprefix(file)
+                    self.record_file.write("named", sha256=sha256, file=job.names[0] + part)
 
     def _forget(self, done: set[str]) -> None:
         """Clear the recorded reasons of files that are done or gone. Those that are tried anew get new ones."""
@@ -185,7 +184,7 @@ class Run:
         finished = {name for job in self.done for name in job.names}
         volumes = {name for job in self.done if is_volume(job.path) for name in job.names}
         for name, row in self.failed_before.items():
-            file = name if name in self.plan.listing else name.rpartition("#")[0] or name
+            file = _file_of(name, self.plan.listing)
             if file in volumes and file != name:  # an object that a finished volume does not give
                 self.left_out.append((name, row["reason"]))
             elif file in finished or (
@@ -220,7 +219,7 @@ class Run:
             self.finished.add(job.sha256)
             self.notes += [(name, note) for note in made.notes]
         for name in self.failed_before:
-            if name not in reasons and (name in job.names or name.rpartition("#")[0] in job.names):
+            if name not in reasons and _file_of(name, job.names) in job.names:
                 self.record_file.write("cleared", file=name)
         for name, (sha256, reason) in reasons.items():
             self._fail(name, reason, sha256)
@@ -249,6 +248,17 @@ class Run:
         if other:
             table = self.root / "metadata.csv"
             print(f"  {other} of those done already belong to another split in {table}, and stay there")
+
+
+def _file_of(name: str, files: Container[str]) -> str:
+    """Return the file of a recorded name, which is that of a file or FILE#OBJECT; both may have a # in them.
+
+    Return the name itself if it is of none of these files.
+    """
+    file = name
+    while file and file not in files:
+        file = file.rpartition("#")[0]
+    return file or name
 
 
 def _is_below(name: str, folder: str) -> bool:
@@ -303,8 +313,7 @@ def print_dry_run(
             {name: path for name, path in found.files.items() if name in share},
             {name: reason for name, reason in found.left_out.items() if name in share},
         )
-    names: Iterable[str] = (row.get("file", "") for row in known.grids.values())
-    done = {part for name in names for part in (name, name.rpartition("#")[0])}
+    done = {_file_of(row.get("file", ""), found.files) for row in known.grids.values()}
     workers = min(args.max_workers, len(found.files))
     memory = memory_limit(args.memory, workers)
     print(f"{root}: dry run, nothing is written")

@@ -135,13 +135,14 @@ def _objects(path: Path, sha256: str, settings: Settings) -> tuple[list[tuple[np
     for item in grids_of_file(
         path, settings.resolution, settings.labels, settings.components, settings.fill, axis == "y"
     ):
+        name = " ".join(item.name.split())  # one line, as records are
         if isinstance(item, LeftOut):
-            missing.append(Missing(item.name, _digest(sha256, item.name), item.reason))
+            missing.append(Missing(name, _digest(sha256, name), item.reason))
             continue
         places[item.labels] = places.get(item.labels, 0) + 1
         part = places[item.labels] if settings.components else "whole"
         key = _digest(sha256, sorted(item.labels), part) if item.name else sha256
         edge, frame = (f"{item.frame.mm_per_cell:.9g}", item.frame.to_json()) if item.frame else ("", "")
-        made = Made(item.name, key, len(item.voxels), axis, (*item.notes, *notes), edge, frame)
+        made = Made(name, key, len(item.voxels), axis, (*item.notes, *notes), edge, frame)
         grids.append((item.voxels.astype(np.uint16), made))  # a scan may have thousands
     return grids, tuple(missing)

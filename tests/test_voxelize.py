@@ -776,6 +776,48 @@ def test_a_scan_gives_a_grid_for_each_organ(tmp_path, serial, capsys, monkeypatc
     }
 
 
+def test_names_of_files_and_organs_may_be_any_text(tmp_path, serial, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    write_scan(Path("in", "case#1.nii.gz"))
+    Path("labels.json").write_text('{"lesion #1": 1, "left\\nkidney": 2, "gone #3": 9, "tiny\\n#5": 5}')
+    args = "--input", "in", "--output_dir", "out", "--labels", "labels.json"
+    assert run(*args) == 0
+    assert {row["file"] for row in table(Path("out/metadata.csv"))} == {
+        "in/case#1.nii.gz#lesion #1", "in/case#1.nii.gz#left kidney"
+    }  # fmt: skip
+    failed = {row["file"] for row in table(Path("out/failed.csv"))}
+    assert failed == {"in/case#1.nii.gz#gone #3", "in/case#1.nii.gz#tiny #5"}
+    before = tree(Path("out"))
+    assert run(*args) == 0 and len(serial) == 1 and tree(Path("out")) == before
+    capsys.readouterr()
+    assert run(*args, "--dry_run") == 0 and "nothing to do" in capsys.readouterr().out
+    Path("in/a#b.nii.gz").write_bytes(Path("in/case#1.nii.gz").read_bytes())
+    assert run(*args) == 0 and len(serial) == 1
+    assert {row["file"] for row in table(Path("out/metadata.csv"))} == {
+        "in/a#b.nii.gz#lesion #1", "in/a#b.nii.gz#left kidney"
+    }  # fmt: skip
+
+
+def test_masks_of_one_organ_each_have_its_name(tmp_path, serial, monkeypatch):
+    nibabel = pytest.importorskip("nibabel")
+    monkeypatch.chdir(tmp_path)
+    for case, edge in (("s1", 8), ("s2", 9)):
+        Path("in", case).mkdir(parents=True)
+        for place, organ in enumerate(("liver", "spleen", "brain")):
+            mask = np.zeros((24, 20, 16), np.uint8)
+            mask[2 : 2 + edge, 2 : 6 + place, 3:9] = organ != "brain"
+            nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), Path("in", case, f"{organ}.nii.gz"))
+    Path("labels.json").write_text('{"spleen": 1, "liver": 5}')
+    found = {f"in/{case}/{organ}.nii.gz#{organ}" for case in ("s1", "s2") for organ in ("liver", "spleen")}
+    for labels in ((), ("--labels", "totalsegmentator"), ("--labels", "labels.json")):
+        out = Path(f"out{'_'.join(labels)}")
+        assert run("--input", "in", "--output_dir", out, *labels) == 0
+        assert {row["file"] for row in table(out / "metadata.csv")} == found
+        reasons = {row["file"]: row["reason"] for row in table(out / "failed.csv")}
+        assert reasons == {f"in/{case}/brain.nii.gz": "has no label: every voxel is 0" for case in ("s1", "s2")}
+
+
 def test_parts_of_an_organ_and_solids(tmp_path, serial, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_scan(Path("case.nii"))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from dataset_toolkits import estimate, inputs, records, report
 from dataset_toolkits.claim import claimed
 from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_renders
-from dataset_toolkits.work import Outcome, Settings, input_key, is_volume, make_grids
+from dataset_toolkits.work import Outcome, Settings, input_key, is_volume, make_grids, time_factor
 from trellis.grids import placing
 from trellis.grids.mesh_pool import run_in_pool
 from trellis.utils.command import available_cores, available_memory, run_command
@@ -33,7 +33,6 @@ from trellis.utils.files import remove_leftovers
 
 INTERRUPTED = "interrupted: run the same command again to go on"
 FILLS = ("surface", "solid")
-VOLUME_TIME = 10  # time limits of a mesh: a scan has many organs
 LEAST_MEMORY = 2  # GiB of a worker
 
 
@@ -154,9 +153,10 @@ class Run:
                 bar.update()
 
             try:
-                for jobs, timeout in ((others, self.args.timeout), (volumes, VOLUME_TIME * self.args.timeout)):
+                for jobs in (others, volumes):
                     tasks = ((job.path, job.sha256, self.root / "voxels", self.settings) for job in jobs)
                     if jobs:
+                        timeout = self.args.timeout * time_factor(jobs[0].path)
                         run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
             except KeyboardInterrupt:
                 return 130

@@ -15,6 +15,8 @@ from trellis.utils.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from trellis.grids.volumes import Labels
 
+VOLUME_TIME = 10  # time limits of a mesh: a scan has many organs
+
 
 class Settings(NamedTuple):
     """How files become grids.
@@ -71,6 +73,11 @@ def is_volume(path: Path) -> bool:
     """Return whether a file is a volume by its name, which may hold several objects."""
     found = reader_of(path)
     return found is not None and found.kind == "volume"
+
+
+def time_factor(path: Path) -> int:
+    """Return how many times the time limit of a mesh a file may take."""
+    return VOLUME_TIME if is_volume(path) else 1
 
 
 def input_key(sha256: str, settings: Settings) -> str:

@@ -20,7 +20,7 @@ from helpers import BROKEN, ROOT, cells_met, table, tetrahedron
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("numba")
 
-from dataset_toolkits import build_metadata, records, report, voxelize, work  # noqa: E402
+from dataset_toolkits import build_metadata, estimate, inputs, records, report, voxelize, work  # noqa: E402
 from trellis.grids import meshes  # noqa: E402
 from trellis.grids.volumes import Frame  # noqa: E402
 from trellis.grids.voxels import points_to_occupancy, points_to_voxels, read_ply  # noqa: E402
@@ -703,6 +703,33 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_would_do(mixed_input, caps
     assert tree(mixed_input / "done") == before
     assert voxelize.main([*command, "--up_axis", "z"]) == 1  # it would be refused
     assert "would hold grids made with" in capsys.readouterr().err
+
+
+def timed(path: Path, settings: object) -> tuple[float, work.Outcome]:
+    """Stands for estimate._timed in a worker: a file takes as many seconds as it says, and with 0 the worker dies."""
+    seconds = float(path.read_text())
+    time.sleep(seconds)
+    if seconds == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return seconds, work.Outcome((work.Made("", estimate.NO_SHA256, 100, "z", ()),))
+
+
+def test_a_dry_run_counts_what_it_had_no_time_for_by_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "_timed", timed)
+    monkeypatch.setattr(estimate, "SAMPLE_SECONDS", 1.0)
+    files = {}
+    for name, text in (("a.stl", "0.1"), ("b.stl", "0.2" + " " * 7), ("c.nii", "60" + " " * 18)):
+        files[name] = tmp_path / name
+        files[name].write_text(text)
+    found = inputs.Found(files, {})
+    lines = estimate.dry_run(found, set(), work.Settings(16, "auto", "cube"), 1, 60, None)
+    assert lines[-1] == (
+        "3 to do: about 0.7 s with 1 workers and 3.99 KB of disk, by 2 of them that were tried, and by the size of 1 "
+        "that took too long"
+    )
+    files["c.nii"].write_text("0" + " " * 19)
+    lines = estimate.dry_run(found, set(), work.Settings(16, "auto", "cube"), 1, 60, None)
+    assert lines[-1].startswith("of those tried, would be tried once more, alone: ") and "c.nii: its proc" in lines[-1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not limit memory")

@@ -803,6 +803,26 @@ def test_a_scan_gives_a_grid_for_each_organ(tmp_path, serial, capsys, monkeypatc
     }
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_names_with_line_breaks_stay_one_line(tmp_path, serial, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for place, character in enumerate("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"):
+        Path("in", f"bad{character}{place}.obj").write_text("v 0 0 0")
+        tetrahedron(1 + place / 4).export(Path("in", f"good{character}{place}.off"))
+        assert inputs.printable(Path(f"a{character}b")) == f"a{character.encode('unicode_escape').decode()}b"
+    args = "--input", "in", "--output_dir", "out"
+    assert run(*args) == 0
+    before = tree(Path("out"))
+    assert len(table(Path("out/failed.csv"))) == len(table(Path("out/metadata.csv"))) == 10
+    assert run(*args) == 0 and tree(Path("out")) == before
+    shutil.rmtree("in")
+    tetrahedron(9).export("in.off")
+    Path("in").mkdir()
+    Path("in.off").rename("in/one.off")
+    assert run(*args) == 0 and not Path("out/failed.csv").exists()
+
+
 def test_names_of_files_and_organs_may_be_any_text(tmp_path, serial, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("in").mkdir()

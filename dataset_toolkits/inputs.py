@@ -24,8 +24,8 @@ KINDS = (  # of what is no regular file
 LINE_BREAK = re.compile("[\\n\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")  # all that str.splitlines knows
 # Headers whose data lie in a second file. All scans of one machine may have the same header.
 DATA_FILE = {
-    ".mhd": re.compile(rb"^ElementDataFile\s*=\s*(?!LOCAL|LIST)(\S[^\r\n]*)", re.MULTILINE),
-    ".nhdr": re.compile(rb"^data ?file:\s*(?!LIST)(\S[^\r\n]*)", re.MULTILINE),
+    ".mhd": re.compile(rb"^[ \t]*ElementDataFile[ \t]*=[ \t]*(?!(?:LOCAL|LIST)\s*$)(\S[^\r\n]*)", re.M),
+    ".nhdr": re.compile(rb"^data ?file:[ \t]*(?!LIST(?:\s|$))(\S[^\r\n]*)", re.M | re.I),
 }
 
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -369,6 +370,16 @@ def test_every_type_of_nrrd_has_its_name():
     assert len(types) > 30 and {name: _nrrd_type(name) for name in types} == types
     with pytest.raises(DataError, match="the type 'block'"):
         _nrrd_type("block")
+
+
+def test_names_of_nrrd_fields_may_have_capitals(tmp_path):
+    header, data = nrrd_bytes(SCAN, AFFINE, "raw", fields=["Segment0_Name:=A: B"]).split(b"\n\n", 1)
+    header = re.sub(rb"(?m)^[a-z ]+(?=: )", lambda found: found[0].title(), header)
+    assert b"\nSpace Directions: " in header
+    (tmp_path / "scan.nrrd").write_bytes(header + b"\n\n" + data)
+    volume = read_volume(tmp_path / "scan.nrrd")
+    np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-6)
+    assert np.array_equal(volume.layers[0], SCAN) and volume.names == {1: "A: B"} and volume.notes == ()
 
 
 def test_a_nrrd_without_a_space_says_so(tmp_path):

@@ -164,7 +164,7 @@ def _read_nrrd(path: Path) -> Volume:
     with open(path, "rb") as file:
         lines = []
         while (line := file.readline(LONGEST_LINE)).strip():
-            lines.append(_text(line))
+            lines.append(_header_line(line))
         if not lines or not lines[0].startswith("NRRD"):
             raise DataError("is not an NRRD file: it does not begin with NRRD")
         header = nrrd.read_header(lines)
@@ -191,11 +191,15 @@ def _read_nrrd(path: Path) -> Volume:
     return Volume(tuple(labels), check_affine(affine_of(steps, origin)), names, (*notes, *more))
 
 
-def _text(line: bytes) -> str:
+def _header_line(line: bytes) -> str:
+    """Return a line of an NRRD header as text, a name of a field in lower case: case makes no difference there."""
     try:
-        return line.decode("utf-8")
+        text = line.decode("utf-8")
     except UnicodeDecodeError:
-        return line.decode("latin-1")
+        text = line.decode("latin-1")
+    name, colon, value = text.partition(":")
+    is_field = colon and not value.startswith("=") and not name.startswith("#")
+    return name.lower() + colon + value if is_field else text
 
 
 def _check_nrrd_size(path: Path, header: dict, start: int) -> None:

@@ -360,6 +360,13 @@ def test_names_in_a_nifti_header_are_read(tmp_path):
         assert len(volume.notes) == (number == 1)  # damaged
 
 
+def test_empty_segments_are_told_and_unused_names_of_a_table_are_not():
+    volume = volume_of(SCAN, names={1: "liver", 5: "spleen", 7: "heart"})
+    assert [item.name for item in objects_of(volume, None, False)] == ["liver", "spleen"]
+    *_, heart = objects_of(volume._replace(has_segments=True), None, False)
+    assert heart == LeftOut("heart", "is not in this scan: no voxel has label 7")
+
+
 # --- NRRD's spaces and segments ---
 
 
@@ -714,6 +721,14 @@ def test_an_image_is_no_label_map(tmp_path):
     image = np.random.default_rng(0).integers(-1000, 3000, SHAPE).astype(np.int16)
     with pytest.raises(DataError, match="from -1000 to 2999: an image, not a label map"):
         list(objects_of(volume_of(image), None, False))
+
+
+def test_a_label_that_the_file_calls_otherwise_has_a_note(tmp_path):
+    volume = volume_of(SCAN, names={1: "Lung vessels", 5: "LIVER"})
+    for source in ("totalsegmentator", table(tmp_path, '{"spleen": 1, "liver": 5, "all": [1, 5]}')):
+        spleen, liver, *others = objects_of(volume, load_labels(source), False)
+        assert spleen.notes == ("its file names label 1 'Lung vessels'",)
+        assert all(item.notes == () for item in (liver, *others))
 
 
 @pytest.mark.parametrize("levels", [150, 256])

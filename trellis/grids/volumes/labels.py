@@ -124,8 +124,9 @@ def objects_of(
 ) -> Iterator[LabelObject | LeftOut]:
     """Yield each object of a scan, or why it is left out: the scan lacks it, or it has fewer than MIN_VOXELS voxels.
 
-    labels: what to take. None takes every label but 0, with the name that the file gives it, else its number. Of the
-        tables in `label_names`, which name all that a body may have, what a scan lacks is passed over.
+    labels: what to take. None takes every label but 0, with the name that the file gives it, else its number; a segment
+        without voxels is left out. Of the tables in `label_names`, which name all that a body may have, what a scan
+        lacks is passed over. An object of one label that the file calls otherwise has a note.
     components: take each connected part by itself (26 neighbors: voxels that share a corner are connected), as
         "liver_1", "liver_2" …, the largest first.
     file_name: without its suffix. A mask, which has no label but 1 or 255 and no names of its own, is the object that
@@ -144,28 +145,36 @@ def objects_of(
         )
     if not present:
         raise DataError("has no label: every voxel is 0")
-    groups = labels.groups if labels else _default_groups(volume, unlisted)
+    groups = labels.groups if labels else _default_groups(volume, present)
     if len(present) == 1 and present[0] in MASK_VALUES and not volume.names and file_name:
         name = _name_of_mask(file_name, present[0], labels)
         if name:
             groups, labels = {name: (present[0],)}, None
     if labels and not any(label in listed for label in present):
         raise DataError(f"has the labels {_some(present)}, none of which {labels.source} names")
+    there = set(present)
     for name, group in groups.items():
-        found = [label for label in group if label in present]
+        found = [label for label in group if label in there]
         if not found:
             if labels is None or labels.source not in TABLES:
                 text = f"label {group[0]}" if len(group) == 1 else f"any of the labels {_some(list(group))}"
                 yield LeftOut(name, f"is not in this scan: no voxel has {text}")
             continue
         crop, mask = _mask(volume, boxes, found)
+        called = volume.names.get(group[0], name) if labels and len(group) == 1 else name
+        notes = () if _plain(called) == _plain(name) else (f"its file names label {group[0]} {called!r}",)
         if components:
-            yield from _components(volume, name, tuple(found), crop, mask)
+            yield from _components(volume, name, tuple(found), crop, mask, notes)
         else:
-            yield _checked(volume, name, tuple(found), crop, mask)
+            yield _checked(volume, name, tuple(found), crop, mask, notes)
     if labels and unlisted:
         names = [volume.names.get(label, str(label)) for label in unlisted]
         yield LeftOut(f"labels {_some(names)}", f"are not in {labels.source}")
+
+
+def _plain(name: str) -> str:
+    """Return a name without what may differ between two spellings: case, spaces and signs."""
+    return "".join(filter(str.isalnum, name.casefold()))
 
 
 def _name_of_mask(file_name: str, value: int, labels: Labels | None) -> str | None:
@@ -203,9 +212,10 @@ def _is_patchy(layer: np.ndarray) -> bool:
     return False
 
 
-def _default_groups(volume: Volume, unlisted: list[int]) -> dict[str, tuple[int, ...]]:
-    """Return an object for each label, by its name; names that are used twice get the label's number too."""
-    names = {label: volume.names.get(label, str(label)) for label in {*volume.names, *unlisted} - {0}}
+def _default_groups(volume: Volume, present: list[int]) -> dict[str, tuple[int, ...]]:
+    """Return an object for each label and each segment, by its name; one that is used twice gets the label's number."""
+    empty = volume.names if volume.has_segments else ()
+    names = {label: volume.names.get(label, str(label)) for label in {*empty, *present} - {0}}
     given = Counter(names.values())
     return {name if given[name] == 1 else f"{name}_{label}": (label,) for label, name in sorted(names.items())}
 
@@ -264,7 +274,12 @@ def _mask(
 
 
 def _components(
-    volume: Volume, name: str, labels: tuple[int, ...], crop: tuple[slice, ...], mask: np.ndarray
+    volume: Volume,
+    name: str,
+    labels: tuple[int, ...],
+    crop: tuple[slice, ...],
+    mask: np.ndarray,
+    notes: tuple[str, ...],
 ) -> Iterator[LabelObject | LeftOut]:
     """Yield the connected parts of a mask, the largest first, then one LeftOut for all that are too small."""
     ndimage = require("scipy.ndimage")
@@ -277,7 +292,7 @@ def _components(
         inside = tuple(
             slice(outer.start + inner.start, outer.start + inner.stop) for outer, inner in zip(crop, box, strict=True)
         )
-        yield _checked(volume, f"{name}_{place}", labels, inside, parts[box] == part + 1)
+        yield _checked(volume, f"{name}_{place}", labels, inside, parts[box] == part + 1, notes)
     if len(order) < number:
         small = number - len(order)
         reason = f"{small} of its {number} components have fewer than {MIN_VOXELS} voxels, {sizes.min()} the smallest"
@@ -285,7 +300,12 @@ def _components(
 
 
 def _checked(
-    volume: Volume, name: str, labels: tuple[int, ...], crop: tuple[slice, ...], mask: np.ndarray
+    volume: Volume,
+    name: str,
+    labels: tuple[int, ...],
+    crop: tuple[slice, ...],
+    mask: np.ndarray,
+    notes: tuple[str, ...],
 ) -> LabelObject | LeftOut:
     """Return an object with a note on where the scan cuts it, or why it is too small."""
     voxels = int(np.count_nonzero(mask))
@@ -297,5 +317,6 @@ def _checked(
         world = int(np.abs(step).argmax())
         low, high = SIDES[world] if step[world] > 0 else SIDES[world][::-1]
         sides += [low] * (part.start == 0) + [high] * (part.stop == size)
-    notes = (f"reaches the scan's border ({', '.join(sides)}) and may be cut off",) if sides else ()
+    if sides:
+        notes = (*notes, f"reaches the scan's border ({', '.join(sides)}) and may be cut off")
     return LabelObject(name, labels, mask, tuple(part.start for part in crop), volume.affine, volume.shape, notes)

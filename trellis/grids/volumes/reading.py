@@ -188,7 +188,7 @@ def _read_nrrd(path: Path) -> Volume:
         raise DataError("has no segments: Slicer writes a single voxel then")
     labels = [as_labels(as_volume_shape(layer)) for layer in layers]
     labels, names, more = _number_segments(labels, segments)
-    return Volume(tuple(labels), check_affine(affine_of(steps, origin)), names, (*notes, *more))
+    return Volume(tuple(labels), check_affine(affine_of(steps, origin)), names, (*notes, *more), has_segments=True)
 
 
 def _header_line(line: bytes) -> str:
@@ -348,4 +348,4 @@ def _read_dicom(path: Path) -> Volume:
         segmentation = highdicom.seg.Segmentation.from_dataset(pydicom.dcmread(path), copy=False)
         volumes = [segmentation.get_volume(segment_numbers=[number], combine_segments=True) for number in numbers]
     layers = tuple(as_labels(as_volume_shape(volume.array)) for volume in volumes)
-    return Volume(layers, check_affine(LPS_TO_RAS @ volumes[0].affine), names)
+    return Volume(layers, check_affine(LPS_TO_RAS @ volumes[0].affine), names, has_segments=True)

@@ -41,12 +41,14 @@ class Volume(NamedTuple):
     affine: [4, 4] float64, from voxel indices (at voxel centers) to millimeters, x to the right, y to the front, z up.
     names: {label: name} for the labels that the file names.
     notes: what a user should know of this file, each a sentence without a full stop.
+    has_segments: whether each name is a segment of the file, and not one of a table of all that a scan could have.
     """
 
     layers: tuple[np.ndarray, ...]
     affine: np.ndarray
     names: dict[int, str]
     notes: tuple[str, ...] = ()
+    has_segments: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

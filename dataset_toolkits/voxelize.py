@@ -126,7 +126,7 @@ class Run:
 
     def _is_done(self, job: Job) -> bool:
         if is_volume(job.path):
-            return input_key(job.sha256, self.settings) in self.known.inputs
+            return input_key(job.sha256, job.path, self.settings) in self.known.inputs
         return job.sha256 in self.known.grids
 
     def work(self) -> int:
@@ -164,7 +164,11 @@ class Run:
 
     def _grids_of(self, job: Job) -> list[str]:
         """Return the grids that a finished job has."""
-        return self.objects.get(input_key(job.sha256, self.settings), []) if is_volume(job.path) else [job.sha256]
+        return (
+            self.objects.get(input_key(job.sha256, job.path, self.settings), [])
+            if is_volume(job.path)
+            else [job.sha256]
+        )
 
     def _name_by_first_duplicate(self) -> None:
         """Record the first name of what is done, as one rank alone would. Another may have seen a later duplicate."""
@@ -203,7 +207,7 @@ class Run:
             result, reasons = Outcome(()), dict.fromkeys(job.names, (job.sha256, str(result)))
         else:
             reasons = {f"{job.names[0]}#{part.part}": (part.sha256, part.reason) for part in result.missing}
-        key = input_key(job.sha256, self.settings) if is_volume(job.path) else ""
+        key = input_key(job.sha256, job.path, self.settings) if is_volume(job.path) else ""
         for made in result.made:
             name = f"{job.names[0]}#{made.part}" if made.part else job.names[0]
             self.record_file.write(

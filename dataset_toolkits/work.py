@@ -80,10 +80,18 @@ def time_factor(path: Path) -> int:
     return VOLUME_TIME if is_volume(path) else 1
 
 
-def input_key(sha256: str, settings: Settings) -> str:
-    """Return the sha256 that stands for a volume and how it is divided into objects."""
-    groups = settings.labels and sorted(settings.labels.groups.items())
-    return _digest(sha256, groups, settings.components)
+def input_key(sha256: str, path: Path, settings: Settings) -> str:
+    """Return the sha256 that stands for a volume and how it is divided into objects.
+
+    A mask of one organ is divided by the name of its file.
+    """
+    organ, groups = "", None
+    if settings.labels is not None:
+        from trellis.grids.volumes import organ_of_name, volume_suffix
+
+        organ = organ_of_name(path.name[: -len(volume_suffix(path))], settings.labels)
+        groups = sorted(settings.labels.groups.items())
+    return _digest(sha256, groups, settings.components, *([organ] if organ else []))
 
 
 def _digest(*parts: object) -> str:

@@ -864,6 +864,21 @@ def test_masks_of_one_organ_each_have_its_name(tmp_path, serial, monkeypatch):
         reasons = {row["file"]: row["reason"] for row in table(out / "failed.csv")}
         assert reasons == {f"in/{case}/brain.nii.gz": "has no label: every voxel is 0" for case in ("s1", "s2")}
 
+    Path("few.json").write_text('{"liver": 1}')
+    shutil.rmtree("in/s2")
+    Path("in/s1/brain.nii.gz").unlink()
+    args = "--input", "in", "--output_dir", "few", "--labels", "few.json"
+    assert run(*args) == 0
+    (left_out,) = table(Path("few/failed.csv"))
+    assert left_out["file"] == "in/s1/spleen.nii.gz#spleen" and "few.json does not name" in left_out["reason"]
+    serial.clear()
+    assert run(*args) == 0 and not serial  # what is not asked for is not read again
+    Path("in/s1/spleen.nii.gz").rename("in/s1/case.nii.gz")  # no mask by its name: a label map
+    assert run(*args) == 0 and serial == [Path("in/s1/case.nii.gz")]
+    assert {row["file"] for row in table(Path("few/metadata.csv"))} == {
+        "in/s1/liver.nii.gz#liver", "in/s1/case.nii.gz#liver"
+    } and not Path("few/failed.csv").exists()  # fmt: skip
+
 
 def test_parts_of_an_organ_and_solids(tmp_path, serial, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -132,7 +132,7 @@ def objects_of(
     file_name: without its suffix. A mask, which has no label but 1 or 255 and no names of its own, is the object that
         its file is named after, such as TotalSegmentator's liver.nii.gz: without labels always, else if they name it.
     An object that reaches the border of the scan may be cut off: a note says on which side.
-    Raise DataError if the scan has no label, or so many that it is an image, or is a mask of an object not asked for.
+    Raise DataError if the scan has no label, or so many that it is an image, or if it may be a mask of any organ.
     """
     boxes = [_boxes(layer) for layer in volume.layers]
     present = sorted(set().union(*boxes))
@@ -148,6 +148,9 @@ def objects_of(
     groups = labels.groups if labels else _default_groups(volume, present)
     if len(present) == 1 and present[0] in MASK_VALUES and not volume.names and file_name:
         name = _name_of_mask(file_name, present[0], labels)
+        if labels and name and name not in groups:
+            yield LeftOut(name, f"is a mask by the name of its file, of what {labels.source} does not name")
+            return
         if name:
             groups, labels = {name: (present[0],)}, None
     if labels and not any(label in listed for label in present):
@@ -177,25 +180,29 @@ def _plain(name: str) -> str:
     return "".join(filter(str.isalnum, name.casefold()))
 
 
-def _name_of_mask(file_name: str, value: int, labels: Labels | None) -> str | None:
-    """Return the object that a mask is by the name of its file, None if its value says which.
+def organ_of_name(file_name: str, labels: Labels) -> str:
+    """Return the object of labels, or of a table in `label_names`, that a file is named after; "" if it is after none.
 
-    Raise DataError if the file has the name of an organ that is not asked for, or if neither says for sure.
+    file_name: without its suffix.
     """
-    if labels is None:
-        return file_name
-    asked = {name.casefold(): name for name in labels.groups}
-    known = {name for table in TABLES.values() for name in table.values()}
-    name = file_name.casefold()
-    if name not in asked and name in known:
-        raise DataError(f"is a mask of {name} by its name, which {labels.source} does not name")
-    if name not in asked and labels.source in TABLES and value in TABLES[labels.source]:
+    known = {name.casefold(): name for table in TABLES.values() for name in table.values()}
+    known.update((name.casefold(), name) for name in labels.groups)
+    return known.get(file_name.casefold(), "")
+
+
+def _name_of_mask(file_name: str, value: int, labels: Labels | None) -> str:
+    """Return the object that a mask is by the name of its file, "" if its value says which.
+
+    Raise DataError if neither says for sure.
+    """
+    name = file_name if labels is None else organ_of_name(file_name, labels)
+    if not name and labels and labels.source in TABLES and value in TABLES[labels.source]:
         called = TABLES[labels.source][value]
         raise DataError(
             f"has no label but {value}, so it may be a mask of any organ, or {called} as {labels.source} numbers it. "
             f'Name the file after its organ, or give --labels a JSON file such as {{"{called}": {value}}}'
         )
-    return asked.get(name)
+    return name
 
 
 def _is_patchy(layer: np.ndarray) -> bool:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trellis.grids.formats import FORMATS, suffix_of
-from trellis.grids.mesh_pool import MeshPool
+from trellis.grids.mesh_pool import LostTask, MeshPool
 from trellis.utils.errors import DataError
 
 from . import report
-from .inputs import Found
-from .work import Outcome, Settings, make_grids
+from .inputs import Found, printable
+from .work import Outcome, Settings, make_grids, time_factor
 
 SAMPLES = 12
 SAMPLE_SECONDS = 10
@@ -22,12 +22,13 @@ NO_SHA256 = "0" * 64  # the name of a grid that is not written
 
 
 class _Sample(NamedTuple):
-    """A file that was tried, for `stands_for` files of about its size."""
+    """A file that was tried, for `stands_for` files of about its size. outcome: None if there was no time for it."""
 
     path: Path
+    size: int
     stands_for: int
-    seconds: float
-    outcome: Outcome | DataError
+    seconds: float = 0.0
+    outcome: Outcome | DataError | None = None
 
 
 def dry_run(
@@ -59,20 +60,33 @@ def dry_run(
         return [*lines, "nothing to do"]
 
     samples = _try([(found.files[name], size) for name, size in new.items()], settings, workers, timeout, memory)
-    if not samples:
+    done = [sample for sample in samples if sample.outcome is not None]
+    if not done:
         return [*lines, f"no time is known: none of the files tried was done within {SAMPLE_SECONDS} s"]
-    represented = sum(sample.stands_for for sample in samples)
-    scale = len(new) / represented
-    seconds = scale * sum(sample.stands_for * sample.seconds for sample in samples) / workers
-    good = [(sample, sample.outcome) for sample in samples if isinstance(sample.outcome, Outcome)]
-    disk = scale * sum(
+    largest = max(done, key=lambda sample: sample.size)
+    per_byte = largest.seconds / max(1, largest.size)
+    seconds: float = sum(
+        sample.stands_for * (sample.seconds if sample.outcome is not None else per_byte * sample.size)
+        for sample in samples
+    )
+    good = [(sample, sample.outcome) for sample in done if isinstance(sample.outcome, Outcome)]
+    disk: float = sum(
         sample.stands_for * sum(12 * made.num_voxels + PLY_HEADER for made in outcome.made) for sample, outcome in good
     )
-    about = f"about {report.duration(seconds)} with {workers} workers and {report.size(disk)} of disk"
-    lines.append(f"{len(new)} to do: {about}, by {len(samples)} of them, of all sizes, that were tried")
-    reasons = [(str(sample.path), str(sample.outcome)) for sample in samples if isinstance(sample.outcome, DataError)]
+    disk *= len(new) / sum(sample.stands_for for sample in done)
+    about = f"about {report.duration(seconds / workers)} with {workers} workers and {report.size(disk)} of disk"
+    if len(done) == len(samples):
+        basis = f"by {len(done)} of them, of all sizes, that were tried"
+    else:
+        late = len(samples) - len(done)
+        basis = f"by {len(done)} of them that were tried, and by the size of {late} that took too long"
+    lines.append(f"{len(new)} to do: {about}, {basis}")
+    failed = [(printable(sample.path), sample.outcome) for sample in done if isinstance(sample.outcome, DataError)]
+    lost = [(name, str(error)) for name, error in failed if isinstance(error, LostTask)]
+    reasons = [(name, str(error)) for name, error in failed if not isinstance(error, LostTask)]
     lines += [f"of those tried, would be left out: {line}" for line in report.by_kind(reasons)]
-    notes = [(str(sample.path), note) for sample, outcome in good for made in outcome.made for note in made.notes]
+    lines += [f"of those tried, would be tried once more, alone: {line}" for line in report.by_kind(lost)]
+    notes = [(printable(sample.path), note) for sample, outcome in good for made in outcome.made for note in made.notes]
     lines += [f"of those tried, noted: {line}" for line in report.by_kind(notes)]
     return lines
 
@@ -81,25 +95,33 @@ def _try(
     files: list[tuple[Path, int]], settings: Settings, workers: int, timeout: float, memory: int | None
 ) -> list[_Sample]:
     """Make the grids of a few files, spread over all sizes, for at most SAMPLE_SECONDS, and keep none."""
-    by_size = [path for path, _ in sorted(files, key=lambda item: item[1])]
+    by_size = sorted(files, key=lambda item: item[1])
     count = min(SAMPLES, len(by_size))
     bounds = [len(by_size) * i // count for i in range(count + 1)]
-    strata = {by_size[(low + high) // 2]: high - low for low, high in zip(bounds, bounds[1:], strict=False)}
+    strata = [
+        _Sample(*by_size[(low + high) // 2], stands_for=high - low)
+        for low, high in zip(bounds, bounds[1:], strict=False)
+    ]
     samples = []
     with MeshPool(min(workers, count)) as pool:
-        started: dict[Future, Path] = {}
-        for path in strata:
-            task = pool.submit(_timed, path, settings, timeout=timeout, memory=memory)
-            started[task] = path
+        started: dict[Future, tuple[_Sample, float]] = {}
+        for sample in strata:
+            limit = timeout * time_factor(sample.path)
+            task = pool.submit(_timed, sample.path, settings, timeout=limit, memory=memory)
+            started[task] = sample, limit
         concurrent.futures.wait(started, return_when=concurrent.futures.FIRST_COMPLETED, timeout=timeout)
         ended, _ = concurrent.futures.wait(started, timeout=SAMPLE_SECONDS)
-        for task in ended:
-            path = started[task]
+        for task, (sample, limit) in started.items():
+            if task not in ended:
+                samples.append(sample)
+                continue
             try:
                 seconds, outcome = task.result()
+            except LostTask as error:
+                seconds, outcome = 0.0, error
             except DataError as error:
-                seconds, outcome = timeout, error
-            samples.append(_Sample(path, strata[path], seconds, outcome))
+                seconds, outcome = limit, error
+            samples.append(sample._replace(seconds=seconds, outcome=outcome))
     return samples
 
 

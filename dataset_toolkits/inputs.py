@@ -22,10 +22,11 @@ KINDS = (  # of what is no regular file
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+LINE_BREAK = re.compile("[\\n\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")  # all that str.splitlines knows
 # Headers whose data lie in a second file. All scans of one machine may have the same header.
 DATA_FILE = {
-    ".mhd": re.compile(rb"^ElementDataFile\s*=\s*(?!LOCAL|LIST)(\S[^\r\n]*)", re.MULTILINE),
-    ".nhdr": re.compile(rb"^data ?file:\s*(?!LIST)(\S[^\r\n]*)", re.MULTILINE),
+    ".mhd": re.compile(rb"^[ \t]*ElementDataFile[ \t]*=[ \t]*(?!(?:LOCAL|LIST)\s*$)(\S[^\r\n]*)", re.M),
+    ".nhdr": re.compile(rb"^data ?file:[ \t]*(?!LIST(?:\s|$))(\S[^\r\n]*)", re.M | re.I),
 }
 
 
@@ -121,7 +122,7 @@ def obstacle(path: Path) -> str | None:
 def printable(path: Path) -> str:
     """Return a path as one line of valid UTF-8. File names on Linux can be other bytes."""
     text = os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
-    return text.replace("\n", "\\n").replace("\r", "\\r")
+    return LINE_BREAK.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def sha256_of(path: Path, known: Container[str] = ()) -> str:

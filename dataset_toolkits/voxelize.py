@@ -14,7 +14,7 @@ beside the renders, or in --output_dir.
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Container
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from dataset_toolkits import estimate, inputs, records, report
 from dataset_toolkits.claim import claimed
 from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_renders
-from dataset_toolkits.work import Outcome, Settings, input_key, is_volume, make_grids
+from dataset_toolkits.work import Outcome, Settings, input_key, is_volume, make_grids, time_factor
 from trellis.grids import placing
 from trellis.grids.mesh_pool import run_in_pool
 from trellis.utils.command import available_cores, available_memory, run_command
@@ -33,7 +33,6 @@ from trellis.utils.files import remove_leftovers
 
 INTERRUPTED = "interrupted: run the same command again to go on"
 FILLS = ("surface", "solid")
-VOLUME_TIME = 10  # time limits of a mesh: a scan has many organs
 LEAST_MEMORY = 2  # GiB of a worker
 
 
@@ -127,7 +126,7 @@ class Run:
 
     def _is_done(self, job: Job) -> bool:
         if is_volume(job.path):
-            return input_key(job.sha256, self.settings) in self.known.inputs
+            return input_key(job.sha256, job.path, self.settings) in self.known.inputs
         return job.sha256 in self.known.grids
 
     def work(self) -> int:
@@ -154,9 +153,10 @@ class Run:
                 bar.update()
 
             try:
-                for jobs, timeout in ((others, self.args.timeout), (volumes, VOLUME_TIME * self.args.timeout)):
+                for jobs in (others, volumes):
                     tasks = ((job.path, job.sha256, self.root / "voxels", self.settings) for job in jobs)
                     if jobs:
+                        timeout = self.args.timeout * time_factor(jobs[0].path)
                         run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
             except KeyboardInterrupt:
                 return 130
@@ -164,18 +164,21 @@ class Run:
 
     def _grids_of(self, job: Job) -> list[str]:
         """Return the grids that a finished job has."""
-        return self.objects.get(input_key(job.sha256, self.settings), []) if is_volume(job.path) else [job.sha256]
+        return (
+            self.objects.get(input_key(job.sha256, job.path, self.settings), [])
+            if is_volume(job.path)
+            else [job.sha256]
+        )
 
     def _name_by_first_duplicate(self) -> None:
         """Record the first name of what is done, as one rank alone would. Another may have seen a later duplicate."""
         for job in self.done:
             for sha256 in self._grids_of(job):
                 recorded = self.known.grids[sha256].get("file", "")
-                file, _, part = (recorded, "", "") if recorded in self.plan.listing else recorded.rpartition("#")
+                file = _file_of(recorded, self.plan.listing)
                 if file in self.plan.listing and job.names[0] < file:
-                    self.record_file.write(
-                        "named", sha256=sha256, file=f"{job.names[0]}#{part}" if part else job.names[0]
-                    )
+                    part = recorded.removeprefix(file)
+                    self.record_file.write("named", sha256=sha256, file=job.names[0] + part)
 
     def _forget(self, done: set[str]) -> None:
         """Clear the recorded reasons of files that are done or gone. Those that are tried anew get new ones."""
@@ -185,7 +188,7 @@ class Run:
         finished = {name for job in self.done for name in job.names}
         volumes = {name for job in self.done if is_volume(job.path) for name in job.names}
         for name, row in self.failed_before.items():
-            file = name if name in self.plan.listing else name.rpartition("#")[0] or name
+            file = _file_of(name, self.plan.listing)
             if file in volumes and file != name:  # an object that a finished volume does not give
                 self.left_out.append((name, row["reason"]))
             elif file in finished or (
@@ -204,7 +207,7 @@ class Run:
             result, reasons = Outcome(()), dict.fromkeys(job.names, (job.sha256, str(result)))
         else:
             reasons = {f"{job.names[0]}#{part.part}": (part.sha256, part.reason) for part in result.missing}
-        key = input_key(job.sha256, self.settings) if is_volume(job.path) else ""
+        key = input_key(job.sha256, job.path, self.settings) if is_volume(job.path) else ""
         for made in result.made:
             name = f"{job.names[0]}#{made.part}" if made.part else job.names[0]
             self.record_file.write(
@@ -220,7 +223,7 @@ class Run:
             self.finished.add(job.sha256)
             self.notes += [(name, note) for note in made.notes]
         for name in self.failed_before:
-            if name not in reasons and (name in job.names or name.rpartition("#")[0] in job.names):
+            if name not in reasons and _file_of(name, job.names) in job.names:
                 self.record_file.write("cleared", file=name)
         for name, (sha256, reason) in reasons.items():
             self._fail(name, reason, sha256)
@@ -249,6 +252,17 @@ class Run:
         if other:
             table = self.root / "metadata.csv"
             print(f"  {other} of those done already belong to another split in {table}, and stay there")
+
+
+def _file_of(name: str, files: Container[str]) -> str:
+    """Return the file of a recorded name, which is that of a file or FILE#OBJECT; both may have a # in them.
+
+    Return the name itself if it is of none of these files.
+    """
+    file = name
+    while file and file not in files:
+        file = file.rpartition("#")[0]
+    return file or name
 
 
 def _is_below(name: str, folder: str) -> bool:
@@ -303,8 +317,7 @@ def print_dry_run(
             {name: path for name, path in found.files.items() if name in share},
             {name: reason for name, reason in found.left_out.items() if name in share},
         )
-    names: Iterable[str] = (row.get("file", "") for row in known.grids.values())
-    done = {part for name in names for part in (name, name.rpartition("#")[0])}
+    done = {_file_of(row.get("file", ""), found.files) for row in known.grids.values()}
     workers = min(args.max_workers, len(found.files))
     memory = memory_limit(args.memory, workers)
     print(f"{root}: dry run, nothing is written")

@@ -15,6 +15,8 @@ from trellis.utils.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from trellis.grids.volumes import Labels
 
+VOLUME_TIME = 10  # time limits of a mesh: a scan has many organs
+
 
 class Settings(NamedTuple):
     """How files become grids.
@@ -73,10 +75,23 @@ def is_volume(path: Path) -> bool:
     return found is not None and found.kind == "volume"
 
 
-def input_key(sha256: str, settings: Settings) -> str:
-    """Return the sha256 that stands for a volume and how it is divided into objects."""
-    groups = settings.labels and sorted(settings.labels.groups.items())
-    return _digest(sha256, groups, settings.components)
+def time_factor(path: Path) -> int:
+    """Return how many times the time limit of a mesh a file may take."""
+    return VOLUME_TIME if is_volume(path) else 1
+
+
+def input_key(sha256: str, path: Path, settings: Settings) -> str:
+    """Return the sha256 that stands for a volume and how it is divided into objects.
+
+    A mask of one organ is divided by the name of its file.
+    """
+    organ, groups = "", None
+    if settings.labels is not None:
+        from trellis.grids.volumes import organ_of_name, volume_suffix
+
+        organ = organ_of_name(path.name[: -len(volume_suffix(path))], settings.labels)
+        groups = sorted(settings.labels.groups.items())
+    return _digest(sha256, groups, settings.components, *([organ] if organ else []))
 
 
 def _digest(*parts: object) -> str:
@@ -135,13 +150,14 @@ def _objects(path: Path, sha256: str, settings: Settings) -> tuple[list[tuple[np
     for item in grids_of_file(
         path, settings.resolution, settings.labels, settings.components, settings.fill, axis == "y"
     ):
+        name = " ".join(item.name.split())  # one line, as records are
         if isinstance(item, LeftOut):
-            missing.append(Missing(item.name, _digest(sha256, item.name), item.reason))
+            missing.append(Missing(name, _digest(sha256, name), item.reason))
             continue
         places[item.labels] = places.get(item.labels, 0) + 1
         part = places[item.labels] if settings.components else "whole"
         key = _digest(sha256, sorted(item.labels), part) if item.name else sha256
         edge, frame = (f"{item.frame.mm_per_cell:.9g}", item.frame.to_json()) if item.frame else ("", "")
-        made = Made(item.name, key, len(item.voxels), axis, (*item.notes, *notes), edge, frame)
-        grids.append((item.voxels, made))
+        made = Made(name, key, len(item.voxels), axis, (*item.notes, *notes), edge, frame)
+        grids.append((item.voxels.astype(np.uint16), made))  # a scan may have thousands
     return grids, tuple(missing)

@@ -112,20 +112,21 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         find(tmp_path / "closed")
 
 
+@pytest.mark.parametrize("name", ["seg data.raw", "LOCALIZER.raw", "LIST.raw"])
 @pytest.mark.parametrize(
-    "suffix, line", [(".mhd", "ElementDataFile = {}\n"), (".nhdr", "data file: {}\n"), (".nhdr", "datafile: {}\r\n")]
+    "suffix, line", [(".mhd", " ElementDataFile = {}\n"), (".nhdr", "data file: {}\n"), (".nhdr", "Datafile: {}\r\n")]
 )
-def test_a_header_is_hashed_with_its_data(suffix, line, tmp_path):
+def test_a_header_is_hashed_with_its_data(suffix, line, name, tmp_path):
     """Scans of one machine have the same header, and would be taken for one."""
     hashes = set()
     for case in "ab":
         folder = tmp_path / case
         folder.mkdir()
-        (folder / f"seg{suffix}").write_bytes(line.format("seg data.raw").encode())
-        (folder / "seg data.raw").write_bytes(case.encode())
+        (folder / f"seg{suffix}").write_bytes(line.format(name).encode())
+        (folder / name).write_bytes(case.encode())
         hashes.add(sha256_of(folder / f"seg{suffix}"))
     assert len(hashes) == 2
-    (folder / "seg data.raw").unlink()  # reading the volume says what is missing
+    (folder / name).unlink()  # reading the volume says what is missing
     assert sha256_of(folder / f"seg{suffix}") == hashlib.sha256((folder / f"seg{suffix}").read_bytes()).hexdigest()
 
 

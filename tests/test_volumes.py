@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -332,6 +333,18 @@ def test_a_nifti_without_either_says_so(tmp_path):
     assert "does not say where its axes run" in read_volume(tmp_path / "scan.nii").notes[0]
 
 
+@pytest.mark.parametrize("sizes, code, noted", [((1, -1, 2), 1, True), ((1, 1, 0), 0, True), ((1, 1, 2), 1, False)])
+def test_a_nifti_of_impossible_voxels_says_how_it_is_taken(sizes, code, noted, tmp_path):
+    content = bytearray(nibabel.Nifti1Image(SCAN, None).to_bytes())
+    content[80:92], content[252:256] = np.array(sizes, "<f4").tobytes(), np.array([code, 0], "<i2").tobytes()
+    (tmp_path / "scan.nii").write_bytes(content)
+    volume = read_volume(tmp_path / "scan.nii")
+    assert np.allclose(np.abs(np.diag(volume.affine)[:3]), np.abs(np.where(sizes, sizes, 1)))
+    notes = [note for note in volume.notes if "its voxels are" in note]
+    assert notes == [f"says that its voxels are {sizes[0]}.0 x {sizes[1]}.0 x {sizes[2]}.0 large: signs are ignored, "
+                     "and 0 is taken as 1"] * noted  # fmt: skip
+
+
 def test_names_in_a_nifti_header_are_read(tmp_path):
     table = (
         '<?xml version="1.0" encoding="UTF-8"?><CaretExtension><VolumeInformation Index="0"><LabelTable>'
@@ -347,6 +360,13 @@ def test_names_in_a_nifti_header_are_read(tmp_path):
         assert len(volume.notes) == (number == 1)  # damaged
 
 
+def test_empty_segments_are_told_and_unused_names_of_a_table_are_not():
+    volume = volume_of(SCAN, names={1: "liver", 5: "spleen", 7: "heart"})
+    assert [item.name for item in objects_of(volume, None, False)] == ["liver", "spleen"]
+    *_, heart = objects_of(volume._replace(has_segments=True), None, False)
+    assert heart == LeftOut("heart", "is not in this scan: no voxel has label 7")
+
+
 # --- NRRD's spaces and segments ---
 
 
@@ -357,6 +377,16 @@ def test_every_type_of_nrrd_has_its_name():
     assert len(types) > 30 and {name: _nrrd_type(name) for name in types} == types
     with pytest.raises(DataError, match="the type 'block'"):
         _nrrd_type("block")
+
+
+def test_names_of_nrrd_fields_may_have_capitals(tmp_path):
+    header, data = nrrd_bytes(SCAN, AFFINE, "raw", fields=["Segment0_Name:=A: B"]).split(b"\n\n", 1)
+    header = re.sub(rb"(?m)^[a-z ]+(?=: )", lambda found: found[0].title(), header)
+    assert b"\nSpace Directions: " in header
+    (tmp_path / "scan.nrrd").write_bytes(header + b"\n\n" + data)
+    volume = read_volume(tmp_path / "scan.nrrd")
+    np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-6)
+    assert np.array_equal(volume.layers[0], SCAN) and volume.names == {1: "A: B"} and volume.notes == ()
 
 
 def test_a_nrrd_without_a_space_says_so(tmp_path):
@@ -534,14 +564,15 @@ REFUSED = {
         lambda: metaimage_bytes(SCAN, AFFINE, TransformMatrix="1 0 0 1 0 0 0 0 1"), "singular"),
     "nan.mha": (lambda: metaimage_bytes(SCAN, AFFINE, Offset="nan 0 0"), "not finite"),
     "cut.nii": (lambda: cut(NII), "truncated"),
-    "cut.nii.gz": (lambda: cut(packed_nifti(NOISE)), "cannot be read"),
+    "one_byte_less.nii": (lambda: cut(NII, 1), "promises"),
+    "cut.nii.gz": (lambda: cut(packed_nifti(NOISE)), "truncated"),
     "cut.nrrd": (lambda: cut(nrrd_bytes(SCAN, AFFINE, "raw")), "truncated"),
     "cut_packed.nrrd": (lambda: cut(PACKED_NRRD), "cannot be read"),
     "cut.mha": (lambda: cut(metaimage_bytes(SCAN, AFFINE)), "truncated"),
     "cut_packed.mha": (lambda: cut(PACKED_MHA), "truncated"),
     "cut_text.mha": (lambda: cut(metaimage_bytes(SCAN, AFFINE, text=True)), "truncated"),
     "damaged.nii.gz": (lambda: spoil(packed_nifti(NOISE), 9000), "cannot be read|truncated"),
-    "damaged.nrrd": (lambda: spoil(PACKED_NRRD, -300), "cannot be read"),
+    "damaged.nrrd": (lambda: spoil(PACKED_NRRD, -300), "truncated or damaged"),
     "damaged.mha": (lambda: spoil(PACKED_MHA, -300), "damaged"),
     "huge.nii": (lambda: claim(claim(NII, 42, 20_000), 44, 20_000), "more than|promises"),
     "large.nii": (lambda: claim(NII, 42, 1000), "promises 1920000 bytes"),
@@ -690,6 +721,68 @@ def test_an_image_is_no_label_map(tmp_path):
     image = np.random.default_rng(0).integers(-1000, 3000, SHAPE).astype(np.int16)
     with pytest.raises(DataError, match="from -1000 to 2999: an image, not a label map"):
         list(objects_of(volume_of(image), None, False))
+
+
+def test_a_label_that_the_file_calls_otherwise_has_a_note(tmp_path):
+    volume = volume_of(SCAN, names={1: "Lung vessels", 5: "LIVER"})
+    for source in ("totalsegmentator", table(tmp_path, '{"spleen": 1, "liver": 5, "all": [1, 5]}')):
+        spleen, liver, *others = objects_of(volume, load_labels(source), False)
+        assert spleen.notes == ("its file names label 1 'Lung vessels'",)
+        assert all(item.notes == () for item in (liver, *others))
+
+
+@pytest.mark.parametrize("levels", [150, 256])
+def test_an_image_of_few_values_is_no_label_map(levels):
+    image = np.random.default_rng(0).integers(0, levels, (30, 30, 30)).astype(np.uint8)
+    for labels in (None, volumes.Labels({"liver": (1,)}, "labels.json")):
+        with pytest.raises(DataError, match="an image, not a label map"):
+            list(objects_of(volume_of(image), labels, False))
+
+
+def test_a_label_map_of_many_labels_is_no_image():
+    blocks = np.arange(1, 217, dtype=np.uint8).reshape(6, 6, 6).repeat(3, 0).repeat(3, 1).repeat(3, 2)
+    assert [item.name for item in objects_of(volume_of(blocks), None, False)] == [str(i) for i in range(1, 217)]
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_a_mask_is_the_organ_that_its_file_is_named_after(value, tmp_path):
+    mask = np.where(SCAN == 1, value, 0).astype(np.uint8)
+    for name, labels, expected in (
+        ("liver", None, "liver"),
+        ("lung_vessels", None, "lung_vessels"),
+        ("liver", "totalsegmentator", "liver"),
+        ("Kidney_left", "totalsegmentator", "kidney_left"),
+        ("liver", table(tmp_path, '{"Liver": 5, "spleen": 1}'), "Liver"),
+    ):
+        save_nifti(tmp_path / f"{name}.nii.gz", mask, AFFINE)
+        (found,) = volumes.grids_of_file(tmp_path / f"{name}.nii.gz", 16, labels and load_labels(labels))
+        assert (found.name, found.labels) == (expected, (value,))
+    (part,) = volumes.grids_of_file(tmp_path / "lung_vessels.nii.gz", 16, components=True)
+    assert part.name == "lung_vessels_1"
+
+
+def test_a_mask_is_never_taken_for_another_organ(tmp_path):
+    mask = (SCAN == 1).astype(np.uint8)
+    asked = load_labels(table(tmp_path, '{"spleen": 1, "liver": 5}'))
+    total = load_labels("totalsegmentator")
+    for name in ("aorta", "body"):
+        save_nifti(tmp_path / f"{name}.nii", mask, AFFINE)
+    (aorta,) = volumes.grids_of_file(tmp_path / "aorta.nii", 16, asked)
+    assert aorta == LeftOut("aorta", f"is a mask by the name of its file, of what {asked.source} does not name")
+    reason = r'may be a mask of any organ, or spleen as totalsegmentator .*such as \{"spleen": 1\}$'
+    with pytest.raises(DataError, match=reason):
+        list(volumes.grids_of_file(tmp_path / "body.nii", 16, total))
+
+
+def test_a_label_map_with_one_label_keeps_its_meaning(tmp_path):
+    asked = load_labels(table(tmp_path, '{"spleen": 1, "liver": 5}'))
+    save_nifti(tmp_path / "case_1.nii", (SCAN == 1).astype(np.uint8), AFFINE)
+    spleen, missing = volumes.grids_of_file(tmp_path / "case_1.nii", 16, asked)
+    assert spleen.name == "spleen" and missing.name == "liver"
+    save_nifti(tmp_path / "case_2.nii", np.where(SCAN == 5, 5, 0).astype(np.uint8), AFFINE)
+    assert [found.name for found in volumes.grids_of_file(tmp_path / "case_2.nii", 16)] == ["5"]
+    (named,) = objects_of(volume_of((SCAN == 1).astype(np.uint8), names={1: "cyst"}), None, False, "case_1")
+    assert named.name == "cyst"
 
 
 def test_names_that_are_used_twice_get_the_label():
@@ -1055,7 +1148,7 @@ REFUSED_ARRAYS = {
     "large.npy": (lambda: save_npy(hook()).replace(b"(9, 8, 7), }", b"(900,800,70)}"), "promises 50400000 bytes"),
     "huge.npy": (lambda: save_npy(hook()).replace(b"(9, 8, 7), }   ", b"(9999,999,999)}"), "more than"),
     "several.npz": (lambda: save_npz(a=hook(), b=SCAN), r"2 arrays.*a \(9 x 8 x 7\), b \(70 x 64 x 30\)"),
-    "packed.npz": (lambda: save_npz(bits=np.zeros((2, 8), np.uint8)), r"0 arrays.*bits \(2 x 8\)"),
+    "packed.npz": (lambda: save_npz(bits=np.zeros((2, 8), np.uint8)), "packed file of grids"),
     "cut.npz": (lambda: save_npz(grid=SCAN)[:-40], "cannot be read"),
     "damaged.npz": (lambda: spoil(save_npz(grid=NOISE), 3000), "cannot be read"),
     "places.npz": (lambda: save_npz(grid=SCAN)[50:], "cannot be read"),

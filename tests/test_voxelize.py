@@ -20,7 +20,7 @@ from helpers import BROKEN, ROOT, cells_met, table, tetrahedron
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("numba")
 
-from dataset_toolkits import build_metadata, records, report, voxelize, work  # noqa: E402
+from dataset_toolkits import build_metadata, estimate, inputs, records, report, voxelize, work  # noqa: E402
 from trellis.grids import meshes  # noqa: E402
 from trellis.grids.volumes import Frame  # noqa: E402
 from trellis.grids.voxels import points_to_occupancy, points_to_voxels, read_ply  # noqa: E402
@@ -705,6 +705,33 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_would_do(mixed_input, caps
     assert "would hold grids made with" in capsys.readouterr().err
 
 
+def timed(path: Path, settings: object) -> tuple[float, work.Outcome]:
+    """Stands for estimate._timed in a worker: a file takes as many seconds as it says, and with 0 the worker dies."""
+    seconds = float(path.read_text())
+    time.sleep(seconds)
+    if seconds == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return seconds, work.Outcome((work.Made("", estimate.NO_SHA256, 100, "z", ()),))
+
+
+def test_a_dry_run_counts_what_it_had_no_time_for_by_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "_timed", timed)
+    monkeypatch.setattr(estimate, "SAMPLE_SECONDS", 1.0)
+    files = {}
+    for name, text in (("a.stl", "0.1"), ("b.stl", "0.2" + " " * 7), ("c.nii", "60" + " " * 18)):
+        files[name] = tmp_path / name
+        files[name].write_text(text)
+    found = inputs.Found(files, {})
+    lines = estimate.dry_run(found, set(), work.Settings(16, "auto", "cube"), 1, 60, None)
+    assert lines[-1] == (
+        "3 to do: about 0.7 s with 1 workers and 3.99 KB of disk, by 2 of them that were tried, and by the size of 1 "
+        "that took too long"
+    )
+    files["c.nii"].write_text("0" + " " * 19)
+    lines = estimate.dry_run(found, set(), work.Settings(16, "auto", "cube"), 1, 60, None)
+    assert lines[-1].startswith("of those tried, would be tried once more, alone: ") and "c.nii: its proc" in lines[-1]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not limit memory")
 def test_memory_is_limited_for_each_file(tmp_path, capsys):
     """A PLY of 60 million points is 720 MB, which does not fit in 0.2 GiB."""
@@ -774,6 +801,83 @@ def test_a_scan_gives_a_grid_for_each_organ(tmp_path, serial, capsys, monkeypatc
     assert {row["file"] for row in table(Path("out/failed.csv"))} == {
         f"in/case_1.nii.gz#{name}" for name in ("heart", "small")
     }
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_names_with_line_breaks_stay_one_line(tmp_path, serial, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for place, character in enumerate("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"):
+        Path("in", f"bad{character}{place}.obj").write_text("v 0 0 0")
+        tetrahedron(1 + place / 4).export(Path("in", f"good{character}{place}.off"))
+        assert inputs.printable(Path(f"a{character}b")) == f"a{character.encode('unicode_escape').decode()}b"
+    args = "--input", "in", "--output_dir", "out"
+    assert run(*args) == 0
+    before = tree(Path("out"))
+    assert len(table(Path("out/failed.csv"))) == len(table(Path("out/metadata.csv"))) == 10
+    assert run(*args) == 0 and tree(Path("out")) == before
+    shutil.rmtree("in")
+    tetrahedron(9).export("in.off")
+    Path("in").mkdir()
+    Path("in.off").rename("in/one.off")
+    assert run(*args) == 0 and not Path("out/failed.csv").exists()
+
+
+def test_names_of_files_and_organs_may_be_any_text(tmp_path, serial, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    write_scan(Path("in", "case#1.nii.gz"))
+    Path("labels.json").write_text('{"lesion #1": 1, "left\\nkidney": 2, "gone #3": 9, "tiny\\n#5": 5}')
+    args = "--input", "in", "--output_dir", "out", "--labels", "labels.json"
+    assert run(*args) == 0
+    assert {row["file"] for row in table(Path("out/metadata.csv"))} == {
+        "in/case#1.nii.gz#lesion #1", "in/case#1.nii.gz#left kidney"
+    }  # fmt: skip
+    failed = {row["file"] for row in table(Path("out/failed.csv"))}
+    assert failed == {"in/case#1.nii.gz#gone #3", "in/case#1.nii.gz#tiny #5"}
+    before = tree(Path("out"))
+    assert run(*args) == 0 and len(serial) == 1 and tree(Path("out")) == before
+    capsys.readouterr()
+    assert run(*args, "--dry_run") == 0 and "nothing to do" in capsys.readouterr().out
+    Path("in/a#b.nii.gz").write_bytes(Path("in/case#1.nii.gz").read_bytes())
+    assert run(*args) == 0 and len(serial) == 1
+    assert {row["file"] for row in table(Path("out/metadata.csv"))} == {
+        "in/a#b.nii.gz#lesion #1", "in/a#b.nii.gz#left kidney"
+    }  # fmt: skip
+
+
+def test_masks_of_one_organ_each_have_its_name(tmp_path, serial, monkeypatch):
+    nibabel = pytest.importorskip("nibabel")
+    monkeypatch.chdir(tmp_path)
+    for case, edge in (("s1", 8), ("s2", 9)):
+        Path("in", case).mkdir(parents=True)
+        for place, organ in enumerate(("liver", "spleen", "brain")):
+            mask = np.zeros((24, 20, 16), np.uint8)
+            mask[2 : 2 + edge, 2 : 6 + place, 3:9] = organ != "brain"
+            nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), Path("in", case, f"{organ}.nii.gz"))
+    Path("labels.json").write_text('{"spleen": 1, "liver": 5}')
+    found = {f"in/{case}/{organ}.nii.gz#{organ}" for case in ("s1", "s2") for organ in ("liver", "spleen")}
+    for labels in ((), ("--labels", "totalsegmentator"), ("--labels", "labels.json")):
+        out = Path(f"out{'_'.join(labels)}")
+        assert run("--input", "in", "--output_dir", out, *labels) == 0
+        assert {row["file"] for row in table(out / "metadata.csv")} == found
+        reasons = {row["file"]: row["reason"] for row in table(out / "failed.csv")}
+        assert reasons == {f"in/{case}/brain.nii.gz": "has no label: every voxel is 0" for case in ("s1", "s2")}
+
+    Path("few.json").write_text('{"liver": 1}')
+    shutil.rmtree("in/s2")
+    Path("in/s1/brain.nii.gz").unlink()
+    args = "--input", "in", "--output_dir", "few", "--labels", "few.json"
+    assert run(*args) == 0
+    (left_out,) = table(Path("few/failed.csv"))
+    assert left_out["file"] == "in/s1/spleen.nii.gz#spleen" and "few.json does not name" in left_out["reason"]
+    serial.clear()
+    assert run(*args) == 0 and not serial  # what is not asked for is not read again
+    Path("in/s1/spleen.nii.gz").rename("in/s1/case.nii.gz")  # no mask by its name: a label map
+    assert run(*args) == 0 and serial == [Path("in/s1/case.nii.gz")]
+    assert {row["file"] for row in table(Path("few/metadata.csv"))} == {
+        "in/s1/liver.nii.gz#liver", "in/s1/case.nii.gz#liver"
+    } and not Path("few/failed.csv").exists()  # fmt: skip
 
 
 def test_parts_of_an_organ_and_solids(tmp_path, serial, capsys, monkeypatch):

@@ -5,7 +5,7 @@
 
 from .arrays import ARRAY_SUFFIXES, read_occupancy, turn_mask_to_z_up
 from .convert import ObjectGrid, grids_of_file
-from .labels import LabelObject, Labels, LeftOut, load_labels, objects_of
+from .labels import LabelObject, Labels, LeftOut, load_labels, objects_of, organ_of_name
 from .rasterize import FILLS, Frame, rasterize_mask, rasterize_object, rasterize_occupancy, write_nifti
 from .reading import VOLUME_SUFFIXES, Volume, read_volume, volume_suffix
 
@@ -22,6 +22,7 @@ __all__ = [
     "grids_of_file",
     "load_labels",
     "objects_of",
+    "organ_of_name",
     "rasterize_mask",
     "rasterize_object",
     "rasterize_occupancy",

@@ -89,6 +89,10 @@ def _read_npz(path: Path) -> np.ndarray:
             if member.filename.endswith(".npy"):
                 with archive.open(member) as file:
                     shapes[member.filename] = _header(file)[0]
+        if "bits.npy" in shapes and len(shapes["bits.npy"]) == 2:
+            raise DataError(
+                "is a packed file of grids: give it as --data_dir, or make a folder of it with pack.py --unpack"
+            )
         volumes = [name for name, shape in shapes.items() if len(shape) >= 3]
         if len(volumes) != 1:
             listed = ", ".join(f"{name.removesuffix('.npy')} ({times(shape)})" for name, shape in shapes.items())

@@ -54,7 +54,7 @@ def grids_of_file(
     volume = read_volume(path)
     if is_array and y_up:
         volume = volume._replace(layers=tuple(map(turn_mask_to_z_up, volume.layers)))
-    for item in objects_of(volume, labels, components):
+    for item in objects_of(volume, labels, components, path.name[: -len(volume_suffix(path))]):
         if isinstance(item, LeftOut):
             yield item
         else:

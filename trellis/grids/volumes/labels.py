@@ -17,6 +17,8 @@ from .volume import Volume, require
 
 MIN_VOXELS = 27  # of the scan, 3^3; less has no shape
 MOST_UNLISTED = 1000  # values that no table names; more are an image's
+MANY_UNLISTED = 100  # from here on neighbors must be alike for a label map
+MASK_VALUES = (1, 255)  # of masks of one organ
 LARGEST_RANGE = 1 << 20  # labels that are counted by a table; those farther apart are sorted
 SIDES = (("left", "right"), ("back", "front"), ("bottom", "top"))  # low and high end of x, y, z
 
@@ -117,50 +119,110 @@ def _entry(source: str, key: str, value: object) -> tuple[str, tuple[int, ...]]:
     return name.strip(), tuple(labels)
 
 
-def objects_of(volume: Volume, labels: Labels | None, components: bool) -> Iterator[LabelObject | LeftOut]:
+def objects_of(
+    volume: Volume, labels: Labels | None, components: bool, file_name: str = ""
+) -> Iterator[LabelObject | LeftOut]:
     """Yield each object of a scan, or why it is left out: the scan lacks it, or it has fewer than MIN_VOXELS voxels.
 
-    labels: what to take. None takes every label but 0, with the name that the file gives it, else its number. Of the
-        tables in `label_names`, which name all that a body may have, what a scan lacks is passed over.
+    labels: what to take. None takes every label but 0, with the name that the file gives it, else its number; a segment
+        without voxels is left out. Of the tables in `label_names`, which name all that a body may have, what a scan
+        lacks is passed over. An object of one label that the file calls otherwise has a note.
     components: take each connected part by itself (26 neighbors: voxels that share a corner are connected), as
         "liver_1", "liver_2" …, the largest first.
+    file_name: without its suffix. A mask, which has no label but 1 or 255 and no names of its own, is the object that
+        its file is named after, such as TotalSegmentator's liver.nii.gz: without labels always, else if they name it.
     An object that reaches the border of the scan may be cut off: a note says on which side.
-    Raise DataError if the scan has no label, or so many that it is an image.
+    Raise DataError if the scan has no label, or so many that it is an image, or if it may be a mask of any organ.
     """
     boxes = [_boxes(layer) for layer in volume.layers]
     present = sorted(set().union(*boxes))
     listed = {label for group in labels.groups.values() for label in group} if labels else set(volume.names)
     unlisted = [label for label in present if label not in listed]
-    if len(unlisted) > MOST_UNLISTED:
+    if len(unlisted) > MOST_UNLISTED or len(unlisted) > MANY_UNLISTED and not any(map(_is_patchy, volume.layers)):
         raise DataError(
             f"has {len(present)} values, from {present[0]} to {present[-1]}: an image, not a label map. If it is one, "
             "name its labels with --labels"
         )
     if not present:
         raise DataError("has no label: every voxel is 0")
-    groups = labels.groups if labels else _default_groups(volume, unlisted)
+    groups = labels.groups if labels else _default_groups(volume, present)
+    if len(present) == 1 and present[0] in MASK_VALUES and not volume.names and file_name:
+        name = _name_of_mask(file_name, present[0], labels)
+        if labels and name and name not in groups:
+            yield LeftOut(name, f"is a mask by the name of its file, of what {labels.source} does not name")
+            return
+        if name:
+            groups, labels = {name: (present[0],)}, None
     if labels and not any(label in listed for label in present):
         raise DataError(f"has the labels {_some(present)}, none of which {labels.source} names")
+    there = set(present)
     for name, group in groups.items():
-        found = [label for label in group if label in present]
+        found = [label for label in group if label in there]
         if not found:
             if labels is None or labels.source not in TABLES:
                 text = f"label {group[0]}" if len(group) == 1 else f"any of the labels {_some(list(group))}"
                 yield LeftOut(name, f"is not in this scan: no voxel has {text}")
             continue
         crop, mask = _mask(volume, boxes, found)
+        called = volume.names.get(group[0], name) if labels and len(group) == 1 else name
+        notes = () if _plain(called) == _plain(name) else (f"its file names label {group[0]} {called!r}",)
         if components:
-            yield from _components(volume, name, tuple(found), crop, mask)
+            yield from _components(volume, name, tuple(found), crop, mask, notes)
         else:
-            yield _checked(volume, name, tuple(found), crop, mask)
+            yield _checked(volume, name, tuple(found), crop, mask, notes)
     if labels and unlisted:
         names = [volume.names.get(label, str(label)) for label in unlisted]
         yield LeftOut(f"labels {_some(names)}", f"are not in {labels.source}")
 
 
-def _default_groups(volume: Volume, unlisted: list[int]) -> dict[str, tuple[int, ...]]:
-    """Return an object for each label, by its name; names that are used twice get the label's number too."""
-    names = {label: volume.names.get(label, str(label)) for label in {*volume.names, *unlisted} - {0}}
+def _plain(name: str) -> str:
+    """Return a name without what may differ between two spellings: case, spaces and signs."""
+    return "".join(filter(str.isalnum, name.casefold()))
+
+
+def organ_of_name(file_name: str, labels: Labels) -> str:
+    """Return the object of labels, or of a table in `label_names`, that a file is named after; "" if it is after none.
+
+    file_name: without its suffix.
+    """
+    known = {name.casefold(): name for table in TABLES.values() for name in table.values()}
+    known.update((name.casefold(), name) for name in labels.groups)
+    return known.get(file_name.casefold(), "")
+
+
+def _name_of_mask(file_name: str, value: int, labels: Labels | None) -> str:
+    """Return the object that a mask is by the name of its file, "" if its value says which.
+
+    Raise DataError if neither says for sure.
+    """
+    name = file_name if labels is None else organ_of_name(file_name, labels)
+    if not name and labels and labels.source in TABLES and value in TABLES[labels.source]:
+        called = TABLES[labels.source][value]
+        raise DataError(
+            f"has no label but {value}, so it may be a mask of any organ, or {called} as {labels.source} numbers it. "
+            f'Name the file after its organ, or give --labels a JSON file such as {{"{called}": {value}}}'
+        )
+    return name
+
+
+def _is_patchy(layer: np.ndarray) -> bool:
+    """Return whether most neighbors along an axis are equal, as in a label map, where neither is 0."""
+    for axis in range(3):
+        turned = np.moveaxis(layer, axis, 0)
+        both = equal = 0
+        for one, other in zip(turned[:-1], turned[1:], strict=True):
+            inside = (one != 0) & (other != 0)
+            both += int(np.count_nonzero(inside))
+            equal += int(np.count_nonzero(inside & (one == other)))
+        if 2 * equal > both:
+            return True
+    return False
+
+
+def _default_groups(volume: Volume, present: list[int]) -> dict[str, tuple[int, ...]]:
+    """Return an object for each label and each segment, by its name; one that is used twice gets the label's number."""
+    empty = volume.names if volume.has_segments else ()
+    names = {label: volume.names.get(label, str(label)) for label in {*empty, *present} - {0}}
     given = Counter(names.values())
     return {name if given[name] == 1 else f"{name}_{label}": (label,) for label, name in sorted(names.items())}
 
@@ -219,7 +281,12 @@ def _mask(
 
 
 def _components(
-    volume: Volume, name: str, labels: tuple[int, ...], crop: tuple[slice, ...], mask: np.ndarray
+    volume: Volume,
+    name: str,
+    labels: tuple[int, ...],
+    crop: tuple[slice, ...],
+    mask: np.ndarray,
+    notes: tuple[str, ...],
 ) -> Iterator[LabelObject | LeftOut]:
     """Yield the connected parts of a mask, the largest first, then one LeftOut for all that are too small."""
     ndimage = require("scipy.ndimage")
@@ -232,7 +299,7 @@ def _components(
         inside = tuple(
             slice(outer.start + inner.start, outer.start + inner.stop) for outer, inner in zip(crop, box, strict=True)
         )
-        yield _checked(volume, f"{name}_{place}", labels, inside, parts[box] == part + 1)
+        yield _checked(volume, f"{name}_{place}", labels, inside, parts[box] == part + 1, notes)
     if len(order) < number:
         small = number - len(order)
         reason = f"{small} of its {number} components have fewer than {MIN_VOXELS} voxels, {sizes.min()} the smallest"
@@ -240,7 +307,12 @@ def _components(
 
 
 def _checked(
-    volume: Volume, name: str, labels: tuple[int, ...], crop: tuple[slice, ...], mask: np.ndarray
+    volume: Volume,
+    name: str,
+    labels: tuple[int, ...],
+    crop: tuple[slice, ...],
+    mask: np.ndarray,
+    notes: tuple[str, ...],
 ) -> LabelObject | LeftOut:
     """Return an object with a note on where the scan cuts it, or why it is too small."""
     voxels = int(np.count_nonzero(mask))
@@ -252,5 +324,6 @@ def _checked(
         world = int(np.abs(step).argmax())
         low, high = SIDES[world] if step[world] > 0 else SIDES[world][::-1]
         sides += [low] * (part.start == 0) + [high] * (part.stop == size)
-    notes = (f"reaches the scan's border ({', '.join(sides)}) and may be cut off",) if sides else ()
+    if sides:
+        notes = (*notes, f"reaches the scan's border ({', '.join(sides)}) and may be cut off")
     return LabelObject(name, labels, mask, tuple(part.start for part in crop), volume.affine, volume.shape, notes)

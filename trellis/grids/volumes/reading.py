@@ -89,7 +89,7 @@ def _read_nifti(path: Path) -> Volume:
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     with gzip.open(path) if packed else open(path, "rb") as stream:
-        start = stream.read(348)
+        start = stream.read(540)
         stream.seek(0)
         if start[344:347] == b"ni1":
             raise DataError("is a NIfTI header without its voxels (.hdr and .img): save it as .nii.gz")
@@ -99,12 +99,17 @@ def _read_nifti(path: Path) -> Volume:
         image = kind.from_stream(stream)
         header = image.header
         dtype = header.get_data_dtype()
-        check_size(header.get_data_shape(), dtype.itemsize, path.stat().st_size * (DEFLATE_RATIO if packed else 1))
-        stored = image.dataobj  # nibabel clears the header's own slope and intercept
+        stored = image.dataobj  # nibabel clears the header's own offset, slope and intercept
+        there = path.stat().st_size
+        there = there * DEFLATE_RATIO if packed else there - stored.offset
+        check_size(header.get_data_shape(), dtype.itemsize, there)
         labels = as_labels(as_volume_shape(stored.get_unscaled()), float(stored.slope), float(stored.inter))
         while stream.read(1 << 20):  # to the end, where gzip has its checksum
             pass
     affine, notes = _nifti_affine(header)
+    given = kind.header_class(start[: kind.header_class.sizeof_hdr], check=False)["pixdim"][1:4]
+    if header["sform_code"] <= 0 and not (given > 0).all():  # nibabel mends these
+        notes.append(f"says that its voxels are {times(given)} large: signs are ignored, and 0 is taken as 1")
     names, name_notes = _nifti_names(header)
     return Volume((labels,), check_affine(affine), names, (*notes, *name_notes))
 
@@ -159,7 +164,7 @@ def _read_nrrd(path: Path) -> Volume:
     with open(path, "rb") as file:
         lines = []
         while (line := file.readline(LONGEST_LINE)).strip():
-            lines.append(_text(line))
+            lines.append(_header_line(line))
         if not lines or not lines[0].startswith("NRRD"):
             raise DataError("is not an NRRD file: it does not begin with NRRD")
         header = nrrd.read_header(lines)
@@ -183,14 +188,18 @@ def _read_nrrd(path: Path) -> Volume:
         raise DataError("has no segments: Slicer writes a single voxel then")
     labels = [as_labels(as_volume_shape(layer)) for layer in layers]
     labels, names, more = _number_segments(labels, segments)
-    return Volume(tuple(labels), check_affine(affine_of(steps, origin)), names, (*notes, *more))
+    return Volume(tuple(labels), check_affine(affine_of(steps, origin)), names, (*notes, *more), has_segments=True)
 
 
-def _text(line: bytes) -> str:
+def _header_line(line: bytes) -> str:
+    """Return a line of an NRRD header as text, a name of a field in lower case: case makes no difference there."""
     try:
-        return line.decode("utf-8")
+        text = line.decode("utf-8")
     except UnicodeDecodeError:
-        return line.decode("latin-1")
+        text = line.decode("latin-1")
+    name, colon, value = text.partition(":")
+    is_field = colon and not value.startswith("=") and not name.startswith("#")
+    return name.lower() + colon + value if is_field else text
 
 
 def _check_nrrd_size(path: Path, header: dict, start: int) -> None:
@@ -339,4 +348,4 @@ def _read_dicom(path: Path) -> Volume:
         segmentation = highdicom.seg.Segmentation.from_dataset(pydicom.dcmread(path), copy=False)
         volumes = [segmentation.get_volume(segment_numbers=[number], combine_segments=True) for number in numbers]
     layers = tuple(as_labels(as_volume_shape(volume.array)) for volume in volumes)
-    return Volume(layers, check_affine(LPS_TO_RAS @ volumes[0].affine), names)
+    return Volume(layers, check_affine(LPS_TO_RAS @ volumes[0].affine), names, has_segments=True)

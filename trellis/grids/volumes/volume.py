@@ -1,7 +1,9 @@
 """A scan's labels in memory, and the checks that all its readers share."""
 
 import errno
+import gzip
 import importlib
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -39,12 +41,14 @@ class Volume(NamedTuple):
     affine: [4, 4] float64, from voxel indices (at voxel centers) to millimeters, x to the right, y to the front, z up.
     names: {label: name} for the labels that the file names.
     notes: what a user should know of this file, each a sentence without a full stop.
+    has_segments: whether each name is a segment of the file, and not one of a table of all that a scan could have.
     """
 
     layers: tuple[np.ndarray, ...]
     affine: np.ndarray
     names: dict[int, str]
     notes: tuple[str, ...] = ()
+    has_segments: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,6 +75,8 @@ def reasons() -> Iterator[None]:
     except Exception as error:  # parsers raise anything
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to a false place
             raise
+        if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
+            raise DataError(f"is truncated or damaged: its compressed voxels cannot be unpacked ({error})") from error
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"cannot be read ({type(error).__name__}: {reason})") from error
 

@@ -116,6 +116,15 @@ def test_a_format_that_is_not_read_has_a_remedy(suffix, tmp_path):
     assert reason and " is not read: " in reason and not reason.endswith(".")
 
 
+@pytest.mark.parametrize("name", ["IM_0001", "1.2.840.113619.2"])
+def test_dicom_files_as_scanners_name_them(name, tmp_path):
+    (tmp_path / name).write_bytes(bytes(128) + b"DICM")
+    assert formats.why_not(tmp_path / name) == "DICOM is not read under this name: rename it to .dcm"
+    for other in (b"", bytes(200), b"DICM" + bytes(200)):
+        (tmp_path / name).write_bytes(other)
+        assert formats.why_not(tmp_path / name) is None
+
+
 @pytest.mark.parametrize(
     "name, content, word",
     [

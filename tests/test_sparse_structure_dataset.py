@@ -485,7 +485,7 @@ def test_solid_grids_beside_surfaces_are_named_in_the_summary(tmp_path):
         assert f"grids of {first} are solid, and those of {second} surfaces: a model learns both" in data.notes
         assert SparseStructure(str(first), resolution=R, split="all").settings[str(first)]["fill"] == {"solid"}
     alike = both_kinds(tmp_path / "c", "fill", (None, ""))[1]
-    assert "solid" not in SparseStructure(",".join(map(str, alike)), resolution=R, split="all").summary()
+    assert "are solid" not in SparseStructure(",".join(map(str, alike)), resolution=R, split="all").summary()
 
 
 def test_roots_of_different_resolution_are_refused_with_both_names(tmp_path):

@@ -257,10 +257,18 @@ def why_not(path: Path) -> str | None:
         return None
     suffix = suffix_of(path, _UNREAD)
     if suffix is None:
-        return None
+        return "DICOM is not read under this name: rename it to .dcm" if _is_unnamed_dicom(path) else None
     unread = _UNREAD[suffix]
     if unread.fits:
         with open(path, "rb") as file:
             if not unread.fits(file.read(HEAD)):
                 return None
     return f"{unread.name} is not read: {unread.remedy}"
+
+
+def _is_unnamed_dicom(path: Path) -> bool:
+    """Return whether a file without a suffix, or named by a number as scanners do, is DICOM (PS3.10, section 7.1)."""
+    if path.suffix and not path.suffix[1:].isdigit():
+        return False
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"

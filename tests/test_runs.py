@@ -194,17 +194,18 @@ def test_roots_that_do_not_agree_give_a_setting_and_a_warning(run_on, name, valu
         assert f"{tmp_path / f'{number}.npz'} ({value or 'does not say'})" in str(warned[0].message)
 
 
-def test_a_folder_that_does_not_say_its_normalization_is_of_before_there_was_a_choice(run_on, tmp_path, recwarn):
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_folder_that_does_not_say_its_normalization_is_of_before_there_was_a_choice(run_on, tmp_path):
     run_on("normalization", "cube")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metadata.csv").write_text(f"sha256\n{'a' * 64}\n")
     save(tmp_path / "run", 4, data_dir=f"{tmp_path / '0.npz'},{tmp_path / 'old'}")
-    assert open_run(tmp_path / "run").data_setting("normalization") == "cube" and not recwarn
+    assert open_run(tmp_path / "run").data_setting("normalization") == "cube"
     # A folder that has no grid any more says nothing.
     (tmp_path / "old" / "metadata.csv").write_text(f"sha256,voxelized,up_axis\n{'a' * 64},False,\n")
     run_on("up_axis", "y")
     save(tmp_path / "run", 4, data_dir=f"{tmp_path / '0.npz'},{tmp_path / 'old'}")
-    assert open_run(tmp_path / "run").data_setting("up_axis") == "y" and not recwarn
+    assert open_run(tmp_path / "run").data_setting("up_axis") == "y"
 
 
 def test_several_normalizations_are_refused(run_on, tmp_path):

@@ -79,7 +79,7 @@ def test_files_that_point_to_other_files_are_turned_away(tmp_path):
         "b.gltf": (b"{", "its JSON is damaged"),
         "c.dae": (entity.encode(), "XML entity"),
         "d.dae": (entity.encode("utf-16"), "XML entity"),
-        "e.dae": (b"PK\x03\x04 an archive", "not well-formed XML"),
+        "e.dae": (b"PK\x03\x04 an archive", "its content is zip archive of a mesh, its name says COLLADA"),
         "f.glb": (b"glTF" + bytes(8), "too few for a GLB"),
         "g.gltf": (b'{"asset": {}, "buffers": 5}', "buffers is 5; it should be an array"),
         "h.gltf": (b'{"asset": {}, "buffers": [5]}', "buffers has an entry that is not an object"),

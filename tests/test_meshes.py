@@ -214,3 +214,23 @@ def test_a_missing_package_is_named(tmp_path):
     )
     assert run.returncode == 1 and "ConfigError: a Python package is missing" in run.stderr
     assert "pip install numba" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "suffix, up_axis, axis, note",
+    [
+        ("stl", "auto", "z", None),
+        ("stl", "z", "z", None),
+        ("stl", "keep", "keep", None),
+        ("stl", "y", "y", "is of a format whose files are mostly z-up, but was taken as y-up"),
+        ("glb", "auto", "y", None),
+        ("glb", "z", "z", "says that y is up, but was taken as z-up"),
+        ("obj", "y", "y", None),
+        ("obj", "auto", "keep", "its format does not say which axis is up: taken as they are"),
+    ],
+)
+def test_a_note_says_where_a_setting_and_a_format_differ(suffix, up_axis, axis, note, tmp_path):
+    path = tmp_path / f"mesh.{suffix}"
+    tetrahedron().export(path)
+    made = meshes.mesh_voxels(path, 16, up_axis, "cube")
+    assert made.axis == axis and made.notes == (() if note is None else (note,))

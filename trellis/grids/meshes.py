@@ -167,6 +167,10 @@ def _notes_on_placing(geometry: Geometry, up_axis: str, axis: Axis) -> tuple[str
         notes.append(f"{UNKNOWN_AXIS}: {taken}")
     if geometry.up is not None and up_axis in ("y", "z") and up_axis != geometry.up:
         notes.append(f"says that {geometry.up} is up, but was taken as {up_axis}-up")
+    elif (
+        geometry.up is None and geometry.usual_up is not None and up_axis in ("y", "z") and up_axis != geometry.usual_up
+    ):
+        notes.append(f"is of a format whose files are mostly {geometry.usual_up}-up, but was taken as {up_axis}-up")
     return tuple(notes)
 
 

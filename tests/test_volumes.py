@@ -1077,6 +1077,79 @@ def test_a_frame_is_one_line_of_json():
         write_nifti(Path("a.nrrd"), hook(), frame)
 
 
+# --- surfaces with holes ---
+
+
+CELLS = np.indices((64,) * 3) - 31.5  # [3, 64, 64, 64]
+FROM_AXIS = np.hypot(CELLS[0], CELLS[1])
+BODIES = {
+    "ellipsoid": (CELLS[0] / 31.9) ** 2 + (CELLS[1] / 22) ** 2 + (CELLS[2] / 14) ** 2 <= 1,
+    "box": (abs(CELLS[0]) < 32) & (abs(CELLS[1]) < 20) & (abs(CELLS[2]) < 10),
+    "torus": (FROM_AXIS - 10) ** 2 + CELLS[2] ** 2 <= 64,  # its hole is four cells wide
+    "vessel": (CELLS[1] - 6 * np.sin(CELLS[0] / 8)) ** 2 + CELLS[2] ** 2 <= 9,
+}
+
+
+def surface_of(solid: np.ndarray) -> np.ndarray:
+    return solid & ~ndimage.binary_erosion(solid)
+
+
+@pytest.mark.parametrize("missing", [0, 1, 80])
+@pytest.mark.parametrize("name", BODIES)
+def test_a_surface_with_small_holes_is_filled(name, missing, tmp_path):
+    surface = surface_of(BODIES[name])
+    cells = np.argwhere(surface)
+    surface[tuple(np.random.default_rng(0).permutation(cells)[:missing].T)] = False
+    filled, closed = volumes.fill_surface(surface)
+    assert closed and dice(filled, BODIES[name]) >= 0.97 and (filled & ~BODIES[name]).sum() <= 2
+    frame = Frame((31.5,) * 3, 1, "surface", np.eye(4), (64,) * 3)
+    assert write_nifti(str(tmp_path / "a.nii"), surface, frame)
+    assert np.array_equal(nibabel.load(tmp_path / "a.nii").get_fdata() == 1, filled)
+
+
+def test_a_closed_surface_is_filled_as_it_is():
+    for solid in BODIES.values():
+        assert np.array_equal(volumes.fill_surface(surface_of(solid))[0], solid)
+
+
+@pytest.mark.parametrize("width, filled", [(4, True), (8, False), (12, False)])
+def test_a_surface_with_a_large_hole_stays_open_and_says_so(width, filled, tmp_path):
+    solid = BODIES["box"]
+    surface = surface_of(solid)
+    middle = slice(32 - width // 2, 32 + width // 2)
+    surface[middle, middle, 40:] = False
+    found, closed = volumes.fill_surface(surface)
+    assert closed == filled and (dice(found, solid) > 0.97) == filled
+    frame = Frame((31.5,) * 3, 1, "surface", np.eye(4), (64,) * 3)
+    assert write_nifti(tmp_path / "a.nii", surface, frame) == filled
+    assert write_nifti(tmp_path / "b.nii", surface, frame._replace(fill="solid"))
+    if not filled:
+        assert np.array_equal(found, surface)
+
+
+def vessels() -> np.ndarray:
+    """Return twenty winding branches, two cells thick, with narrow spaces between them."""
+    mask, random = np.zeros((64,) * 3, bool), np.random.default_rng(0)
+    for _ in range(20):
+        place, step = np.array([2.0, 32, 32]), np.array([1.0, 0, 0])
+        while (place >= 2).all() and (place < 62).all() and mask.mean() < 0.2:
+            mask[tuple(slice(int(p) - 1, int(p) + 1) for p in place)] = True
+            step = step + random.normal(0, 0.3, 3)
+            step /= np.linalg.norm(step)
+            place = place + step
+    return mask
+
+
+def test_the_space_between_thin_parts_stays_empty():
+    ring = (FROM_AXIS - 24) ** 2 + CELLS[2] ** 2 <= 2
+    bar = np.isin(np.arange(64) % 8, (4, 5))  # a cage, with windows of six cells
+    cage = sum(part.astype(int) for part in np.ix_(bar, bar, bar)) >= 2
+    for solid in (ring, vessels(), cage):
+        found, _ = volumes.fill_surface(surface_of(solid))
+        assert np.array_equal(found, ndimage.binary_fill_holes(surface_of(solid)))
+    assert volumes.fill_surface(ring)[1] and volumes.fill_surface(vessels())[1]
+
+
 # --- arrays and binvox ---
 
 

@@ -8,6 +8,7 @@ longest edge of that box fills it, as for meshes.
 import gzip
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from ...utils.errors import ConfigError, DataError
 from ...utils.files import atomic_write
+from .filling import fill_surface
 from .labels import LabelObject
 from .volume import MAX_VOXELS, check_affine, require
 
@@ -193,22 +195,23 @@ def _interior(grid: np.ndarray) -> np.ndarray:
     return inner
 
 
-def write_nifti(path: Path, grid: Any, frame: Frame) -> None:
+def write_nifti(path: str | os.PathLike, grid: Any, frame: Frame) -> bool:
     """Write a grid as a NIfTI label map in the space of its scan, 1 where the organ is, atomically.
 
     path: ends in .nii or .nii.gz.
     grid: [R, R, R], occupied where not zero.
     A voxel of the scan gets the value of the cell in which its center lies. If the frame says that the grid is a
-    surface, its closed cavities are filled first: those of the organ itself are filled with it, and a surface with a
-    hole stays hollow.
+    surface, it is filled first, see `fill_surface`: cavities of the organ itself are filled with it, and behind an
+    opening of more than four cells it stays hollow.
+    Return whether the surface is closed; True for a solid.
     Raise ConfigError for another suffix or if a package is missing.
     """
-    nibabel = require("nibabel")
+    path, nibabel = Path(path), require("nibabel")
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise ConfigError(f"{path}: a label map is written as .nii or .nii.gz. Name the file so.")
-    grid = np.asarray(grid) != 0
+    grid, closed = np.asarray(grid) != 0, True
     if frame.fill == "surface":
-        grid = require("scipy.ndimage").binary_fill_holes(grid)
+        grid, closed = fill_surface(grid)
     resolution, half = len(grid), len(grid) * frame.mm_per_cell / 2
     steps, origin = frame.affine[:3, :3], frame.affine[:3, 3]
     corners = np.array(list(itertools.product((-half, half), repeat=3))) + frame.center
@@ -231,3 +234,4 @@ def write_nifti(path: Path, grid: Any, frame: Frame) -> None:
         if packed:
             content = gzip.compress(content, compresslevel=6, mtime=0)  # the same bytes for the same grid
         partial.write_bytes(content)
+    return closed

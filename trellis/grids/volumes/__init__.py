@@ -1,6 +1,7 @@
 """Organs out of label maps: scans in (`reading`), objects by label (`labels`), grids and the way back (`rasterize`).
 
-`filling` fills surfaces on the way back. `arrays` reads occupancy without a scan: NumPy's files and binvox. `convert` does it all for one file.
+`filling` fills surfaces on the way back. `arrays` reads occupancy without a scan: NumPy's files and binvox.
+`convert` does it all for one file.
 """
 
 from .arrays import ARRAY_SUFFIXES, read_occupancy, turn_mask_to_z_up

@@ -17,11 +17,12 @@ import numpy as np
 from ...utils.errors import ConfigError, DataError
 from ...utils.files import atomic_write
 from .filling import fill_surface
-from .labels import LabelObject
+from .labels import MIN_VOXELS, LabelObject
 from .volume import MAX_VOXELS, check_affine, require
 
 Fill = Literal["surface", "solid"]
 FILLS = ("surface", "solid")
+MUCH_SMALLER = 0.9  # of a box's longest edge; if it shrinks to less without stray voxels, they are told
 BORDER = 1e-9  # voxels or cells; a coordinate this near below a border counts as on it, however it was rounded
 
 
@@ -100,6 +101,35 @@ def rasterize_object(item: LabelObject, resolution: int, fill: str = "surface") 
     affine[:3, 3] += affine[:3, :3] @ item.offset
     voxels, frame = rasterize_mask(item.mask, affine, resolution, fill)
     return voxels, frame._replace(affine=item.affine, shape=item.shape)
+
+
+def stray_note(item: LabelObject, voxels: np.ndarray, frame: Frame, resolution: int) -> tuple[str, ...]:
+    """Return a note if a few voxels far from an object make its cells much larger, else nothing.
+
+    Stray are the components (26 neighbors) of fewer than MIN_VOXELS voxels.
+    voxels, frame: of its grid, see `rasterize_object`.
+    """
+    ndimage, near = require("scipy.ndimage"), np.ones((3, 3, 3))
+    grid = np.zeros((resolution,) * 3, dtype=bool)
+    grid[tuple(voxels.T)] = True
+    if ndimage.label(grid, near)[1] == 1:  # nothing is far, and counting in the scan takes long
+        return ()
+    parts, _ = ndimage.label(item.mask, near)
+    stray = np.bincount(parts.ravel()) < MIN_VOXELS
+    stray[0] = True
+    kept = ~stray[parts]
+    if stray.all():
+        return ()
+    low, high = _world_box(*_upright(kept, frame.affine[:3, :3])[:2])
+    edge = float((high - low).max()) / resolution
+    if edge >= MUCH_SMALLER * frame.mm_per_cell:
+        return ()
+    number = np.count_nonzero(item.mask) - np.count_nonzero(kept)
+    return (
+        f"has {number} stray {'voxel that makes' if number == 1 else 'voxels that make'} its cells "
+        f"{frame.mm_per_cell:.3g} mm instead of {edge:.3g}: --components leaves "
+        f"{'it' if number == 1 else 'them'} out",
+    )
 
 
 def rasterize_occupancy(mask: np.ndarray, resolution: int, fill: str = "surface") -> np.ndarray:

@@ -150,7 +150,8 @@ def objects_of(
         remedy = f"name all its labels in {'a JSON file' if labels.source in TABLES else labels.source}"
     if len(unlisted) > MOST_UNLISTED or len(unlisted) > MANY_UNLISTED and not any(map(_is_patchy, volume.layers)):
         raise DataError(
-            f"has {len(present)} values, from {present[0]} to {present[-1]}: an image, not a label map. If it is one, {remedy}"
+            f"has {len(present)} values, from {present[0]} to {present[-1]}: an image, not a label map. If it is one, "
+            f"{remedy}"
         )
     if not present:
         raise DataError("has no label: every voxel is 0")

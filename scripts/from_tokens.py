@@ -3,7 +3,8 @@
     python scripts/from_tokens.py --tokenizer outputs/stage2 --tokens outputs/tokens --output_dir outputs/meshes
     python scripts/from_tokens.py --tokenizer TOKENIZER --text answers.jsonl --output_dir outputs/meshes --repair
 
---tokens takes a folder or a Parquet file; each object becomes {sha256}.glb.
+--tokens takes a folder or a Parquet file; each object becomes {sha256}.glb, and names.csv says which object that is:
+its columns are sha256, name (as in the Parquet file) and file.
 --text takes a file with one answer per line, which becomes line000001.glb. A line of a .jsonl is a text, or an object
 that has the answer as `predict` (LLaMA-Factory's predictions), `output`, `response` or `text`, or has `conversations`,
 of which the last mesh is taken. An answer must contain exactly one whole object; with --repair, other answers are
@@ -17,12 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import argparse
+import csv
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,12 +37,29 @@ from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet
 from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.errors import DataError
+from trellis.utils.files import atomic_write
 
 FORMATS = {"glb": ".glb", "obj": ".obj", "ply": ".ply", "stl": ".stl", "voxels": ".ply", "nifti": ".nii.gz"}
+NAMES = "names.csv"
 ANSWERS = ("predict", "output", "response", "text")
 
 # Reads the ids of one object and its frame in a scan, if any, later: one may fail while others are fine.
 Reader = Callable[[], tuple[Tensor, str | None]]
+
+
+class Report(NamedTuple):
+    """What came of the objects.
+
+    written: the paths of their files.
+    left_out: (name, reason) of the others.
+    open: how many of the label maps come from surfaces that are not closed.
+    surfaces: how many come from surfaces.
+    """
+
+    written: list[Path]
+    left_out: list[tuple[str, str]]
+    open: int
+    surfaces: int
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -154,8 +173,8 @@ def answer_of(line: str, start: str) -> str:
     return value
 
 
-def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Write a file for each object. Return their paths, and (name, reason) of each object left out.
+def write_objects(args: argparse.Namespace) -> Report:
+    """Write a file for each object, and for --tokens NAMES.
 
     Raise DataError, before any file is written, if one exists already.
     """
@@ -175,49 +194,74 @@ def write_objects(args: argparse.Namespace) -> tuple[list[Path], list[tuple[str,
             raise DataError(f"{args.tokens}: has {name} {number} times. Give the files one by one.")
         if (folder / f"{name}{suffix}").exists():
             raise DataError(f"{folder / f'{name}{suffix}'}: exists already. Give another --output_dir.")
+    if args.tokens and (folder / NAMES).exists():
+        raise DataError(f"{folder / NAMES}: exists already. Give another --output_dir.")
     folder.mkdir(parents=True, exist_ok=True)
-    written, left_out = [], []
+    written, left_out, surfaces_closed = [], [], []
     for name, read in tqdm(objects(), total=len(names), unit="object", disable=not sys.stderr.isatty()):
         path = folder / f"{name}{suffix}"
         try:
             ids, frame = read()
-            write(tokenizer, ids, frame, path, args.format, up_axis)
+            closed = write(tokenizer, ids, frame, path, args.format, up_axis)
         except DataError as error:
             left_out.append((name, str(error)))
         else:
             written.append(path)
-    return written, left_out
+            if closed is not None:
+                surfaces_closed.append(closed)
+    if args.tokens:
+        write_names(folder / NAMES, args.tokens, written)
+    return Report(written, left_out, surfaces_closed.count(False), len(surfaces_closed))
+
+
+def write_names(path: Path, tokens: str, written: list[Path]) -> None:
+    """Write a table of the files, with the names that their objects have in the Parquet files."""
+    files = {file.name.split(".")[0]: file.name for file in written}
+    with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as table:
+        rows = csv.writer(table, lineterminator="\n")
+        rows.writerow(("sha256", "name", "file"))
+        for row in parquet.read_shards(tokens):
+            if row["sha256"] in files:
+                rows.writerow((row["sha256"], row["name"], files[row["sha256"]]))
 
 
 def write(
     tokenizer: SparseStructureTokenizer, ids: Tensor, frame: str | None, path: Path, kind: str, up_axis: str | None
-) -> None:
+) -> bool | None:
     """Write the object of ids [T] as one of FORMATS. Raise DataError if it has no voxel, or for NIfTI no frame.
 
     frame: where it lies in its scan, see grids.volumes.Frame.
     up_axis: of a mesh; None for the tokenizer's setting.
+    Return whether the surface that a label map was filled from is closed; None if it comes from no surface.
     """
     if kind not in ("voxels", "nifti"):
         tokenizer.save_mesh(ids, path, up_axis=up_axis)
-        return
+        return None
     grid = (tokenizer.decode(ids)[0, 0] > 0).cpu()
     if not grid.any():
         raise DataError("decodes to no voxel")
     if kind == "voxels":
         write_ply(path, occupancy_to_points(grid))
-    elif frame is None:
+        return None
+    if frame is None:
         raise DataError(
             "comes from no scan whose space is known, so it cannot be written as NIfTI: take another --format"
         )
-    else:
-        write_nifti(path, grid.numpy(), Frame.from_json(frame))
+    place = Frame.from_json(frame)
+    closed = write_nifti(path, grid.numpy(), place)
+    return closed if place.fill == "surface" else None
 
 
 def report_objects(args: argparse.Namespace) -> int:
-    written, left_out = write_objects(args)
+    written, left_out, open_surfaces, surfaces = write_objects(args)
     print(f"{args.output_dir}: {len(written)} {'file' if len(written) == 1 else 'files'} written")
     for name, reason in left_out:
         print(f"left out: {name}: {reason}")
+    if open_surfaces:
+        print(
+            f"{open_surfaces} of {surfaces} surfaces were not closed, so their label maps are hollow: make grids with "
+            "--fill solid"
+        )
     if left_out:
         print(f"error: {len(left_out)} of {len(written) + len(left_out)} objects could not be written", file=sys.stderr)
     return 1 if left_out else 0

@@ -60,7 +60,10 @@ def read_voxels(path: Path) -> torch.Tensor:
 
 def test_voxels_are_those_that_ids_decode_to(base, tokenizer, ids, tmp_path):
     assert run(base, tmp_path, "--tokens", base / "tokens", "--format", "voxels") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i:064x}.ply" for i in range(OBJECTS)]
+    names = [f"{i:064x}" for i in range(OBJECTS)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*(f"{name}.ply" for name in names), "names.csv"]
+    rows = [["sha256", "name", "file"], *([name, name, f"{name}.ply"] for name in names)]
+    assert (tmp_path / "names.csv").read_text() == "".join(",".join(row) + "\n" for row in rows)
     for i, want in enumerate(tokenizer.decode(ids) > 0):
         assert torch.equal(read_voxels(tmp_path / f"{i:064x}.ply"), want[0])
 
@@ -68,11 +71,17 @@ def test_voxels_are_those_that_ids_decode_to(base, tokenizer, ids, tmp_path):
 def test_one_file_and_nothing_is_overwritten(base, tmp_path, capsys):
     file = base / "tokens" / parquet.shard_name(1, 2)
     assert run(base, tmp_path, "--tokens", file, "--format", "voxels") == 0
-    (path,) = tmp_path.iterdir()
+    path, table = sorted(tmp_path.iterdir())
+    assert table.name == "names.csv"
     before = path.stat().st_mtime_ns
     assert run(base, tmp_path, "--tokens", base / "tokens", "--format", "voxels") == 1
     assert f"{path}: exists already" in capsys.readouterr().err
-    assert [path] == list(tmp_path.iterdir()) and path.stat().st_mtime_ns == before
+    assert [path, table] == sorted(tmp_path.iterdir()) and path.stat().st_mtime_ns == before
+    path.unlink()
+    table.write_text("mine")
+    assert run(base, tmp_path, "--tokens", file, "--format", "voxels") == 1
+    assert f"{table}: exists already" in capsys.readouterr().err
+    assert [table] == list(tmp_path.iterdir()) and table.read_text() == "mine"
 
 
 @pytest.mark.parametrize("kind", ["glb", "obj", "ply", "stl"])
@@ -80,7 +89,8 @@ def test_meshes_are_the_tokenizers(base, tokenizer, ids, tmp_path, kind):
     trimesh = pytest.importorskip("trimesh")
     pytest.importorskip("skimage")
     assert run(base, tmp_path, "--tokens", base / "tokens" / parquet.shard_name(1, 2), "--format", kind) == 0
-    (path,) = tmp_path.iterdir()
+    path, table = sorted(tmp_path.iterdir())
+    assert table.name == "names.csv"
     assert path.name == f"{OBJECTS - 1:064x}.{kind}"
     got, want = trimesh.load_mesh(path), tokenizer.to_mesh(ids[-1])
     if kind == "glb":
@@ -97,7 +107,8 @@ def test_the_axes_of_meshes_may_be_chosen(base, tokenizer, ids, tmp_path, kind, 
     pytest.importorskip("skimage")
     tokens = base / "tokens" / parquet.shard_name(1, 2)
     assert run(base, tmp_path, "--tokens", tokens, "--format", kind, "--up_axis", up_axis) == 0
-    (path,) = tmp_path.iterdir()
+    path, table = sorted(tmp_path.iterdir())
+    assert table.name == "names.csv"
     want = tokenizer.to_mesh(ids[-1])
     if up_axis == "y" or (up_axis == "auto" and kind == "glb"):
         want.vertices = turn_to_y_up(want.vertices)
@@ -158,6 +169,30 @@ def test_label_maps_lie_in_their_scans(base, tokenizer, ids, tmp_path, capsys):
         want[inside] = grid[tuple(cells[inside].T)]
         assert want.any() and np.array_equal(np.asarray(image.dataobj).reshape(-1) == 1, want)
     assert not (tmp_path / "out" / f"{names[1]}.nii.gz").exists()
+    table = (tmp_path / "out" / "names.csv").read_text().splitlines()
+    assert table == ["sha256,name,file", *(f"{names[i]},{names[i]},{names[i]}.nii.gz" for i in (0, 2))]
+
+
+def test_surfaces_that_are_not_closed_are_told(base, tokenizer, ids, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("nibabel")
+    solid = np.zeros((16,) * 3, dtype=bool)
+    solid[2:14, 2:14, 2:14] = True
+    surface = solid.copy()
+    surface[3:13, 3:13, 3:13] = False
+    opened = surface.copy()
+    opened[5:11, 5:11, 13] = False  # six cells wide
+    grids = iter((surface, opened, opened))
+    decoded = lambda self, ids: torch.from_numpy(next(grids))[None, None].float()  # noqa: E731
+    monkeypatch.setattr(SparseStructureTokenizer, "decode", decoded)
+    frame = Frame((7.5, 7.5, 7.5), 1.0, "surface", np.eye(4), (16, 16, 16))
+    frames = [frame.to_json(), frame.to_json(), frame._replace(fill="solid").to_json()]
+    names = ["a", "b", "c"]
+    file = tmp_path / "a.parquet"
+    info = tokenizer.token_info("fp32")
+    parquet.write_shard(file, info, names, names, [None] * 3, ids.numpy(), np.ones(3), frames=frames)
+    assert run(base, tmp_path / "out", "--tokens", file, "--format", "nifti") == 0
+    said = "1 of 2 surfaces were not closed, so their label maps are hollow: make grids with --fill solid\n"
+    assert capsys.readouterr().out.endswith(said)
 
 
 def test_answers_have_no_scan(base, tmp_path, capsys):

@@ -650,6 +650,9 @@ def test_tables_of_labels(text, groups, tmp_path):
         ('{"liver": "one"}', '"liver": "one"'),
         ('{"1": " "}', "empty"),
         ('{"air": 0}', "background"),
+        ('{"liver": 1, "1": "spleen"}', "label 1 has two names, 'liver' and 'spleen'"),
+        ('{"liver": 1, "organ": [1]}', "label 1 has two names, 'liver' and 'organ'"),
+        ('{"lungs": [2, 3], "2": "both", "3": "both"}', "the labels 2, 3 have two names"),
         ("{}", "names no label"),
     ],
 )
@@ -698,7 +701,12 @@ def test_what_a_scan_lacks_of_a_known_table_is_no_news():
 
 def test_what_the_table_does_not_name_is_told(tmp_path):
     *_, rest = objects_of(volume_of(SCAN), load_labels(table(tmp_path, '{"liver": 1}')), False)
-    assert rest.name == "labels 5" and "are not in" in rest.reason and "labels.json" in rest.reason
+    assert rest == LeftOut("label 5", f"label 5 is not in {tmp_path / 'labels.json'}")
+    others = np.where(SCAN > 0, SCAN + 1, 0)
+    others[0, 0, 0] = 1
+    labels = volumes.Labels({"liver": (1,)}, "bad.json")
+    *_, rest = objects_of(volume_of(others), labels, False)
+    assert rest == LeftOut("labels 2, 6", "labels 2, 6 are not in bad.json")
     with pytest.raises(DataError, match="has the labels 1, 5, none of which"):
         list(objects_of(volume_of(SCAN), load_labels(table(tmp_path, '{"liver": 2}')), False))
     with pytest.raises(DataError, match="every voxel is 0"):
@@ -734,8 +742,9 @@ def test_a_label_that_the_file_calls_otherwise_has_a_note(tmp_path):
 @pytest.mark.parametrize("levels", [150, 256])
 def test_an_image_of_few_values_is_no_label_map(levels):
     image = np.random.default_rng(0).integers(0, levels, (30, 30, 30)).astype(np.uint8)
-    for labels in (None, volumes.Labels({"liver": (1,)}, "labels.json")):
-        with pytest.raises(DataError, match="an image, not a label map"):
+    table = volumes.Labels({"liver": (1,)}, "labels.json")
+    for labels, remedy in ((None, "name its labels with --labels"), (table, "name all its labels in labels.json")):
+        with pytest.raises(DataError, match=f"an image, not a label map. If it is one, {remedy}$"):
             list(objects_of(volume_of(image), labels, False))
 
 
@@ -779,6 +788,10 @@ def test_a_label_map_with_one_label_keeps_its_meaning(tmp_path):
     save_nifti(tmp_path / "case_1.nii", (SCAN == 1).astype(np.uint8), AFFINE)
     spleen, missing = volumes.grids_of_file(tmp_path / "case_1.nii", 16, asked)
     assert spleen.name == "spleen" and missing.name == "liver"
+    assert spleen.notes == ("has only label 1, taken as spleen; the file is called case_1",)
+    save_nifti(tmp_path / "spleen.nii", (SCAN == 1).astype(np.uint8), AFFINE)
+    (spleen,) = volumes.grids_of_file(tmp_path / "spleen.nii", 16, asked)
+    assert (spleen.name, spleen.notes) == ("spleen", ())
     save_nifti(tmp_path / "case_2.nii", np.where(SCAN == 5, 5, 0).astype(np.uint8), AFFINE)
     assert [found.name for found in volumes.grids_of_file(tmp_path / "case_2.nii", 16)] == ["5"]
     (named,) = objects_of(volume_of((SCAN == 1).astype(np.uint8), names={1: "cyst"}), None, False, "case_1")
@@ -802,6 +815,25 @@ def test_components_are_those_of_26_neighbors_the_largest_first():
     assert (first.name, first.mask.sum(), first.offset) == ("cyst_1", 150, (15, 2, 2))
     assert (second.name, second.mask.sum(), second.offset) == ("cyst_2", 27 + 64, (2, 2, 2))
     assert rest == LeftOut("cyst", "2 of its 4 components have fewer than 27 voxels, 1 the smallest")
+
+
+def test_stray_voxels_that_enlarge_the_cells_are_told(tmp_path):
+    labels = np.zeros((60, 30, 30), np.uint8)
+    labels[2:22, 5:15, 5:15] = 1
+    save_nifti(tmp_path / "a.nii", labels, np.diag([2.0, 2, 2, 1]))
+    assert [found.notes for found in volumes.grids_of_file(tmp_path / "a.nii", 16)] == [()]
+    for places, text in (
+        ([22], None),
+        ([41], "1 stray voxel that makes its cells 5 mm instead of 2.5: --components leaves it out"),
+        ([40, 41], "2 stray voxels that make its cells 5 mm instead of 2.5: --components leaves them out"),
+    ):
+        labels[22:] = 0
+        labels[places, 10, 10] = 1
+        save_nifti(tmp_path / "a.nii", labels, np.diag([2.0, 2, 2, 1]))
+        (found,) = volumes.grids_of_file(tmp_path / "a.nii", 16)
+        assert found.notes == ((f"has {text}",) if text else ())
+        part = next(volumes.grids_of_file(tmp_path / "a.nii", 16, components=True))
+        assert part.notes == ()
 
 
 def test_small_and_cut_objects_are_told():
@@ -1075,6 +1107,79 @@ def test_a_frame_is_one_line_of_json():
         Frame.from_json("{}")
     with pytest.raises(ConfigError, match="as .nii or .nii.gz"):
         write_nifti(Path("a.nrrd"), hook(), frame)
+
+
+# --- surfaces with holes ---
+
+
+CELLS = np.indices((64,) * 3) - 31.5  # [3, 64, 64, 64]
+FROM_AXIS = np.hypot(CELLS[0], CELLS[1])
+BODIES = {
+    "ellipsoid": (CELLS[0] / 31.9) ** 2 + (CELLS[1] / 22) ** 2 + (CELLS[2] / 14) ** 2 <= 1,
+    "box": (abs(CELLS[0]) < 32) & (abs(CELLS[1]) < 20) & (abs(CELLS[2]) < 10),
+    "torus": (FROM_AXIS - 10) ** 2 + CELLS[2] ** 2 <= 64,  # its hole is four cells wide
+    "vessel": (CELLS[1] - 6 * np.sin(CELLS[0] / 8)) ** 2 + CELLS[2] ** 2 <= 9,
+}
+
+
+def surface_of(solid: np.ndarray) -> np.ndarray:
+    return solid & ~ndimage.binary_erosion(solid)
+
+
+@pytest.mark.parametrize("missing", [0, 1, 80])
+@pytest.mark.parametrize("name", BODIES)
+def test_a_surface_with_small_holes_is_filled(name, missing, tmp_path):
+    surface = surface_of(BODIES[name])
+    cells = np.argwhere(surface)
+    surface[tuple(np.random.default_rng(0).permutation(cells)[:missing].T)] = False
+    filled, closed = volumes.fill_surface(surface)
+    assert closed and dice(filled, BODIES[name]) >= 0.97 and (filled & ~BODIES[name]).sum() <= 2
+    frame = Frame((31.5,) * 3, 1, "surface", np.eye(4), (64,) * 3)
+    assert write_nifti(str(tmp_path / "a.nii"), surface, frame)
+    assert np.array_equal(nibabel.load(tmp_path / "a.nii").get_fdata() == 1, filled)
+
+
+def test_a_closed_surface_is_filled_as_it_is():
+    for solid in BODIES.values():
+        assert np.array_equal(volumes.fill_surface(surface_of(solid))[0], solid)
+
+
+@pytest.mark.parametrize("width, filled", [(4, True), (8, False), (12, False)])
+def test_a_surface_with_a_large_hole_stays_open_and_says_so(width, filled, tmp_path):
+    solid = BODIES["box"]
+    surface = surface_of(solid)
+    middle = slice(32 - width // 2, 32 + width // 2)
+    surface[middle, middle, 40:] = False
+    found, closed = volumes.fill_surface(surface)
+    assert closed == filled and (dice(found, solid) > 0.97) == filled
+    frame = Frame((31.5,) * 3, 1, "surface", np.eye(4), (64,) * 3)
+    assert write_nifti(tmp_path / "a.nii", surface, frame) == filled
+    assert write_nifti(tmp_path / "b.nii", surface, frame._replace(fill="solid"))
+    if not filled:
+        assert np.array_equal(found, surface)
+
+
+def vessels() -> np.ndarray:
+    """Return twenty winding branches, two cells thick, with narrow spaces between them."""
+    mask, random = np.zeros((64,) * 3, bool), np.random.default_rng(0)
+    for _ in range(20):
+        place, step = np.array([2.0, 32, 32]), np.array([1.0, 0, 0])
+        while (place >= 2).all() and (place < 62).all() and mask.mean() < 0.2:
+            mask[tuple(slice(int(p) - 1, int(p) + 1) for p in place)] = True
+            step = step + random.normal(0, 0.3, 3)
+            step /= np.linalg.norm(step)
+            place = place + step
+    return mask
+
+
+def test_the_space_between_thin_parts_stays_empty():
+    ring = (FROM_AXIS - 24) ** 2 + CELLS[2] ** 2 <= 2
+    bar = np.isin(np.arange(64) % 8, (4, 5))  # a cage, with windows of six cells
+    cage = sum(part.astype(int) for part in np.ix_(bar, bar, bar)) >= 2
+    for solid in (ring, vessels(), cage):
+        found, _ = volumes.fill_surface(surface_of(solid))
+        assert np.array_equal(found, ndimage.binary_fill_holes(surface_of(solid)))
+    assert volumes.fill_surface(ring)[1] and volumes.fill_surface(vessels())[1]
 
 
 # --- arrays and binvox ---

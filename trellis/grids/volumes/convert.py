@@ -8,7 +8,7 @@ import numpy as np
 
 from .arrays import ARRAY_SUFFIXES, read_occupancy, turn_mask_to_z_up
 from .labels import Labels, LeftOut, objects_of
-from .rasterize import Frame, rasterize_object, rasterize_occupancy
+from .rasterize import Frame, rasterize_object, rasterize_occupancy, stray_note
 from .reading import read_volume, volume_suffix
 
 
@@ -59,4 +59,6 @@ def grids_of_file(
             yield item
         else:
             voxels, frame = rasterize_object(item, resolution, fill)
-            yield ObjectGrid(item.name, item.labels, voxels, None if is_array else frame, (*volume.notes, *item.notes))
+            stray = () if components else stray_note(item, voxels, frame, resolution)
+            notes = (*volume.notes, *item.notes, *stray)
+            yield ObjectGrid(item.name, item.labels, voxels, None if is_array else frame, notes)

@@ -64,7 +64,7 @@ def load_labels(source: str) -> Labels:
     source: the name of a table in `label_names`, such as "totalsegmentator", or a JSON file. That holds one object,
         whose entries are `"1": "liver"` or `"liver": 1` or, for a group, `"lungs": [10, 11, 12]`. A name that is given
         to several labels groups them. nnU-Net's dataset.json is read too: its entry `labels`. Label 0 is the
-        background and may be named only so.
+        background and may be named only so. Two names for the same labels are refused.
     Raise ConfigError naming the file and the entry.
     """
     if source in TABLES:
@@ -90,6 +90,12 @@ def load_labels(source: str) -> Labels:
                 raise ConfigError(f"{source}: {key!r}: {value!r} names label 0, the background. Leave it out.")
             continue
         groups[name] = tuple(dict.fromkeys((*groups.get(name, ()), *labels)))
+    names: dict[frozenset[int], str] = {}
+    for name, labels in groups.items():
+        other = names.setdefault(frozenset(labels), name)
+        if other != name:
+            which = f"label {labels[0]} has" if len(labels) == 1 else f"the labels {_some(list(labels))} have"
+            raise ConfigError(f"{source}: {which} two names, {other!r} and {name!r}. Take one out.")
     if not groups:
         raise ConfigError(f'{source}: names no label. Write entries such as "1": "liver".')
     return Labels(groups, source)
@@ -131,6 +137,7 @@ def objects_of(
         "liver_1", "liver_2" …, the largest first.
     file_name: without its suffix. A mask, which has no label but 1 or 255 and no names of its own, is the object that
         its file is named after, such as TotalSegmentator's liver.nii.gz: without labels always, else if they name it.
+        A mask that they name by its number alone has a note.
     An object that reaches the border of the scan may be cut off: a note says on which side.
     Raise DataError if the scan has no label, or so many that it is an image, or if it may be a mask of any organ.
     """
@@ -138,14 +145,18 @@ def objects_of(
     present = sorted(set().union(*boxes))
     listed = {label for group in labels.groups.values() for label in group} if labels else set(volume.names)
     unlisted = [label for label in present if label not in listed]
+    remedy = "name its labels with --labels"
+    if labels:
+        remedy = f"name all its labels in {'a JSON file' if labels.source in TABLES else labels.source}"
     if len(unlisted) > MOST_UNLISTED or len(unlisted) > MANY_UNLISTED and not any(map(_is_patchy, volume.layers)):
         raise DataError(
             f"has {len(present)} values, from {present[0]} to {present[-1]}: an image, not a label map. If it is one, "
-            "name its labels with --labels"
+            f"{remedy}"
         )
     if not present:
         raise DataError("has no label: every voxel is 0")
     groups = labels.groups if labels else _default_groups(volume, present)
+    by_number = False
     if len(present) == 1 and present[0] in MASK_VALUES and not volume.names and file_name:
         name = _name_of_mask(file_name, present[0], labels)
         if labels and name and name not in groups:
@@ -153,6 +164,7 @@ def objects_of(
             return
         if name:
             groups, labels = {name: (present[0],)}, None
+        by_number = labels is not None
     if labels and not any(label in listed for label in present):
         raise DataError(f"has the labels {_some(present)}, none of which {labels.source} names")
     there = set(present)
@@ -166,13 +178,15 @@ def objects_of(
         crop, mask = _mask(volume, boxes, found)
         called = volume.names.get(group[0], name) if labels and len(group) == 1 else name
         notes = () if _plain(called) == _plain(name) else (f"its file names label {group[0]} {called!r}",)
+        if by_number:
+            notes = (*notes, f"has only label {present[0]}, taken as {name}; the file is called {file_name}")
         if components:
             yield from _components(volume, name, tuple(found), crop, mask, notes)
         else:
             yield _checked(volume, name, tuple(found), crop, mask, notes)
     if labels and unlisted:
-        names = [volume.names.get(label, str(label)) for label in unlisted]
-        yield LeftOut(f"labels {_some(names)}", f"are not in {labels.source}")
+        some = f"label{'s' * (len(unlisted) > 1)} " + _some([volume.names.get(label, str(label)) for label in unlisted])
+        yield LeftOut(some, f"{some} {'is' if len(unlisted) == 1 else 'are'} not in {labels.source}")
 
 
 def _plain(name: str) -> str:

@@ -8,6 +8,7 @@ longest edge of that box fills it, as for meshes.
 import gzip
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,11 +16,13 @@ import numpy as np
 
 from ...utils.errors import ConfigError, DataError
 from ...utils.files import atomic_write
-from .labels import LabelObject
+from .filling import fill_surface
+from .labels import MIN_VOXELS, LabelObject
 from .volume import MAX_VOXELS, check_affine, require
 
 Fill = Literal["surface", "solid"]
 FILLS = ("surface", "solid")
+MUCH_SMALLER = 0.9  # of a box's longest edge; if it shrinks to less without stray voxels, they are told
 BORDER = 1e-9  # voxels or cells; a coordinate this near below a border counts as on it, however it was rounded
 
 
@@ -98,6 +101,35 @@ def rasterize_object(item: LabelObject, resolution: int, fill: str = "surface") 
     affine[:3, 3] += affine[:3, :3] @ item.offset
     voxels, frame = rasterize_mask(item.mask, affine, resolution, fill)
     return voxels, frame._replace(affine=item.affine, shape=item.shape)
+
+
+def stray_note(item: LabelObject, voxels: np.ndarray, frame: Frame, resolution: int) -> tuple[str, ...]:
+    """Return a note if a few voxels far from an object make its cells much larger, else nothing.
+
+    Stray are the components (26 neighbors) of fewer than MIN_VOXELS voxels.
+    voxels, frame: of its grid, see `rasterize_object`.
+    """
+    ndimage, near = require("scipy.ndimage"), np.ones((3, 3, 3))
+    grid = np.zeros((resolution,) * 3, dtype=bool)
+    grid[tuple(voxels.T)] = True
+    if ndimage.label(grid, near)[1] == 1:  # nothing is far, and counting in the scan takes long
+        return ()
+    parts, _ = ndimage.label(item.mask, near)
+    stray = np.bincount(parts.ravel()) < MIN_VOXELS
+    stray[0] = True
+    kept = ~stray[parts]
+    if stray.all():
+        return ()
+    low, high = _world_box(*_upright(kept, frame.affine[:3, :3])[:2])
+    edge = float((high - low).max()) / resolution
+    if edge >= MUCH_SMALLER * frame.mm_per_cell:
+        return ()
+    number = np.count_nonzero(item.mask) - np.count_nonzero(kept)
+    return (
+        f"has {number} stray {'voxel that makes' if number == 1 else 'voxels that make'} its cells "
+        f"{frame.mm_per_cell:.3g} mm instead of {edge:.3g}: --components leaves "
+        f"{'it' if number == 1 else 'them'} out",
+    )
 
 
 def rasterize_occupancy(mask: np.ndarray, resolution: int, fill: str = "surface") -> np.ndarray:
@@ -193,22 +225,23 @@ def _interior(grid: np.ndarray) -> np.ndarray:
     return inner
 
 
-def write_nifti(path: Path, grid: Any, frame: Frame) -> None:
+def write_nifti(path: str | os.PathLike, grid: Any, frame: Frame) -> bool:
     """Write a grid as a NIfTI label map in the space of its scan, 1 where the organ is, atomically.
 
     path: ends in .nii or .nii.gz.
     grid: [R, R, R], occupied where not zero.
     A voxel of the scan gets the value of the cell in which its center lies. If the frame says that the grid is a
-    surface, its closed cavities are filled first: those of the organ itself are filled with it, and a surface with a
-    hole stays hollow.
+    surface, it is filled first, see `fill_surface`: cavities of the organ itself are filled with it, and behind an
+    opening of more than four cells it stays hollow.
+    Return whether the surface is closed; True for a solid.
     Raise ConfigError for another suffix or if a package is missing.
     """
-    nibabel = require("nibabel")
+    path, nibabel = Path(path), require("nibabel")
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise ConfigError(f"{path}: a label map is written as .nii or .nii.gz. Name the file so.")
-    grid = np.asarray(grid) != 0
+    grid, closed = np.asarray(grid) != 0, True
     if frame.fill == "surface":
-        grid = require("scipy.ndimage").binary_fill_holes(grid)
+        grid, closed = fill_surface(grid)
     resolution, half = len(grid), len(grid) * frame.mm_per_cell / 2
     steps, origin = frame.affine[:3, :3], frame.affine[:3, 3]
     corners = np.array(list(itertools.product((-half, half), repeat=3))) + frame.center
@@ -231,3 +264,4 @@ def write_nifti(path: Path, grid: Any, frame: Frame) -> None:
         if packed:
             content = gzip.compress(content, compresslevel=6, mtime=0)  # the same bytes for the same grid
         partial.write_bytes(content)
+    return closed

@@ -41,6 +41,7 @@ from trellis.utils.files import atomic_write
 
 FORMATS = {"glb": ".glb", "obj": ".obj", "ply": ".ply", "stl": ".stl", "voxels": ".ply", "nifti": ".nii.gz"}
 NAMES = "names.csv"
+NAME_FIELDS = ("sha256", "name", "file")
 ANSWERS = ("predict", "output", "response", "text")
 
 # Reads the ids of one object and its frame in a scan, if any, later: one may fail while others are fine.
@@ -194,8 +195,7 @@ def write_objects(args: argparse.Namespace) -> Report:
             raise DataError(f"{args.tokens}: has {name} {number} times. Give the files one by one.")
         if (folder / f"{name}{suffix}").exists():
             raise DataError(f"{folder / f'{name}{suffix}'}: exists already. Give another --output_dir.")
-    if args.tokens and (folder / NAMES).exists():
-        raise DataError(f"{folder / NAMES}: exists already. Give another --output_dir.")
+    named = read_names(folder / NAMES) if args.tokens else []
     folder.mkdir(parents=True, exist_ok=True)
     written, left_out, surfaces_closed = [], [], []
     for name, read in tqdm(objects(), total=len(names), unit="object", disable=not sys.stderr.isatty()):
@@ -210,19 +210,34 @@ def write_objects(args: argparse.Namespace) -> Report:
             if closed is not None:
                 surfaces_closed.append(closed)
     if args.tokens:
-        write_names(folder / NAMES, args.tokens, written)
+        write_names(folder / NAMES, named, args.tokens, written)
     return Report(written, left_out, surfaces_closed.count(False), len(surfaces_closed))
 
 
-def write_names(path: Path, tokens: str, written: list[Path]) -> None:
-    """Write a table of the files, with the names that their objects have in the Parquet files."""
+def read_names(path: Path) -> list[list[str]]:
+    """Return the rows that earlier runs wrote, none without a file. Raise DataError for another kind of table."""
+    if not path.exists():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8") as table:
+            header, *rows = csv.reader(table)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error}). Give another --output_dir.") from error
+    if tuple(header) != NAME_FIELDS:
+        raise DataError(f"{path}: is a table of something else ({', '.join(header)}). Give another --output_dir.")
+    return rows
+
+
+def write_names(path: Path, before: list[list[str]], tokens: str, written: list[Path]) -> None:
+    """Add the files to the table of files, with the names that their objects have in the Parquet files."""
     files = {file.name.split(".")[0]: file.name for file in written}
+    rows = [
+        [row["sha256"], row["name"], files[row["sha256"]]]
+        for row in parquet.read_shards(tokens)
+        if row["sha256"] in files
+    ]
     with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as table:
-        rows = csv.writer(table, lineterminator="\n")
-        rows.writerow(("sha256", "name", "file"))
-        for row in parquet.read_shards(tokens):
-            if row["sha256"] in files:
-                rows.writerow((row["sha256"], row["name"], files[row["sha256"]]))
+        csv.writer(table, lineterminator="\n").writerows([NAME_FIELDS, *before, *rows])
 
 
 def write(

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from dataset_toolkits import estimate, inputs, records, report
 from dataset_toolkits.claim import claimed
 from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_renders
-from dataset_toolkits.work import Outcome, Settings, input_key, is_volume, make_grids, time_factor
+from dataset_toolkits.work import Outcome, Settings, division, input_key, is_volume, make_grids, time_factor
 from trellis.grids import placing
 from trellis.grids.mesh_pool import run_in_pool
 from trellis.utils.command import available_cores, available_memory, run_command
@@ -47,11 +47,13 @@ def voxelize(args: argparse.Namespace) -> int:
     from_trellis = is_trellis_root(args.input[0])
     args.up_axis = args.up_axis or records.axis_of_folder(root) or "auto"
     settings = settings_of(args)
-    key = (settings.up_axis, str(settings.resolution), args.normalization, settings.fill)
     records.check_failed(root)
     found = None if from_trellis else inputs.find_files(args.input, exclude=root / "voxels")
     if found is not None:
         check_volume_flags(args, found)
+    has_volumes = found is not None and any(map(is_volume, found.files.values()))
+    of_volumes = (settings.fill, *division(settings)) if has_volumes else ("",) * len(records.OF_VOLUMES)
+    key = (settings.up_axis, str(settings.resolution), args.normalization, *of_volumes)
     if args.dry_run:
         print_dry_run(args, root, found, settings, key)
         return 0
@@ -112,7 +114,7 @@ class Run:
         self.args, self.root, self.settings, self.plan = args, root, settings, plan
         self.record_file = record_file
         self.common = dict(zip(records.SETTINGS, key, strict=True))
-        self.common["fill"] = "" if settings.fill == "surface" else settings.fill
+        self.common["fill"] = "" if settings.fill == "surface" else self.common["fill"]
         self.known, self.failed_before = known
         self.made: set[str] = set()
         self.finished: set[str] = set()
@@ -208,11 +210,12 @@ class Run:
         else:
             reasons = {f"{job.names[0]}#{part.part}": (part.sha256, part.reason) for part in result.missing}
         key = input_key(job.sha256, job.path, self.settings) if is_volume(job.path) else ""
+        common = {name: value for name, value in self.common.items() if key or name not in records.OF_VOLUMES}
         for made in result.made:
             name = f"{job.names[0]}#{made.part}" if made.part else job.names[0]
             self.record_file.write(
                 "grid",
-                **self.common,
+                **common,
                 file=name,
                 split=self.args.split or "",
                 input=key,
@@ -350,7 +353,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "minimum and maximum for all axes, and y-up turned to z-up, as ShapeLLM-Omni does",
     )
     parser.add_argument("--resolution", type=int, default=64, help="voxels along an edge (default 64)")
-    parser.add_argument("--split", choices=("train", "val"), help="split of the new grids; default: none")
+    parser.add_argument(
+        "--split",
+        choices=("train", "val"),
+        help="split of the new grids, and of those done already that have none; default: none",
+    )
     parser.add_argument("--rank", type=int, default=0, help="number of this process, from 0")
     parser.add_argument("--world_size", type=int, default=1, help="number of processes that share the work")
     parser.add_argument(

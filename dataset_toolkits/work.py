@@ -12,6 +12,8 @@ from trellis.grids.placing import Axis, axis_of_file
 from trellis.grids.voxels import voxel_centers, write_ply
 from trellis.utils.errors import ConfigError, DataError
 
+from . import records
+
 if TYPE_CHECKING:
     from trellis.grids.volumes import Labels
 
@@ -92,6 +94,18 @@ def input_key(sha256: str, path: Path, settings: Settings) -> str:
         organ = organ_of_name(path.name[: -len(volume_suffix(path))], settings.labels)
         groups = sorted(settings.labels.groups.items())
     return _digest(sha256, groups, settings.components, *([organ] if organ else []))
+
+
+def division(settings: Settings) -> tuple[str, str]:
+    """Return how volumes are divided into objects, as the settings `labels` and `components` of records.
+
+    The first is NO_TABLE, or a digest of the table and its file's name, which tells people which it is.
+    """
+    table = records.NO_TABLE
+    if settings.labels is not None:
+        name = " ".join(Path(settings.labels.source).name.split())
+        table = f"{_digest(sorted(settings.labels.groups.items()))} {name}"
+    return table, records.PARTS if settings.components else records.WHOLE
 
 
 def _digest(*parts: object) -> str:

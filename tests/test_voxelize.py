@@ -20,7 +20,7 @@ from helpers import BROKEN, ROOT, cells_met, table, tetrahedron
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("numba")
 
-from dataset_toolkits import build_metadata, estimate, inputs, records, report, voxelize, work  # noqa: E402
+from dataset_toolkits import build_metadata, claim, estimate, inputs, records, report, voxelize, work  # noqa: E402
 from trellis.grids import meshes  # noqa: E402
 from trellis.grids.volumes import Frame  # noqa: E402
 from trellis.grids.voxels import points_to_occupancy, points_to_voxels, read_ply  # noqa: E402
@@ -127,8 +127,11 @@ def test_folders_of_earlier_versions_go_on(kept, has_normalization, tmp_path, se
 
     serial.clear()
     for flags, message in (
-        (("--up_axis", "auto"), "--up_axis auto --resolution 16 --normalization cube and --up_axis keep"),
-        (("--up_axis", "auto", "--normalization", "shapellm"), "--up_axis keep --resolution 16 --normalization cube"),
+        (("--up_axis", "auto"), "--up_axis keep; this run asks for --up_axis auto. Give --up_axis keep, or another"),
+        (
+            ("--up_axis", "auto", "--normalization", "shapellm"),
+            "holds grids of --up_axis keep --normalization cube; this run asks for --up_axis auto --normalization sh",
+        ),
     ):
         assert run(*args, *flags) == 1
         assert message in capsys.readouterr().err and not serial
@@ -157,7 +160,7 @@ def test_a_shapellm_folder_takes_nothing_else(tmp_path, serial, capsys):
     assert run(*args, "--normalization", "shapellm") == 0
     before = (tmp_path / "out" / "metadata.csv").read_bytes()
     assert run(*args) == 1  # differs in the normalization alone
-    assert "--normalization cube and --up_axis auto --resolution 16 --normalization shapellm" in capsys.readouterr().err
+    assert "grids of --normalization shapellm; this run asks for --normalization cube. " in capsys.readouterr().err
     assert run(*args, "--normalization", "shapellm", "--up_axis", "auto") == 0
     assert (tmp_path / "out" / "metadata.csv").read_bytes() == before and len(serial) == 1
 
@@ -167,8 +170,11 @@ def test_other_settings_are_refused(tmp_path, serial, capsys):
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
     before = (tmp_path / "out" / "metadata.csv").read_bytes()
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--up_axis", "z") == 1
-    error = capsys.readouterr().err
-    assert "--up_axis auto --resolution 16 --normalization cube and --up_axis z --resolution 16 --norm" in error
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        f"error: {tmp_path / 'out'}: holds grids of --up_axis auto; this run asks for --up_axis z. "
+        "Give --up_axis auto, or another --output_dir."
+    )
     assert (tmp_path / "out" / "metadata.csv").read_bytes() == before and len(serial) == 1
 
 
@@ -472,7 +478,7 @@ def test_a_mistaken_flag_locks_a_folder_only_with_its_first_grid(mixed_input, se
     assert rows == table(mixed_input / "clean" / "failed.csv")
     assert (mixed_input / "out" / "metadata.csv").read_bytes() == (mixed_input / "clean" / "metadata.csv").read_bytes()
     assert run("--input", "in", "--output_dir", "out", "--up_axis", "y") == 1
-    assert "would hold grids made with --up_axis auto" in capsys.readouterr().err
+    assert "holds grids of --up_axis auto; this run asks for --up_axis y" in capsys.readouterr().err
 
     alive = records.active_file(mixed_input / "new", "0_00000000")
     alive.parent.mkdir(parents=True)
@@ -702,7 +708,7 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_would_do(mixed_input, caps
     assert "60 are recorded as done, by their names" in output and "\n  4 to do: " in output
     assert tree(mixed_input / "done") == before
     assert voxelize.main([*command, "--up_axis", "z"]) == 1  # it would be refused
-    assert "would hold grids made with" in capsys.readouterr().err
+    assert "holds grids of --up_axis auto; this run asks for --up_axis z" in capsys.readouterr().err
 
 
 def timed(path: Path, settings: object) -> tuple[float, work.Outcome]:
@@ -889,10 +895,91 @@ def test_parts_of_an_organ_and_solids(tmp_path, serial, capsys, monkeypatch):
     assert {row["file"] for row in rows} == {"case.nii#1_1", "case.nii#2_1", "case.nii#2_2"}
     assert {row["fill"] for row in rows} == {"solid"} and len({row["sha256"] for row in rows}) == 3
     assert run("--input", "case.nii", "--output_dir", "out", "--components") == 1
-    assert "--normalization cube --fill solid and --up_axis auto" in capsys.readouterr().err
+    assert "holds grids of --fill solid; this run asks for --fill surface. Give --fill solid" in capsys.readouterr().err
     assert run(*args, "--normalization", "shapellm") == 1
     assert run("--input", "case.nii", "--output_dir", "other", "--normalization", "shapellm") == 1
     assert "is a volume, which is placed as by --normalization cube" in capsys.readouterr().err
+
+
+def test_volumes_of_a_folder_are_divided_in_one_way(tmp_path, serial, capsys, monkeypatch):
+    """A corrected table, or parts after whole organs, would leave objects of both, with their own names and splits."""
+    monkeypatch.chdir(tmp_path)
+    write_scan(Path("case.nii.gz"))
+    export(Path("in"), 1)
+    Path("labels.json").write_text('{"1": "livr", "2": "kidneys"}')
+    args = "--input", "case.nii.gz", "--output_dir", "out"
+    assert run("--input", "in", "--output_dir", "out") == 0  # meshes go with every division
+    assert run(*args, "--labels", "labels.json", "--split", "train") == 0
+    before = tree(Path("out"))
+    assert len(table(Path("out/metadata.csv"))) == 3
+    serial.clear()
+
+    def refused(*flags: str) -> str:
+        capsys.readouterr()
+        for extra in ((), ("--dry_run",)):
+            assert run(*args, *flags, *extra) == 1 and not serial and tree(Path("out")) == before
+        error = capsys.readouterr().err.splitlines()
+        assert error[0] == error[1]
+        return error[0]
+
+    Path("labels.json").rename("old.json")
+    Path("labels.json").write_text('{"1": "liver", "2": "kidneys"}')
+    assert re.fullmatch(
+        r"error: out: holds grids of --labels labels.json \(its content: (\w{8})\); this run asks for "
+        r"--labels labels.json \(its content: (?!\1)\w{8}\). Give the same as before, or another --output_dir.",
+        refused("--labels", "labels.json"),
+    )
+    assert "; this run asks for no --labels. Give the same as before, or another" in refused()
+    assert refused("--labels", "old.json", "--components").endswith(
+        "holds grids of no --components; this run asks for --components. Give the same as before, or another "
+        "--output_dir."
+    )
+    assert run("--input", "in", "--output_dir", "out") == 0 and tree(Path("out")) == before
+    write_scan(Path("new.nii.gz"), 2)
+    assert run("--input", "new.nii.gz", *args[2:], "--labels", "old.json") == 0  # the same table by another name
+    assert serial == [Path("new.nii.gz")] and len(table(Path("out/metadata.csv"))) == 5
+
+    for path in Path("out/records").glob("run_*.csv"):  # as earlier versions wrote them
+        rows = table(path)
+        records.write_table(
+            path, records.RECORD_FIELDS[:-2], [{k: r[k] for k in records.RECORD_FIELDS[:-2]} for r in rows]
+        )
+    Path("out/records/settings.json").write_text('["auto", "16", "cube", "surface"]')
+    assert run(*args, "--labels", "labels.json") == 0
+
+
+def test_another_division_is_refused_while_a_run_is_active(tmp_path, serial, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(claim, "PATIENCE", 0)
+    write_scan(Path("case.nii.gz"))
+    export(Path("in"), 1)
+    assert run("--input", "in", "--output_dir", "out") == 0
+    assert json.loads(Path("out/records/settings.json").read_text()) == ["auto", "16", "cube", "", "", ""]
+    other = records.active_file(Path("out"), "0_00000000")
+    theirs = ["auto", "16", "cube", "surface", "every", "parts"]
+    other.write_text(json.dumps({"host": "another", "pid": 1, "settings": theirs}))
+    serial.clear()
+    args = "--input", "case.nii.gz", "--output_dir", "out"
+    assert run(*args) == 1 and not serial
+    assert "another run is active there with --up_axis auto --resolution 16 --norm" in capsys.readouterr().err
+    assert run("--input", "in", "--output_dir", "out") == 0
+    assert run(*args, "--components") == 0
+    assert json.loads(Path("out/records/settings.json").read_text()) == theirs
+
+
+def test_solid_is_said_of_volumes_alone(tmp_path, serial, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    write_scan(Path("in/case.nii"))
+    export(Path("in/meshes"), 2)
+    args = "--output_dir", "out", "--fill", "solid", "--input"
+    assert run(*args, "in/case.nii", "in/meshes/0.off") == 0
+    assert run(*args, "in") == 0 and run("--output_dir", "out", "--input", "in/meshes") == 0
+    fills = {row["file"]: row["fill"] for row in table(Path("out/metadata.csv"))}
+    assert fills == {"in/case.nii#1": "solid", "in/case.nii#2": "solid", "in/meshes/0.off": "", "in/meshes/1.off": ""}
+    assert len(serial) == 3
+    shutil.rmtree("out/records")
+    assert run(*args, "in") == 0 and run("--output_dir", "out", "--input", "in") == 1
 
 
 def test_an_array_is_one_object_and_turns_by_up_axis(tmp_path, serial, monkeypatch):

@@ -15,13 +15,14 @@ import argparse
 import sys
 import time
 from collections.abc import Container
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
-from dataset_toolkits import estimate, inputs, records, report
+from dataset_toolkits import estimate, inputs, records, report, work
 from dataset_toolkits.claim import claimed
 from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_renders
 from dataset_toolkits.work import Outcome, Settings, division, input_key, is_volume, make_grids, time_factor
@@ -66,7 +67,8 @@ def voxelize(args: argparse.Namespace) -> int:
             if found is None:
                 plan = plan_renders(Path(args.input[0]), args.rank, args.world_size)
             else:
-                plan = plan_files(found, args.rank, args.world_size, args.max_workers, known[0].grids)
+                name_rank = partial(work.name_rank, settings=settings)
+                plan = plan_files(found, args.rank, args.world_size, args.max_workers, known[0].grids, name_rank)
             run = Run(args, root, settings, key, plan, known, record_file)
             exit_code = run.work()
             remove_leftovers(root / "voxels")  # of workers that were killed

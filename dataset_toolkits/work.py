@@ -89,11 +89,27 @@ def input_key(sha256: str, path: Path, settings: Settings) -> str:
     """
     organ, groups = "", None
     if settings.labels is not None:
-        from trellis.grids.volumes import organ_of_name, volume_suffix
-
-        organ = organ_of_name(path.name[: -len(volume_suffix(path))], settings.labels)
+        organ = _organ(path, settings.labels)
         groups = sorted(settings.labels.groups.items())
     return _digest(sha256, groups, settings.components, *([organ] if organ else []))
+
+
+def name_rank(path: Path, settings: Settings) -> int:
+    """Return which of several files with the same bytes is taken: the one of the lowest rank, and of these the first.
+
+    A mask of one organ is what its file is named after, so a copy under another name may give no object.
+    """
+    if settings.labels is None or not is_volume(path):
+        return 0
+    organ = _organ(path, settings.labels)
+    return 0 if organ in settings.labels.groups else 2 if organ else 1
+
+
+def _organ(path: Path, labels: "Labels") -> str:
+    """Return the organ that a volume is named after; "" if it is after none."""
+    from trellis.grids.volumes import organ_of_name, volume_suffix
+
+    return organ_of_name(path.name[: -len(volume_suffix(path))], labels)
 
 
 def division(settings: Settings) -> tuple[str, str]:

@@ -886,6 +886,26 @@ def test_masks_of_one_organ_each_have_its_name(tmp_path, serial, monkeypatch):
     } and not Path("few/failed.csv").exists()  # fmt: skip
 
 
+@pytest.mark.parametrize("labels, value", [("totalsegmentator", 1), ("labels.json", 1), ("few.json", 255)])
+def test_of_copies_of_a_mask_the_one_named_after_its_organ_counts(labels, value, tmp_path, serial, monkeypatch):
+    nibabel = pytest.importorskip("nibabel")
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("labels.json").write_text('{"liver": 5}')
+    Path("few.json").write_text('{"liver": 1}')
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask[2:8, 2:8, 2:8] = value
+    nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), Path("in/hepatic_thing.nii.gz"))
+    args = "--input", "in", "--output_dir", "out", "--labels", labels
+    assert run(*args) == 1 and len(table(Path("out/failed.csv"))) == 1
+    for name in ("liver", "another"):
+        shutil.copy("in/hepatic_thing.nii.gz", f"in/{name}.nii.gz")
+        for _ in range(2):
+            assert run(*args) == 0 and not Path("out/failed.csv").exists()
+            assert [row["file"] for row in table(Path("out/metadata.csv"))] == ["in/liver.nii.gz#liver"]
+    assert serial == [Path("in/hepatic_thing.nii.gz"), Path("in/liver.nii.gz")]
+
+
 def test_parts_of_an_organ_and_solids(tmp_path, serial, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_scan(Path("case.nii"))

@@ -87,9 +87,12 @@ def voxelize(args: argparse.Namespace) -> int:
         and (args.world_size == 1 or not any(map(records.is_voxelized, rows.values())))
     ):
         name, reason = run.left_out[0]
+        number = len(plan.share)
         raise DataError(
-            f"none of the {len(plan.share)} files could be voxelized. The reasons are in {root / 'failed.csv'}; "
-            f"the first: {name}: {reason}"
+            f"none of the {number} files could be voxelized. The reasons are in {root / 'failed.csv'}; the first: "
+            f"{name}: {reason}"
+            if number > 1
+            else f"the only file could not be voxelized: {name}: {reason}"
         )
     return exit_code
 
@@ -241,14 +244,25 @@ class Run:
         good = {job.sha256 for job in self.done} | self.finished
         duplicates = sum(len(job.names) - 1 for job in plan.jobs if job.sha256 in good)
         rank = f" (rank {args.rank} of {args.world_size})" if args.world_size > 1 else ""
-        what = "files" if any(is_volume(job.path) for job in plan.jobs) else "meshes"
+        names = (name for name, _ in (*self.notes, *self.left_out))
+        objects = {name for name in names if name not in plan.listing}
+        if any(is_volume(job.path) for job in plan.jobs):
+            what = report.count(len(plan.share), "file")
+            made, done = report.count(len(self.made), "new grid"), report.count(len(self.done), "file")
+            parts = sum(name in objects for name, _ in self.left_out)
+            left_out = report.count(len(self.left_out) - parts, "file")
+            if parts:
+                left_out = (f"{left_out} and " if parts < len(self.left_out) else "") + report.count(parts, "object")
+        else:
+            what = report.count(len(plan.share), "mesh", "meshes")
+            made, done, left_out = f"{len(self.made)} new", str(len(self.done)), str(len(self.left_out))
         print(
-            f"{self.root}: {len(plan.share)} {what}{rank}: {len(self.made)} new, {len(self.done)} done already, "
-            f"{duplicates} duplicates, {len(self.left_out)} left out; {seconds:.1f} s"
+            f"{self.root}: {what}{rank}: {made}, {done} done already, {report.count(duplicates, 'duplicate')}, "
+            f"{left_out} left out; {seconds:.1f} s"
         )
-        for line in report.by_kind(self.notes):
+        for line in report.by_kind(self.notes, objects):
             print(f"  noted: {line}")
-        for line in report.by_kind(self.left_out):
+        for line in report.by_kind(self.left_out, objects):
             print(f"  left out: {line}")
         if self.left_out:
             print(f"  all reasons: {self.root / 'failed.csv'}")

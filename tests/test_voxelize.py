@@ -185,7 +185,7 @@ def test_left_out_files_and_duplicates_are_reported(tmp_path, serial, capsys):
         (tmp_path / "in" / "sub").mkdir(exist_ok=True)
         (tmp_path / "in" / "sub" / name).write_bytes(BROKEN[name][0])
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
-    assert "5 meshes: 2 new, 0 done already, 1 duplicates, 2 left out" in capsys.readouterr().out
+    assert "5 meshes: 2 new, 0 done already, 1 duplicate, 2 left out" in capsys.readouterr().out
     rows = {row["sha256"]: row for row in table(tmp_path / "out" / "metadata.csv")}
     assert {sha: row["file"] for sha, row in rows.items()} == {sha: str(path) for sha, path in shas.items()}
     for sha, row in rows.items():
@@ -303,7 +303,7 @@ def test_trellis_folder_is_taken_as_it_is(tmp_path, serial, capsys):
         (["--input", "missing"], "missing: no such file or folder"),
         (["--input", "empty"], "empty: no .glb"),
         (["--input", "note.txt"], "note.txt: is not one of .glb"),
-        (["--input", "bad"], "none of the 1 files could be voxelized"),
+        (["--input", "bad"], "the only file could not be voxelized: bad/nan.obj: "),
         (["--input", "bad", "--rank", "2", "--world_size", "2"], "--rank 2 --world_size 2"),
         (["--input", "bad", "--resolution", "0"], "--resolution 0"),
     ],
@@ -435,7 +435,7 @@ def test_killed_workers_cost_nothing(mixed_input):
                     os.kill(int(pid), signal.SIGKILL)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "65 meshes: 60 new, 0 done already, 1 duplicates, 4 left out" in output
+    assert "65 meshes: 60 new, 0 done already, 1 duplicate, 4 left out" in output
     assert tree(mixed_input / "out") == tree(mixed_input / "clean")
 
 
@@ -569,8 +569,41 @@ def test_notes_and_axes_are_recorded_and_counted(tmp_path, serial, capsys):
 def test_many_notes_are_shown_by_kind():
     texts = [("a", "has 3 points"), ("b", "has 1,250.5 points"), ("c", "is cut"), ("d", "is cut")]
     assert report.by_kind(texts) == ["2 files, such as a: has 3 points", "2 files: is cut"]
+    assert report.by_kind(texts, {"c", "d", "a"}) == [
+        "2 files and objects, such as a: has 3 points",
+        "2 objects: is cut",
+    ]
     lines = report.by_kind((f"{i}", "x" * i) for i in range(1, 10))
     assert len(lines) == report.KINDS_SHOWN + 1 and lines[-1] == "and 4 more"
+
+
+def test_what_is_counted_has_its_name(tmp_path, serial, capsys, monkeypatch):
+    nibabel = pytest.importorskip("nibabel")
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for case in (4, 5):
+        labels = np.zeros((12, 12, 12), np.uint8)
+        for organ in (1, 2, 3):
+            labels[: 2 + case, 4 * organ - 4 : 4 * organ - 1, 2:10] = organ
+        labels[0, 0, 11] = 7
+        nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), Path("in", f"{case}.nii"))
+    Path("in/a.fbx").touch()
+    args = "--input", "in", "--output_dir", "out"
+    assert run(*args, "--dry_run") == 0
+    dry = capsys.readouterr().out
+    assert (
+        "  3 files: 2 .nii, 1 not read; " in dry
+    )
+    assert "of those tried, noted: 4 objects: reaches the scan's border (left) and may be cut off" in dry
+    assert run(*args) == 0
+    out = capsys.readouterr().out
+    assert "out: 3 files: 6 new grids, 0 files done already, 0 duplicates, 1 file and 2 objects left out; " in out
+    assert "  noted: 4 objects: reaches the scan's border (left) and may be cut off" in out
+    assert "  left out: 2 objects: has 1 voxels of the scan, fewer than 27" in out
+    assert run("--input", "in/4.nii", "--output_dir", "one") == 0
+    assert (
+        "one: 1 file: 3 new grids, 0 files done already, 0 duplicates, 1 object left out; " in capsys.readouterr().out
+    )
 
 
 def test_formats_that_are_not_read_are_listed_and_counted(tmp_path, serial, capsys):
@@ -694,10 +727,10 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_would_do(mixed_input, caps
     assert voxelize.main(command) == 0
     assert not (mixed_input / "new").exists()
     output = capsys.readouterr().out
-    assert output.startswith("new: dry run, nothing is written\n  64 files, ")
-    assert "61 .off, 3 .obj" in output and "left out: in/scene.fbx: FBX is not read" in output
+    assert output.startswith("new: dry run, nothing is written\n  65 files: 61 .off, 3 .obj, 1 not read; ")
+    assert "left out: in/scene.fbx: FBX is not read" in output
     assert " to do: about " in output and "of those tried, noted: " in output
-    found = re.search(r"at most (\d+) are duplicates", output)
+    found = re.search(r"at most (\d+) (is a|are) duplicates?, by size", output)
     assert found and int(found[1]) >= 1
 
     shutil.copytree("clean", "done")
@@ -730,7 +763,7 @@ def test_a_dry_run_counts_what_it_had_no_time_for_by_size(tmp_path, monkeypatch)
     found = inputs.Found(files, {})
     lines = estimate.dry_run(found, set(), work.Settings(16, "auto", "cube"), 1, 60, None)
     assert lines[-1] == (
-        "3 to do: about 0.7 s with 1 workers and 3.99 KB of disk, by 2 of them that were tried, and by the size of 1 "
+        "3 to do: about 1.7 s with 1 worker and 3.99 KB of disk, by 2 of them that were tried, and by the size of 1 "
         "that took too long"
     )
     files["c.nii"].write_text("0" + " " * 19)
@@ -778,7 +811,7 @@ def test_a_scan_gives_a_grid_for_each_organ(tmp_path, serial, capsys, monkeypatc
     Path("labels.json").write_text('{"1": "liver", "kidneys": [2], "9": "heart", "small": [5]}')
     args = "--input", "in", "--output_dir", "out", "--labels", "labels.json"
     assert run(*args) == 0
-    assert "3 files: 5 new, 0 done already, 0 duplicates, 4 left out" in capsys.readouterr().out
+    assert "3 files: 5 new grids, 0 files done already, 0 duplicates, 4 objects left out; " in capsys.readouterr().out
     rows = {row["file"]: row for row in table(Path("out/metadata.csv"))}
     organs = {f"in/case_{case}.nii.gz#{name}" for case in (1, 2) for name in ("liver", "kidneys")}
     assert rows.keys() == organs | {"in/mesh.stl"}
@@ -796,7 +829,7 @@ def test_a_scan_gives_a_grid_for_each_organ(tmp_path, serial, capsys, monkeypatc
     before = tree(Path("out"))
     serial.clear()
     assert run(*args) == 0 and not serial and tree(Path("out")) == before
-    assert "0 new, 3 done already, 0 duplicates, 4 left out" in capsys.readouterr().out
+    assert "0 new grids, 3 files done already, 0 duplicates, 4 objects left out; " in capsys.readouterr().out
     Path("out/voxels", f"{rows['in/case_1.nii.gz#kidneys']['sha256']}.ply").unlink()
     assert run(*args) == 0 and serial == [Path("in/case_1.nii.gz")] and tree(Path("out")) == before
 

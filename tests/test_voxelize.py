@@ -591,9 +591,7 @@ def test_what_is_counted_has_its_name(tmp_path, serial, capsys, monkeypatch):
     args = "--input", "in", "--output_dir", "out"
     assert run(*args, "--dry_run") == 0
     dry = capsys.readouterr().out
-    assert (
-        "  3 files: 2 .nii, 1 not read; " in dry
-    )
+    assert "  3 files: 2 .nii, 1 not read; " in dry
     assert "of those tried, noted: 4 objects: reaches the scan's border (left) and may be cut off" in dry
     assert run(*args) == 0
     out = capsys.readouterr().out

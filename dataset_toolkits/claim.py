@@ -15,7 +15,7 @@ from pathlib import Path
 from trellis.utils.errors import DataError
 from trellis.utils.files import atomic_write, host_name, is_running
 
-from .records import Known, Row, Settings, active_file, flags_of, known_grids
+from .records import SETTINGS, Known, Row, Settings, active_file, flags_of, go_together, known_grids
 
 PATIENCE = 5  # seconds for another run that is just about to give up, or to write its claim
 
@@ -51,10 +51,19 @@ def _claim(root: Path, settings: Settings, own: Path) -> None:
             return
         except FileExistsError:
             found = _read(path)
-        rivals = {other: values for other, values in _active(root, own).items() if values != settings}
-        if found == settings and not rivals:
+        rivals = {
+            other: values
+            for other, values in _active(root, own).items()
+            if not values or not go_together(values, settings)
+        }
+        fits = found is not None and go_together(found, settings)
+        if found is not None and fits and not rivals:
+            complete = tuple(old or new for old, new in zip(found, settings, strict=True))
+            if complete != found:  # the first run with volumes
+                with atomic_write(path) as partial:
+                    partial.write_text(json.dumps(complete), encoding="utf-8")
             return
-        if found not in (settings, None):
+        if found is not None and not fits:
             for other, values in rivals.items():
                 raise _refusal(root, settings, values, other)
             known_grids(root, settings)
@@ -71,9 +80,16 @@ def _claim(root: Path, settings: Settings, own: Path) -> None:
 def _read(path: Path) -> Settings | None:
     """Return the settings of a claim, None if it is not complete or gone."""
     try:
-        return tuple(json.loads(path.read_text(encoding="utf-8")))
+        return _complete(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
+
+
+def _complete(values: list[str]) -> Settings:
+    """Return settings that were read; earlier versions wrote fewer. Raise ValueError or TypeError for others."""
+    if not 4 <= len(values) <= len(SETTINGS) or not all(isinstance(value, str) for value in values):
+        raise ValueError
+    return (*values, *[""] * (len(SETTINGS) - len(values)))
 
 
 def _active(root: Path, own: Path) -> dict[Path, Settings]:
@@ -87,7 +103,7 @@ def _active(root: Path, own: Path) -> dict[Path, Settings]:
             if run["host"] == host_name() and not is_running(run["pid"]):
                 path.unlink(missing_ok=True)
             else:
-                found[path] = tuple(run["settings"])
+                found[path] = _complete(run["settings"])
         except FileNotFoundError:  # it has just ended
             continue
         except (ValueError, TypeError, KeyError):

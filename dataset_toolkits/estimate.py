@@ -17,6 +17,7 @@ from .work import Outcome, Settings, make_grids, time_factor
 
 SAMPLES = 12
 SAMPLE_SECONDS = 10
+START_SECONDS = 1  # until the workers of a run have started, once
 PLY_HEADER = 130  # bytes of a voxel file besides 12 for each voxel
 NO_SHA256 = "0" * 64  # the name of a grid that is not written
 
@@ -48,14 +49,19 @@ def dry_run(
             continue  # it has just gone; the run will say so
     kinds = Counter(suffix_of(found.files[name], FORMATS) or "" for name in sizes)
     listed = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
-    lines = [f"{len(sizes)} files, {report.size(sum(sizes.values()))}: {listed}"]
+    if found.left_out:
+        listed += f"{', ' if listed else ''}{len(found.left_out)} not read"
+    number = report.count(len(sizes) + len(found.left_out), "file")
+    lines = [f"{number}: {listed}; {report.size(sum(sizes.values()))} to read"]
     lines += [f"left out: {line}" for line in report.by_kind(found.left_out.items())]
     new = {name: size for name, size in sizes.items() if name not in recorded}
     if len(new) < len(sizes):
-        lines.append(f"{len(sizes) - len(new)} are recorded as done, by their names")
+        lines.append(f"{report.count(len(sizes) - len(new), 'is', 'are')} recorded as done, by their names")
     same_size = len(new) - len(set(new.values()))
     if same_size:
-        lines.append(f"at most {same_size} are duplicates, by their sizes: nothing was hashed")
+        lines.append(
+            f"at most {report.count(same_size, 'is a duplicate', 'are duplicates')}, by size: nothing was hashed"
+        )
     if not new:
         return [*lines, "nothing to do"]
 
@@ -74,7 +80,10 @@ def dry_run(
         sample.stands_for * sum(12 * made.num_voxels + PLY_HEADER for made in outcome.made) for sample, outcome in good
     )
     disk *= len(new) / sum(sample.stands_for for sample in done)
-    about = f"about {report.duration(seconds / workers)} with {workers} workers and {report.size(disk)} of disk"
+    about = (
+        f"about {report.duration(START_SECONDS + seconds / workers)} with {report.count(workers, 'worker')} and "
+        f"{report.size(disk)} of disk"
+    )
     if len(done) == len(samples):
         basis = f"by {len(done)} of them, of all sizes, that were tried"
     else:
@@ -86,8 +95,14 @@ def dry_run(
     reasons = [(name, str(error)) for name, error in failed if not isinstance(error, LostTask)]
     lines += [f"of those tried, would be left out: {line}" for line in report.by_kind(reasons)]
     lines += [f"of those tried, would be tried once more, alone: {line}" for line in report.by_kind(lost)]
-    notes = [(printable(sample.path), note) for sample, outcome in good for made in outcome.made for note in made.notes]
-    lines += [f"of those tried, noted: {line}" for line in report.by_kind(notes)]
+    made = [
+        (f"{printable(sample.path)}#{each.part}" if each.part else printable(sample.path), each)
+        for sample, outcome in good
+        for each in outcome.made
+    ]
+    notes = [(name, note) for name, each in made for note in each.notes]
+    objects = {name for name, each in made if each.part}
+    lines += [f"of those tried, noted: {line}" for line in report.by_kind(notes, objects)]
     return lines
 
 

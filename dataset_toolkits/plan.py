@@ -1,6 +1,6 @@
 """What there is to do for one rank: files listed, hashed, and those of the same bytes put together."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Job(NamedTuple):
 
     sha256: str
     path: Path
-    names: tuple[str, ...]  # all files with these bytes; the first is the one recorded
+    names: tuple[str, ...]  # all files with these bytes; the first is `path`, and the one recorded
 
 
 class Plan(NamedTuple):
@@ -31,10 +31,18 @@ class Plan(NamedTuple):
     base: dict[str, records.Row]  # rows of TRELLIS's metadata.csv
 
 
-def plan_files(found: inputs.Found, rank: int, world_size: int, threads: int, known: Container[str] = ()) -> Plan:
+def plan_files(
+    found: inputs.Found,
+    rank: int,
+    world_size: int,
+    threads: int,
+    known: Container[str] = (),
+    name_rank: Callable[[Path], int] = lambda path: 0,
+) -> Plan:
     """Hash this rank's share of some files; files with the same bytes make one job.
 
     known: sha256 of the grids that exist.
+    name_rank: of files with the same bytes, one of the lowest comes first, see `work.name_rank`.
     """
     listing = sorted((*found.files, *found.left_out))
     share = listing[rank::world_size]
@@ -58,6 +66,8 @@ def plan_files(found: inputs.Found, rank: int, world_size: int, threads: int, kn
                 by_sha.setdefault(result, []).append(name)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what is left
+    for names in by_sha.values():
+        names.sort(key=lambda name: (name_rank(files[name]), name))
     jobs = [Job(sha256, files[names[0]], tuple(names)) for sha256, names in by_sha.items()]
     return Plan(jobs, failures, set(share), set(listing), {})
 

@@ -9,6 +9,7 @@ import csv
 import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -32,6 +33,8 @@ RECORD_FIELDS = (
     "mm_per_cell",
     "frame",
     "input",
+    "labels",
+    "components",
 )
 OLD_FIELDS = ("sha256", "num_voxels", "up_axis", "resolution", "split", "file", "normalization")
 METADATA_FIELDS = (
@@ -46,14 +49,24 @@ METADATA_FIELDS = (
     "notes",
 )
 RARE_FIELDS = ("split", "fill", "mm_per_cell", "frame")  # columns of metadata.csv that are made when a row has one
-SETTINGS = ("up_axis", "resolution", "normalization", "fill")  # all grids of a folder share them
+SETTINGS = (
+    "up_axis",
+    "resolution",
+    "normalization",
+    "fill",
+    "labels",
+    "components",
+)  # all grids of a folder share them
+OF_VOLUMES = ("fill", "labels", "components")  # settings that meshes do not have: "" goes with every value
+NO_TABLE = "every"  # of the setting labels; else the digest of a table, a space and the table's name
+WHOLE, PARTS = "whole", "parts"  # of the setting components
 DEFAULTS = {"normalization": "cube", "fill": "surface"}  # of records and of a metadata.csv that do not say
 FAILED_FIELDS = ("file", "sha256", "reason")
 RUN_FILE = re.compile(r"run_\d{6,}_\d+_[0-9a-f]{8}\.csv")
 LONGEST_FIELD = 2**31 - 1  # captions can be long; no larger number goes on Windows
 
 Row = dict[str, str]
-Settings = tuple[str, ...]  # the values of SETTINGS
+Settings = tuple[str, ...]  # the values of SETTINGS; those OF_VOLUMES are "" where there is no volume
 
 
 def check_rank(rank: int, world_size: int) -> None:
@@ -148,6 +161,7 @@ class RecordFile:
                `file` any more; named: `file` has the bytes of `sha256` too; split: `sha256` belongs to `split`; input:
                all objects of a volume are recorded
         input  of a grid out of a volume and of an input: the key that stands for the volume and how it was divided
+        labels, components  of a grid out of a volume: how volumes were divided, see `work.division`
     """
 
     def __init__(self, root: Path, rank: int):
@@ -257,8 +271,10 @@ def _add_grid(root: Path, grids: dict[str, Row], new: Row) -> None:
     old = grids.setdefault(new["sha256"], new)
     old["file"] = min(old["file"], new["file"])
     old["split"] = old["split"] or new["split"]
-    if settings_of(old) != settings_of(new):
-        raise mixed(root, {settings_of(old), settings_of(new)})
+    if not go_together(_settings_of_record(old), _settings_of_record(new)):
+        raise _mixture(root, _settings_of_record(old), _settings_of_record(new))
+    for name in ("labels", "components"):  # which records of earlier versions lack
+        old[name] = old.get(name) or new.get(name, "")
 
 
 def _old_failures(root: Path) -> list[Row]:
@@ -302,9 +318,9 @@ def known_grids(root: Path, settings: Settings) -> tuple[Known, dict[str, Row]]:
         row = rows.setdefault(sha256, {})
         row.update(record, split=row.get("split") or record["split"] or recorded.splits.get(sha256, ""))
         row["voxelized"] = "True"
-    found = _settings(rows.values()) | {settings}
-    if len(found) > 1:
-        raise mixed(root, found)
+    for found in sorted(_settings(rows.values(), recorded.grids.values())):
+        if not go_together(found, settings):
+            raise _refusal(root, found, settings)
     present = _present(root)
     gone = {row["input"] for sha256, row in recorded.grids.items() if row.get("input") and sha256 not in present}
     grids = {sha256: row for sha256, row in rows.items() if is_voxelized(row) and sha256 in present}
@@ -315,7 +331,7 @@ def axis_of_folder(root: Path) -> str | None:
     """Return the --up_axis that all grids of a folder have; None if it has no grids, or none that say it."""
     _, rows = read_rows(root)
     every = [*(row for row in rows.values() if is_voxelized(row)), *read_records(root).grids.values()]
-    found = {settings_of(row)[0] for row in every} - {""}
+    found = {_settings_of_row(row)[0] for row in every} - {""}
     return found.pop() if len(found) == 1 else None
 
 
@@ -364,7 +380,8 @@ def _update_tables(root: Path, base: dict[str, Row]) -> tuple[dict[str, Row], li
     splits = dict(recorded.splits)
     for sha256, record in recorded.grids.items():
         splits[sha256] = record["split"] or splits.get(sha256, "")
-        values = {name: value for name, value in record.items() if value and name not in ("input", "split")}
+        hidden = ("input", "split", "labels", "components")
+        values = {name: value for name, value in record.items() if value and name not in hidden}
         rows.setdefault(sha256, {}).update(values, voxelized=str(sha256 in present))
     for sha256, row in rows.items():
         row["voxelized"] = row.get("voxelized") or "False"
@@ -372,9 +389,9 @@ def _update_tables(root: Path, base: dict[str, Row]) -> tuple[dict[str, Row], li
         if is_voxelized(row):
             row["normalization"] = row.get("normalization") or DEFAULTS["normalization"]
 
-    settings = _settings(rows.values())
-    if len(settings) > 1:
-        raise mixed(root, settings)
+    for one, other in combinations(sorted(_settings(rows.values(), recorded.grids.values())), 2):
+        if not go_together(one, other):
+            raise _mixture(root, one, other)
     fields += [name for name in METADATA_FIELDS if name not in fields]
     for name in RARE_FIELDS:
         if name not in fields and any(row.get(name) for row in rows.values()):
@@ -397,27 +414,68 @@ def _present(root: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.ply")}
 
 
-def _settings(rows: Iterable[Row]) -> set[Settings]:
-    """Return the settings of the rows with a grid. Rows of TRELLIS do not have any."""
-    found = {settings_of(row) for row in rows if is_voxelized(row)}
-    return {values for values in found if values[0] or values[1]}
+def _settings(rows: Iterable[Row], recorded: Iterable[Row]) -> set[Settings]:
+    """Return the settings of the rows with a grid, and of records. Rows of TRELLIS do not have any."""
+    found = {_settings_of_row(row) for row in rows if is_voxelized(row)}
+    return {values for values in found if values[0] or values[1]} | set(map(_settings_of_record, recorded))
 
 
-def settings_of(row: Row) -> Settings:
-    """Return the values of SETTINGS that a record or a row of metadata.csv has."""
-    up_axis, resolution, *others = (row.get(name) or DEFAULTS.get(name, "") for name in SETTINGS)
-    return up_axis, resolution.removesuffix(".0"), *others  # pandas writes 64.0
+def _settings_of_row(row: Row) -> Settings:
+    """Return the values of SETTINGS that a row of metadata.csv has; it does not say how volumes were divided."""
+    up_axis, resolution, normalization = (row.get(name) or DEFAULTS.get(name, "") for name in SETTINGS[:3])
+    from_volume = row.get("input") or row.get("mm_per_cell")
+    fill = row.get("fill") or (DEFAULTS["fill"] if from_volume else "")
+    return up_axis, resolution.removesuffix(".0"), normalization, fill, "", ""  # pandas writes 64.0
 
 
-def mixed(root: Path, settings: Iterable[Settings]) -> DataError:
-    """Return the error for a folder whose grids would have several settings; it names the flags of each."""
-    found = " and ".join(flags_of(values) for values in sorted(settings))
+def _settings_of_record(row: Row) -> Settings:
+    """Return the values of SETTINGS that a recorded grid has; "" for the division in folders of earlier versions."""
+    return *_settings_of_row(row)[:4], row.get("labels", ""), row.get("components", "")
+
+
+def differences(one: Settings, other: Settings) -> list[str]:
+    """Return the names of the SETTINGS that keep grids from one folder."""
+    return [
+        name
+        for name, first, second in zip(SETTINGS, one, other, strict=True)
+        # of labels the digest alone: the same table may be in a file of another name
+        if first.partition(" ")[0] != second.partition(" ")[0] and not (name in OF_VOLUMES and "" in (first, second))
+    ]
+
+
+def go_together(one: Settings, other: Settings) -> bool:
+    """Return whether grids of these settings may be in one folder."""
+    return not differences(one, other)
+
+
+def _refusal(root: Path, found: Settings, asked: Settings) -> DataError:
+    names = differences(found, asked)
+    there, here = flags_of(found, names), flags_of(asked, names)
+    give = there if "labels" not in names and "no --" not in there else "the same as before"
+    return DataError(f"{root}: holds grids of {there}; this run asks for {here}. Give {give}, or another --output_dir.")
+
+
+def _mixture(root: Path, one: Settings, other: Settings) -> DataError:
+    names = differences(one, other)
     return DataError(
-        f"{root}: would hold grids made with {found}. Give the same values as before, or another --output_dir."
+        f"{root}: holds grids of {flags_of(one, names)} and of {flags_of(other, names)}, which do not go together. "
+        "Make those of one anew in another --output_dir."
     )
 
 
-def flags_of(settings: Settings) -> str:
-    """Return settings as flags of voxelize.py. Only label maps have a --fill; surface is what all others are."""
-    pairs = zip(SETTINGS, settings, strict=True)
-    return " ".join(f"--{name} {value}" for name, value in pairs if (name, value) != ("fill", "surface"))
+def flags_of(settings: Settings, names: Collection[str] = SETTINGS) -> str:
+    """Return settings as flags of voxelize.py for people, those with these names that have a value."""
+    flags = []
+    for name, value in zip(SETTINGS, settings, strict=True):
+        if name not in names or not value and name in OF_VOLUMES:
+            continue
+        if name == "components":
+            flags.append("--components" if value == PARTS else "no --components")
+        elif value == NO_TABLE:
+            flags.append("no --labels")
+        elif name == "labels":
+            digest, _, source = value.partition(" ")
+            flags.append(f"--labels {source} (its content: {digest[:8]})")
+        else:
+            flags.append(f"--{name} {value}" if value else f"unknown {name}")
+    return " ".join(flags)

@@ -1,7 +1,7 @@
 """What voxelize.py says at its end: counts, notes and reasons by kind."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from trellis.grids.meshes import UNKNOWN_AXIS
 
@@ -9,10 +9,16 @@ KINDS_SHOWN = 5
 NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?")
 
 
-def by_kind(texts: Iterable[tuple[str, str]]) -> list[str]:
+def count(number: int, one: str, many: str = "") -> str:
+    """Return a number of things for people. many: default: one with an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def by_kind(texts: Iterable[tuple[str, str]], objects: Container[str] = ()) -> list[str]:
     """Return a line for each kind of text, the most frequent first: one with its file, several with their number.
 
     texts: (file, note or reason). Those that differ in numbers alone are of one kind.
+    objects: the names among them that are objects of a file.
     """
     kinds: dict[str, list[tuple[str, str]]] = {}
     for file, text in texts:
@@ -21,12 +27,14 @@ def by_kind(texts: Iterable[tuple[str, str]]) -> list[str]:
     lines = []
     for members in ranked[:KINDS_SHOWN]:
         file, text = members[0]
+        units = {"objects" if name in objects else "files" for name, _ in members}
+        what = f"{len(members)} {' and '.join(sorted(units))}"
         if len(members) == 1:
             lines.append(f"{file}: {text}")
         elif all(other == text for _, other in members):
-            lines.append(f"{len(members)} files: {text}")
+            lines.append(f"{what}: {text}")
         else:
-            lines.append(f"{len(members)} files, such as {file}: {text}")
+            lines.append(f"{what}, such as {file}: {text}")
         if text == f"{UNKNOWN_AXIS}: taken as they are":
             lines[-1] += ". Say it by --up_axis y or z"
     if len(ranked) > KINDS_SHOWN:

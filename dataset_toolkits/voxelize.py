@@ -15,16 +15,17 @@ import argparse
 import sys
 import time
 from collections.abc import Container
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
-from dataset_toolkits import estimate, inputs, records, report
+from dataset_toolkits import estimate, inputs, records, report, work
 from dataset_toolkits.claim import claimed
 from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_renders
-from dataset_toolkits.work import Outcome, Settings, input_key, is_volume, make_grids, time_factor
+from dataset_toolkits.work import Outcome, Settings, division, input_key, is_volume, make_grids, time_factor
 from trellis.grids import placing
 from trellis.grids.mesh_pool import run_in_pool
 from trellis.utils.command import available_cores, available_memory, run_command
@@ -47,11 +48,13 @@ def voxelize(args: argparse.Namespace) -> int:
     from_trellis = is_trellis_root(args.input[0])
     args.up_axis = args.up_axis or records.axis_of_folder(root) or "auto"
     settings = settings_of(args)
-    key = (settings.up_axis, str(settings.resolution), args.normalization, settings.fill)
     records.check_failed(root)
     found = None if from_trellis else inputs.find_files(args.input, exclude=root / "voxels")
     if found is not None:
         check_volume_flags(args, found)
+    has_volumes = found is not None and any(map(is_volume, found.files.values()))
+    of_volumes = (settings.fill, *division(settings)) if has_volumes else ("",) * len(records.OF_VOLUMES)
+    key = (settings.up_axis, str(settings.resolution), args.normalization, *of_volumes)
     if args.dry_run:
         print_dry_run(args, root, found, settings, key)
         return 0
@@ -64,7 +67,8 @@ def voxelize(args: argparse.Namespace) -> int:
             if found is None:
                 plan = plan_renders(Path(args.input[0]), args.rank, args.world_size)
             else:
-                plan = plan_files(found, args.rank, args.world_size, args.max_workers, known[0].grids)
+                name_rank = partial(work.name_rank, settings=settings)
+                plan = plan_files(found, args.rank, args.world_size, args.max_workers, known[0].grids, name_rank)
             run = Run(args, root, settings, key, plan, known, record_file)
             exit_code = run.work()
             remove_leftovers(root / "voxels")  # of workers that were killed
@@ -83,9 +87,12 @@ def voxelize(args: argparse.Namespace) -> int:
         and (args.world_size == 1 or not any(map(records.is_voxelized, rows.values())))
     ):
         name, reason = run.left_out[0]
+        number = len(plan.share)
         raise DataError(
-            f"none of the {len(plan.share)} files could be voxelized. The reasons are in {root / 'failed.csv'}; "
-            f"the first: {name}: {reason}"
+            f"none of the {number} files could be voxelized. The reasons are in {root / 'failed.csv'}; the first: "
+            f"{name}: {reason}"
+            if number > 1
+            else f"the only file could not be voxelized: {name}: {reason}"
         )
     return exit_code
 
@@ -112,7 +119,7 @@ class Run:
         self.args, self.root, self.settings, self.plan = args, root, settings, plan
         self.record_file = record_file
         self.common = dict(zip(records.SETTINGS, key, strict=True))
-        self.common["fill"] = "" if settings.fill == "surface" else settings.fill
+        self.common["fill"] = "" if settings.fill == "surface" else self.common["fill"]
         self.known, self.failed_before = known
         self.made: set[str] = set()
         self.finished: set[str] = set()
@@ -208,11 +215,12 @@ class Run:
         else:
             reasons = {f"{job.names[0]}#{part.part}": (part.sha256, part.reason) for part in result.missing}
         key = input_key(job.sha256, job.path, self.settings) if is_volume(job.path) else ""
+        common = {name: value for name, value in self.common.items() if key or name not in records.OF_VOLUMES}
         for made in result.made:
             name = f"{job.names[0]}#{made.part}" if made.part else job.names[0]
             self.record_file.write(
                 "grid",
-                **self.common,
+                **common,
                 file=name,
                 split=self.args.split or "",
                 input=key,
@@ -236,14 +244,25 @@ class Run:
         good = {job.sha256 for job in self.done} | self.finished
         duplicates = sum(len(job.names) - 1 for job in plan.jobs if job.sha256 in good)
         rank = f" (rank {args.rank} of {args.world_size})" if args.world_size > 1 else ""
-        what = "files" if any(is_volume(job.path) for job in plan.jobs) else "meshes"
+        names = (name for name, _ in (*self.notes, *self.left_out))
+        objects = {name for name in names if name not in plan.listing}
+        if any(is_volume(job.path) for job in plan.jobs):
+            what = report.count(len(plan.share), "file")
+            made, done = report.count(len(self.made), "new grid"), report.count(len(self.done), "file")
+            parts = sum(name in objects for name, _ in self.left_out)
+            left_out = report.count(len(self.left_out) - parts, "file")
+            if parts:
+                left_out = (f"{left_out} and " if parts < len(self.left_out) else "") + report.count(parts, "object")
+        else:
+            what = report.count(len(plan.share), "mesh", "meshes")
+            made, done, left_out = f"{len(self.made)} new", str(len(self.done)), str(len(self.left_out))
         print(
-            f"{self.root}: {len(plan.share)} {what}{rank}: {len(self.made)} new, {len(self.done)} done already, "
-            f"{duplicates} duplicates, {len(self.left_out)} left out; {seconds:.1f} s"
+            f"{self.root}: {what}{rank}: {made}, {done} done already, {report.count(duplicates, 'duplicate')}, "
+            f"{left_out} left out; {seconds:.1f} s"
         )
-        for line in report.by_kind(self.notes):
+        for line in report.by_kind(self.notes, objects):
             print(f"  noted: {line}")
-        for line in report.by_kind(self.left_out):
+        for line in report.by_kind(self.left_out, objects):
             print(f"  left out: {line}")
         if self.left_out:
             print(f"  all reasons: {self.root / 'failed.csv'}")
@@ -350,7 +369,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "minimum and maximum for all axes, and y-up turned to z-up, as ShapeLLM-Omni does",
     )
     parser.add_argument("--resolution", type=int, default=64, help="voxels along an edge (default 64)")
-    parser.add_argument("--split", choices=("train", "val"), help="split of the new grids; default: none")
+    parser.add_argument(
+        "--split",
+        choices=("train", "val"),
+        help="split of the new grids, and of those done already that have none; default: none",
+    )
     parser.add_argument("--rank", type=int, default=0, help="number of this process, from 0")
     parser.add_argument("--world_size", type=int, default=1, help="number of processes that share the work")
     parser.add_argument(

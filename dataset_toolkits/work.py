@@ -12,6 +12,8 @@ from trellis.grids.placing import Axis, axis_of_file
 from trellis.grids.voxels import voxel_centers, write_ply
 from trellis.utils.errors import ConfigError, DataError
 
+from . import records
+
 if TYPE_CHECKING:
     from trellis.grids.volumes import Labels
 
@@ -87,11 +89,39 @@ def input_key(sha256: str, path: Path, settings: Settings) -> str:
     """
     organ, groups = "", None
     if settings.labels is not None:
-        from trellis.grids.volumes import organ_of_name, volume_suffix
-
-        organ = organ_of_name(path.name[: -len(volume_suffix(path))], settings.labels)
+        organ = _organ(path, settings.labels)
         groups = sorted(settings.labels.groups.items())
     return _digest(sha256, groups, settings.components, *([organ] if organ else []))
+
+
+def name_rank(path: Path, settings: Settings) -> int:
+    """Return which of several files with the same bytes is taken: the one of the lowest rank, and of these the first.
+
+    A mask of one organ is what its file is named after, so a copy under another name may give no object.
+    """
+    if settings.labels is None or not is_volume(path):
+        return 0
+    organ = _organ(path, settings.labels)
+    return 0 if organ in settings.labels.groups else 2 if organ else 1
+
+
+def _organ(path: Path, labels: "Labels") -> str:
+    """Return the organ that a volume is named after; "" if it is after none."""
+    from trellis.grids.volumes import organ_of_name, volume_suffix
+
+    return organ_of_name(path.name[: -len(volume_suffix(path))], labels)
+
+
+def division(settings: Settings) -> tuple[str, str]:
+    """Return how volumes are divided into objects, as the settings `labels` and `components` of records.
+
+    The first is NO_TABLE, or a digest of the table and its file's name, which tells people which it is.
+    """
+    table = records.NO_TABLE
+    if settings.labels is not None:
+        name = " ".join(Path(settings.labels.source).name.split())
+        table = f"{_digest(sorted(settings.labels.groups.items()))} {name}"
+    return table, records.PARTS if settings.components else records.WHOLE
 
 
 def _digest(*parts: object) -> str:

@@ -20,7 +20,7 @@ from helpers import BROKEN, ROOT, cells_met, table, tetrahedron
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("numba")
 
-from dataset_toolkits import build_metadata, estimate, inputs, records, report, voxelize, work  # noqa: E402
+from dataset_toolkits import build_metadata, claim, estimate, inputs, records, report, voxelize, work  # noqa: E402
 from trellis.grids import meshes  # noqa: E402
 from trellis.grids.volumes import Frame  # noqa: E402
 from trellis.grids.voxels import points_to_occupancy, points_to_voxels, read_ply  # noqa: E402
@@ -127,8 +127,11 @@ def test_folders_of_earlier_versions_go_on(kept, has_normalization, tmp_path, se
 
     serial.clear()
     for flags, message in (
-        (("--up_axis", "auto"), "--up_axis auto --resolution 16 --normalization cube and --up_axis keep"),
-        (("--up_axis", "auto", "--normalization", "shapellm"), "--up_axis keep --resolution 16 --normalization cube"),
+        (("--up_axis", "auto"), "--up_axis keep; this run asks for --up_axis auto. Give --up_axis keep, or another"),
+        (
+            ("--up_axis", "auto", "--normalization", "shapellm"),
+            "holds grids of --up_axis keep --normalization cube; this run asks for --up_axis auto --normalization sh",
+        ),
     ):
         assert run(*args, *flags) == 1
         assert message in capsys.readouterr().err and not serial
@@ -157,7 +160,7 @@ def test_a_shapellm_folder_takes_nothing_else(tmp_path, serial, capsys):
     assert run(*args, "--normalization", "shapellm") == 0
     before = (tmp_path / "out" / "metadata.csv").read_bytes()
     assert run(*args) == 1  # differs in the normalization alone
-    assert "--normalization cube and --up_axis auto --resolution 16 --normalization shapellm" in capsys.readouterr().err
+    assert "grids of --normalization shapellm; this run asks for --normalization cube. " in capsys.readouterr().err
     assert run(*args, "--normalization", "shapellm", "--up_axis", "auto") == 0
     assert (tmp_path / "out" / "metadata.csv").read_bytes() == before and len(serial) == 1
 
@@ -167,8 +170,11 @@ def test_other_settings_are_refused(tmp_path, serial, capsys):
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
     before = (tmp_path / "out" / "metadata.csv").read_bytes()
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out", "--up_axis", "z") == 1
-    error = capsys.readouterr().err
-    assert "--up_axis auto --resolution 16 --normalization cube and --up_axis z --resolution 16 --norm" in error
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        f"error: {tmp_path / 'out'}: holds grids of --up_axis auto; this run asks for --up_axis z. "
+        "Give --up_axis auto, or another --output_dir."
+    )
     assert (tmp_path / "out" / "metadata.csv").read_bytes() == before and len(serial) == 1
 
 
@@ -179,7 +185,7 @@ def test_left_out_files_and_duplicates_are_reported(tmp_path, serial, capsys):
         (tmp_path / "in" / "sub").mkdir(exist_ok=True)
         (tmp_path / "in" / "sub" / name).write_bytes(BROKEN[name][0])
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
-    assert "5 meshes: 2 new, 0 done already, 1 duplicates, 2 left out" in capsys.readouterr().out
+    assert "5 meshes: 2 new, 0 done already, 1 duplicate, 2 left out" in capsys.readouterr().out
     rows = {row["sha256"]: row for row in table(tmp_path / "out" / "metadata.csv")}
     assert {sha: row["file"] for sha, row in rows.items()} == {sha: str(path) for sha, path in shas.items()}
     for sha, row in rows.items():
@@ -297,7 +303,7 @@ def test_trellis_folder_is_taken_as_it_is(tmp_path, serial, capsys):
         (["--input", "missing"], "missing: no such file or folder"),
         (["--input", "empty"], "empty: no .glb"),
         (["--input", "note.txt"], "note.txt: is not one of .glb"),
-        (["--input", "bad"], "none of the 1 files could be voxelized"),
+        (["--input", "bad"], "the only file could not be voxelized: bad/nan.obj: "),
         (["--input", "bad", "--rank", "2", "--world_size", "2"], "--rank 2 --world_size 2"),
         (["--input", "bad", "--resolution", "0"], "--resolution 0"),
     ],
@@ -429,7 +435,7 @@ def test_killed_workers_cost_nothing(mixed_input):
                     os.kill(int(pid), signal.SIGKILL)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "65 meshes: 60 new, 0 done already, 1 duplicates, 4 left out" in output
+    assert "65 meshes: 60 new, 0 done already, 1 duplicate, 4 left out" in output
     assert tree(mixed_input / "out") == tree(mixed_input / "clean")
 
 
@@ -472,7 +478,7 @@ def test_a_mistaken_flag_locks_a_folder_only_with_its_first_grid(mixed_input, se
     assert rows == table(mixed_input / "clean" / "failed.csv")
     assert (mixed_input / "out" / "metadata.csv").read_bytes() == (mixed_input / "clean" / "metadata.csv").read_bytes()
     assert run("--input", "in", "--output_dir", "out", "--up_axis", "y") == 1
-    assert "would hold grids made with --up_axis auto" in capsys.readouterr().err
+    assert "holds grids of --up_axis auto; this run asks for --up_axis y" in capsys.readouterr().err
 
     alive = records.active_file(mixed_input / "new", "0_00000000")
     alive.parent.mkdir(parents=True)
@@ -563,8 +569,39 @@ def test_notes_and_axes_are_recorded_and_counted(tmp_path, serial, capsys):
 def test_many_notes_are_shown_by_kind():
     texts = [("a", "has 3 points"), ("b", "has 1,250.5 points"), ("c", "is cut"), ("d", "is cut")]
     assert report.by_kind(texts) == ["2 files, such as a: has 3 points", "2 files: is cut"]
+    assert report.by_kind(texts, {"c", "d", "a"}) == [
+        "2 files and objects, such as a: has 3 points",
+        "2 objects: is cut",
+    ]
     lines = report.by_kind((f"{i}", "x" * i) for i in range(1, 10))
     assert len(lines) == report.KINDS_SHOWN + 1 and lines[-1] == "and 4 more"
+
+
+def test_what_is_counted_has_its_name(tmp_path, serial, capsys, monkeypatch):
+    nibabel = pytest.importorskip("nibabel")
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for case in (4, 5):
+        labels = np.zeros((12, 12, 12), np.uint8)
+        for organ in (1, 2, 3):
+            labels[: 2 + case, 4 * organ - 4 : 4 * organ - 1, 2:10] = organ
+        labels[0, 0, 11] = 7
+        nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), Path("in", f"{case}.nii"))
+    Path("in/a.fbx").touch()
+    args = "--input", "in", "--output_dir", "out"
+    assert run(*args, "--dry_run") == 0
+    dry = capsys.readouterr().out
+    assert "  3 files: 2 .nii, 1 not read; " in dry
+    assert "of those tried, noted: 4 objects: reaches the scan's border (left) and may be cut off" in dry
+    assert run(*args) == 0
+    out = capsys.readouterr().out
+    assert "out: 3 files: 6 new grids, 0 files done already, 0 duplicates, 1 file and 2 objects left out; " in out
+    assert "  noted: 4 objects: reaches the scan's border (left) and may be cut off" in out
+    assert "  left out: 2 objects: has 1 voxels of the scan, fewer than 27" in out
+    assert run("--input", "in/4.nii", "--output_dir", "one") == 0
+    assert (
+        "one: 1 file: 3 new grids, 0 files done already, 0 duplicates, 1 object left out; " in capsys.readouterr().out
+    )
 
 
 def test_formats_that_are_not_read_are_listed_and_counted(tmp_path, serial, capsys):
@@ -688,10 +725,10 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_would_do(mixed_input, caps
     assert voxelize.main(command) == 0
     assert not (mixed_input / "new").exists()
     output = capsys.readouterr().out
-    assert output.startswith("new: dry run, nothing is written\n  64 files, ")
-    assert "61 .off, 3 .obj" in output and "left out: in/scene.fbx: FBX is not read" in output
+    assert output.startswith("new: dry run, nothing is written\n  65 files: 61 .off, 3 .obj, 1 not read; ")
+    assert "left out: in/scene.fbx: FBX is not read" in output
     assert " to do: about " in output and "of those tried, noted: " in output
-    found = re.search(r"at most (\d+) are duplicates", output)
+    found = re.search(r"at most (\d+) (is a|are) duplicates?, by size", output)
     assert found and int(found[1]) >= 1
 
     shutil.copytree("clean", "done")
@@ -702,7 +739,7 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_would_do(mixed_input, caps
     assert "60 are recorded as done, by their names" in output and "\n  4 to do: " in output
     assert tree(mixed_input / "done") == before
     assert voxelize.main([*command, "--up_axis", "z"]) == 1  # it would be refused
-    assert "would hold grids made with" in capsys.readouterr().err
+    assert "holds grids of --up_axis auto; this run asks for --up_axis z" in capsys.readouterr().err
 
 
 def timed(path: Path, settings: object) -> tuple[float, work.Outcome]:
@@ -724,7 +761,7 @@ def test_a_dry_run_counts_what_it_had_no_time_for_by_size(tmp_path, monkeypatch)
     found = inputs.Found(files, {})
     lines = estimate.dry_run(found, set(), work.Settings(16, "auto", "cube"), 1, 60, None)
     assert lines[-1] == (
-        "3 to do: about 0.7 s with 1 workers and 3.99 KB of disk, by 2 of them that were tried, and by the size of 1 "
+        "3 to do: about 1.7 s with 1 worker and 3.99 KB of disk, by 2 of them that were tried, and by the size of 1 "
         "that took too long"
     )
     files["c.nii"].write_text("0" + " " * 19)
@@ -772,7 +809,7 @@ def test_a_scan_gives_a_grid_for_each_organ(tmp_path, serial, capsys, monkeypatc
     Path("labels.json").write_text('{"1": "liver", "kidneys": [2], "9": "heart", "small": [5]}')
     args = "--input", "in", "--output_dir", "out", "--labels", "labels.json"
     assert run(*args) == 0
-    assert "3 files: 5 new, 0 done already, 0 duplicates, 4 left out" in capsys.readouterr().out
+    assert "3 files: 5 new grids, 0 files done already, 0 duplicates, 4 objects left out; " in capsys.readouterr().out
     rows = {row["file"]: row for row in table(Path("out/metadata.csv"))}
     organs = {f"in/case_{case}.nii.gz#{name}" for case in (1, 2) for name in ("liver", "kidneys")}
     assert rows.keys() == organs | {"in/mesh.stl"}
@@ -790,7 +827,7 @@ def test_a_scan_gives_a_grid_for_each_organ(tmp_path, serial, capsys, monkeypatc
     before = tree(Path("out"))
     serial.clear()
     assert run(*args) == 0 and not serial and tree(Path("out")) == before
-    assert "0 new, 3 done already, 0 duplicates, 4 left out" in capsys.readouterr().out
+    assert "0 new grids, 3 files done already, 0 duplicates, 4 objects left out; " in capsys.readouterr().out
     Path("out/voxels", f"{rows['in/case_1.nii.gz#kidneys']['sha256']}.ply").unlink()
     assert run(*args) == 0 and serial == [Path("in/case_1.nii.gz")] and tree(Path("out")) == before
 
@@ -880,6 +917,26 @@ def test_masks_of_one_organ_each_have_its_name(tmp_path, serial, monkeypatch):
     } and not Path("few/failed.csv").exists()  # fmt: skip
 
 
+@pytest.mark.parametrize("labels, value", [("totalsegmentator", 1), ("labels.json", 1), ("few.json", 255)])
+def test_of_copies_of_a_mask_the_one_named_after_its_organ_counts(labels, value, tmp_path, serial, monkeypatch):
+    nibabel = pytest.importorskip("nibabel")
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("labels.json").write_text('{"liver": 5}')
+    Path("few.json").write_text('{"liver": 1}')
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask[2:8, 2:8, 2:8] = value
+    nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), Path("in/hepatic_thing.nii.gz"))
+    args = "--input", "in", "--output_dir", "out", "--labels", labels
+    assert run(*args) == 1 and len(table(Path("out/failed.csv"))) == 1
+    for name in ("liver", "another"):
+        shutil.copy("in/hepatic_thing.nii.gz", f"in/{name}.nii.gz")
+        for _ in range(2):
+            assert run(*args) == 0 and not Path("out/failed.csv").exists()
+            assert [row["file"] for row in table(Path("out/metadata.csv"))] == ["in/liver.nii.gz#liver"]
+    assert serial == [Path("in/hepatic_thing.nii.gz"), Path("in/liver.nii.gz")]
+
+
 def test_parts_of_an_organ_and_solids(tmp_path, serial, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_scan(Path("case.nii"))
@@ -889,10 +946,91 @@ def test_parts_of_an_organ_and_solids(tmp_path, serial, capsys, monkeypatch):
     assert {row["file"] for row in rows} == {"case.nii#1_1", "case.nii#2_1", "case.nii#2_2"}
     assert {row["fill"] for row in rows} == {"solid"} and len({row["sha256"] for row in rows}) == 3
     assert run("--input", "case.nii", "--output_dir", "out", "--components") == 1
-    assert "--normalization cube --fill solid and --up_axis auto" in capsys.readouterr().err
+    assert "holds grids of --fill solid; this run asks for --fill surface. Give --fill solid" in capsys.readouterr().err
     assert run(*args, "--normalization", "shapellm") == 1
     assert run("--input", "case.nii", "--output_dir", "other", "--normalization", "shapellm") == 1
     assert "is a volume, which is placed as by --normalization cube" in capsys.readouterr().err
+
+
+def test_volumes_of_a_folder_are_divided_in_one_way(tmp_path, serial, capsys, monkeypatch):
+    """A corrected table, or parts after whole organs, would leave objects of both, with their own names and splits."""
+    monkeypatch.chdir(tmp_path)
+    write_scan(Path("case.nii.gz"))
+    export(Path("in"), 1)
+    Path("labels.json").write_text('{"1": "livr", "2": "kidneys"}')
+    args = "--input", "case.nii.gz", "--output_dir", "out"
+    assert run("--input", "in", "--output_dir", "out") == 0  # meshes go with every division
+    assert run(*args, "--labels", "labels.json", "--split", "train") == 0
+    before = tree(Path("out"))
+    assert len(table(Path("out/metadata.csv"))) == 3
+    serial.clear()
+
+    def refused(*flags: str) -> str:
+        capsys.readouterr()
+        for extra in ((), ("--dry_run",)):
+            assert run(*args, *flags, *extra) == 1 and not serial and tree(Path("out")) == before
+        error = capsys.readouterr().err.splitlines()
+        assert error[0] == error[1]
+        return error[0]
+
+    Path("labels.json").rename("old.json")
+    Path("labels.json").write_text('{"1": "liver", "2": "kidneys"}')
+    assert re.fullmatch(
+        r"error: out: holds grids of --labels labels.json \(its content: (\w{8})\); this run asks for "
+        r"--labels labels.json \(its content: (?!\1)\w{8}\). Give the same as before, or another --output_dir.",
+        refused("--labels", "labels.json"),
+    )
+    assert "; this run asks for no --labels. Give the same as before, or another" in refused()
+    assert refused("--labels", "old.json", "--components").endswith(
+        "holds grids of no --components; this run asks for --components. Give the same as before, or another "
+        "--output_dir."
+    )
+    assert run("--input", "in", "--output_dir", "out") == 0 and tree(Path("out")) == before
+    write_scan(Path("new.nii.gz"), 2)
+    assert run("--input", "new.nii.gz", *args[2:], "--labels", "old.json") == 0  # the same table by another name
+    assert serial == [Path("new.nii.gz")] and len(table(Path("out/metadata.csv"))) == 5
+
+    for path in Path("out/records").glob("run_*.csv"):  # as earlier versions wrote them
+        rows = table(path)
+        records.write_table(
+            path, records.RECORD_FIELDS[:-2], [{k: r[k] for k in records.RECORD_FIELDS[:-2]} for r in rows]
+        )
+    Path("out/records/settings.json").write_text('["auto", "16", "cube", "surface"]')
+    assert run(*args, "--labels", "labels.json") == 0
+
+
+def test_another_division_is_refused_while_a_run_is_active(tmp_path, serial, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(claim, "PATIENCE", 0)
+    write_scan(Path("case.nii.gz"))
+    export(Path("in"), 1)
+    assert run("--input", "in", "--output_dir", "out") == 0
+    assert json.loads(Path("out/records/settings.json").read_text()) == ["auto", "16", "cube", "", "", ""]
+    other = records.active_file(Path("out"), "0_00000000")
+    theirs = ["auto", "16", "cube", "surface", "every", "parts"]
+    other.write_text(json.dumps({"host": "another", "pid": 1, "settings": theirs}))
+    serial.clear()
+    args = "--input", "case.nii.gz", "--output_dir", "out"
+    assert run(*args) == 1 and not serial
+    assert "another run is active there with --up_axis auto --resolution 16 --norm" in capsys.readouterr().err
+    assert run("--input", "in", "--output_dir", "out") == 0
+    assert run(*args, "--components") == 0
+    assert json.loads(Path("out/records/settings.json").read_text()) == theirs
+
+
+def test_solid_is_said_of_volumes_alone(tmp_path, serial, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    write_scan(Path("in/case.nii"))
+    export(Path("in/meshes"), 2)
+    args = "--output_dir", "out", "--fill", "solid", "--input"
+    assert run(*args, "in/case.nii", "in/meshes/0.off") == 0
+    assert run(*args, "in") == 0 and run("--output_dir", "out", "--input", "in/meshes") == 0
+    fills = {row["file"]: row["fill"] for row in table(Path("out/metadata.csv"))}
+    assert fills == {"in/case.nii#1": "solid", "in/case.nii#2": "solid", "in/meshes/0.off": "", "in/meshes/1.off": ""}
+    assert len(serial) == 3
+    shutil.rmtree("out/records")
+    assert run(*args, "in") == 0 and run("--output_dir", "out", "--input", "in") == 1
 
 
 def test_an_array_is_one_object_and_turns_by_up_axis(tmp_path, serial, monkeypatch):

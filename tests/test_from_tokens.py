@@ -80,8 +80,16 @@ def test_one_file_and_nothing_is_overwritten(base, tmp_path, capsys):
     path.unlink()
     table.write_text("mine")
     assert run(base, tmp_path, "--tokens", file, "--format", "voxels") == 1
-    assert f"{table}: exists already" in capsys.readouterr().err
+    assert f"{table}: is a table of something else (mine)" in capsys.readouterr().err
     assert [table] == list(tmp_path.iterdir()) and table.read_text() == "mine"
+
+
+def test_the_table_of_names_grows_with_the_formats_of_a_folder(base, tmp_path):
+    file, name = base / "tokens" / parquet.shard_name(1, 2), f"{OBJECTS - 1:064x}"
+    for kind in ("voxels", "stl"):
+        assert run(base, tmp_path, "--tokens", file, "--format", kind) == 0
+    lines = (tmp_path / "names.csv").read_text().splitlines()
+    assert lines == ["sha256,name,file", f"{name},{name},{name}.ply", f"{name},{name},{name}.stl"]
 
 
 @pytest.mark.parametrize("kind", ["glb", "obj", "ply", "stl"])

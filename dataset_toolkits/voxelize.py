@@ -28,12 +28,12 @@ from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_r
 from dataset_toolkits.work import Outcome, Settings, division, input_key, is_volume, make_grids, time_factor
 from trellis.grids import placing
 from trellis.grids.mesh_pool import run_in_pool
+from trellis.grids.volumes import FILLS
 from trellis.utils.command import available_cores, available_memory, run_command
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import remove_leftovers
 
 INTERRUPTED = "interrupted: run the same command again to go on"
-FILLS = ("surface", "solid")
 LEAST_MEMORY = 2  # GiB of a worker
 
 

@@ -183,11 +183,7 @@ class Work(NamedTuple):
     prompts: sharegpt.Prompts | None
     captions: dict[str, list[str]]
     cuda: bool
-
-    @property
-    def frames(self) -> bool:
-        """Whether an object says where it lies in its scan."""
-        return any(item.frame for item in self.source.objects)
+    frames: bool  # whether an object says where it lies in its scan
 
     def path(self, number: int) -> Path:
         return Path(self.args.output_dir, parquet.shard_name(number, len(self.shards)))
@@ -236,8 +232,8 @@ def run_process(
             columns = encode_batches(tokenizer, shard.batches, args.precision, args.iou)
             if writing is not None:
                 writing.result()
-            columns_of_names = map(list, zip(*shard.objects, strict=True)) if shard.objects else ([], [], [], [])
-            sha256, names, sources, frames = columns_of_names
+            fields = zip(*shard.objects, strict=True) if shard.objects else ((),) * 4
+            sha256, names, sources, frames = map(list, fields)
             writing = writer.submit(
                 parquet.write_shard,
                 work.path(shard.number),
@@ -359,7 +355,8 @@ def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cud
         parquet.claim(folder / "sharegpt.json", {**asdict(prompts), "captions": digest})
         parquet.claim(folder / "dataset_info.json", sharegpt.dataset_info())
         (folder / sharegpt.FOLDER).mkdir(exist_ok=True)
-    return Work(args, info, source, shards, prompts, captions, cuda)
+    frames = any(item.frame for item in source.objects)
+    return Work(args, info, source, shards, prompts, captions, cuda, frames)
 
 
 def plan_conversations(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset_toolkits.pack import pack, unpack  # noqa: E402
-from trellis.datasets.metadata import setting_of_data  # noqa: E402
+from trellis.datasets.metadata import common_setting, settings_of_data  # noqa: E402
 from trellis.datasets.packed import FORMAT_VERSION, TEXT_ARRAYS, load_packed, save_packed  # noqa: E402
 from trellis.datasets.sparse_structure import SparseStructure  # noqa: E402
 from trellis.grids.voxels import pack_bits  # noqa: E402
@@ -20,6 +20,10 @@ from trellis.utils.errors import DataError  # noqa: E402
 
 R = 8
 SHA256 = ["%064x" % (number * 0x9E3779B97F4A7C15**4 % 2**256) for number in range(1, 8)]
+
+
+def setting_of_data(roots: list[Path], name: str) -> str | None:
+    return common_setting(settings_of_data(roots, name))
 
 
 def arrays() -> dict[str, np.ndarray]:

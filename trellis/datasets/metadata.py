@@ -121,15 +121,6 @@ def common_setting(values: Iterable[str | None]) -> str | None:
     return "auto" if values and values <= set(Z_UP) else None
 
 
-def setting_of_data(roots: Iterable[str | os.PathLike], name: str) -> str | None:
-    """Return the setting that holds for all objects of these roots, see `common_setting`; None if there is none.
-
-    name: one of SETTINGS.
-    Missing roots are skipped. Raise DataError for a root that cannot be read.
-    """
-    return common_setting(settings_of_data(roots, name))
-
-
 def compare_settings(settings: dict[str, Settings]) -> list[str]:
     """Return notes on what roots do not say or what differs but may be used together.
 

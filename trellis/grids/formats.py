@@ -6,7 +6,7 @@ Suffixes are compared without regard to case. A suffix of two parts, such as .ni
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .geometry import Up
 
@@ -230,7 +230,7 @@ def suffix_by_content(head: bytes, size: int) -> str | None:
     return ".stl" if triangles and size == 84 + 50 * triangles else None  # a binary one
 
 
-def suffix_of(path: Path, known: dict) -> str | None:
+def suffix_of(path: Path, known: dict[str, Any]) -> str | None:
     """Return the longest suffix of a path that is in a table, in lower case; None if none is."""
     parts = path.name.lower().lstrip(".").split(".")
     for start in range(max(len(parts) - 2, 1), len(parts)):

@@ -1,5 +1,7 @@
 """glTF 2.0 (.glb, .gltf): the triangles that its scene shows, in the pose that the file gives without animation.
 
+Departure: an animated skin whose pose fills the same box as its model is shown as modeled, see `_Meshes.place`.
+
 Specification 2.0.1, https://registry.khronos.org/glTF/specs/2.0/glTF-2.0.html, section 3.7 (meshes, morph targets,
 skins); EXT_mesh_gpu_instancing, KHR_mesh_primitive_restart. Materials are not read. `gltf_file` has the container,
 `gltf_accessors` the numbers, `gltf_nodes` the tree of transforms.
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...utils.errors import DataError
-from ..geometry import Geometry
+from ..geometry import COARSEST, Geometry
 from .gltf_accessors import DRACO, MESHOPT, Accessors, Draco, Values
 from .gltf_file import Item, open_file
 from .gltf_nodes import TRANSFORM, Nodes, check_affine, compose, is_identity
@@ -37,7 +39,6 @@ PLAIN = re.compile(
 # A small file may show one mesh many times. More vertices and triangles than this are read only from a large file.
 MANY = 30_000_000
 FRAME = "its skins are shown as modeled, not in the frame of its animation that it was saved in"
-CELLS = 64  # coordinates must be finer than the extent of the scene over this
 
 
 def read(path: Path) -> Geometry:
@@ -402,7 +403,7 @@ def _fill_one_box(parts: list[_Part], others: list[_Part]) -> bool:
         vertices = np.concatenate([part.vertices for part in shape])
         boxes.append(np.stack([vertices.min(axis=0), vertices.max(axis=0)]))
     extent = np.ptp(boxes[0], axis=0).max()
-    return bool(np.abs(boxes[0] - boxes[1]).max() <= extent / CELLS)
+    return bool(np.abs(boxes[0] - boxes[1]).max() <= COARSEST * extent)
 
 
 def _largest(linear: np.ndarray) -> float:
@@ -424,7 +425,7 @@ def _join(parts: list[_Part]) -> tuple[np.ndarray, np.ndarray]:
         with np.errstate(over="ignore", invalid="ignore"):
             extent = np.ptp(vertices, axis=0).max()
             step = max(part.step for part in parts)
-        if step > extent / CELLS > 0:
+        if step > COARSEST * extent > 0:
             raise DataError(
                 f"its coordinates are too coarse: single precision has steps of {step:.3g} there, and the object "
                 f"measures {extent:.3g}. Export it nearer to the origin"

@@ -9,12 +9,11 @@ from .convert import ObjectGrid, grids_of_file
 from .filling import fill_surface
 from .labels import LabelObject, Labels, LeftOut, load_labels, objects_of, organ_of_name
 from .rasterize import FILLS, Frame, rasterize_mask, rasterize_object, rasterize_occupancy, write_nifti
-from .reading import VOLUME_SUFFIXES, Volume, read_volume, volume_suffix
+from .reading import Volume, read_volume, volume_suffix
 
 __all__ = [
     "ARRAY_SUFFIXES",
     "FILLS",
-    "VOLUME_SUFFIXES",
     "Frame",
     "LabelObject",
     "Labels",

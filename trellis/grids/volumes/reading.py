@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ...utils.errors import DataError
-from .arrays import ARRAY_SUFFIXES, read_array
+from ..formats import FORMATS, VOLUME_SUFFIXES, suffix_of
+from .arrays import read_array
 from .metaimage import read_metaimage
 from .volume import (
     DEFLATE_RATIO,
@@ -32,7 +33,6 @@ from .volume import (
     unit_in_mm,
 )
 
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
 NIFTI_UNITS = {1: 1000.0, 2: 1.0, 3: 1e-3}  # xyzt_units: meter, millimeter, micron
 DIFFERENCE = 1e-3  # voxels; sform and qform that differ by more are told
 # Signs that turn a space of NRRD into RAS (https://teem.sourceforge.net/nrrd/format.html, section 5).
@@ -49,14 +49,13 @@ LONGEST_LINE = 1 << 20  # bytes of a line of an NRRD header
 MAX_SPARSE = 100_000  # voxels for a byte of a DICOM file: empty slices may be left out, frames compressed
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # DICOM: Segmentation, Label Map
 
-__all__ = ["VOLUME_SUFFIXES", "Volume", "read_volume", "volume_suffix"]
+__all__ = ["Volume", "read_volume", "volume_suffix"]
 
 
 def volume_suffix(path: Path) -> str:
     """Return the suffix of a label map or array in lower case, ".nii.gz" too, or "" for a file of another kind."""
-    name = path.name.lower()
-    found = [suffix for suffix in (*VOLUME_SUFFIXES, *ARRAY_SUFFIXES) if name.endswith(suffix)]
-    return max(found, key=len, default="")
+    suffix = suffix_of(path, FORMATS)
+    return suffix if suffix in VOLUME_SUFFIXES else ""
 
 
 def read_volume(path: Path) -> Volume:
@@ -67,7 +66,7 @@ def read_volume(path: Path) -> Volume:
     """
     suffix = volume_suffix(path)
     if not suffix:
-        raise DataError(f"is not one of {' '.join((*VOLUME_SUFFIXES, *ARRAY_SUFFIXES))}. Convert it to one of them")
+        raise DataError(f"is not one of {' '.join(VOLUME_SUFFIXES)}. Convert it to one of them")
     if path.stat().st_size == 0:
         raise DataError("the file is empty (0 bytes)")
     with reasons():

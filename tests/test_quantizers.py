@@ -57,6 +57,7 @@ SHARED_ARGUMENTS = {
     "latent_channels": ("integer >= 1", 8),
     "group": ("list of integer >= 1 or null", None),
     "init": ('"kmeans" or "uniform"', "kmeans"),
+    "empty_code": ("boolean", False),
 }
 OWN_ARGUMENTS = {
     "EMAVectorQuantizer": {"decay": ("number >= 0 and <= 1", 0.99), "epsilon": ("number > 0", 1e-5)},

@@ -56,6 +56,7 @@ class BasicTrainer:
     """Trainer of models on a dataset, on one process or as one rank of several."""
 
     model_keys: tuple[str, ...] = ()  # keys that `models` must have
+    optional_models: tuple[str, ...] = ()  # keys that `models` may have
     best_by = "iou"  # the validation score that is highest at the best step
     runtime_args = ("models", "dataset", "output_dir", "device", "plan", "config")
 
@@ -189,9 +190,10 @@ class BasicTrainer:
         config = complete_config(config)
         with torch.device("meta"):  # shapes only: finds what a constructor refuses, at no cost
             models = {name: build(spec, f"models.{name}") for name, spec in config["models"].items()}
+        known = (*cls.model_keys, *cls.optional_models)
         for key in models:
-            if key not in cls.model_keys:
-                raise ConfigError(f"models.{key} is unknown to {cls.__name__}{did_you_mean(key, cls.model_keys)}")
+            if key not in known:
+                raise ConfigError(f"models.{key} is unknown to {cls.__name__}{did_you_mean(key, known)}")
         for key in cls.model_keys:
             if key not in models:
                 raise ConfigError(f"models.{key} is missing; {cls.__name__} trains {', '.join(cls.model_keys)}")

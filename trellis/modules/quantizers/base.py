@@ -25,7 +25,7 @@ class Quantized(NamedTuple):
     has no such term; "entropy" if it has one.
     """
 
-    codes: Tensor  # [B, C, X, Y, Z] float32, given to the decoder
+    codes: Tensor  # [B, C, X, Y, Z] float32, given to the decoder; zero for empty tokens
     indices: Tensor  # [B, X', Y', Z'] int64 in [0, n_embed), or [B, X', Y', Z', Q] if a token has several codes
     losses: dict[str, Tensor]  # unweighted scalars; the trainer owns the weights
 
@@ -42,6 +42,10 @@ class Quantizer(Model):
     16×16×4 without a group, where token t covers x = t//64, y = (t//4) % 16, z = 4·(t % 4) … + 3, and on 8×8×16 with
     group [2, 2, 1].
 
+    Empty code. With `empty_code`, id 0 says that a token's block of the grid has no voxel, and learned codes have the
+    ids 1 and up. `forward` is told which tokens are occupied. The others are no vectors for the algorithm: they take
+    part in no loss, average, fit or count, and their code is the zero vector.
+
     Raise ValueError if embed_dim does not hold whole cells, or not the number of cells in the group.
     """
 
@@ -52,11 +56,12 @@ class Quantizer(Model):
 
     def __init__(
         self,
-        n_embed: Annotated[int, Range(min=2)] = 8192,  # codes of a codebook (K)
+        n_embed: Annotated[int, Range(min=2)] = 8192,  # ids of a codebook (K)
         embed_dim: Count = 8,  # channels of a token (D), a multiple of latent_channels
         latent_channels: Count = 8,  # channels of a latent cell (C)
         group: list[Count] | None = None,  # cells of a token along x, y and z; null for all along z
         init: Literal["kmeans", "uniform"] = "kmeans",  # a fresh codebook: fitted to latents, or random within ±1/K
+        empty_code: bool = False,  # id 0 is for tokens whose block has no voxel; n_embed counts it
     ):
         super().__init__()
         if embed_dim % latent_channels:
@@ -71,35 +76,63 @@ class Quantizer(Model):
                 f"embed_dim {embed_dim} holds {cells} of {latent_channels} channels. Use one such as [1, 1, {cells}]"
             )
         self.n_embed, self.embed_dim, self.latent_channels = n_embed, embed_dim, latent_channels
+        self.empty_code, self.first_code = empty_code, int(empty_code)
+        self.codebook_size = n_embed - self.first_code  # learned codes: id - first_code is a code's row
         self.init: str = init
         self.group = (1, 1, cells) if group is None else tuple(group)
         self.cells_per_token = cells
 
-    # --- the algorithm ---
+    # --- the algorithm, which knows learned codes alone: rows [0, codebook_size) ---
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the codes, ids and losses of vectors, as in `Quantized`.
+        """Return the codes, rows and losses of vectors, as in `Quantized`.
 
-        vectors: [B, X', Y', Z', D] float32. The codes have the same shape.
+        vectors: [..., D] float32. The codes have the same shape; rows are [...], or [..., Q].
         """
         raise NotImplementedError
 
     def table(self) -> Tensor | None:
-        """Return the vector that each id stands for, [K, D] float32, or None if no single table lists them."""
+        """Return the learned codes, [codebook_size, D] float32, or None if no single table lists them."""
         return None
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Return the vectors [..., D] of ids [...] or, with several codes per token, of ids [..., Q]."""
+        """Return the vectors [..., D] of rows [...] or, with several codes per token, of rows [..., Q]."""
         table = self.table()
         if table is None:
             raise NotImplementedError(f"{type(self).__name__} has neither `table` nor `decode`")
         return F.embedding(indices, table)
 
-    def forward(self, z: Tensor) -> Quantized:
-        """Quantize z, [B, C, X, Y, Z] float. Raise ValueError if its channels or cells do not fit."""
+    def forward(self, z: Tensor, occupied: Tensor | None = None) -> Quantized:
+        """Quantize z, [B, C, X, Y, Z] float.
+
+        occupied: [B, X', Y', Z'] bool, the tokens whose block has a voxel; needed with an empty code, else unused.
+        Raise ValueError if channels, cells or `occupied` do not fit.
+        """
         with torch.autocast(z.device.type, enabled=False):
-            codes, indices, losses = self.quantize(self.to_vectors(z.float()))
+            vectors = self.to_vectors(z.float())
+            if self.empty_code:
+                codes, indices, losses = self._quantize_occupied(vectors, occupied)
+            else:
+                codes, indices, losses = self.quantize(vectors)
         return Quantized(self.ungroup_cells(codes), indices, losses)
+
+    def _quantize_occupied(self, vectors: Tensor, occupied: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Quantize the occupied ones of vectors [B, X', Y', Z', D]. Return codes and ids of all, and the losses."""
+        if occupied is None or occupied.shape != vectors.shape[:-1]:
+            given = "missing" if occupied is None else f"{list(occupied.shape)}"
+            raise ValueError(f"with an empty code, occupied must be {list(vectors.shape[:-1])}; it is {given}")
+        flat = vectors.flatten(0, -2)
+        chosen = occupied.flatten().nonzero()[:, 0]
+        several = (self.codes_per_token,) if self.codes_per_token > 1 else ()
+        codes = torch.zeros_like(flat)
+        ids = chosen.new_zeros(len(flat), *several)
+        if len(chosen):
+            found, rows, losses = self.quantize(flat[chosen])
+            codes = codes.index_copy(0, chosen, found)
+            ids = ids.index_copy(0, chosen, rows + self.first_code)
+        else:
+            losses = {name: codes.new_zeros(()) for name in self.losses}
+        return codes.view_as(vectors), ids.view(*occupied.shape, *several), losses
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the codes of token indices, [B, C, X, Y, Z] float32.
@@ -108,17 +141,29 @@ class Quantizer(Model):
         [B, X', Y', Z', Q] or [B, L·Q], a token's codes one after the other.
         Raise ValueError if the tokens do not make a cube.
         """
+        indices = self._on_lattice(indices)
         with torch.autocast(indices.device.type, enabled=False):
-            return self.ungroup_cells(self.decode(self._on_lattice(indices)))
+            codes = self.decode((indices - self.first_code).clamp(min=0))
+            if self.empty_code:
+                codes = torch.where(self.occupied(indices)[..., None], codes, 0.0)
+            return self.ungroup_cells(codes)
+
+    def occupied(self, indices: Tensor) -> Tensor:
+        """Return which tokens are not empty, [B, X', Y', Z'] bool: all of them without an empty code.
+
+        indices: [B, X', Y', Z'] or [B, X', Y', Z', Q]. The codes of a token are all 0, or none is.
+        """
+        first = indices[..., 0] if self.codes_per_token > 1 else indices
+        return first >= self.first_code
 
     # --- a codebook from data ---
 
     def fit(self, vectors: Tensor, kmeans: Callable[[Tensor, int], Tensor]) -> None:
-        """Fit a fresh codebook to the data. vectors: [N, D] latents; kmeans(vectors [N, d], K) gives codes [K, d]."""
-        self.fill(kmeans(vectors, self.n_embed))
+        """Fit a fresh codebook to the data. vectors: [N, D] latents; kmeans(vectors [N, d], n) gives codes [n, d]."""
+        self.fill(kmeans(vectors, self.codebook_size))
 
     def fill(self, codes: Tensor) -> None:
-        """Set the codebook to `codes` [K, D], with the statistics of a fresh one."""
+        """Set the codebook to `codes` [codebook_size, D], with the statistics of a fresh one."""
         raise NotImplementedError(
             f"{type(self).__name__} has no codebook to fill: implement fill or fit, or "
             'set init to another value than "kmeans"'

@@ -43,10 +43,10 @@ class EMAVectorQuantizer(Quantizer):
     ):
         super().__init__(**kwargs)
         self.decay, self.epsilon = decay, epsilon
-        weight = torch.empty(self.n_embed, self.embed_dim).uniform_(-1 / self.n_embed, 1 / self.n_embed)
+        weight = torch.empty(self.codebook_size, self.embed_dim).uniform_(-1 / self.n_embed, 1 / self.n_embed)
         self.embeddings = _Codebook(weight)
         self.register_buffer("sums", weight.clone())
-        self.register_buffer("counts", torch.ones(self.n_embed))
+        self.register_buffer("counts", torch.ones(self.codebook_size))
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Quantize as in `Quantizer`. "commit" is a mean over elements, "vq" is zero."""
@@ -63,12 +63,12 @@ class EMAVectorQuantizer(Quantizer):
         finite = vectors.isfinite().all(1, keepdim=True)
         values = torch.cat([torch.where(finite, vectors, 0), finite], 1).double()
         # In fp64, so that neither the order of vectors nor their split over ranks changes the fp32 result.
-        batch = values.new_zeros(self.n_embed, self.embed_dim + 1).index_add_(0, indices, values)
+        batch = values.new_zeros(self.codebook_size, self.embed_dim + 1).index_add_(0, indices, values)
         batch = dist_utils.all_sum(batch).float()
         self.sums.lerp_(batch[:, :-1], 1 - self.decay)
         self.counts.lerp_(batch[:, -1], 1 - self.decay)
         total = self.counts.sum()
-        smoothed = (self.counts + self.epsilon) / (total + self.n_embed * self.epsilon) * total
+        smoothed = (self.counts + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
         self.embeddings.weight.copy_(self.sums / smoothed[:, None])
 
     def table(self) -> Tensor:
@@ -85,7 +85,7 @@ class EMAVectorQuantizer(Quantizer):
         return {**state, "sums": weight.float(), "counts": torch.ones(len(weight))}
 
     def fill(self, codes: Tensor) -> None:
-        self.replace_codes(torch.arange(self.n_embed, device=self.counts.device), codes)
+        self.replace_codes(torch.arange(self.codebook_size, device=self.counts.device), codes)
 
     @torch.no_grad()
     def replace_codes(self, rows: Tensor, vectors: Tensor) -> None:

@@ -37,15 +37,17 @@ class FiniteScalarQuantizer(GridQuantizer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if math.prod(levels) != self.n_embed:
+        if math.prod(levels) != self.codebook_size:
+            beside = ", of which one is the empty code" if self.empty_code else ""
             raise ValueError(
-                f"levels {list(levels)} make {math.prod(levels)} codes, but n_embed is {self.n_embed}; set n_embed to "
-                f"{math.prod(levels)} or choose levels with the product {self.n_embed}"
+                f"levels {list(levels)} make {math.prod(levels)} codes, but n_embed is {self.n_embed}{beside}; set "
+                f"n_embed to {math.prod(levels) + self.first_code} or choose levels with the product "
+                f"{self.codebook_size}"
             )
         counts = torch.tensor(levels)
         strides = counts.cumprod(0) // counts
         middle = counts // 2
-        self.set_grid((torch.arange(self.n_embed)[:, None] // strides % counts - middle) / middle)
+        self.set_grid((torch.arange(self.codebook_size)[:, None] // strides % counts - middle) / middle)
         reach = (counts - 1) / 2
         offset = 0.5 * (1 - counts % 2)
         constants = {"reach": reach, "offset": offset, "shift": (offset / reach).atanh(), "middle": middle}

@@ -54,7 +54,7 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
         if not codes.requires_grad and not (vectors.requires_grad and torch.is_grad_enabled()):
             return codes, indices, losses | {"entropy": codes.new_zeros(())}
         flat = vectors.flatten(0, -2)
-        rows = max(1, CHUNK_ELEMENTS // self.n_embed)
+        rows = max(1, CHUNK_ELEMENTS // self.codebook_size)
         parts = [
             checkpoint(_soft_choice, part, table, self.temperature, use_reentrant=False, preserve_rng_state=False)
             for part in flat.split(rows)

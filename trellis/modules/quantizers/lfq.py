@@ -36,11 +36,13 @@ class LookupFreeQuantizer(GridQuantizer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        bits = self.n_embed.bit_length() - 1
-        if 2**bits != self.n_embed:
-            raise ValueError(f"n_embed {self.n_embed} is not a power of two; use {2**bits} or {2 ** (bits + 1)}")
+        bits = self.codebook_size.bit_length() - 1
+        if 2**bits != self.codebook_size:
+            beside = " plus one for the empty code" if self.empty_code else ""
+            lower, higher = 2**bits + self.first_code, 2 ** (bits + 1) + self.first_code
+            raise ValueError(f"n_embed {self.n_embed} is not a power of two{beside}; use {lower} or {higher}")
         strides = 2 ** torch.arange(bits)
-        self.set_grid((torch.arange(self.n_embed)[:, None] // strides % 2 * 2 - 1).float())
+        self.set_grid((torch.arange(self.codebook_size)[:, None] // strides % 2 * 2 - 1).float())
         self.temperature = temperature
         self.register_buffer("strides", strides, persistent=False)
 

@@ -38,7 +38,7 @@ class ProductVectorQuantizer(Quantizer):
                 "use a divisor of it"
             )
         self.codes_per_token = num_codes
-        shape, reach = (self.n_embed, self.embed_dim // num_codes), 1 / self.n_embed
+        shape, reach = (self.codebook_size, self.embed_dim // num_codes), 1 / self.n_embed
         weights = [torch.empty(shape).uniform_(-reach, reach) for _ in range(num_codes)]
         self.embeddings = nn.ModuleList(nn.Embedding.from_pretrained(weight, freeze=False) for weight in weights)
 
@@ -61,4 +61,4 @@ class ProductVectorQuantizer(Quantizer):
     @torch.no_grad()
     def fit(self, vectors: Tensor, kmeans: Callable[[Tensor, int], Tensor]) -> None:
         for part, table in zip(vectors.chunk(self.codes_per_token, -1), self.tables(), strict=True):
-            table.copy_(kmeans(part.contiguous(), self.n_embed))
+            table.copy_(kmeans(part.contiguous(), self.codebook_size))

@@ -34,7 +34,7 @@ class ResidualVectorQuantizer(Quantizer):
     ):
         super().__init__(**kwargs)
         self.codes_per_token = num_codes
-        shape, reach = (self.n_embed, self.embed_dim), 1 / self.n_embed
+        shape, reach = (self.codebook_size, self.embed_dim), 1 / self.n_embed
         weights = [torch.empty(shape).uniform_(-reach, reach) for _ in range(num_codes)]
         self.embeddings = nn.ModuleList(nn.Embedding.from_pretrained(weight, freeze=False) for weight in weights)
 
@@ -70,5 +70,5 @@ class ResidualVectorQuantizer(Quantizer):
     def fit(self, vectors: Tensor, kmeans: Callable[[Tensor, int], Tensor]) -> None:
         residual = vectors
         for table in self.tables():
-            table.copy_(kmeans(residual, self.n_embed))
+            table.copy_(kmeans(residual, self.codebook_size))
             residual = residual - F.embedding(nearest_ids(residual, table), table)

@@ -32,7 +32,7 @@ class SimVQ(Quantizer):
     ):
         super().__init__(**kwargs)
         self.init = init
-        self.register_buffer("base", torch.randn(self.n_embed, self.embed_dim) / self.embed_dim**0.5)
+        self.register_buffer("base", torch.randn(self.codebook_size, self.embed_dim) / self.embed_dim**0.5)
         self.map = nn.Parameter(torch.eye(self.embed_dim))
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -22,7 +22,7 @@ class VectorQuantizer(Quantizer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        weight = torch.empty(self.n_embed, self.embed_dim).uniform_(-1 / self.n_embed, 1 / self.n_embed)
+        weight = torch.empty(self.codebook_size, self.embed_dim).uniform_(-1 / self.n_embed, 1 / self.n_embed)
         self.embeddings = nn.Embedding.from_pretrained(weight, freeze=False)
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -59,7 +59,7 @@ class CodebookWatch(Part):
         self.last_step = last_step if every and self.can_revive else 0
         self.seed = derive_seed("revival", seed)
         self.warned = False
-        Q, K = quantizer.codes_per_token, quantizer.n_embed
+        Q, K = quantizer.codes_per_token, quantizer.codebook_size
         self.counts = torch.zeros(Q, K, dtype=torch.int64, device=device)
         self.usage = torch.full((), torch.nan, device=device)  # of the last window that ended
         # A sample of vectors, as many as could be needed: the ones with the smallest keys.

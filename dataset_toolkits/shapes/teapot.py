@@ -18,7 +18,7 @@ import trimesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any folder
 
-from dataset_toolkits.shapes.primitives import grid_surface
+from dataset_toolkits.shapes.primitives import grid_surface, mesh_of
 from trellis.grids.surface import save_mesh
 from trellis.utils.command import run_command
 
@@ -72,10 +72,10 @@ def teapot(steps: int = STEPS) -> trimesh.Trimesh:
     t = np.linspace(0, 1, steps + 1)[:, None]
     bernstein = np.hstack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])  # [steps + 1, 4]
     sheets = [grid_surface(points) for points in np.einsum("ui,vj,pijk->pvuk", bernstein, bernstein, patches())]
-    whole = trimesh.util.concatenate(sheets)
-    whole.vertices = whole.vertices.round(DECIMALS)
-    whole.merge_vertices()
-    return whole
+    points = np.concatenate([sheet.vertices for sheet in sheets]).round(DECIMALS) + 0.0  # -0.0 becomes 0.0
+    vertices, number = np.unique(points, axis=0, return_inverse=True)
+    faces = np.concatenate([sheet.faces + i * len(sheets[0].vertices) for i, sheet in enumerate(sheets)])
+    return mesh_of(vertices, number.reshape(-1)[faces])
 
 
 def write(args: argparse.Namespace) -> None:

@@ -142,7 +142,8 @@ SIBLINGS = [
         "recipe_vae",
         # TRELLIS's training, and ours.
         INTERVALS | LOG_INTERVALS | OPTIMIZER | LR | {"dataset.args.min_aesthetic_score"}
-        | trainer("max_steps", "batch_size_per_gpu", "reference_batch", "batch_split", "ema_rate", "grad_clip", "lambda_kl")
+        | trainer("max_steps", "batch_size_per_gpu", "reference_batch", "batch_split", "ema_rate", "grad_clip")
+        | trainer("lambda_kl")
         | trainer("fp16_mode", "fp16_scale_growth", "mix_precision_mode", "mix_precision_dtype")
         | trainer("lr_scheduler", "keep_last"),
     ),

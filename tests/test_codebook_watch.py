@@ -9,7 +9,12 @@ from helpers import VQ, assert_equal, checkpoint, free_port, logged, run, tiny_c
 from torch import Tensor, nn
 
 from trellis.evaluation.metrics import codebook_counts
+<<<<<<< HEAD
 from trellis.modules.quantizers.base import Quantized, Quantizer
+=======
+from trellis.models.vqvae import VqVae
+from trellis.modules.quantizers.base import Quantizer
+>>>>>>> tokens
 from trellis.modules.quantizers.ema_vq import EMAVectorQuantizer
 from trellis.modules.quantizers.product_vq import ProductVectorQuantizer
 from trellis.modules.quantizers.residual_vq import ResidualVectorQuantizer
@@ -548,14 +553,15 @@ def test_usage_of_several_codes_is_the_mean_over_places(monkeypatch):
     ids = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 1]]).view(1, 2, 2, 1, 2)
 
     class Stub:
-        n_embed, codes_per_token = 4, 2
+        n_embed, codes_per_token, empty_code, first_code = 4, 2, False, 0
 
-        def __call__(self, z):
+        def __call__(self, z, occupied):
             from trellis.modules.quantizers.base import Quantized
 
             return Quantized(z, ids, {"vq": torch.zeros(()), "commit": torch.zeros(())})
 
     trainer.quantizer, trainer.quantizer_losses, trainer.watch, trainer.loss_type = Stub(), (), None, "none"
+    trainer.vqvae = VqVae(None, trainer.quantizer, None)
     _, status = trainer.training_losses(sample_ids=torch.zeros(1), z=torch.zeros(1))
     assert status.codebook_usage == (2 / 4 + 3 / 4) / 2
     entropies = [-sum(p * np.log(p) for p in shares) for shares in ((3 / 4, 1 / 4), (1 / 2, 1 / 4, 1 / 4))]

@@ -26,7 +26,9 @@ from .grids.meshes import mesh_to_grid
 from .grids.placing import axis_to_write, check_settings
 from .grids.voxels import has_faces, points_to_occupancy, read_ply
 from .models import build, load_state, load_weights, read_weights
+from .models.codebook_transformer import CodebookTransformer
 from .models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
+from .models.vqvae import VqVae
 from .modules.conv import deterministic_convolutions
 from .modules.quantizers.base import Quantizer
 from .runs.open import open_run
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16"]
 MODELS = ("encoder", "quantizer", "decoder")
+OPTIONAL_MODELS = ("transformer",)
 # Objects that pass through the networks together. The number never varies, the last part is filled up with empty grids:
 # convolutions of other batch sizes may sum in another order, and rounding decides between two equally near codes.
 OBJECTS_AT_ONCE = {"cpu": 1, "cuda": 16}
@@ -70,6 +73,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
     encoder: SparseStructureEncoder
     quantizer: Quantizer
     decoder: SparseStructureDecoder
+    transformer: CodebookTransformer | None
 
     def __init__(
         self,
@@ -87,9 +91,11 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         if missing:
             raise ConfigError(f"models.{missing[0]} is missing: a tokenizer has {', '.join(MODELS)}")
         self.resolution, self.normalization, self.up_axis = resolution, normalization, up_axis
-        self.specs = {name: {"name": models[name]["name"], "args": models[name].get("args", {})} for name in MODELS}
+        names = (*MODELS, *(name for name in OPTIONAL_MODELS if name in models))
+        self.specs = {name: {"name": models[name]["name"], "args": models[name].get("args", {})} for name in names}
         self.info = info or {}
-        for name in MODELS:
+        self.transformer = None
+        for name in names:
             setattr(self, name, build(self.specs[name], f"models.{name}"))
         for network in (self.encoder, self.decoder):
             network.convert_to_fp32()  # the precision is this class's to choose
@@ -98,19 +104,25 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
                 f"resolution is {resolution}, but a latent cell covers {self.encoder.downsampling} voxels along an "
                 f"axis; use a multiple of {self.encoder.downsampling}"
             )
-        cells = resolution // self.encoder.downsampling
-        try:
-            self.lattice: tuple[int, int, int] = self.quantizer.lattice((cells, cells, cells))
-        except ValueError as error:
-            raise ConfigError(f"models.quantizer.args: {error}") from error
+        self.lattice = self.vqvae.check(resolution)
         self.eval()
 
     # --- what it is ---
 
     @property
+    def vqvae(self) -> VqVae:
+        """The models in the order in which a grid passes through them."""
+        return VqVae(self.encoder, self.quantizer, self.decoder, self.transformer)
+
+    @property
     def n_embed(self) -> int:
-        """K, number of codes in the codebook."""
+        """K, number of ids; with an empty code id 0 is the empty one."""
         return self.quantizer.n_embed
+
+    @property
+    def empty_code(self) -> bool:
+        """Whether id 0 stands for a token whose block has no voxel."""
+        return self.quantizer.empty_code
 
     @property
     def codes_per_token(self) -> int:
@@ -181,9 +193,10 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         """
         parts = []
         for part, number in self._parts(self._to_grids(grids, up_axis)):
+            occupied = self.vqvae.occupied(part)
             with self._arithmetic(precision):
-                z = self.encoder(part)
-            parts.append(self.quantizer(z).indices.flatten(1)[:number])
+                z = self.vqvae.before(self.encoder(part), occupied)
+            parts.append(self.quantizer(z, occupied).indices.flatten(1)[:number])
         return torch.cat(parts)
 
     def agreement(self, grids: Grids, precision: Precision = "bf16") -> float:
@@ -196,14 +209,14 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         """Return logits [B, 1, R, R, R] float32; a voxel is occupied where its logit is above 0.
 
         ids: [B, T] or [T].
-        Raise ValueError for another shape and for an id outside [0, K).
+        Raise ValueError for another shape, for an id outside [0, K), and with an empty code for a token that has id 0
+        beside others.
         """
         ids = self._check_ids(ids).to(self.device)
         parts = []
         for part, number in self._parts(ids):
-            codes = self.quantizer.lookup(part.view(len(part), *self._indices_shape))
             with self._arithmetic(precision):
-                parts.append(self.decoder(codes)[:number].float())
+                parts.append(self.vqvae.decode_ids(part.view(len(part), *self._indices_shape))[:number].float())
         return torch.cat(parts)
 
     def reconstruct(self, grids: Grids, precision: Precision = "fp32") -> Tensor:
@@ -345,7 +358,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             remedy = "from_run(..., normalization=..., up_axis=...) takes others than the run's data say."
             raise ConfigError(f"{output_dir}: {error} {remedy}") from error
         tokenizer = cls(run.config["models"], run.resolution, normalization, up_axis, run.about())
-        for name in MODELS:
+        for name in tokenizer.specs:
             load_weights(getattr(tokenizer, name), run.weight_file(name))
         return tokenizer
 
@@ -375,6 +388,11 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         Raise ConfigError if ids are not the nearest rows of one table over latent cells along z, CheckpointError if the
         file exists.
         """
+        if self.transformer is not None:
+            raise ConfigError(
+                f"{path}: ShapeLLM-Omni's layout has no place for a transformer around the codebook, which this "
+                "tokenizer has; train one without models.transformer, or use save_pretrained"
+            )
         state = shapellm_state(self.encoder, self.quantizer, self.decoder)
         if Path(path).exists():
             raise CheckpointError(f"{path} exists already; choose another file")
@@ -493,4 +511,15 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         low, high = ids.min().item(), ids.max().item()
         if low < 0 or high >= self.n_embed:
             raise ValueError(f"an id is {low if low < 0 else high}; the codebook has 0 to {self.n_embed - 1}")
-        return ids.reshape(-1, self.num_tokens).long()
+        ids = ids.reshape(-1, self.num_tokens).long()
+        if self.empty_code and self.codes_per_token > 1:
+            empty = ids.unflatten(1, (-1, self.codes_per_token)) == 0  # [B, L, Q]
+            mixed = (empty.any(2) & ~empty.all(2)).nonzero()
+            if len(mixed):
+                number, token = mixed[0].tolist()
+                first = token * self.codes_per_token
+                raise ValueError(
+                    f"ids {first} to {first + self.codes_per_token - 1} of object {number} are of one token, and only "
+                    "some are 0: an empty token has 0 alone, and another one has none"
+                )
+        return ids

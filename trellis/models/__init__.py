@@ -19,6 +19,7 @@ MODELS = Registry(
     {
         "SparseStructureEncoder": ".sparse_structure_vae",
         "SparseStructureDecoder": ".sparse_structure_vae",
+        "CodebookTransformer": ".codebook_transformer",
         "VectorQuantizer": "..modules.quantizers.vq",
         "EMAVectorQuantizer": "..modules.quantizers.ema_vq",
         "SimVQ": "..modules.quantizers.simvq",

@@ -82,8 +82,14 @@ def _network(state: dict[str, Tensor], where: str) -> dict:
 def shapellm_state(encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of this layout, in float32.
 
-    Raise ConfigError if ids are not the nearest rows of one table over latent cells along z.
+    Raise ConfigError if ids are not the nearest rows of one table over latent cells along z, or one is for empty
+    tokens.
     """
+    if quantizer.empty_code:
+        raise ConfigError(
+            "ShapeLLM-Omni's layout has a code for every token, but this tokenizer has an empty code (models.quantizer."
+            "args.empty_code); train one without, or use save_pretrained"
+        )
     table, along_z = quantizer.table(), quantizer.group[:2] == (1, 1)
     if table is None or not quantizer.nearest_of_table or not along_z:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 Nine tenths of the tokens are empty and much alike. Codes that k-means spends on them are missing at the surface, so
 the sample is stratified: an equal share of each object, and mostly tokens with occupied voxels. Some empty tokens stay,
-since the decoder needs codes for the ones near the surface.
+since the decoder needs codes for the ones near the surface; with an empty code none do.
 
 Axes: B objects, C latent channels, X Y Z latent cells, R voxels along an axis, L tokens of an object, D channels of a
 token, N vectors.
@@ -44,8 +44,9 @@ def latent_sample(
     batch_size: objects at once.
     Small data give fewer than VECTORS_PER_CODE vectors per code: all with occupied voxels, and a share of the others.
     """
-    wanted = min(VECTORS_PER_CODE * quantizer.n_embed, LARGEST_SAMPLE // quantizer.embed_dim)
-    wanted_occupied = round((1 - EMPTY_SHARE) * wanted)
+    empty_share = 0.0 if quantizer.empty_code else EMPTY_SHARE
+    wanted = min(VECTORS_PER_CODE * quantizer.codebook_size, LARGEST_SAMPLE // quantizer.embed_dim)
+    wanted_occupied = round((1 - empty_share) * wanted)
     most = -(-wanted_occupied // min(OBJECTS_AT_LEAST, objects))  # occupied tokens of an object
     order = permutation(objects, "kmeans", seed)
     vectors, found = [], 0
@@ -57,7 +58,7 @@ def latent_sample(
         for number, own, occupied in zip(part.tolist(), tokens.flatten(1, 3), filled.flatten(1), strict=True):
             shuffled = torch.from_numpy(permutation(len(own), "kmeans", seed, number)).to(own.device)
             inside = shuffled[occupied[shuffled]][:most]
-            outside = shuffled[~occupied[shuffled]][: round(len(inside) * EMPTY_SHARE / (1 - EMPTY_SHARE))]
+            outside = shuffled[~occupied[shuffled]][: round(len(inside) * empty_share / (1 - empty_share))]
             vectors.append(own[torch.cat([inside, outside])])
             found += len(inside)
             if found >= wanted_occupied:

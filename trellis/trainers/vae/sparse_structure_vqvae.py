@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
+import numpy as np
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
 from ...evaluation.evaluate import Reconstruction
-from ...evaluation.metrics import codebook_counts
+from ...models.codebook_transformer import CodebookTransformer
 from ...models.sparse_structure_vae import SparseStructureEncoder
+from ...models.vqvae import VqVae
 from ...modules.losses import RECONSTRUCTION_LOSSES, ReconstructionLoss
 from ...modules.model import Model
 from ...modules.quantizers.base import Quantizer
@@ -32,9 +34,13 @@ from .sparse_structure_vae import SparseStructureVaeTrainer
 
 
 class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
-    """Trainer of `encoder`, `quantizer` and `decoder` on a reconstruction loss and the quantizer's losses."""
+    """Trainer of `encoder`, `quantizer` and `decoder` on a reconstruction loss and the quantizer's losses.
+
+    Optional is a `transformer` around the codebook.
+    """
 
     model_keys = ("encoder", "quantizer", "decoder")
+    optional_models = ("transformer",)
     dropped_args = ("lambda_kl",)  # without a posterior there is no KL
 
     def __init__(
@@ -53,13 +59,19 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
     ):
         super().__init__(*args, loss_type=loss_type, **kwargs)  # type: ignore[arg-type]  # "none" is of this class alone
         self.quantizer = cast(Quantizer, self.models["quantizer"])
+        self.vqvae = VqVae.of(self.models)
+        if self.quantizer.decay is not None:  # each micro-batch moves the averages
+            self.quantizer.decay **= self.batch_ratio / self.batch_split
+        if revive_every:
+            revive_every = max(1, round(revive_every / self.batch_ratio))
         self.weights = {loss_type: 1.0, "vq": lambda_vq, "commit": lambda_commit, "entropy": lambda_entropy}
         # Losses that no trained model can lower are left out: "vq" if the codebook is frozen, and the others too if
-        # the encoder is frozen as well.
+        # what comes before it is frozen as well.
         self.quantizer_losses: tuple[str, ...] = ()
+        moving_latents = bool({"encoder", "transformer"} & self.trained.keys())
         if "quantizer" in self.trained:
             self.quantizer_losses = self.quantizer.losses
-        elif "encoder" in self.trained:
+        elif moving_latents:
             self.quantizer_losses = tuple(name for name in self.quantizer.losses if name != "vq")
         cache_root = None
         if latent_cache:
@@ -73,12 +85,12 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
             micro_batch_size=self.micro_batch_size,
             seed=self.seed,
             cache_root=cache_root,
-            grids_needed=loss_type != "none",
+            grids_needed=loss_type != "none" or self.quantizer.empty_code,
             say=self.say,
         )
         self.parts["latents"] = self.latents
         self.watch: CodebookWatch | None = None
-        if {"encoder", "quantizer"} & self.trained.keys():  # else no step changes which codes are chosen
+        if moving_latents or "quantizer" in self.trained:  # else no step changes which codes are chosen
             self.watch = CodebookWatch(
                 self.quantizer,
                 every=revive_every,
@@ -94,22 +106,19 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
     @classmethod
     def check_models(cls, models: dict[str, Model], config: dict) -> None:
         super().check_models(models, config)
-        encoder, quantizer = cast(SparseStructureEncoder, models["encoder"]), models["quantizer"]
+        quantizer = models["quantizer"]
         if not isinstance(quantizer, Quantizer):
             raise ConfigError(
                 f"models.quantizer.name is {type(quantizer).__name__!r}, which is not a quantizer; use "
                 "VectorQuantizer or another one"
             )
-        if quantizer.latent_channels != encoder.latent_channels:
+        transformer = models.get("transformer")
+        if transformer is not None and not isinstance(transformer, CodebookTransformer):
             raise ConfigError(
-                f"models.quantizer.args.latent_channels is {quantizer.latent_channels}, but the encoder's latent has "
-                f"{encoder.latent_channels} channels; set it to {encoder.latent_channels}"
+                f"models.transformer.name is {type(transformer).__name__!r}, which is not one around a codebook; use "
+                "CodebookTransformer"
             )
-        cells = config["dataset"]["args"]["resolution"] // encoder.downsampling
-        try:
-            quantizer.lattice((cells, cells, cells))
-        except ValueError as error:
-            raise ConfigError(f"models.quantizer.args: {error}") from error
+        VqVae.of(models).check(config["dataset"]["args"]["resolution"])
 
         args = config["trainer"]["args"]
         if args["lambda_entropy"] and "entropy" not in quantizer.losses:
@@ -128,7 +137,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
                 "trainer.args.latent_cache keeps one latent of each object, but dataset.args.augmentation is "
                 f'"{augmentation}", which shows it in many forms; set latent_cache to false or augmentation to "none"'
             )
-        trained = [name for name in ("encoder", "decoder") if name not in args["freeze"]]
+        trained = [name for name in models if name != "quantizer" and name not in args["freeze"]]
         if args["loss_type"] == "none" and trained:
             raise ConfigError(
                 f'trainer.args.loss_type is "none", which trains the codebook alone; add {" and ".join(trained)} to '
@@ -141,33 +150,37 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         """Return (losses, status). losses: "loss", which is optimized, and its terms before weighting.
 
         sample_ids: [B] int64 on the CPU; the vectors that may replace dead codes are drawn by them.
-        ss: [B, 1, R, R, R], 0 or 1; not needed beside z without a reconstruction loss.
+        ss: [B, 1, R, R, R], 0 or 1; beside z, needed by a reconstruction loss and by an empty code alone.
         z: [B, C, X, Y, Z], the encoder's latents, if they are known.
 
-        status has usage and perplexity of the codebook over the batch of all ranks. With several codes per token they
-        are the mean usage and the geometric mean of the perplexities.
+        status has usage and perplexity of the learned codes over the batch of all ranks. With several codes per token
+        they are the mean usage and the geometric mean of the perplexities.
         """
         if z is None:
             assert ss is not None  # a batch has grids or latents
             with self.no_grad_if_frozen("encoder"):
                 # Laid out as a cached z, so that sums over it are taken in the same order.
                 z = self.models["encoder"](ss.float()).contiguous()
-        quantized = self.quantizer(z)
+        occupied = None
+        if self.quantizer.empty_code:
+            assert ss is not None  # `TrainingLatents` keeps grids for an empty code
+            occupied = self.vqvae.occupied(ss)
+        z = self.vqvae.before(z, occupied)
+        quantized = self.quantizer(z, occupied)
         terms = EasyDict()
         if self.loss_type != "none":
-            assert ss is not None  # `TrainingLatents` keeps grids for a reconstruction loss
-            logits = self.models["decoder"](quantized.codes)
+            assert ss is not None  # and for a reconstruction loss
+            logits = self.vqvae.decode(quantized.codes, occupied)
             terms[self.loss_type] = RECONSTRUCTION_LOSSES[self.loss_type](logits, ss)
         terms.update({name: quantized.losses[name] for name in self.quantizer_losses})
         terms.loss = sum(self.weights[name] * value for name, value in terms.items())
 
-        counts = codebook_counts(quantized.indices, self.quantizer.n_embed, self.quantizer.codes_per_token)
-        counts = dist_utils.all_sum(counts).view(self.quantizer.codes_per_token, -1)
+        counts = dist_utils.all_sum(self.vqvae.counts(quantized.indices)).view(self.quantizer.codes_per_token, -1)
         share = counts / counts.sum(1, keepdim=True)
         entropy = torch.special.entr(share).sum(1).mean()
         if self.watch is not None:
-            # Without a reconstruction loss a cached run has no grids, and one without the cache must not differ.
-            grids = None if self.loss_type == "none" else ss
+            # Without a reconstruction loss a cached run may have no grids, and one without the cache must not differ.
+            grids = ss if self.latents.grids_needed else None
             self.watch.observe(self.step + 1, counts, z.detach(), quantized, grids, sample_ids)
         return terms, EasyDict(codebook_usage=(counts > 0).float().mean(), codebook_perplexity=entropy.exp())
 
@@ -176,16 +189,25 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         cls, models: Mapping[str, nn.Module], ss: Tensor, sample_ids: Tensor | None = None
     ) -> Reconstruction:
         """Reconstruct grids [B, 1, R, R, R]. sample_ids: unused, since there is no posterior."""
-        z, quantizer = models["encoder"](ss.float()), cast(Quantizer, models["quantizer"])
-        quantized = quantizer(z)
-        counts = codebook_counts(quantized.indices, quantizer.n_embed, quantizer.codes_per_token)
+        vqvae = VqVae.of(models)
+        occupied = vqvae.occupied(ss)
+        z = vqvae.before(vqvae.encoder(ss.float()), occupied)
+        quantized = vqvae.quantizer(z, occupied)
         error = (z - quantized.codes).square().flatten(1).mean(1)
-        return Reconstruction(models["decoder"](quantized.codes), quantized.indices, counts, error)
+        if occupied is not None:  # the others have no error
+            error = error / occupied.flatten(1).float().mean(1).clamp(min=1 / occupied[0].numel())
+        logits = vqvae.decode(quantized.codes, occupied)
+        return Reconstruction(logits, quantized.indices, vqvae.counts(quantized.indices), error)
 
     def facts(self) -> list[str]:
         quantizer = self.quantizer
         tokens = math.prod(quantizer.lattice(self.latents.shape[2:]))
         each = f" ({quantizer.codes_per_token} a token)" if quantizer.codes_per_token > 1 else ""
+        if quantizer.empty_code:
+            return [
+                f"{tokens} places for tokens of {quantizer.codebook_size} codes{each} per object; codes only where the "
+                "block has a voxel"
+            ]
         bits = tokens * quantizer.codes_per_token * math.log2(quantizer.n_embed)
         return [f"{tokens} tokens of {quantizer.n_embed} codes{each} per object: {bits:.0f} bits"]
 
@@ -195,7 +217,16 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
             return
         self.say("codebook: taking latent vectors of the training data")
         vectors = latent_sample(
-            self.latents.of_objects, len(self.dataset), self.quantizer, batch_size=self.batch_per_rank, seed=self.seed
+            self._latents_to_quantize,
+            len(self.dataset),
+            self.quantizer,
+            batch_size=self.batch_per_rank,
+            seed=self.seed,
         )
         generator = torch.Generator().manual_seed(derive_seed("kmeans", self.seed))
         self.quantizer.fit(vectors, lambda part, count: kmeans(part, count, generator=generator, report=self.say))
+
+    def _latents_to_quantize(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return what the quantizer gets of training objects, [n, C, X, Y, Z], and their grids. indices: [n] int64."""
+        z, ss = self.latents.of_objects(indices)
+        return self.vqvae.before(z, self.vqvae.occupied(ss)), ss

@@ -97,7 +97,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
                 last_step=revive_until * self.max_steps,
                 trained="quantizer" in self.trained,
                 seed=self.seed,
-                forget=lambda rows: self.forget_rows("quantizer", self.quantizer.code_rows, rows),
+                forget=lambda keys, rows: self.forget_rows("quantizer", keys, rows),
                 say=self.say,
                 device=self.device,
             )
@@ -181,7 +181,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         if self.watch is not None:
             # Without a reconstruction loss a cached run may have no grids, and one without the cache must not differ.
             grids = ss if self.latents.grids_needed else None
-            self.watch.observe(self.step + 1, counts, z.detach(), quantized.codes.detach(), grids, sample_ids)
+            self.watch.observe(self.step + 1, counts, z.detach(), quantized, grids, sample_ids)
         return terms, EasyDict(codebook_usage=(counts > 0).float().mean(), codebook_perplexity=entropy.exp())
 
     @classmethod

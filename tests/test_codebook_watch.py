@@ -9,12 +9,8 @@ from helpers import VQ, assert_equal, checkpoint, free_port, logged, run, tiny_c
 from torch import Tensor, nn
 
 from trellis.evaluation.metrics import codebook_counts
-<<<<<<< HEAD
-from trellis.modules.quantizers.base import Quantized, Quantizer
-=======
 from trellis.models.vqvae import VqVae
-from trellis.modules.quantizers.base import Quantizer
->>>>>>> tokens
+from trellis.modules.quantizers.base import Quantized, Quantizer
 from trellis.modules.quantizers.ema_vq import EMAVectorQuantizer
 from trellis.modules.quantizers.product_vq import ProductVectorQuantizer
 from trellis.modules.quantizers.residual_vq import ResidualVectorQuantizer

@@ -59,8 +59,7 @@ class Grammar:
             )
         before, self._walks = self._walks, {}
         expected = [self._expected(row, number, before) for number, row in enumerate(input_ids.cpu().numpy())]
-        allowed = torch.stack([self._row(each, scores) for each in expected])
-        return scores.masked_fill(~allowed, -torch.inf)
+        return scores.masked_fill(torch.stack([self._forbidden(each, scores) for each in expected]), -torch.inf)
 
     def _expected(
         self, row: np.ndarray, number: int, before: "dict[bytes, Walk | _DenseWalk | None]"
@@ -95,14 +94,14 @@ class Grammar:
                 )
         return walk
 
-    def _row(self, expected: Expected | Literal["start", "eos"] | None, scores: Tensor) -> Tensor:
-        """Return which ids may come next, bool [V]."""
+    def _forbidden(self, expected: Expected | Literal["start", "eos"] | None, scores: Tensor) -> Tensor:
+        """Return which ids may not come next, bool [V] beside the scores."""
         key = (expected, scores.shape[1], scores.device)
         if key not in self._rows:
-            allowed = torch.full(scores.shape[1:], expected is None)
+            row = torch.full(scores.shape[1:], expected is not None)
             if expected is not None:
-                allowed[self._ids(expected)] = True
-            self._rows[key] = allowed.to(scores.device)
+                row[self._ids(expected)] = False
+            self._rows[key] = row.to(scores.device)
         return self._rows[key]
 
     def _ids(self, expected: Expected | Literal["start", "eos"]) -> list[int]:

@@ -166,7 +166,7 @@ class TokenFormat:
             return vocabulary_id - self.first_mask_id + self.n_embed
         return -1
 
-    @property
+    @cached_property
     def vocabulary(self) -> dict[str, int]:
         """The words that a language model needs, with their vocabulary ids, in order of the ids."""
         values = range(self.n_embed + (MASKS if self.octree else 0))

@@ -9,12 +9,8 @@ from helpers import VQ, assert_equal, checkpoint, free_port, logged, run, tiny_c
 from torch import Tensor, nn
 
 from trellis.evaluation.metrics import codebook_counts
-<<<<<<< HEAD
-from trellis.modules.quantizers.base import Quantized, Quantizer
-=======
 from trellis.models.vqvae import VqVae
-from trellis.modules.quantizers.base import Quantizer
->>>>>>> tokens
+from trellis.modules.quantizers.base import Quantized, Quantizer
 from trellis.modules.quantizers.ema_vq import EMAVectorQuantizer
 from trellis.modules.quantizers.product_vq import ProductVectorQuantizer
 from trellis.modules.quantizers.residual_vq import ResidualVectorQuantizer
@@ -425,10 +421,7 @@ def test_a_run_cut_off_within_a_window_continues_exactly(
     assert len(checkpoint(tmp_path / "whole", 6)["misc_step0000006.pt"]["codebook_watch"]["keys"])
 
 
-@pytest.mark.parametrize(
-    "quantizer, loss_type",
-    [("VectorQuantizer", "l1"), ("EMAVectorQuantizer", "none"), ("ResidualVectorQuantizer", "none")],
-)
+@pytest.mark.parametrize("quantizer, loss_type", [("VectorQuantizer", "l1"), ("ResidualVectorQuantizer", "none")])
 def test_two_ranks_equal_one(quantizer, loss_type, vae_run, collapsed, data_dir, write_config, tmp_path):
     """The moving averages have no parameters: nothing for an optimizer, nothing to reduce."""
     config = start_of(quantizer, collapsed)

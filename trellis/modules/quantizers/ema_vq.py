@@ -30,6 +30,7 @@ class EMAVectorQuantizer(Quantizer):
     waits for another.
     """
 
+    decay: float
     code_rows = ("embeddings.weight", "sums", "counts")
     sums: Tensor  # m, [K, D]
     counts: Tensor  # N, [K]

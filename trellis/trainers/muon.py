@@ -54,9 +54,7 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             orthogonalize = group.get("hidden", False)  # older checkpoints have groups without the key
             pairs = [
-                (p, p.grad)
-                for p in group["params"]
-                if p.grad is not None and (p.ndim == CONVOLUTION or orthogonalize)
+                (p, p.grad) for p in group["params"] if p.grad is not None and (p.ndim == CONVOLUTION or orthogonalize)
             ]
             self._step_hidden(pairs, group)
             for weight, _ in pairs:

@@ -87,7 +87,9 @@ def build_optimizer(
     }
     known |= OWN
     if name not in known:
-        raise ConfigError(f"{where}.name is {name!r}, which is neither in torch.optim nor Muon{did_you_mean(name, known)}")
+        raise ConfigError(
+            f"{where}.name is {name!r}, which is neither in torch.optim nor Muon{did_you_mean(name, known)}"
+        )
     for key in hidden:
         if key not in parameters or parameters[key].ndim != 2:
             raise ValueError(f"{key} is in `hidden`, but is not a matrix that is trained")

@@ -32,6 +32,7 @@ class EMAVectorQuantizer(Quantizer):
 
     decay: float
     code_rows = ("embeddings.weight", "sums", "counts")
+    decay: float
     sums: Tensor  # m, [K, D]
     counts: Tensor  # N, [K]
 

@@ -148,10 +148,10 @@ class CodebookWatch(Part):
         else:
             now = "To do:"
         self.say(
-            f"WARNING: the codebook collapses. Only {usage:.0%} of {self.counts.numel()} codes were chosen for "
-            f"the last {self.counts[0].sum()} tokens. {now} lower trainer.args.optimizer.args.lr or warm it up, start "
-            'from k-means (models.quantizer.args.init "kmeans"), raise lambda_entropy if the quantizer has an entropy '
-            "loss, or give it a smaller n_embed."
+            f"WARNING: the codebook collapses. Only {usage:.0%} of {self.counts.numel()} codes were chosen by the last "
+            f"{self.counts[0].sum()} tokens. {now} lower trainer.args.optimizer.args.lr or warm it up, start from "
+            'k-means (models.quantizer.args.init "kmeans"), raise lambda_entropy if the quantizer has an entropy loss, '
+            "or give it a smaller n_embed."
         )
 
     def _revive(self, step: int) -> int:

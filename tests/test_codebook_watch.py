@@ -239,7 +239,7 @@ def test_a_window_goes_on_until_it_has_seen_enough(lost):
     assert [step for step, count in revived.items() if count] == [end] and revived[end] == 13
     assert usage[end - 1] == usage[end] == usage[end + 1] == 3 / 16
     assert [line.startswith("WARNING") for line in said] == [True, False]
-    assert f"for the last {32 * (end - len(lost))} tokens" in said[0]
+    assert f"by the last {32 * (end - len(lost))} tokens" in said[0]
 
 
 def test_tokens_with_the_empty_code_are_neither_counted_nor_drawn():

@@ -30,7 +30,6 @@ class EMAVectorQuantizer(Quantizer):
     waits for another.
     """
 
-    decay: float
     code_rows = ("embeddings.weight", "sums", "counts")
     decay: float
     sums: Tensor  # m, [K, D]

@@ -147,7 +147,7 @@ def test_the_layout_of_shapellm_has_no_place_for_either(tmp_path):
 
 
 def stage(form: str, transformer: bool, **args) -> dict:
-    config = tiny_config(VQ, **{"i_eval": 100, "revive_every": 2, **args})
+    config = tiny_config(VQ, **{"i_eval": 100, "revive_every": 2, "revive_until": 1.0, **args})
     config["models"] = tiny_models(form, transformer=transformer)
     return config
 

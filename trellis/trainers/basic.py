@@ -163,7 +163,7 @@ class BasicTrainer:
 
     def facts(self) -> list[str]:
         """Return lines on what is trained, for --tryrun."""
-        if self.reference_batch is None:
+        if self.batch_ratio == 1:
             return []
         rates = ", ".join(f"{rate:g} becomes {rate**self.batch_ratio:.6g}" for rate in self.ema_rates)
         return [

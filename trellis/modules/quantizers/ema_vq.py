@@ -31,6 +31,7 @@ class EMAVectorQuantizer(Quantizer):
     """
 
     code_rows = ("embeddings.weight", "sums", "counts")
+    decay: float
     sums: Tensor  # m, [K, D]
     counts: Tensor  # N, [K]
 

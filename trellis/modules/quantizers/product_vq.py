@@ -49,6 +49,10 @@ class ProductVectorQuantizer(SeveralCodebooks):
         parts = zip(indices.unbind(-1), self.tables(), strict=True)
         return torch.cat([F.embedding(ids, table) for ids, table in parts], -1)
 
+    def parts(self, vectors: Tensor, codes: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        chunks = (whole.chunk(self.codes_per_token, -1) for whole in (vectors, codes))
+        return list(zip(*chunks, strict=True))
+
     @torch.no_grad()
     def fit(self, vectors: Tensor, kmeans: Callable[[Tensor, int], Tensor]) -> None:
         for place, part in enumerate(vectors.chunk(self.codes_per_token, -1)):

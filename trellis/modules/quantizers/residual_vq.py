@@ -52,6 +52,15 @@ class ResidualVectorQuantizer(SeveralCodebooks):
         # In the order of `quantize`, so that the sums agree bit for bit.
         return sum((F.embedding(ids, table) for ids, table in stages), torch.zeros((), device=indices.device))
 
+    def parts(self, vectors: Tensor, codes: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return residuals and codes of each stage as in `Quantizer`, by the codebooks as they are now."""
+        residual, stages = vectors, []
+        for ids, table in zip(rows.unbind(-1), self.tables(), strict=True):
+            chosen = F.embedding(ids, table)
+            stages.append((residual, chosen))
+            residual = residual - chosen
+        return stages
+
     @torch.no_grad()
     def fit(self, vectors: Tensor, kmeans: Callable[[Tensor, int], Tensor]) -> None:
         residual = vectors

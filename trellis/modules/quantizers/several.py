@@ -41,10 +41,8 @@ class SeveralCodebooks(Quantizer):
             nn.Embedding.from_pretrained(weight, freeze=False) if decay is None else AveragedCodebook(weight)
             for weight in weights
         )
-
-    def code_channels(self) -> int:
-        """Return the channels of a code (d)."""
-        return self.embed_dim
+        kept = ("weight",) if decay is None else ("weight", "sums", "counts")
+        self.code_rows = tuple(f"embeddings.{place}.{name}" for place in range(num_codes) for name in kept)
 
     def tables(self) -> list[Tensor]:
         """Return the codebooks, each [K, d]."""
@@ -75,6 +73,11 @@ class SeveralCodebooks(Quantizer):
     def fill_codebook(self, place: int, codes: Tensor) -> None:
         """Set a codebook to `codes` [K, d], with the averages of a fresh one."""
         self._set(place, torch.arange(self.codebook_size, device=codes.device), codes)
+
+    def replace_codes(self, rows: Tensor, vectors: Tensor) -> None:
+        for place in range(self.codes_per_token):
+            own = rows // self.codebook_size == place
+            self._set(place, rows[own] % self.codebook_size, vectors[own])
 
     @torch.no_grad()
     def _set(self, place: int, rows: Tensor, vectors: Tensor) -> None:

@@ -51,6 +51,7 @@ class Quantizer(Model):
 
     codes_per_token = 1  # Q
     losses: tuple[str, ...] = ("vq", "commit")  # names in `Quantized.losses` that the trainer weights
+    decay: float | None = None  # part of the codes' moving averages kept at each forward; None if they have none
     nearest_of_table = True  # whether a vector's id is the row of `table()` nearest to it
     code_rows: tuple[str, ...] = ()  # state-dict keys whose rows belong to codes, which `replace_codes` can change
 

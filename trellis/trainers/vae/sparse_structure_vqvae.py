@@ -60,6 +60,10 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         super().__init__(*args, loss_type=loss_type, **kwargs)  # type: ignore[arg-type]  # "none" is of this class alone
         self.quantizer = cast(Quantizer, self.models["quantizer"])
         self.vqvae = VqVae.of(self.models)
+        if self.quantizer.decay is not None:  # each micro-batch moves the averages
+            self.quantizer.decay **= self.batch_ratio / self.batch_split
+        if revive_every:
+            revive_every = max(1, round(revive_every / self.batch_ratio))
         self.weights = {loss_type: 1.0, "vq": lambda_vq, "commit": lambda_commit, "entropy": lambda_entropy}
         # Losses that no trained model can lower are left out: "vq" if the codebook is frozen, and the others too if
         # what comes before it is frozen as well.

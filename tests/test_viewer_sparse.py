@@ -11,6 +11,8 @@ from test_viewer_server import ask, walk
 from trellis import SparseStructureTokenizer
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.evaluation.metrics import occupied_blocks
+from trellis.tokens.octree import Octree
+from trellis.tokens.text import TokenFormat
 from trellis.utils.errors import DataError
 from trellis.viewer import details, figures, page_state
 from trellis.viewer.backend import Backend, pack_ids
@@ -204,8 +206,12 @@ def test_scores_count_empty_tokens_and_learned_codes(sparse):
     said = {tile.children[0].children: tile.children[1].children for tile in tiles}
     empty = ~occupied_blocks(torch.from_numpy(shown.grid)[None, None], sparse.lattice)
     codes = sum(len(set(own.tolist()) - {0}) for own in sparse.of_tokens(shown.ids).T)
-    wanted = {"ids": sparse.num_tokens, "empty tokens": int(empty.sum()), "different codes": codes}
-    assert {name: said[name] for name in wanted} == {name: str(number) for name, number in wanted.items()}
+    octree = len(Octree(sparse.lattice, K, sparse.codes_per_token).to_values(shown.ids))
+    wanted = {"ids": sparse.num_tokens, "as octree": octree, "empty tokens": empty.sum(), "different codes": codes}
+    assert {name: said[name] for name in wanted} == {name: str(int(number)) for name, number in wanted.items()}
+    notes = {tile.children[0].children: tile.children[2].children for tile in tiles}
+    learned = int((shown.ids > 0).sum())
+    assert notes["as octree"] == f"{octree - learned} + {learned}"
 
 
 def test_the_lattice_shows_tokens_that_are_not_empty_and_the_layer_says_which_are(sparse, client):
@@ -280,8 +286,12 @@ def test_texts_are_copied_and_downloaded_as_they_are_shown(sparse, client):
     ids = opened(sparse, edit).ids
     facts = json.loads(saved(sparse, opened(sparse, edit), "tokens")[1])
     assert facts["tokens"] == ids.tolist() and facts["empty_code"] is True
-    values = {"copy-text.n_clicks": 1, "object.data": state_of(sparse), "edits.data": {"of": "k", "list": [edit]}}
-    text = client("copy-text.content", values)["response"]["copy-text"]["content"]
-    assert text == facts["text"] and np.array_equal(sparse.tokenizer.from_text(text), ids)
+    octree = TokenFormat.at(0, K, Octree(sparse.lattice, K, Q))
+    for name, form in (("text", sparse.tokenizer.token_format()), ("octree", octree)):
+        values = {"object.data": state_of(sparse), "edits.data": {"of": "k", "list": [edit]}}
+        text = client(f"copy-{name}.content", {f"copy-{name}.n_clicks": 1, **values})["response"][f"copy-{name}"][
+            "content"
+        ]
+        assert text == facts[name] and np.array_equal(form.from_text(text, sparse.num_tokens).ids, ids)
     said = client("copy-text.content", {"copy-text.n_clicks": 1})["sideUpdate"]["message"]["children"]
     assert said.startswith("there is no object yet")

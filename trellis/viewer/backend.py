@@ -21,6 +21,8 @@ from ..datasets.metadata import common_setting, read_metadata
 from ..evaluation.metrics import distance_metrics, voxel_metrics
 from ..grids.placing import Axis
 from ..grids.voxels import pack_bits, packed_size, unpack_bits
+from ..tokens.octree import Octree
+from ..tokens.text import TokenFormat
 from ..utils.errors import DataError
 
 if TYPE_CHECKING:
@@ -60,7 +62,11 @@ class Backend:
         self.num_tokens = tokenizer.num_tokens
         self.block = tuple(self.resolution // count for count in self.lattice)  # voxels per token
         self.hash = tokenizer.hash
-        self.formats = {"text": tokenizer.token_format()}  # texts of an object, by name
+        # With an empty code, the octree form beside the ids as they are.
+        self.octree = Octree(self.lattice, self.n_embed, self.codes_per_token) if self.empty_code else None
+        self.formats = {"text": tokenizer.token_format()}  # of an object's texts
+        if self.octree is not None:
+            self.formats["octree"] = TokenFormat.at(0, self.n_embed, self.octree)
         self.empty_ids = tokenizer.empty_ids.numpy()
         self.compute = threading.Lock()  # one pass through the networks at a time, to bound memory
         self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
@@ -99,7 +105,7 @@ class Backend:
 
     def empty(self, ids: np.ndarray) -> np.ndarray:
         """Return which tokens have the ids of an empty grid at the same place, [L] bool; all 0 with an empty code."""
-        return self.of_tokens(ids == self.empty_ids).all(1)
+        return np.all(self.of_tokens(ids == self.empty_ids), axis=1)
 
     def repeated(self, codes: np.ndarray) -> np.ndarray:
         """Return the block, bool, that a token with these codes [Q] decodes to amid 26 copies of it, in empty space.

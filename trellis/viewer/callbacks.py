@@ -145,7 +145,7 @@ def add_drawing(app: Dash, backend: Backend, usage: UsageCounter) -> None:
             backend.first_code,
             occupied.flatten().numpy(),
             backend.empty(shown.ids),
-            backend.of_tokens(shown.ids != shown.before).any(1),
+            np.any(backend.of_tokens(shown.ids != shown.before), axis=1),
             usage.counts(0)[rows] if usage.done == usage.sampled > 0 else None,
             colors[rows],
         )

@@ -41,8 +41,14 @@ def score_tiles(backend: Backend, shown: EditedObject) -> list:
         tiles.append(tile(title, form.format(scores[key]), hint, note, mood))
     empty = backend.empty(shown.ids)
     codes = sum(len(np.unique(own[own >= backend.first_code])) for own in backend.of_tokens(shown.ids).T)
+    tiles.append(tile("ids", f"{backend.num_tokens:,}", "what a language model would read and write for this object"))
+    if backend.octree is not None:
+        masks, learned = backend.octree.lengths(shown.ids)
+        hint = (
+            "length as an octree: masks of the blocks that hold something, and codes of the tokens that are not empty"
+        )
+        tiles.append(tile("as octree", f"{masks + learned:,}", hint, f"{masks:,} + {learned:,}"))
     tiles += [
-        tile("ids", f"{backend.num_tokens:,}", "what a language model would read and write for this object"),
         tile(
             "empty tokens",
             f"{empty.sum():,}",

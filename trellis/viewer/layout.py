@@ -6,13 +6,17 @@ from typing import Any
 from dash import dcc, html
 
 from ..grids.preview import CORRECT, EXTRA, MISSING
+from ..modules.attention import TransformerBlock
 from .backend import Backend
 from .figures import css
 from .uploads import MAX_BYTES, UPLOAD_SUFFIXES
 
 PANELS = {"mesh": "Mesh", "voxels": "Voxels", "reconstruction": "Reconstruction", "difference": "Missing and extra"}
 FORMS = {"dense": "every token has a code", "sparse": "only tokens whose block has a voxel have a code"}
-COPIED = {"text": "the ids as words for a language model"}
+COPIED = {
+    "text": "the ids as words for a language model",
+    "octree": "the octree form of the ids, masks and codes, as words for a language model",
+}
 UP_AXES = {"auto": "as the file says", "y": "y up", "z": "z up", "keep": "as they are"}
 Component = Any  # of Dash, which has no common type for a part of a page
 BLANK = {"data": [], "layout": {"xaxis": {"visible": False}, "yaxis": {"visible": False}}}
@@ -72,9 +76,10 @@ def about(backend: Backend) -> list:
         html.Span(f"hash {backend.hash[:8]}", title=f"sha256 over weights and settings: {backend.hash}"),
     ]
     if (transformer := backend.tokenizer.transformer) is not None:
-        layers = (len(transformer.stacks[name].blocks) for name in ("before", "after"))
+        stacks = (transformer.stacks[name].modules() for name in ("before", "after"))
+        layers = " + ".join(str(sum(isinstance(each, TransformerBlock) for each in stack)) for stack in stacks)
         title = "layers of attention over the tokens, before and after the codebook"
-        parts.insert(-1, html.Span("transformer of {} + {} layers".format(*layers), title=title))
+        parts.insert(-1, html.Span(f"transformer of {layers} layers", title=title))
     return parts
 
 

@@ -249,7 +249,8 @@ def test_an_exported_folder_of_an_earlier_version(tmp_path):
     tokenizer = make(**QUANTIZERS["along z"])
     for name, spec in tokenizer.specs.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(spec))
-        save_file(getattr(tokenizer, name).state_dict(), tmp_path / f"{name}.safetensors")
+        state = {key: value.contiguous() for key, value in getattr(tokenizer, name).state_dict().items()}
+        save_file(state, tmp_path / f"{name}.safetensors")
     with pytest.warns(UserWarning, match="resolution 64, normalization cube, up_axis keep is taken"):
         assert SparseStructureTokenizer.load(tmp_path).settings["resolution"] == 64
     with warnings.catch_warnings():

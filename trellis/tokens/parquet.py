@@ -223,6 +223,13 @@ def read_column(path: Path, name: str) -> np.ndarray:
     return _open(path).read([name]).column(name).to_numpy()
 
 
+def read_names(source: str | Path) -> Iterator[tuple[str, str]]:
+    """Yield sha256 and name of the objects of a folder's shards, or of one file, in order. Do not read their ids."""
+    for path in shard_files(source):
+        table = _open(path).read(["sha256", "name"])
+        yield from zip(table.column("sha256").to_pylist(), table.column("name").to_pylist(), strict=True)
+
+
 def read_left_out(path: Path) -> list[dict[str, str]]:
     """Return {"file", "sha256", "reason"} of each object in a shard's share that has no row."""
     return json.loads((_open(path).schema_arrow.metadata or {}).get(LEFT_OUT.encode(), b"[]"))

@@ -9,17 +9,27 @@ from helpers import VQ, assert_equal, checkpoint, free_port, logged, run, tiny_c
 from torch import Tensor, nn
 
 from trellis.evaluation.metrics import codebook_counts
-from trellis.modules.quantizers.base import Quantizer
+from trellis.models.vqvae import VqVae
+from trellis.modules.quantizers.base import Quantized, Quantizer
 from trellis.modules.quantizers.ema_vq import EMAVectorQuantizer
+from trellis.modules.quantizers.product_vq import ProductVectorQuantizer
+from trellis.modules.quantizers.residual_vq import ResidualVectorQuantizer
 from trellis.modules.quantizers.vq import VectorQuantizer
 from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.ema import EMA
+from trellis.trainers.vae import codebook_watch
 from trellis.trainers.vae.codebook_watch import CodebookWatch
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
 from trellis.utils.random_utils import derive_seed, sample_noise
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 K, CELLS = 16, (2, 2, 4)
+
+
+@pytest.fixture
+def short_windows(monkeypatch):
+    """Let a window end when it has seen a vector for each code."""
+    monkeypatch.setattr(codebook_watch, "VECTORS_PER_CODE", 1)
 
 
 def memory_of(quantizer: Quantizer) -> SimpleNamespace:
@@ -39,8 +49,8 @@ def memory_of(quantizer: Quantizer) -> SimpleNamespace:
 def make_watch(quantizer: Quantizer, said: list | None = None, memory=None, **options) -> CodebookWatch:
     memory = memory or memory_of(quantizer)
 
-    def forget(rows: Tensor) -> None:
-        BasicTrainer.forget_rows(memory, "quantizer", quantizer.code_rows, rows)
+    def forget(keys: tuple[str, ...], rows: Tensor) -> None:
+        BasicTrainer.forget_rows(memory, "quantizer", keys, rows)
 
     options = {"every": 2, "last_step": 8, "trained": True, "seed": 3, **options}
     say = (said if said is not None else []).append
@@ -52,7 +62,7 @@ def see(watch: CodebookWatch, step: int, z: Tensor, ids: Tensor, ss: Tensor | No
         quantized = watch.quantizer(z)
     quantizer = watch.quantizer
     counts = codebook_counts(quantized.indices, quantizer.n_embed, quantizer.codes_per_token)
-    watch.observe(step, counts.view(quantizer.codes_per_token, -1), z, quantized.codes, ss, ids)
+    watch.observe(step, counts.view(quantizer.codes_per_token, -1), z, quantized, ss, ids)
 
 
 def crowded(kind: type[Quantizer] = VectorQuantizer, chosen: int = 3) -> Quantizer:
@@ -71,6 +81,7 @@ def latents(samples: int, seed: int = 0) -> Tensor:
 # --- what is replaced, and by what ---
 
 
+@pytest.mark.usefixtures("short_windows")
 @pytest.mark.parametrize("kind", [VectorQuantizer, EMAVectorQuantizer])
 def test_dead_rows_are_new_everywhere_and_others_as_they_were(kind):
     quantizer, said = crowded(kind), []
@@ -137,9 +148,10 @@ def test_vectors_are_drawn_in_proportion_to_their_error():
     z = torch.tensor([1.0, 2.0, 3.0, 0.0]).view(1, 1, 1, 1, 4)
     watch, drawn = make_watch(quantizer, seed=0), torch.zeros(4)
     for sample in range(3000):
-        watch._empty_sample()
-        watch.observe(1, torch.zeros(1, 2, dtype=torch.int64), z, torch.zeros_like(z), None, torch.tensor([sample]))
-        drawn[int(watch.vectors[0])] += 1
+        watch.samples[0].empty()
+        quantized = Quantized(torch.zeros_like(z), torch.zeros(1, 1, 1, 4, dtype=torch.int64), {})
+        watch.observe(1, torch.zeros(1, 2, dtype=torch.int64), z, quantized, None, torch.tensor([sample]))
+        drawn[int(watch.samples[0].vectors[0])] += 1
     share = drawn / 3000
     assert share[0] == 0
     for value in (1, 2, 3):
@@ -147,6 +159,7 @@ def test_vectors_are_drawn_in_proportion_to_their_error():
         assert abs(share[value] - p) < 4 * (p * (1 - p) / 3000) ** 0.5
 
 
+@pytest.mark.usefixtures("short_windows")
 def test_only_tokens_with_occupied_voxels_are_drawn():
     quantizer = crowded()
     watch, z = make_watch(quantizer), latents(2)
@@ -180,6 +193,7 @@ def test_equal_vectors_do_not_become_two_codes():
     assert len(codes.unique(dim=0)) == K
 
 
+@pytest.mark.usefixtures("short_windows")
 def test_nothing_is_revived_after_the_last_step_or_when_not_trained():
     for options in ({"last_step": 1.9}, {"trained": False}, {"every": 0}):
         quantizer, said = crowded(), []
@@ -188,7 +202,8 @@ def test_nothing_is_revived_after_the_last_step_or_when_not_trained():
         step = watch.window
         see(watch, step, latents(2), torch.arange(2))
         assert watch.after_step(step).get("codes_revived", 0) == 0
-        assert torch.equal(quantizer.embeddings.weight, before) and not watch.keys.isfinite().any()
+        assert torch.equal(quantizer.embeddings.weight, before)
+        assert not any(sample.keys.isfinite().any() for sample in watch.samples)
         (line,) = said
         assert line.startswith("WARNING: the codebook collapses. Only 19% of 16 codes were chosen")
         assert ("revive_every" in line) == ("trained" not in options)
@@ -206,6 +221,133 @@ def test_a_codebook_in_use_is_left_alone():
     assert torch.equal(quantizer.embeddings.weight, before)
 
 
+@pytest.mark.parametrize("lost", [[], [1, 2, 4]])
+def test_a_window_goes_on_until_it_has_seen_enough(lost):
+    """160 vectors tell about 16 codes. Here come 32 in a step, for windows of two steps, or fewer steps do."""
+    quantizer, said = crowded(), []
+    watch = make_watch(quantizer, said, last_step=100)
+    revived, usage = {}, {}
+    for step in range(1, 15):
+        if step not in lost:
+            see(watch, step, latents(2, seed=step), torch.arange(2 * step, 2 * step + 2))
+            state = watch.state_dict()  # a checkpoint in between, which another process continues
+            watch = make_watch(quantizer, said, last_step=100)
+            watch.load_state_dict(state)
+        status = watch.after_step(step)
+        revived[step], usage[step] = int(status["codes_revived"]), float(status["codebook_window_usage"])
+    end = 6 if not lost else 8  # 5 and 8 steps, up to an even one
+    assert [step for step, count in revived.items() if count] == [end] and revived[end] == 13
+    assert usage[end - 1] == usage[end] == usage[end + 1] == 3 / 16
+    assert [line.startswith("WARNING") for line in said] == [True, False]
+    assert f"for the last {32 * (end - len(lost))} tokens" in said[0]
+
+
+def test_tokens_with_the_empty_code_are_neither_counted_nor_drawn():
+    """Whatever their latents are, and without grids too."""
+    quantizer = VectorQuantizer(n_embed=K + 1, embed_dim=4, latent_channels=4, empty_code=True)
+    quantizer.fill(crowded().embeddings.weight.detach())
+    occupied = torch.rand(5, *CELLS, generator=torch.Generator().manual_seed(1)) < 0.3
+    z = latents(5).masked_fill(~occupied[:, None], 7.0)
+    quantized = quantizer(z, occupied)
+    counts = codebook_counts(quantized.indices, K + 1)[1:]
+    watch = make_watch(quantizer)
+    watch.observe(1, counts[None], z, quantized, None, torch.arange(5))
+    keys = torch.where(occupied.flatten(), keys_of(quantizer, z, torch.arange(5), seed=3).flatten(), torch.inf)
+    assert occupied.sum() > K and watch.counts.shape == (1, K) and watch.counts.sum() == occupied.sum()
+    assert torch.equal(watch.state_dict()["vectors"], quantizer.to_vectors(z).flatten(0, 3)[keys.argsort()[:K]])
+
+
+# --- several codebooks ---
+
+SEVERAL = [(kind, decay) for kind in (ResidualVectorQuantizer, ProductVectorQuantizer) for decay in (None, 0.9)]
+
+
+def several(kind: type[Quantizer], decay: float | None = None, empty_code: bool = False) -> Quantizer:
+    """Two codebooks with codes 0 to 2 near vectors and all others far away."""
+    shape = {"n_embed": K + empty_code, "embed_dim": 4, "latent_channels": 4, "empty_code": empty_code}
+    quantizer = kind(**shape, num_codes=2, decay=decay).train(False)
+    for place in range(2):
+        codes = torch.randn(K, quantizer.code_channels(), generator=torch.Generator().manual_seed(place))
+        codes[3:] += 1000
+        quantizer.fill_codebook(place, codes)
+    return quantizer
+
+
+def what_each_quantizes(quantizer: Quantizer, z: Tensor) -> list[Tensor]:
+    """By the definition, [N, d] for each of two codebooks."""
+    vectors = quantizer.to_vectors(z).flatten(0, -2)
+    if isinstance(quantizer, ProductVectorQuantizer):
+        return list(vectors.chunk(2, 1))
+    first = quantizer.tables()[0].detach()
+    return [vectors, vectors - first[torch.cdist(vectors, first).argmin(1)]]
+
+
+def is_one_of(rows: Tensor, known: Tensor) -> bool:
+    return bool((rows[:, None] == known).all(-1).any(1).all())
+
+
+@pytest.mark.parametrize("kind, decay", SEVERAL)
+def test_dead_codes_of_each_codebook_move_to_what_it_quantizes(kind, decay):
+    quantizer, said = several(kind, decay), []
+    memory = memory_of(quantizer)
+    watch = make_watch(quantizer, said, memory, every=1)
+    before = {key: value.clone() for key, value in quantizer.state_dict().items()}
+    averages = {rate: {k: v.clone() for k, v in a["quantizer"].items()} for rate, a in memory.ema.averages.items()}
+    z = latents(12)
+    targets = what_each_quantizes(quantizer, z)
+    see(watch, 1, z, torch.arange(12))
+    counts = watch.counts.clone()
+    status = watch.after_step(1)
+    assert status["codes_revived"] == (counts == 0).sum() and status["codebook_window_usage"] == (counts > 0).sum() / 32
+    after = quantizer.state_dict()
+    assert set(quantizer.code_rows) == set(after)
+    for place in range(2):
+        chosen, dead = (counts[place] > 0).nonzero()[:, 0], (counts[place] == 0).nonzero()[:, 0]
+        assert 0 < len(chosen) <= 3
+        assert any(f"{len(dead)} of {K} codes in place {place + 1} of a token" in line for line in said)
+        new = after[f"embeddings.{place}.weight"][dead]
+        assert is_one_of(new, targets[place]) and len(new.unique(dim=0)) == len(dead)
+        for key in (key for key in after if f".{place}." in key):
+            assert torch.equal(after[key][chosen], before[key][chosen]), key
+            for rate, average in memory.ema.averages.items():
+                assert torch.equal(average["quantizer"][key][dead], after[key][dead]), key
+                assert torch.equal(average["quantizer"][key][chosen], averages[rate][key][chosen]), key
+        if decay is None:
+            state = memory.optimizer.state[list(quantizer.parameters())[place]]
+            for moment in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                assert (state[moment][dead] == 0).all() and (state[moment][chosen] != 0).all()
+        else:
+            assert (after[f"embeddings.{place}.counts"][dead] == 1).all()
+            assert torch.equal(after[f"embeddings.{place}.sums"][dead], new)
+
+
+@pytest.mark.parametrize("empty_code", [False, True])
+@pytest.mark.parametrize("kind", [ResidualVectorQuantizer, ProductVectorQuantizer])
+def test_samples_of_several_codebooks_are_those_of_the_smallest_keys_however_batches_are_cut(kind, empty_code):
+    quantizer, z, ids = several(kind, 0.9, empty_code), latents(9), torch.arange(40, 49)
+    occupied = torch.rand(9, *CELLS, generator=torch.Generator().manual_seed(1)) < 0.5
+    targets = what_each_quantizes(quantizer, z)
+    noise = sample_noise(ids, (2, 16), derive_seed("revival", 3), torch.device("cpu")).double()
+    for cuts in ([9], [4, 5], [1, 6, 2]):
+        watch = make_watch(quantizer)
+        for part, own, part_ids in zip(z.split(cuts), occupied.split(cuts), ids.split(cuts), strict=True):
+            with torch.no_grad():
+                quantized = quantizer(part, own)
+            counts = codebook_counts(quantized.indices, K + empty_code, 2)[:, int(empty_code) :]
+            watch.observe(1, counts, part, quantized, None, part_ids)
+            state = watch.state_dict()  # a checkpoint in between, which another process continues
+            watch = make_watch(quantizer)
+            watch.load_state_dict(state)
+        assert watch.counts.sum(1).tolist() == [occupied.sum() if empty_code else 9 * 16] * 2
+        for place, (target, table) in enumerate(zip(targets, quantizer.tables(), strict=True)):
+            error = torch.cdist(target.double(), table.double()).amin(1).square()
+            keys = -torch.log(0.5 * torch.special.erfc(-noise[:, place].flatten() / 2**0.5)) / error
+            if empty_code:
+                keys[~occupied.flatten()] = torch.inf
+            got = watch.state_dict()["vectors" if place == 0 else "vectors.1"]
+            assert torch.equal(got, target[keys.argsort()[:K]])
+
+
 # --- runs ---
 
 
@@ -216,6 +358,7 @@ def collapsed(tmp_path) -> str:
     codes[0] = 0
     torch.save({"embeddings.weight": codes}, tmp_path / "collapsed.pt")
     torch.save({"embeddings.weight": codes, "sums": codes, "counts": torch.ones(32)}, tmp_path / "collapsed_ema.pt")
+    torch.save({f"embeddings.{place}.weight": codes for place in range(2)}, tmp_path / "collapsed_residual.pt")
     return str(tmp_path / "collapsed.pt")
 
 
@@ -233,6 +376,15 @@ def stage1(quantizer: str = "VectorQuantizer", **args) -> dict:
     return config
 
 
+def start_of(quantizer: str, collapsed: str) -> dict:
+    """The configuration of a run from collapsed codes. Residual codes follow averages."""
+    suffix = {"VectorQuantizer": "", "EMAVectorQuantizer": "_ema", "ResidualVectorQuantizer": "_residual"}[quantizer]
+    config = stage1(quantizer, finetune_ckpt={"quantizer": collapsed.replace(".pt", f"{suffix}.pt")})
+    if quantizer == "ResidualVectorQuantizer":
+        config["models"]["quantizer"]["args"]["decay"] = 0.9
+    return config
+
+
 def test_a_collapsed_codebook_comes_back_to_life(vae_run, collapsed, data_dir, write_config, tmp_path, capsys):
     config = write_config(stage1(finetune_ckpt={"quantizer": collapsed}))
     assert run("--config", config, "--data_dir", data_dir, "--load_dir", vae_run, "--output_dir", tmp_path / "run") == 0
@@ -244,12 +396,11 @@ def test_a_collapsed_codebook_comes_back_to_life(vae_run, collapsed, data_dir, w
     assert capsys.readouterr().out.count("WARNING: the codebook collapses. Only 3% of 32 codes were chosen") == 1
 
 
-@pytest.mark.parametrize("quantizer", ["VectorQuantizer", "EMAVectorQuantizer"])
+@pytest.mark.parametrize("quantizer", ["VectorQuantizer", "EMAVectorQuantizer", "ResidualVectorQuantizer"])
 def test_a_run_cut_off_within_a_window_continues_exactly(
     quantizer, vae_run, collapsed, data_dir, write_config, tmp_path, monkeypatch
 ):
-    weights = collapsed if quantizer == "VectorQuantizer" else collapsed.replace(".pt", "_ema.pt")
-    config = write_config(stage1(quantizer, finetune_ckpt={"quantizer": weights}))
+    config = write_config(start_of(quantizer, collapsed))
     flags = ("--config", config, "--data_dir", data_dir, "--load_dir", vae_run)
     assert run(*flags, "--output_dir", tmp_path / "whole") == 0
     run_step = SparseStructureVqVaeTrainer.run_step
@@ -270,11 +421,14 @@ def test_a_run_cut_off_within_a_window_continues_exactly(
     assert len(checkpoint(tmp_path / "whole", 6)["misc_step0000006.pt"]["codebook_watch"]["keys"])
 
 
-@pytest.mark.parametrize("quantizer, loss_type", [("VectorQuantizer", "l1"), ("EMAVectorQuantizer", "none")])
+@pytest.mark.parametrize(
+    "quantizer, loss_type",
+    [("VectorQuantizer", "l1"), ("EMAVectorQuantizer", "none"), ("ResidualVectorQuantizer", "none")],
+)
 def test_two_ranks_equal_one(quantizer, loss_type, vae_run, collapsed, data_dir, write_config, tmp_path):
     """The moving averages have no parameters: nothing for an optimizer, nothing to reduce."""
-    weights = collapsed if quantizer == "VectorQuantizer" else collapsed.replace(".pt", "_ema.pt")
-    config = stage1(quantizer, finetune_ckpt={"quantizer": weights}, loss_type=loss_type, i_ddpcheck=1, max_steps=9)
+    config = start_of(quantizer, collapsed)
+    config["trainer"]["args"].update(loss_type=loss_type, i_ddpcheck=1, max_steps=9)
     flags = (
         "--config",
         write_config(config),
@@ -294,8 +448,8 @@ def test_two_ranks_equal_one(quantizer, loss_type, vae_run, collapsed, data_dir,
         assert a.keys() == b.keys()
         for name in a:
             assert a[name] == pytest.approx(b[name], abs=2e-5), (a["step"], name)
-    assert one[3]["codes_revived"] == two[3]["codes_revived"] == 31
-    codes = [checkpoint(tmp_path / name, 9)["quantizer_step0000009.pt"]["embeddings.weight"] for name in ("one", "two")]
+    assert one[3]["codes_revived"] == two[3]["codes_revived"] == (62 if quantizer == "ResidualVectorQuantizer" else 31)
+    codes = [checkpoint(tmp_path / name, 9)["quantizer_step0000009.pt"] for name in ("one", "two")]
     torch.testing.assert_close(*codes, atol=1e-4, rtol=0)
 
 
@@ -368,12 +522,12 @@ def test_several_codes_a_token_are_counted_by_place(vae_run, data_dir, write_con
     flags = ("--config", write_config(config), "--data_dir", data_dir, "--load_dir", vae_run)
     assert run(*flags, "--output_dir", tmp_path / "run") == 0
     line = [line for line in logged(tmp_path / "run") if "loss" in line][-1]
-    assert 0 < line["codebook_usage"] <= line["codebook_window_usage"] <= 1 and "codes_revived" not in line
+    assert 0 < line["codebook_usage"] <= line["codebook_window_usage"] <= 1 and "codes_revived" in line
     assert 1 <= line["codebook_perplexity"] <= 32
     misc = checkpoint(tmp_path / "run", 3)["misc_step0000003.pt"]
     counts = misc["codebook_watch"]["counts"]
     assert counts.shape == (2, 32) and counts.sum(1).tolist() == [3 * 4 * 64] * 2
-    assert misc["codebook_watch"].keys() == {"counts", "usage"}
+    assert misc["codebook_watch"].keys() == {"counts", "usage", "keys", "vectors", "keys.1", "vectors.1"}
 
 
 def test_the_entropy_loss_has_its_weight(vae_run, data_dir, write_config, tmp_path, capsys):
@@ -395,14 +549,15 @@ def test_usage_of_several_codes_is_the_mean_over_places(monkeypatch):
     ids = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 1]]).view(1, 2, 2, 1, 2)
 
     class Stub:
-        n_embed, codes_per_token = 4, 2
+        n_embed, codes_per_token, empty_code, first_code = 4, 2, False, 0
 
-        def __call__(self, z):
+        def __call__(self, z, occupied):
             from trellis.modules.quantizers.base import Quantized
 
             return Quantized(z, ids, {"vq": torch.zeros(()), "commit": torch.zeros(())})
 
     trainer.quantizer, trainer.quantizer_losses, trainer.watch, trainer.loss_type = Stub(), (), None, "none"
+    trainer.vqvae = VqVae(None, trainer.quantizer, None)
     _, status = trainer.training_losses(sample_ids=torch.zeros(1), z=torch.zeros(1))
     assert status.codebook_usage == (2 / 4 + 3 / 4) / 2
     entropies = [-sum(p * np.log(p) for p in shares) for shares in ((3 / 4, 1 / 4), (1 / 2, 1 / 4, 1 / 4))]

@@ -18,9 +18,21 @@ def trainer(*names: str) -> set[str]:
 
 
 TOKENS = {"models.quantizer.args.embed_dim"}
+# Tokens of 2x2x2 cells instead of 1x1x4 or one.
+BLOCKS = TOKENS | {"models.quantizer.args.group"}
+TRANSFORMER = {"models.transformer"}
+DECAY = "models.quantizer.args.decay"
+EMPTY_CODE = {"models.quantizer.args.empty_code", DECAY}
+SEVERAL_CODES = {"models.quantizer.name", "models.quantizer.args.num_codes"}
+CODES = {"models.quantizer.args.n_embed"}
+REVIVAL = {"trainer.args.revive_every", "trainer.args.revive_until"}
+# The small network of `base_*`.
+NARROW = {
+    f"models.{model}.args.{key}" for model in ("encoder", "decoder") for key in ("channels", "num_res_blocks_middle")
+}
 INTERVALS = trainer("i_eval", "i_sample", "i_save")
 LOG_INTERVALS = trainer("i_print", "i_log")
-COSINE = trainer("lr_scheduler.args.T_max", "lr_scheduler.warmup_steps")
+WARM_UP = trainer("lr_scheduler.warmup_steps")
 LR = trainer("optimizer.args.lr")
 OPTIMIZER = trainer("optimizer.name")
 CODEBOOK_WEIGHTS = trainer("lambda_vq", "lambda_commit")
@@ -35,21 +47,52 @@ SIBLINGS = [
     (
         "recipe_4096_stage2",
         "recipe_1024_stage2",
-        # As measured: 1024 tokens train for fewer steps, without symmetries.
-        TOKENS | INTERVALS | trainer("max_steps", "lr_scheduler.args.T_max") | {"dataset.args.augmentation"},
+        # 4096 tokens need no transformer, and fewer steps.
+        TOKENS | TRANSFORMER | INTERVALS | trainer("max_steps"),
     ),
+    ("recipe_1024_stage1", "recipe_512_stage1", BLOCKS),
+    (
+        "recipe_1024_stage2",
+        "recipe_512_stage2",
+        BLOCKS | {"models.transformer.args.channels", "models.transformer.args.lattice"},
+    ),
+    (
+        "recipe_4096_stage1",
+        "recipe_sparse_stage1",
+        # Codes of averages, without a decoder: nothing is learned by gradient.
+        CODES | EMPTY_CODE | CODEBOOK_WEIGHTS | {"models.quantizer.name"} | trainer("loss_type"),
+    ),
+    (
+        "recipe_4096_stage2",
+        "recipe_sparse_stage2",
+        CODES | EMPTY_CODE | INTERVALS | trainer("max_steps", "lambda_commit", "revive_every"),
+    ),
+    ("recipe_sparse_stage1", "recipe_sparse8x2_stage1", BLOCKS | CODES | SEVERAL_CODES | {DECAY}),
+    (
+        "recipe_512_stage2",
+        "recipe_sparse8x2_stage2",
+        EMPTY_CODE | SEVERAL_CODES | REVIVAL | trainer("lambda_commit"),
+    ),
+    *(
+        (f"recipe_sparse8x2_{stage}", f"recipe_sparse8x4_{stage}", {"models.quantizer.args.num_codes"})
+        for stage in ("stage1", "stage2")
+    ),
+    ("recipe_vae", "base_vae", NARROW | LR),
+    ("recipe_sparse_stage1", "base_stage1", NARROW),
+    ("recipe_sparse_stage2", "base_stage2", NARROW | LR | INTERVALS | trainer("max_steps")),
     (
         "recipe_vae",
         "recipe_4096_stage2",
-        OBJECTIVE | INTERVALS | COSINE | trainer("max_steps", "loss_type", "freeze", "revive_every")
+        OBJECTIVE | INTERVALS | WARM_UP | trainer("max_steps", "loss_type", "freeze", "revive_every")
         # Stage 2 makes nine passes over the data it was measured on, the VAE three.
         | {"dataset.args.augmentation"},
     ),
     (
         "recipe_1024_stage1",
         "recipe_1024_stage2",
-        # Stage 2 as it measured best: a codebook of moving averages, ConvMuon, bce_iou.
-        TRAINED | CODEBOOK_WEIGHTS | INTERVALS | OPTIMIZER | LR | {"models.quantizer.name"}
+        # Stage 2 as it measured best: a codebook of moving averages, a transformer around it, Muon, bce_iou.
+        TRAINED | CODEBOOK_WEIGHTS | INTERVALS | OPTIMIZER | LR | {"models.quantizer.name"} | TRANSFORMER
+        | {"dataset.args.augmentation"}
         | trainer("max_steps", "loss_type", "lr_scheduler", "revive_every"),
     ),
     *((f"vqvae_stage{stage}", f"vqvae_1024_stage{stage}", TOKENS) for stage in (1, 2, 3)),
@@ -69,17 +112,17 @@ SIBLINGS = [
         "recipe_4096_stage1",
         # Thousands of steps per GPU on a large collection, or a hundred in all on a small one.
         INTERVALS | LOG_INTERVALS | {"dataset.args.min_aesthetic_score"}
-        | trainer("max_steps", "batch_size", "batch_size_per_gpu", "ema_rate", "finetune_ckpt", "keep_last"),
+        | trainer("max_steps", "reference_batch", "ema_rate", "finetune_ckpt", "keep_last"),
     ),
     (
         "demo_vae",
         "demo_vae_pretrain",
-        INTERVALS | LOG_INTERVALS | COSINE | trainer("max_steps", "batch_size", "ema_rate", "seed"),
+        INTERVALS | LOG_INTERVALS | WARM_UP | trainer("max_steps", "batch_size", "ema_rate", "seed"),
     ),
     (
         "demo_vae_pretrain",
         "demo_vae_finetune",
-        INTERVALS | LOG_INTERVALS | COSINE | OPTIMIZER
+        INTERVALS | LOG_INTERVALS | WARM_UP | OPTIMIZER
         | trainer("max_steps", "batch_size", "ema_rate", "seed", "loss_type", "lambda_kl"),
     ),
     (
@@ -99,7 +142,8 @@ SIBLINGS = [
         "recipe_vae",
         # TRELLIS's training, and ours.
         INTERVALS | LOG_INTERVALS | OPTIMIZER | LR | {"dataset.args.min_aesthetic_score"}
-        | trainer("max_steps", "batch_size", "batch_size_per_gpu", "batch_split", "ema_rate", "grad_clip", "lambda_kl")
+        | trainer("max_steps", "batch_size_per_gpu", "reference_batch", "batch_split", "ema_rate", "grad_clip")
+        | trainer("lambda_kl")
         | trainer("fp16_mode", "fp16_scale_growth", "mix_precision_mode", "mix_precision_dtype")
         | trainer("lr_scheduler", "keep_last"),
     ),
@@ -134,7 +178,7 @@ def test_what_a_row_starts_from_has_the_same_networks():
     """`--load_dir` takes weights that fit. Stage 1 is the first with a codebook."""
     text = (ROOT / "configs/README.md").read_text(encoding="utf-8")
     starts = re.findall(r"^\| `(\w+)\.json` \|.*\| the run of `(\w+)\.json` \|", text, re.MULTILINE)
-    assert len(starts) == 10
+    assert len(starts) == 20
     for name, start in starts:
         models, before = (load_config(str(FILES[stem]))["models"] for stem in (name, start))
         for key, spec in before.items():
@@ -157,8 +201,24 @@ def test_the_vqvae_stages_keep_their_settings():
 
 
 def test_tokens_per_object():
-    """A token of embed_dim 8 is one of 16³ cells; of 32, four of them."""
+    """A token of embed_dim 8 is one of 16³ cells; of 32, four of them; of 64, eight."""
+    tokens = {"1024": 1024, "512": 512, "sparse8x2": 512, "sparse8x4": 512}
     for name, path in FILES.items():
         args = load_config(str(path))["models"].get("quantizer", {}).get("args")
         if args is not None:
-            assert 16**3 * 8 // args["embed_dim"] == (1024 if "1024" in name else 4096), name
+            wanted = next((count for form, count in tokens.items() if f"_{form}_" in name), 4096)
+            assert 16**3 * 8 // args["embed_dim"] == wanted, name
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("recipe_", "base_"))])
+def test_recipes_run_on_any_number_of_gpus_and_for_any_number_of_steps(name):
+    config = load_config(str(FILES[name]))
+    args = config["trainer"]["args"]
+    assert args["batch_size_per_gpu"] == args["reference_batch"] == 16
+    args["max_steps"] = 12345
+    for world_size in (1, 2, 3, 4):
+        completed = train.check_config(config, world_size)["trainer"]["args"]
+    schedule = completed["lr_scheduler"]
+    assert (schedule is None) == name.endswith("stage1")
+    if schedule is not None:  # the cosine ends with the training
+        assert schedule["args"]["T_max"] == 12345 - schedule["warmup_steps"]

@@ -337,8 +337,8 @@ def test_rms_scaling_has_a_floor_for_tensors_that_start_at_zero():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ({"name": "AdamX"}, "where.name is 'AdamX', which is neither in torch.optim nor ConvMuon; did you mean Adam"),
-        ({"name": "Optimizer"}, "which is neither in torch.optim nor ConvMuon"),
+        ({"name": "AdamX"}, "where.name is 'AdamX', which is neither in torch.optim nor Muon; did you mean Adam"),
+        ({"name": "Optimizer"}, "which is neither in torch.optim nor Muon"),
         ({"name": "LBFGS"}, "needs a closure"),
         ({"name": "SparseAdam"}, "cannot take a step with SparseAdam: SparseAdam does not support dense"),
         ({"name": "SGD", "args": {"params": []}}, "where.args.params is unknown to SGD"),

@@ -22,10 +22,14 @@ OWN_ARGS = {
     "IndexBackpropagationQuantizer": {},
     "ResidualVectorQuantizer": {"num_codes": 3},
     "ProductVectorQuantizer": {"num_codes": 2},
+    "ResidualVectorQuantizer by averages": {"num_codes": 3, "decay": 0.9},
+    "ProductVectorQuantizer by averages": {"num_codes": 2, "decay": 0.9},
 }
 NAMES = list(OWN_ARGS)
+CLASSES = [name for name in NAMES if " " not in name]
 GRIDS = ("FiniteScalarQuantizer", "LookupFreeQuantizer")
-SEVERAL = ("ResidualVectorQuantizer", "ProductVectorQuantizer")
+SEVERAL = [name for name in NAMES if name.startswith(("Residual", "Product"))]
+AVERAGES = ["EMAVectorQuantizer", *(name for name in NAMES if name.endswith("averages"))]
 TABLES = [name for name in NAMES if name not in SEVERAL]
 REVIVABLE = [name for name in TABLES if name not in GRIDS]
 GROUPS = [None, [2, 1, 1], [2, 2, 1], [1, 1, 4]]
@@ -36,7 +40,7 @@ def quantizer_of(name: str, group=None, codes_from=lambda vectors, count: vector
     torch.manual_seed(0)
     cells = 1 if group is None else group[0] * group[1] * group[2]
     shape = {"n_embed": K, "embed_dim": C * cells, "latent_channels": C, "group": group}
-    quantizer = build({"name": name, "args": {**shape, **OWN_ARGS[name]}})
+    quantizer = build({"name": name.split()[0], "args": {**shape, **OWN_ARGS[name]}})
     quantizer.fit(quantizer.to_vectors(latents()).flatten(0, -2), codes_from)
     return quantizer.eval()
 
@@ -48,7 +52,7 @@ def latents(batch: int = 4, seed: int = 1) -> torch.Tensor:
 
 def test_every_quantizer_of_the_name_table_is_tested():
     classes = {name for name in MODELS.classes if issubclass(MODELS.get(name, ""), Quantizer)}
-    assert classes == set(NAMES)
+    assert classes == set(CLASSES)
 
 
 SHARED_ARGUMENTS = {
@@ -59,18 +63,23 @@ SHARED_ARGUMENTS = {
     "init": ('"kmeans" or "uniform"', "kmeans"),
     "empty_code": ("boolean", False),
 }
+SEVERAL_CODEBOOKS = {
+    "num_codes": ("integer >= 2", 2),
+    "decay": ("number >= 0 and <= 1 or null", None),
+    "epsilon": ("number > 0", 1e-5),
+}
 OWN_ARGUMENTS = {
     "EMAVectorQuantizer": {"decay": ("number >= 0 and <= 1", 0.99), "epsilon": ("number > 0", 1e-5)},
     "SimVQ": {"init": ('"kmeans" or "normal"', "kmeans")},
     "FiniteScalarQuantizer": {"levels": ("list of integer >= 3", [8, 8, 8, 4, 4])},
     "LookupFreeQuantizer": {"temperature": ("number > 0", 1.0)},
     "IndexBackpropagationQuantizer": {"temperature": ("number > 0", 1.0)},
-    "ResidualVectorQuantizer": {"num_codes": ("integer >= 2", 2)},
-    "ProductVectorQuantizer": {"num_codes": ("integer >= 2", 2)},
+    "ResidualVectorQuantizer": SEVERAL_CODEBOOKS,
+    "ProductVectorQuantizer": SEVERAL_CODEBOOKS,
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_arguments_defaults_and_sizes(name):
     arguments = config_arguments(MODELS.get(name, ""))
     found = {key: (describe(annotation), default) for key, (annotation, default) in arguments.items()}
@@ -151,7 +160,7 @@ def test_gradients_reach_the_latents_and_every_parameter(name):
     assert z.grad.isfinite().all() and z.grad.abs().amax() > 0
     for key, parameter in quantizer.named_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.abs().amax() > 0, key
-    assert (len(list(quantizer.parameters())) == 0) == (name == "EMAVectorQuantizer")
+    assert (len(list(quantizer.parameters())) == 0) == (name in AVERAGES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -160,7 +169,7 @@ def test_codes_learn_from_the_reconstruction_and_from_vq_under_a_frozen_encoder(
         quantizer = quantizer_of(name).train()
         quantized = quantizer(latents())
         value = quantized.codes.square().sum() if loss == "reconstruction" else quantized.losses["vq"]
-        if name == "EMAVectorQuantizer":
+        if name in AVERAGES:
             assert not value.requires_grad
             continue
         value.backward()
@@ -186,7 +195,7 @@ def test_state_survives_a_round_trip(name):
     quantizer(z)
     args = {"n_embed": K, "embed_dim": C, "latent_channels": C, **OWN_ARGS[name]}
     torch.manual_seed(99)
-    other = build({"name": name, "args": args})
+    other = build({"name": name.split()[0], "args": args})
     other.load_state_dict(quantizer.state_dict())
     other.train()
     for _ in range(2):  # training moves statistics, which must be there too
@@ -217,9 +226,9 @@ def test_replaced_codes_stand_for_their_vectors_and_others_stay(name):
 def test_quantizers_without_single_codes_say_so(name):
     quantizer = quantizer_of(name)
     assert quantizer.code_rows == ()
-    with pytest.raises(NotImplementedError, match=f"{name} has no codes to replace"):
+    with pytest.raises(NotImplementedError, match=f"{name.split()[0]} has no codes to replace"):
         quantizer.replace_codes(torch.tensor([0]), torch.zeros(1, C))
-    with pytest.raises(NotImplementedError, match=f"{name} has no codebook to fill"):
+    with pytest.raises(NotImplementedError, match=f"{name.split()[0]} has no codebook to fill"):
         quantizer.fill(torch.zeros(K, C))
 
 

@@ -127,6 +127,11 @@ def _steps_over_ranks(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     for step in range(3):
         ema(latents(seed=step).chunk(ranks)[rank])
     results |= {f"ema.{key}": value for key, value in ema.state_dict().items()}
+    for cls in (ResidualVectorQuantizer, ProductVectorQuantizer):
+        quantizer = filled(cls, num_codes=2, decay=0.8)
+        for step in range(3):
+            quantizer(latents(seed=step).chunk(ranks)[rank])
+        results |= {f"ema.{cls.__name__}.{key}": value for key, value in quantizer.state_dict().items()}
     for cls in (LookupFreeQuantizer, IndexBackpropagationQuantizer):
         quantizer = filled(cls)
         quantized = quantizer(latents().chunk(ranks)[rank])
@@ -147,6 +152,7 @@ def test_two_ranks_equal_one_with_the_joint_batch(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     one = _steps_over_ranks(0, 1)
     assert one.keys() == first.keys() and "IndexBackpropagationQuantizer.embeddings.weight" in one
+    assert "ema.ResidualVectorQuantizer.embeddings.1.sums" in one
     for key, value in one.items():
         assert torch.equal(first[key], second[key]), key
         if key.startswith("ema."):
@@ -247,6 +253,9 @@ def test_residual_codes_are_nearest_to_what_is_left():
         commit = commit + (vectors_of(z) - total).square().mean() / 3
     torch.testing.assert_close(vectors_of(quantized.codes), total)
     torch.testing.assert_close(quantized.losses, {"vq": vq, "commit": commit})
+    averages = filled(ResidualVectorQuantizer, num_codes=3, decay=0.9)(z)
+    assert torch.equal(averages.codes, quantized.codes) and torch.equal(averages.indices, quantized.indices)
+    torch.testing.assert_close(averages.losses, {"vq": torch.zeros(()), "commit": commit})
 
 
 def test_product_codes_are_nearest_part_by_part():
@@ -275,6 +284,77 @@ def test_fits_go_stage_by_stage_and_part_by_part():
     product.fit(vectors, first_ones)
     assert torch.equal(torch.cat(asked[2:], 1), vectors)
     assert torch.equal(torch.cat(product.tables(), 1), vectors[:16])
+
+
+@pytest.mark.parametrize("cls", [ResidualVectorQuantizer, ProductVectorQuantizer])
+def test_each_of_several_codebooks_follows_averages_as_one_alone(cls):
+    """Bit for bit: every codebook beside an EMAVectorQuantizer that is given what that codebook quantizes."""
+    rates = {"decay": 0.8, "epsilon": 1e-3}
+    quantizer = filled(cls, num_codes=2, **rates)
+    channels = quantizer.tables()[0].shape[1]
+    alone = []
+    for table in quantizer.tables():
+        alone.append(EMAVectorQuantizer(n_embed=16, embed_dim=channels, latent_channels=channels, **rates).train())
+        alone[-1].fill(table)
+    for step in range(3):
+        z = latents(seed=step)
+        quantized = quantizer(z)
+        left, codes = z, []
+        for place, one in enumerate(alone):
+            got = one(left if cls is ResidualVectorQuantizer else z.chunk(2, 1)[place])
+            assert torch.equal(got.indices, quantized.indices[..., place])
+            codes.append(got.codes)
+            left = left - got.codes if cls is ResidualVectorQuantizer else left
+            state = {f"embeddings.{place}.{key.split('.')[-1]}": value for key, value in one.state_dict().items()}
+            assert all(torch.equal(quantizer.state_dict()[key], value) for key, value in state.items())
+        together = sum(codes) if cls is ResidualVectorQuantizer else torch.cat(codes, 1)
+        assert torch.equal(quantized.codes, together)
+    assert len(quantizer.state_dict()) == 6 and not list(quantizer.parameters())
+    quantizer.decay = 1.0  # nothing of a batch enters
+    before = {key: value.clone() for key, value in quantizer.state_dict().items() if "weight" not in key}
+    quantizer(latents(seed=9))
+    assert all(torch.equal(quantizer.state_dict()[key], value) for key, value in before.items())
+    before = {key: value.clone() for key, value in quantizer.state_dict().items()}
+    quantizer.decay = 0.5
+    quantizer.eval()(latents(seed=10))
+    assert all(torch.equal(quantizer.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("cls", [ResidualVectorQuantizer, ProductVectorQuantizer])
+def test_several_codebooks_that_followed_gradients_go_on_by_averages(cls, tmp_path):
+    plain, averages = filled(cls), filled(cls, decay=0.9)
+    assert plain.state_dict().keys() == {"embeddings.0.weight", "embeddings.1.weight"}
+    assert len(list(plain.parameters())) == 2
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(2)
+    averages(latents())
+    torch.save(plain.state_dict(), tmp_path / "quantizer.pt")
+    load_weights(averages, tmp_path / "quantizer.pt")
+    state = averages.state_dict()
+    for place, table in enumerate(plain.tables()):
+        assert torch.equal(state[f"embeddings.{place}.weight"], table)
+        assert torch.equal(state[f"embeddings.{place}.sums"], table)
+        assert torch.equal(state[f"embeddings.{place}.counts"], torch.ones(16))
+    whole = {key: value + 1 for key, value in state.items()}
+    assert averages.completed(whole) is whole and plain.completed(whole) is whole
+    torch.save({**state, "embeddings.1.sums": torch.zeros(7, 4)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="embeddings.1.sums is .7, 4. there"):
+        load_weights(averages, tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("cls", [ResidualVectorQuantizer, ProductVectorQuantizer])
+def test_fresh_codebooks_are_drawn_in_order(cls):
+    """As ever, so that a seed gives the weights that it gave before, by gradient or averages."""
+    torch.manual_seed(5)
+    quantizers = [cls(**SMALL, num_codes=2)]
+    torch.manual_seed(5)
+    quantizers.append(cls(**SMALL, num_codes=2, decay=0.9))
+    torch.manual_seed(5)
+    width = 4 if cls is ResidualVectorQuantizer else 2
+    for tables in zip(*(quantizer.tables() for quantizer in quantizers), strict=True):
+        want = torch.empty(16, width).uniform_(-1 / 16, 1 / 16)
+        assert all(torch.equal(table, want) for table in tables)
 
 
 # --- fixed grids ----------------------------------------------------------------------------------------------

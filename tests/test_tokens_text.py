@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from trellis.tokens.octree import Octree
 from trellis.tokens.text import SHAPELLM, Parsed, TokenFormat
 from trellis.utils.errors import ConfigError, DataError
 
@@ -169,7 +170,8 @@ def test_each_kind_of_repair_is_reported_once_in_order():
     ]
 
 
-def test_no_text_raises_and_every_repair_is_reported_when_not_strict():
+@pytest.mark.parametrize("form", [FORMAT, TokenFormat.at(100, 10, Octree((2, 1, 1), 10))], ids=["dense", "octree"])
+def test_no_text_raises_and_every_repair_is_reported_when_not_strict(form):
     """Random mixtures of words, halves of words and noise. A text without problems is the strict one's, the rest give
     T ids in range."""
     pieces = [
@@ -196,20 +198,25 @@ def test_no_text_raises_and_every_repair_is_reported_when_not_strict():
         "²",
         "١",
         "9" * 5000,
+        "<octree1>",
+        "<octree17>",
+        "<octree255>",
+        "<octree256>",
+        "<octree",
     ]
     rng = random.Random(0)
     for _ in range(3000):
         text = "".join(rng.choices(pieces, k=rng.randrange(12)))
-        parsed = FORMAT.from_text(text, 2, strict=False, fill=[5, 6])
+        parsed = form.from_text(text, 2, strict=False, fill=[5, 6])
         assert len(parsed.ids) == 2 and all(0 <= code < 10 for code in parsed.ids.tolist())
         for problem in parsed.problems:
             problem.encode()  # can be printed
         if parsed.problems:
             with pytest.raises(DataError) as caught:
-                FORMAT.from_text(text, 2)
+                form.from_text(text, 2)
             assert parsed.problems[0].startswith(str(caught.value).rpartition(". Refused: ")[0])
         else:
-            assert torch.equal(FORMAT.from_text(text, 2).ids, parsed.ids)
+            assert torch.equal(form.from_text(text, 2).ids, parsed.ids)
 
 
 def test_long_noise_is_read_in_linear_time():
@@ -260,3 +267,160 @@ def test_a_fill_must_be_an_object(fill):
 def test_words_and_ids_that_could_be_mistaken_are_refused(changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         TokenFormat(**{"first_id": 100, "n_embed": 10, "start_id": 110, "end_id": 111, **changes})
+
+
+# --- the octree form ---
+
+OCTREE = Octree((3, 2, 1), 10)
+OBJECT = [1, 0, 2, 3, 4, 5]  # values: masks 17, 81 and 5, codes 1 to 5
+WORDS = TokenFormat.at(100, 10, OCTREE)  # codes 100 to 109, start 110, end 111, masks 112 to 366
+
+
+def test_the_octree_has_words_behind_those_of_shapellm():
+    words = "<octree17><octree81><octree5><mesh1><mesh2><mesh3><mesh4><mesh5>"
+    assert WORDS.to_text(OBJECT) == f"<mesh-start>{words}<mesh-end>"
+    assert WORDS.to_vocabulary(OBJECT) == [110, 128, 192, 116, 101, 102, 103, 104, 105, 111]
+    assert WORDS.to_text([0] * 6) == "<mesh-start><mesh-end>"
+    shapellm = TokenFormat.at(SHAPELLM.first_id, 8192, Octree((16, 16, 4), 8192))
+    assert shapellm.vocabulary.items() > SHAPELLM.vocabulary.items()
+    assert list(shapellm.vocabulary)[8192:8196] == ["<mesh-start>", "<mesh-end>", "<octree1>", "<octree2>"]
+    for form, number in ((SHAPELLM, 8194), (shapellm, 8194 + 255)):
+        assert list(form.vocabulary.values()) == list(range(151665, 151665 + number))
+
+
+@pytest.mark.parametrize("order", ["breadth", "depth"])
+@pytest.mark.parametrize(("lattice", "codes"), [((3, 2, 1), 1), ((4, 4, 4), 2), ((16, 16, 4), 1)])
+def test_objects_survive_as_text_and_vocabulary_of_the_octree(lattice, codes, order):
+    octree = Octree(lattice, 50, codes, order)
+    rng = torch.Generator().manual_seed(0)
+    for words in (TokenFormat.at(7, 50, octree), TokenFormat(7, 50, 3, 4, "[B]", "[E]", "|v{}", "#{}#", 400, octree)):
+        ids_of = words.vocabulary
+        for share in (0.0, 0.2, 1.0):
+            ids = torch.randint(1, 50, (octree.num_tokens // codes, codes), generator=rng)
+            ids = (ids * (torch.rand(len(ids), 1, generator=rng) < share)).reshape(-1)
+            text, vocabulary = words.to_text(ids), words.to_vocabulary(ids)
+            assert [ids_of[word] for word in re.findall(r"<[^>]*>|\[.\]|\|v\d+|#\d+#", text)] == vocabulary
+            for number in (None, octree.num_tokens):
+                for strict in (True, False):
+                    for parsed in (
+                        words.from_text(f"Here: {text}.", number, strict=strict),
+                        words.from_vocabulary([1, *vocabulary, 2], number, strict=strict),
+                    ):
+                        assert torch.equal(parsed.ids, ids) and parsed.problems == []
+
+
+MASK_WORDS = "<octree17><octree81><octree5>"
+STANDS = "the code of the token at (1, 0, 0) must stand there"
+BAD_OCTREES = {
+    "text between": (
+        f"<mesh-start>{MASK_WORDS}{words(1, 2)} and {words(3, 4, 5)}<mesh-end>",
+        OBJECT,
+        ["'and' stands between the object's words; left out"],
+    ),
+    "unknown code": (
+        f"<mesh-start>{MASK_WORDS}{words(1, 10, 3, 4, 5)}<mesh-end>",
+        [1, 0, 1, 3, 4, 5],
+        [f"value 4 is '<mesh10>'; {STANDS}; replaced by the nearest token's"],
+    ),
+    "code 0": (
+        f"<mesh-start>{MASK_WORDS}{words(1, 0, 3, 4, 5)}<mesh-end>",
+        [1, 0, 1, 3, 4, 5],
+        [f"value 4 is '<mesh0>'; {STANDS}; replaced by the nearest token's"],
+    ),
+    "damaged mask": (
+        f"<mesh-start><octree17><octree81><octree-5>{words(1, 2, 3)}<mesh-end>",
+        [1, 0, 2, 3, 0, 0],
+        [
+            "value 2 is '<octree-5>'; the mask of the block of 2³ tokens at (2, 0, 0) must stand there; "
+            "the block is taken as empty"
+        ],
+    ),
+    "unknown masks": (
+        "<mesh-start><octree17><octree256><octree0><mesh-end>",
+        [0] * 6,
+        [
+            "value 1 is '<octree256>'; the mask of the block of 2³ tokens at (0, 0, 0) must stand there (2 such); "
+            "the block is taken as empty"
+        ],
+    ),
+    "cut off": (
+        f"<mesh-start>{MASK_WORDS}{words(1, 2)}<me",
+        [1, 0, 2, 2, 2, 2],
+        [
+            "'<me' stands between the object's words; left out",
+            "the object has no end",
+            "the sequence ends after 5 values, but the code of the token at (1, 1, 0) must follow; "
+            "missing blocks are taken as empty, missing codes are the nearest token's",
+        ],
+    ),
+    "surplus": (
+        f"<mesh-start>{MASK_WORDS}{words(1, 2, 3, 4, 5, 6, 7)}<mesh-end>",
+        OBJECT,
+        ["value 8 is '<mesh6>', but the object is complete before it; the last 2 are dropped"],
+    ),
+    "no start": (
+        f"{MASK_WORDS}{words(1, 2, 3, 4, 5)}<mesh-end>",
+        OBJECT,
+        ["the object has no start before '<octree17>'"],
+    ),
+    "two objects": (
+        f"{whole()}<mesh-start>{MASK_WORDS}{words(1, 2, 3, 4, 5)}<mesh-end>",
+        OBJECT,
+        ["there are 2 objects, or parts of them; number 2 is read"],
+    ),
+    "nothing": ("", [0] * 6, ["there is no object in it: neither start nor end nor a code"]),
+}
+
+
+@pytest.mark.parametrize(("text", "repaired", "problems"), BAD_OCTREES.values(), ids=BAD_OCTREES)
+def test_a_damaged_octree_is_refused_or_repaired(text, repaired, problems):
+    for parsed in (
+        WORDS.from_text(text, 6, strict=False, fill=[0] * 6),
+        WORDS.from_text(text, None, strict=False),
+    ):
+        assert parsed.ids.tolist() == repaired and parsed.problems == problems
+    with pytest.raises(DataError) as error:
+        WORDS.from_text(text, 6)
+    assert problems[0].startswith(str(error.value).partition(". Refused: ")[0])
+
+
+def test_damaged_vocabulary_ids_of_an_octree_are_refused_or_repaired():
+    vocabulary = WORDS.to_vocabulary(OBJECT)
+    with pytest.raises(DataError, match=r"value 2 is 367; the mask of the block of 2³ tokens at \(2, 0, 0\)"):
+        WORDS.from_vocabulary([*vocabulary[:3], 367, *vocabulary[4:]], 6)
+    parsed = WORDS.from_vocabulary([*vocabulary[:5], 99, *vocabulary[6:]], 6, strict=False)
+    assert parsed.ids.tolist() == [1, 0, 1, 3, 4, 5]
+    assert parsed.problems == [f"value 4 is 99; {STANDS}; replaced by the nearest token's"]
+
+
+def test_the_dense_form_knows_no_octree():
+    with pytest.raises(DataError, match="'<octree17>' stands between the object's words"):
+        TokenFormat.at(100, 10).from_text("<mesh-start><octree17><mesh1><mesh-end>", 1)
+
+
+def test_an_octree_of_another_number_of_ids_is_refused():
+    with pytest.raises(ValueError, match="num_tokens is 7; the octree's objects have 6 ids"):
+        WORDS.from_text("", 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"octree": None}, "octree and first_mask_id go together"),
+        ({"first_mask_id": None}, "octree and first_mask_id go together"),
+        ({"octree": Octree((3, 2, 1), 11)}, "octree has 11 codes, but n_embed is 10"),
+        ({"first_mask_id": -1}, "first_mask_id is -1"),
+        ({"first_mask_id": 109}, "109 to 363 must be >= 0 and no ids of the codes"),
+        ({"first_mask_id": 0}, "0 to 254 must"),
+        ({"first_mask_id": 111}, "111 to 365 must"),
+        ({"mask": "<octree>"}, "have {} once"),
+        ({"mask": "{}"}, "run into each other"),
+        ({"mask": "<mesh{}>"}, "mask is '<mesh{}>'; it must not be blank or contain a code's word (<mesh{}>)"),
+        ({"mask": "o{}<mesh7>"}, "contain a code's word"),
+        ({"start": "<octree5>"}, "start is '<octree5>'; it must not be blank or contain a mask's word (<octree{}>)"),
+    ],
+)
+def test_words_and_ids_of_masks_that_could_be_mistaken_are_refused(changes, message):
+    settings = {"first_id": 100, "n_embed": 10, "start_id": 110, "end_id": 111, "first_mask_id": 112, "octree": OCTREE}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        TokenFormat(**{**settings, **changes})

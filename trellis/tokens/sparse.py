@@ -71,13 +71,18 @@ def morton_order(lattice: Sequence[int], codes_per_token: int = 1) -> Tensor:
     cubes. The codes of a token stay together.
     lattice: (X', Y', Z'), of any sizes; T = X'·Y'·Z'·codes_per_token.
     """
-    coordinates = np.indices(tuple(lattice)).reshape(3, -1)  # of the tokens, z fastest
-    key = np.zeros(coordinates.shape[1], dtype=np.int64)
+    order = morton_keys(lattice).argsort()
+    return torch.from_numpy((order[:, None] * codes_per_token + np.arange(codes_per_token)).reshape(-1))
+
+
+def morton_keys(lattice: Sequence[int]) -> np.ndarray:
+    """Return the interleaved bits of each token's x, y and z, int64 [X'·Y'·Z'] in order of the lattice, z fastest."""
+    coordinates = np.indices(tuple(lattice)).reshape(3, -1)
+    keys = np.zeros(coordinates.shape[1], dtype=np.int64)
     for bit in range(max(size - 1 for size in lattice).bit_length()):
         for axis, values in enumerate(coordinates):
-            key |= ((values >> bit) & 1) << (3 * bit + 2 - axis)
-    order = key.argsort()
-    return torch.from_numpy((order[:, None] * codes_per_token + np.arange(codes_per_token)).reshape(-1))
+            keys |= ((values >> bit) & 1) << (3 * bit + 2 - axis)
+    return keys
 
 
 def _checked(values: Sequence[int] | Tensor, name: str, limit: int) -> np.ndarray:

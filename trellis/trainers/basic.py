@@ -74,7 +74,10 @@ class BasicTrainer:
         batch_size: Count | None = None,  # samples per step over all ranks
         batch_size_per_gpu: Count | None = None,  # samples per step of each rank; give one of the two
         batch_split: Count = 1,  # micro-batches per step of each rank (gradient accumulation)
-        optimizer: dict,  # {"name", "args"} of a class of torch.optim, or ConvMuon
+        # the batch that lr, ema_rate and the codebook's rates are meant for; with another one they are scaled (see
+        # `batch_ratio`); null: they are taken as they are
+        reference_batch: Count | None = None,
+        optimizer: dict,  # {"name", "args"} of a class of torch.optim, or Muon
         # {"name", "args", "warmup_steps"} of a class of torch.optim.lr_scheduler, or LinearWarmupLRScheduler
         lr_scheduler: dict | None = None,
         # "rms": the lr of each tensor is the given one times its RMS at the start of the run
@@ -109,6 +112,7 @@ class BasicTrainer:
         self.batch_per_rank = samples_per_rank(batch_size, batch_size_per_gpu, world, "trainer.args")
         self.global_batch = self.batch_per_rank * world
         self.micro_batch_size = self.batch_per_rank // batch_split
+        self.reference_batch = reference_batch
         self.optimizer_spec, self.scheduler_spec = optimizer, lr_scheduler
         self.lr_scaling, self.lr_multipliers = lr_scaling, lr_multipliers
         self.clipper = optim.build_grad_clipper(grad_clip)
@@ -159,7 +163,23 @@ class BasicTrainer:
 
     def facts(self) -> list[str]:
         """Return lines on what is trained, for --tryrun."""
-        return []
+        if self.batch_ratio == 1:
+            return []
+        rates = ", ".join(f"{rate:g} becomes {rate**self.batch_ratio:.6g}" for rate in self.ema_rates)
+        return [
+            f"{self.global_batch} samples per step, {self.batch_ratio:g} of the reference_batch: lr times "
+            f"{self.batch_ratio**0.5:.3g}, ema_rate {rates}"
+        ]
+
+    @property
+    def batch_ratio(self) -> float:
+        """Samples per step in reference batches, κ; 1 without a reference.
+
+        With κ times the samples, a step is to do what κ steps did: decays are raised to the power of κ
+        (arXiv:2307.13813, Sec. 3) and intervals divided by it. lr is multiplied by √κ, the rule for Adam
+        (arXiv:2205.10287), whose steps do not grow with the gradient either.
+        """
+        return self.global_batch / self.reference_batch if self.reference_batch else 1.0
 
     @classmethod
     def check_config(cls, config: dict, world_size: int) -> dict[str, Any]:
@@ -390,9 +410,11 @@ class BasicTrainer:
             named or {"none": nn.Parameter(torch.zeros(1, 1, device=self.device))},
             self.lr_scaling,
             lr_multipliers=self.lr_multipliers,
+            hidden={f"{key}.{name}" for key, model in self.trained.items() for name in model.hidden_matrices()},
         )
+        optim.scale_for_batch(self.optimizer, self.batch_ratio)
         self.scheduler = optim.build_lr_scheduler(self.scheduler_spec, self.optimizer)
-        self.ema = EMA(self.trained, self.ema_rates)
+        self.ema = EMA(self.trained, self.ema_rates, self.batch_ratio)
         self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.objective = build_objective(self.trained, self.training_losses, self.device)
 
@@ -454,6 +476,7 @@ class BasicTrainer:
         self.seconds = self.logged_seconds = misc["seconds"]
         self.best = misc["best"]
         self.optimizer.load_state_dict(misc["optimizer"])
+        optim.scale_for_batch(self.optimizer, self.batch_ratio)  # the run so far may have had another batch
         if self.scheduler is not None:
             self.scheduler.load_state_dict(misc["lr_scheduler"])
         self.clipper.load_state_dict(misc["grad_clip"])

@@ -23,11 +23,12 @@ class EMA:
     """One average per rate.
 
     models: {name: module} being trained.
-    rates: such as [0.9999].
+    rates: such as [0.9999], by which the averages are named.
+    batch_ratio: samples per step, relative to the batch that the rates are meant for.
     """
 
-    def __init__(self, models: Mapping[str, nn.Module], rates: list[float]):
-        self.models, self.rates = models, rates
+    def __init__(self, models: Mapping[str, nn.Module], rates: list[float], batch_ratio: float = 1.0):
+        self.models, self.rates, self.batch_ratio = models, rates, batch_ratio
         self.averages: dict[float, dict[str, dict[str, Tensor]]] = {
             rate: {name: self._copy(model) for name, model in models.items()} for rate in rates
         }
@@ -45,7 +46,7 @@ class EMA:
                 floats = [(mean, live) for mean, live in pairs if mean.is_floating_point()]
                 if floats:
                     means, lives = zip(*floats, strict=True)
-                    torch._foreach_lerp_(means, lives, 1 - ramped_rate(rate, step))
+                    torch._foreach_lerp_(means, lives, 1 - ramped_rate(rate, step) ** self.batch_ratio)
                 for mean, live in pairs:
                     if not mean.is_floating_point():
                         mean.copy_(live)

@@ -1,8 +1,12 @@
-"""Muon: steps of equal size along every direction of a convolution's weight (Jordan et al. 2024,
+"""Muon: steps of equal size along every direction of a hidden layer's weight (Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon), with the size of arXiv:2502.16982, Sec. 2.2.
 
-A weight [C', C, 3, 3, 3] is treated as the matrix [C', 27·C]. Its momentum G = U·S·Vᵀ becomes about U·Vᵀ, by five steps
-of a Newton-Schulz iteration, which needs only matrix products.
+A convolution's weight [C', C, 3, 3, 3] is treated as the matrix [C', 27·C]. The momentum G = U·S·Vᵀ of a matrix becomes
+about U·Vᵀ, by five steps of a Newton-Schulz iteration, which needs only matrix products.
+
+Nothing in a matrix's shape tells a hidden layer from a codebook, whose rows are single codes, or from a table of
+positions. So matrices are orthogonalized only in groups that say so, which `build_optimizer` makes by the models' own
+lists (`Model.hidden_matrices`).
 
 Axes: N weights of one shape, R rows, S columns.
 """
@@ -15,10 +19,14 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 # RMS of an update at lr 1. Adam's is about the same, so its lr and weight decay work here too.
 UPDATE_RMS = 0.2
+CONVOLUTION = 5  # axes of a 3-D convolution's weight
 
 
-class ConvMuon(torch.optim.AdamW):
-    """Muon for the weights of convolutions, AdamW for all else: norms, biases, codes, projections."""
+class Muon(torch.optim.AdamW):
+    """Muon for the weights of convolutions and for hidden matrices, AdamW for all else: norms, biases, codes.
+
+    A parameter group with "hidden": True holds matrices to orthogonalize.
+    """
 
     def __init__(
         self,
@@ -44,8 +52,11 @@ class ConvMuon(torch.optim.AdamW):
                 loss = closure()
         hidden = []
         for group in self.param_groups:
-            pairs = [(p, p.grad) for p in group["params"] if p.ndim > 2 and p.grad is not None]
-            self._step_convolutions(pairs, group)
+            orthogonalize = group.get("hidden", False)  # older checkpoints have groups without the key
+            pairs = [
+                (p, p.grad) for p in group["params"] if p.grad is not None and (p.ndim == CONVOLUTION or orthogonalize)
+            ]
+            self._step_hidden(pairs, group)
             for weight, _ in pairs:
                 weight.grad = None  # so that AdamW skips it
             hidden += pairs
@@ -54,7 +65,7 @@ class ConvMuon(torch.optim.AdamW):
             weight.grad = grad
         return loss
 
-    def _step_convolutions(self, pairs: list[tuple[Tensor, Tensor]], group: dict) -> None:
+    def _step_hidden(self, pairs: list[tuple[Tensor, Tensor]], group: dict) -> None:
         """Take the step of weights, each paired with its gradient."""
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
         for weight, grad in pairs:

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Annotated, Literal
 
 import torch
@@ -14,7 +14,7 @@ from ..utils import dist_utils
 from ..utils.config import Count, Range, check_args, check_component, matches
 from ..utils.errors import ConfigError
 from ..utils.registry import did_you_mean
-from .muon import ConvMuon
+from .muon import Muon
 
 LrScaling = Literal["none", "rms"]
 
@@ -22,6 +22,8 @@ LrScaling = Literal["none", "rms"]
 # that start at zero (biases, zero-initialized convolutions) could not move otherwise.
 RMS_FLOOR = 1e-3
 
+# Ours, beside those of torch.optim; torch's own Muon takes matrices alone. ConvMuon is the name of earlier versions.
+OWN = {"Muon": Muon, "ConvMuon": Muon}
 # Optimizers that have one kernel for the whole step on a GPU, and the arguments that exclude it.
 FUSED = ("Adam", "AdamW", "SGD")
 ONE_OF_FUSED = {"fused", "foreach", "capturable", "differentiable"}
@@ -64,13 +66,15 @@ def build_optimizer(
     lr_scaling: LrScaling,
     where: str = "optimizer",
     lr_multipliers: dict[str, float] | None = None,
+    hidden: Set[str] = frozenset(),
 ) -> torch.optim.Optimizer:
-    """Build any class of torch.optim by name, or `ConvMuon`.
+    """Build any class of torch.optim by name, or `Muon`.
 
     parameters: {model.name: parameter} to train.
     lr_scaling: "none" uses the given lr; "rms" gives each tensor its own group, whose lr is the given one times the
         tensor's present RMS, so that lr is a relative step.
     lr_multipliers: {model: factor of its lr}; 1 for a model that is not named.
+    hidden: names of the matrices that `Muon` orthogonalizes beside convolutions; other optimizers treat all alike.
     Each group stores its factor as `lr_scale` and the lr without it as `relative_lr`. On a GPU, optimizers that have a
     fused form use it unless args say otherwise.
     """
@@ -81,11 +85,14 @@ def build_optimizer(
         for key, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
-    known["ConvMuon"] = ConvMuon
+    known |= OWN
     if name not in known:
         raise ConfigError(
-            f"{where}.name is {name!r}, which is neither in torch.optim nor ConvMuon{did_you_mean(name, known)}"
+            f"{where}.name is {name!r}, which is neither in torch.optim nor Muon{did_you_mean(name, known)}"
         )
+    for key in hidden:
+        if key not in parameters or parameters[key].ndim != 2:
+            raise ValueError(f"{key} is in `hidden`, but is not a matrix that is trained")
     cls = known[name]
     if name == "LBFGS":
         raise ConfigError(f"{where}.name is 'LBFGS', which needs a closure per step; use AdamW or another")
@@ -110,6 +117,8 @@ def build_optimizer(
             groups.append({"params": own, "lr": args["lr"] * scale, "lr_scale": scale, "name": model})
     else:
         groups = [{"params": list(parameters.values()), "lr_scale": 1.0}]
+    if cls is Muon:
+        groups = _with_hidden_apart(groups, {id(parameters[key]) for key in hidden})
     if name in FUSED and not args.keys() & ONE_OF_FUSED and all(p.is_cuda for p in parameters.values()):
         args = {**args, "fused": True}
     try:
@@ -121,6 +130,31 @@ def build_optimizer(
     return optimizer
 
 
+def scale_for_batch(optimizer: torch.optim.Optimizer, ratio: float) -> None:
+    """Multiply the lr of every group by √ratio, beside its own factor; an earlier call's factor no longer counts.
+
+    ratio: samples per step, relative to the batch that the configuration's lr is meant for.
+    """
+    for group in optimizer.param_groups:
+        group["lr_scale"] *= math.sqrt(ratio) / group.get("batch_scale", 1.0)
+        group["batch_scale"] = math.sqrt(ratio)
+        group["lr"] = group["relative_lr"] * group["lr_scale"]
+
+
+def _with_hidden_apart(groups: list[dict], hidden: Set[int]) -> list[dict]:
+    """Return the groups with hidden matrices, given by their `id`, in groups of their own, after the rest of each.
+
+    Groups without any stay as they are, and so does the optimizer's state.
+    """
+    split = []
+    for group in groups:
+        matrices = [parameter for parameter in group["params"] if id(parameter) in hidden]
+        rest = [parameter for parameter in group["params"] if id(parameter) not in hidden]
+        split += [{**group, "params": rest}] if rest else []
+        split += [{**group, "params": matrices, "hidden": True}] if matrices else []
+    return split
+
+
 def forget_rows(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
     """Set the optimizer's state for rows [n] int64 of a parameter to zero. Do nothing if it is not trained."""
     for name, value in optimizer.state.get(parameter, {}).items():
@@ -130,7 +164,7 @@ def forget_rows(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tenso
 
 
 def current_lr(optimizer: torch.optim.Optimizer) -> float:
-    """Return the lr on the configuration's scale: the first group's, without its factor."""
+    """Return the lr on the configuration's scale: the first group's, without its factors."""
     return float(optimizer.param_groups[0]["relative_lr"])
 
 

@@ -51,8 +51,11 @@ class Quantizer(Model):
 
     codes_per_token = 1  # Q
     losses: tuple[str, ...] = ("vq", "commit")  # names in `Quantized.losses` that the trainer weights
+    decay: float | None = None  # part of the codes' moving averages kept at each forward; None if they have none
     nearest_of_table = True  # whether a vector's id is the row of `table()` nearest to it
-    code_rows: tuple[str, ...] = ()  # state-dict keys whose rows belong to codes, which `replace_codes` can change
+    # State-dict keys whose rows belong to codes, which `replace_codes` can change; those of several codebooks one after
+    # the other, equally many of each.
+    code_rows: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -156,6 +159,17 @@ class Quantizer(Model):
         first = indices[..., 0] if self.codes_per_token > 1 else indices
         return first >= self.first_code
 
+    def code_channels(self) -> int:
+        """Return the channels of a code (d): those of the token, unless it is one of several side by side."""
+        return self.embed_dim
+
+    def parts(self, vectors: Tensor, codes: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return what each codebook quantizes and the codes that it gives for it, both [..., d].
+
+        vectors, codes: [..., D]; rows: [...] or [..., Q]. By default there is one codebook, for whole vectors.
+        """
+        return [(vectors, codes)]
+
     # --- a codebook from data ---
 
     def fit(self, vectors: Tensor, kmeans: Callable[[Tensor, int], Tensor]) -> None:
@@ -170,7 +184,10 @@ class Quantizer(Model):
         )
 
     def replace_codes(self, rows: Tensor, vectors: Tensor) -> None:
-        """Set the codes `rows` [n] int64 to `vectors` [n, D], with the statistics of fresh codes."""
+        """Set the codes `rows` [n] int64 to `vectors` [n, D], with the statistics of fresh codes.
+
+        With several codebooks, row k of codebook q is q·codebook_size + k, and vectors are as in `parts`.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no codes to replace: its code_rows are empty")
 
     # --- the layout of tokens ---

@@ -31,6 +31,7 @@ class EMAVectorQuantizer(Quantizer):
     """
 
     code_rows = ("embeddings.weight", "sums", "counts")
+    decay: float
     sums: Tensor  # m, [K, D]
     counts: Tensor  # N, [K]
 
@@ -54,22 +55,9 @@ class EMAVectorQuantizer(Quantizer):
         codes = self.decode(indices)
         losses = {"vq": codes.new_zeros(()), "commit": F.mse_loss(vectors, codes)}
         if self.training:
-            self.follow(vectors.detach().flatten(0, -2), indices.flatten())
+            tensors = (self.embeddings.weight, self.sums, self.counts)
+            follow_average(*tensors, vectors, indices, decay=self.decay, epsilon=self.epsilon)
         return straight_through(codes, vectors), indices, losses
-
-    @torch.no_grad()
-    def follow(self, vectors: Tensor, indices: Tensor) -> None:
-        """Move the codebook towards the vectors [N, D] of all ranks, which chose the codes `indices` [N]."""
-        finite = vectors.isfinite().all(1, keepdim=True)
-        values = torch.cat([torch.where(finite, vectors, 0), finite], 1).double()
-        # In fp64, so that neither the order of vectors nor their split over ranks changes the fp32 result.
-        batch = values.new_zeros(self.codebook_size, self.embed_dim + 1).index_add_(0, indices, values)
-        batch = dist_utils.all_sum(batch).float()
-        self.sums.lerp_(batch[:, :-1], 1 - self.decay)
-        self.counts.lerp_(batch[:, -1], 1 - self.decay)
-        total = self.counts.sum()
-        smoothed = (self.counts + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
-        self.embeddings.weight.copy_(self.sums / smoothed[:, None])
 
     def table(self) -> Tensor:
         return self.embeddings.weight
@@ -93,6 +81,28 @@ class EMAVectorQuantizer(Quantizer):
         self.embeddings.weight[rows] = vectors
         self.sums[rows] = vectors
         self.counts[rows] = 1
+
+
+@torch.no_grad()
+def follow_average(
+    codes: Tensor, sums: Tensor, counts: Tensor, vectors: Tensor, rows: Tensor, *, decay: float, epsilon: float
+) -> None:
+    """Move a codebook towards the vectors of all ranks, each of which must call this.
+
+    codes, sums: [K, D]; counts: [K]. All three are changed.
+    vectors: [..., D], of which each chose the code of `rows` [...].
+    """
+    vectors = vectors.detach().flatten(0, -2)
+    finite = vectors.isfinite().all(1, keepdim=True)
+    values = torch.cat([torch.where(finite, vectors, 0), finite], 1).double()
+    # In fp64, so that neither the order of vectors nor their split over ranks changes the fp32 result.
+    batch = values.new_zeros(len(codes), values.shape[1]).index_add_(0, rows.flatten(), values)
+    batch = dist_utils.all_sum(batch).float()
+    sums.lerp_(batch[:, :-1], 1 - decay)
+    counts.lerp_(batch[:, -1], 1 - decay)
+    total = counts.sum()
+    smoothed = (counts + epsilon) / (total + len(codes) * epsilon) * total
+    codes.copy_(sums / smoothed[:, None])
 
 
 class _Codebook(nn.Module):

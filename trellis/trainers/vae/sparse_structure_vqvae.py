@@ -60,6 +60,10 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         super().__init__(*args, loss_type=loss_type, **kwargs)  # type: ignore[arg-type]  # "none" is of this class alone
         self.quantizer = cast(Quantizer, self.models["quantizer"])
         self.vqvae = VqVae.of(self.models)
+        if self.reference_batch is not None and self.quantizer.decay is not None:
+            self.quantizer.decay **= self.batch_ratio / self.batch_split  # every micro-batch moves the averages
+        if revive_every:
+            revive_every = max(1, round(revive_every / self.batch_ratio))
         self.weights = {loss_type: 1.0, "vq": lambda_vq, "commit": lambda_commit, "entropy": lambda_entropy}
         # Losses that no trained model can lower are left out: "vq" if the codebook is frozen, and the others too if
         # what comes before it is frozen as well.
@@ -93,7 +97,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
                 last_step=revive_until * self.max_steps,
                 trained="quantizer" in self.trained,
                 seed=self.seed,
-                forget=lambda rows: self.forget_rows("quantizer", self.quantizer.code_rows, rows),
+                forget=lambda keys, rows: self.forget_rows("quantizer", keys, rows),
                 say=self.say,
                 device=self.device,
             )
@@ -177,7 +181,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         if self.watch is not None:
             # Without a reconstruction loss a cached run may have no grids, and one without the cache must not differ.
             grids = ss if self.latents.grids_needed else None
-            self.watch.observe(self.step + 1, counts, z.detach(), quantized.codes.detach(), grids, sample_ids)
+            self.watch.observe(self.step + 1, counts, z.detach(), quantized, grids, sample_ids)
         return terms, EasyDict(codebook_usage=(counts > 0).float().mean(), codebook_perplexity=entropy.exp())
 
     @classmethod
@@ -196,16 +200,19 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         return Reconstruction(logits, quantized.indices, vqvae.counts(quantized.indices), error)
 
     def facts(self) -> list[str]:
-        quantizer = self.quantizer
+        lines, quantizer = super().facts(), self.quantizer
+        if lines and quantizer.decay is not None:
+            lines.append(f"codebook: averages keep {quantizer.decay:.6g} at each micro-batch")
         tokens = math.prod(quantizer.lattice(self.latents.shape[2:]))
         each = f" ({quantizer.codes_per_token} a token)" if quantizer.codes_per_token > 1 else ""
         if quantizer.empty_code:
             return [
+                *lines,
                 f"{tokens} places for tokens of {quantizer.codebook_size} codes{each} per object; codes only where the "
-                "block has a voxel"
+                "block has a voxel",
             ]
         bits = tokens * quantizer.codes_per_token * math.log2(quantizer.n_embed)
-        return [f"{tokens} tokens of {quantizer.n_embed} codes{each} per object: {bits:.0f} bits"]
+        return [*lines, f"{tokens} tokens of {quantizer.n_embed} codes{each} per object: {bits:.0f} bits"]
 
     def initialize_models(self) -> None:
         """Fill a fresh codebook from latents of the training data, on the main process."""

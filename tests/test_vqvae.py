@@ -1,0 +1,192 @@
+"""The way from grids to ids and back with an empty code and with a transformer around the codebook."""
+
+import json
+
+import pytest
+import torch
+from helpers import VQ, assert_equal, checkpoint, logged, run, solid_grids, tiny_config
+
+from trellis import SparseStructureTokenizer
+from trellis.evaluation.metrics import occupied_blocks
+from trellis.models import build
+from trellis.models.vqvae import EMPTY_LOGIT, VqVae
+from trellis.utils.errors import ConfigError
+
+TRANSFORMER = {"width": 16, "heads": 2, "layers_before": 1, "layers_after": 2}
+FORMS = {
+    "sparse": {"embed_dim": 4, "group": [1, 1, 1]},
+    "sparse groups": {"embed_dim": 32, "group": [2, 2, 2]},
+    "residual": {"embed_dim": 32, "group": [2, 2, 2], "num_codes": 3},
+    "columns": {"embed_dim": 16},
+}
+
+
+def tiny_models(form: str, empty_code: bool = True, transformer: bool = True) -> dict:
+    models = tiny_config(VQ)["models"]
+    quantizer = {"n_embed": 16, "latent_channels": 4, "empty_code": empty_code, **FORMS[form]}
+    name = "ResidualVectorQuantizer" if "num_codes" in quantizer else "EMAVectorQuantizer"
+    models["quantizer"] = {"name": name, "args": quantizer}
+    if transformer:
+        lattice = [4 // size for size in quantizer.get("group", [1, 1, 4])]
+        args = {"channels": quantizer["embed_dim"], "lattice": lattice, **TRANSFORMER}
+        models["transformer"] = {"name": "CodebookTransformer", "args": args}
+    return models
+
+
+@pytest.fixture(params=[(form, transformer) for form in FORMS for transformer in (True, False)], ids=str)
+def tokenizer(request) -> SparseStructureTokenizer:
+    """Random weights, none of them zero, so that nothing is right because something is zero."""
+    torch.manual_seed(0)
+    form, transformer = request.param
+    tokenizer = SparseStructureTokenizer(tiny_models(form, transformer=transformer), resolution=16)
+    for parameter in tokenizer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return tokenizer
+
+
+@pytest.fixture
+def grids() -> torch.Tensor:
+    """Two objects, one voxel in a corner, and no voxel: [4, 1, 16, 16, 16]."""
+    grids = torch.zeros(4, 1, 16, 16, 16)
+    grids[:2, 0] = torch.from_numpy(solid_grids(2, 16, seed=0))
+    grids[0, :, :8] = 0  # half of the first is empty
+    grids[2, 0, 15, 0, 15] = 1
+    return grids
+
+
+def test_id_zero_is_for_empty_blocks_alone_and_they_come_back_empty(tokenizer, grids):
+    ids = tokenizer.encode(grids)
+    lattice, Q = tokenizer.lattice, tokenizer.codes_per_token
+    occupied = occupied_blocks(grids, lattice)
+    assert torch.equal(ids.view(4, *lattice, Q) > 0, occupied[..., None].expand(*occupied.shape, Q))
+    assert ids.max() < tokenizer.n_embed
+    assert not tokenizer.empty_ids.any()
+    logits = tokenizer.decode(ids)
+    inside = occupied_blocks((logits != EMPTY_LOGIT).float(), lattice)
+    assert torch.equal(inside, occupied) and not logits.isnan().any()
+    assert (logits[3] == EMPTY_LOGIT).all()
+
+
+def test_ids_do_not_depend_on_what_is_encoded_together(tokenizer, grids):
+    together = tokenizer.encode(grids)
+    for number, grid in enumerate(grids):
+        assert torch.equal(tokenizer.encode(grid[None])[0], together[number])
+        assert torch.equal(tokenizer.decode(together[number]), tokenizer.decode(together)[number][None])
+
+
+def test_nothing_depends_on_the_latents_of_empty_tokens(tokenizer, grids):
+    """Not even if they are not finite; the gradient there is zero."""
+    vqvae, occupied = tokenizer.vqvae, tokenizer.vqvae.occupied(grids)
+    tokens = torch.randn(4, *tokenizer.lattice, tokenizer.quantizer.embed_dim)
+    results = []
+    for value in (0.0, 1e4):
+        changed = torch.where(occupied[..., None], tokens, value).requires_grad_()
+        z = vqvae.before(vqvae.quantizer.ungroup_cells(changed), occupied)
+        quantized = vqvae.quantizer(z, occupied)
+        logits = vqvae.decode(quantized.codes, occupied)
+        (logits.sum() + quantized.losses["commit"]).backward()
+        assert not changed.grad.isnan().any() and not changed.grad[~occupied].any()
+        results.append((quantized.indices, quantized.losses, logits, changed.grad))
+    assert_equal(results[0], results[1])
+
+
+def test_a_token_with_some_codes_empty_is_refused(grids):
+    torch.manual_seed(0)
+    tokenizer = SparseStructureTokenizer(tiny_models("residual"), resolution=16)
+    ids = tokenizer.encode(grids)
+    token = (ids[1] > 0).nonzero()[0].item() // 3 * 3
+    ids[1, token + 1] = 0
+    with pytest.raises(ValueError, match=f"ids {token} to {token + 2} of object 1 are of one token"):
+        tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fresh_transformer_changes_nothing(form, grids):
+    """Neither ids nor logits: so a codebook that was fitted without it fits."""
+    torch.manual_seed(0)
+    models = {name: build(spec) for name, spec in tiny_models(form).items()}
+    with_it, without = VqVae.of(models), VqVae(models["encoder"], models["quantizer"].eval(), models["decoder"])
+    occupied = with_it.occupied(grids)
+    z = torch.randn(4, 4, 4, 4, 4)
+    assert torch.equal(with_it.before(z, occupied), without.before(z, occupied))
+    assert torch.equal(with_it.decode(z, occupied), without.decode(with_it.before(z, occupied), occupied))
+
+
+def test_attention_reaches_every_occupied_token(grids):
+    """The code of one token depends on the other end of the object, and on no token of another object."""
+    torch.manual_seed(0)
+    transformer = build(tiny_models("sparse")["transformer"])
+    torch.nn.init.normal_(transformer.stacks["before"].project_out.weight)
+    occupied = torch.ones(2, 4, 4, 4, dtype=torch.bool)
+    tokens = torch.randn(2, 4, 4, 4, 4, requires_grad=True)
+    transformer.before(tokens, occupied)[0, 0, 0, 0].sum().backward()
+    assert (tokens.grad[0].abs().sum(-1) > 0).all() and not tokens.grad[1].any()
+
+
+def test_only_the_blocks_matrices_are_hidden():
+    transformer = build(tiny_models("sparse")["transformer"])
+    hidden = transformer.hidden_matrices()
+    shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+    assert len(hidden) == 3 * 4 and hidden < shapes.keys()
+    assert {shapes[name] for name in hidden} == {(48, 16), (16, 16), (64, 16), (16, 64)}
+    assert not any("project" in name or "positions" in name for name in hidden)
+    assert build(tiny_models("sparse")["encoder"]).hidden_matrices() == set()
+
+
+def test_the_layout_of_shapellm_has_no_place_for_either(tmp_path):
+    for models, what in (
+        (tiny_models("columns", empty_code=False), "transformer"),
+        (tiny_models("columns", transformer=False), "an empty code"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            SparseStructureTokenizer(models, resolution=16).export_shapellm(tmp_path / "3DVQVAE.bin")
+    assert not list(tmp_path.iterdir())
+
+
+# --- training ---
+
+
+def stage(form: str, transformer: bool, **args) -> dict:
+    config = tiny_config(VQ, **{"i_eval": 100, "revive_every": 2, "revive_until": 1.0, **args})
+    config["models"] = tiny_models(form, transformer=transformer)
+    return config
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_both_stages_and_a_resume(form, vae_run, data_dir, write_config, tmp_path):
+    """Stage 1 without, stage 2 with a transformer; four steps equal two and a resume to the last bit."""
+    data = ("--data_dir", data_dir)
+    first = write_config(stage(form, False, freeze=["encoder", "decoder"], max_steps=4))
+    assert run("--config", first, "--load_dir", vae_run, "--output_dir", tmp_path / "one", *data) == 0
+    second = write_config(stage(form, True, max_steps=4))
+    flags = ("--config", second, "--load_dir", tmp_path / "one", *data)
+    assert run(*flags, "--output_dir", tmp_path / "two") == 0
+    resumed = ("--output_dir", tmp_path / "resumed")
+    assert run(*flags, *resumed, "--set", "trainer.args.max_steps=2") == 0
+    assert run(*flags, *resumed) == 0
+    assert_equal(checkpoint(tmp_path / "two", 4), checkpoint(tmp_path / "resumed", 4))
+
+    before, after = logged(tmp_path / "one")[-1], logged(tmp_path / "two")[0]
+    assert after["val/iou"] == before["val/iou"], "a fresh transformer changes no score"
+    tokenizer = SparseStructureTokenizer.from_run(tmp_path / "two")
+    moved = tokenizer.transformer.stacks["after"].project_out.weight
+    assert tokenizer.empty_code and moved.any()
+
+
+def test_wrong_transformers_are_refused_before_anything_is_made(vae_run, data_dir, write_config, tmp_path, capsys):
+    def refused(change) -> str:
+        config = stage("sparse", True)
+        change(config["models"]["transformer"])
+        path = write_config(config)
+        flags = ("--data_dir", data_dir, "--load_dir", vae_run, "--output_dir", tmp_path / "run")
+        assert run("--config", path, *flags) == 1
+        assert not (tmp_path / "run").exists()
+        return capsys.readouterr().err
+
+    told = refused(lambda spec: spec["args"].update(lattice=[4, 4, 1]))
+    assert "models.transformer.args.lattice is [4, 4, 1], but the quantizer's tokens have [4, 4, 4]" in told
+    assert "models.transformer.args.channels is 8, but" in refused(lambda spec: spec["args"].update(channels=8))
+    assert "width 16 does not divide into 3 heads" in refused(lambda spec: spec["args"].update(heads=3))
+    assert "it must be the tokens along x, y and z" in refused(lambda spec: spec["args"].update(lattice=[4, 4]))
+    other = json.loads(json.dumps(tiny_models("sparse")["quantizer"]))
+    assert "models.transformer.name is 'EMAVectorQuantizer'" in refused(lambda spec: spec.update(other))

@@ -37,6 +37,7 @@ from .runs.open import open_run
 from .tokens import sources
 from .tokens.canary import Canary
 from .tokens.card import model_card
+from .tokens.forms import Form, form_of, octree_of
 from .tokens.parquet import TokenInfo
 from .tokens.shapellm import read_shapellm, shapellm_state
 from .tokens.sources import CONFIG, FORMAT_VERSION, MODELS, OPTIONAL_MODELS, WEIGHTS
@@ -173,7 +174,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         several = f" of {self.codes_per_token} codes" if self.codes_per_token > 1 else ""
         facts = [
             f"{self.n_embed} codes",
-            *(["0 of them for empty blocks"] if self.empty_code else []),
+            *(["id 0 for blocks without a voxel"] if self.empty_code else []),
             f"{int(np.prod(self.lattice))} tokens{several} on a lattice of {'×'.join(map(str, self.lattice))}",
             f"grids of {self.resolution}³",
             f"normalization {self.normalization}",
@@ -183,8 +184,12 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         ]
         return f"{type(self).__name__}({', '.join(facts)})"
 
-    def token_info(self, precision: Precision = "fp32") -> TokenInfo:
-        """Return what this tokenizer's ids mean, as Parquet files record it. precision: that ids are computed in."""
+    def token_info(self, precision: Precision = "fp32", form: Form = "dense") -> TokenInfo:
+        """Return what this tokenizer's ids mean, as Parquet files record it.
+
+        precision: that ids are computed in.
+        form: of the files.
+        """
         return TokenInfo(
             self.hash,
             self.normalization,
@@ -194,6 +199,8 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             self.n_embed,
             self.resolution,
             precision,
+            self.empty_code,
+            form,
         )
 
     # --- ids ---
@@ -283,24 +290,39 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"a mesh is made of one object; ids are {list(ids.shape)}")
         return (logits[0, 0] > 0).cpu().numpy()
 
-    def token_format(self, first_id: int = 0) -> TokenFormat:
-        """Return the words and vocabulary ids of this codebook, for a vocabulary in which code 0 has `first_id`."""
-        return TokenFormat.at(first_id, self.n_embed)
+    def token_format(self, first_id: int = 0, form: Form | None = None) -> TokenFormat:
+        """Return the words and vocabulary ids of this codebook, for a vocabulary in which code 0 has `first_id`.
 
-    def to_text(self, ids: Tensor) -> str | list[str]:
-        """Return `<mesh-start><mesh0>…<mesh-end>`: one text for ids [T], a list of texts for [B, T]."""
-        texts = [self.token_format().to_text(row) for row in self._check_ids(ids)]
+        form: "dense", all ids; "octree" or "octree-depth", which leave empty blocks out and need an empty code. None
+            for "octree" with an empty code, "dense" without.
+        Raise ConfigError for a form that this tokenizer does not have.
+        """
+        form = form_of(form, self.empty_code)
+        octree = octree_of(form, self.lattice, self.n_embed, self.codes_per_token)
+        return TokenFormat.at(first_id, self.n_embed, octree)
+
+    def to_text(self, ids: Tensor, form: Form | None = None) -> str | list[str]:
+        """Return `<mesh-start><mesh0>…<mesh-end>`: one text for ids [T], a list of texts for [B, T].
+
+        form: as for `token_format`.
+        """
+        words = self.token_format(form=form)
+        texts = [words.to_text(row) for row in self._check_ids(ids)]
         return texts if ids.ndim == 2 else texts[0]
 
-    def from_text(self, text: str | list[str], strict: bool = True) -> Tensor:
+    def from_text(self, text: str | list[str], strict: bool = True, form: Form | None = None) -> Tensor:
         """Return the ids of a text, [T], or of several, [B, T]: the inverse of `to_text`.
 
-        strict: raise DataError for a text that is not exactly one object. Otherwise repair it: fill missing ids with
-            those of an empty grid, drop surplus ones, and warn. `TokenFormat.from_text` returns the repairs instead.
+        strict: raise DataError for a text that is not exactly one object. Otherwise repair it, and warn: fill missing
+            ids of the dense form with those of an empty grid, drop surplus ones; take missing blocks of an octree as
+            empty. `TokenFormat.from_text` returns the repairs instead.
+        form: as for `token_format`.
         """
-        fill = None if strict else self.empty_ids
+        words = self.token_format(form=form)
+        num_tokens = self.num_tokens if words.octree is None else None
+        fill = None if strict or words.octree is not None else self.empty_ids
         texts = [text] if isinstance(text, str) else text
-        parsed = [self.token_format().from_text(each, self.num_tokens, strict=strict, fill=fill) for each in texts]
+        parsed = [words.from_text(each, num_tokens, strict=strict, fill=fill) for each in texts]
         for number, (_, problems) in enumerate(parsed):
             if problems:
                 warnings.warn(f"text {number} is repaired: {'; '.join(problems)}", stacklevel=2)

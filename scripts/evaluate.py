@@ -2,11 +2,21 @@
 
     python scripts/evaluate.py --run outputs/stage2
     python scripts/evaluate.py --pretrained pretrained/demo_vae --data_dir data/voxels --output_dir outputs/eval
+    python scripts/evaluate.py --run outputs/stage2 --baselines --kinds kinds.csv
 
 A voxel is occupied if its logit is above 0; everything runs in fp32. Averaged (EMA) and raw weights are scored; a VAE
 without a codebook is scored from the mean of its posterior and from a sample. trellis/evaluation/metrics.py defines
-Chamfer distance and F-score (`distance_metrics`).
-Writes {run}/eval/{split}_step0000100.json and a contact sheet of the worst, median and best objects beside it.
+Chamfer distance and F-score (`distance_metrics`) and narrow gaps, by which thin structure has scores of its own.
+--baselines adds what takes no network (trellis/evaluation/baselines.py), fitted to the training grids: a table of
+patterns with as many ids and tokens, a lossless code, and deflate. It takes a minute or more.
+--kinds adds scores by kind, from a CSV table that says which kind of objects each source has:
+
+    source,kind
+    bones,anatomy
+    chairs,objects
+
+Writes {run}/eval/{split}_step0000100.json, with contact sheets beside it: the worst, median and best objects, and the
+twenty worst (…_worst.png).
 """
 
 import sys
@@ -16,15 +26,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from trellis.datasets import DATASETS
 from trellis.datasets.base import StandardDatasetBase
 from trellis.datasets.metadata import SETTINGS, common_setting, settings_of_data
-from trellis.evaluation.evaluate import Scores, codebook_scores, evaluate, kl_scores, occupancy_scores
+from trellis.evaluation.baselines import Baselines, Lattice
+from trellis.evaluation.evaluate import Reconstruction, evaluate
+from trellis.evaluation.summary import ID_BITS, Labels, read_kinds, summarize, summarize_bits
 from trellis.grids.preview import contact_sheet, save_png
 from trellis.models import build, load_weights
 from trellis.runs.open import open_run
@@ -37,8 +51,10 @@ from trellis.utils.errors import CheckpointError, ConfigError
 from trellis.utils.files import atomic_write
 
 OBJECTS_PER_BLOCK = 3  # objects on the contact sheet for each of worst, median and best
-# The KL of a group of latent cells is compared with an id of ShapeLLM-Omni (arXiv:2506.01853): 8192 codes, four cells.
-ID_BITS = 13.0
+WORST = 20  # objects on the sheet of the worst
+MOST_TRAINING_GRIDS = 10_000  # that baselines are fitted to; more take their time and change little
+# Ids of the table of patterns beside models without a codebook.
+IDS_WITHOUT_CODEBOOK = 8192
 
 # {title: {column: key of the scores}}
 TABLES = {
@@ -59,9 +75,15 @@ TABLES = {
         "perplexity": "codebook_perplexity",
         "usage/object": "object_usage",
         "perplexity/object": "object_perplexity",
-        "bits/object": "bits_per_object",
         "entropy bits/object": "entropy_bits_per_object",
         "quant. error": "quantization_error",
+    },
+    "written for an object": {
+        "codes": "codes_per_object",
+        "masks": "masks",
+        "LM tokens": "lm_tokens",
+        "bits": "bits_per_object",
+        "entropy bits": "entropy_bits_per_object",
     },
     f"KL in bits; an id has {ID_BITS:.0f} bits": {
         "groups": "groups",
@@ -89,6 +111,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="all",
         help="averaged: only the weights that a later stage would start from, in half the time",
     )
+    parser.add_argument("--baselines", action="store_true", help="also score what takes no network")
+    parser.add_argument("--kinds", metavar="FILE.csv", help="the kind of objects of each source, for scores by kind")
     parser.add_argument("--output_dir", help="default: {run}/eval")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--batch_size", type=int, default=8, help="default: 8")
@@ -122,7 +146,8 @@ def run_subject(run_dir: str, ckpt: str) -> Subject:
 
 def pretrained_subject(folder: str, resolution: int) -> Subject:
     """Return exported models. Raise CheckpointError if encoder or decoder is missing."""
-    names = [name for name in ("encoder", "quantizer", "decoder") if (Path(folder) / f"{name}.json").is_file()]
+    known = ("encoder", "quantizer", "decoder", "transformer")
+    names = [name for name in known if (Path(folder) / f"{name}.json").is_file()]
     for name in ("encoder", "decoder"):
         if name not in names:
             raise CheckpointError(f"--pretrained {folder}: {name}.json is not there; export_pretrained.py writes it")
@@ -135,34 +160,9 @@ def pretrained_subject(folder: str, resolution: int) -> Subject:
     return Subject(folder, 0, config, {"pretrained": {name: Path(folder) / f"{name}.safetensors" for name in names}})
 
 
-def summarize(scores: Scores, sources: list[str | None]) -> dict:
-    """Return the mean of every metric, median and 5th percentile of the IoU, the scores of codebook or KL, and the main
-    scores for each source.
-
-    scores: of a detailed evaluation.
-    sources: of each object, None if unknown.
-    """
-    summary: dict = {"objects": scores.number, **{name: value.mean().item() for name, value in scores.objects.items()}}
-    ious = [name for name in ("iou", "sampled_iou") if name in scores.objects]
-    for name in ious:
-        summary[f"{name}_median"] = scores.objects[name].quantile(0.5).item()
-        summary[f"{name}_p5"] = scores.objects[name].quantile(0.05).item()
-    if scores.counts is not None and scores.tokens is not None:
-        summary |= codebook_scores(scores.counts, scores.tokens) | occupancy_scores(scores)
-    if scores.groups is not None:
-        summary |= kl_scores(scores) | {"id_bits": ID_BITS}
-    summary["sources"] = {}
-    for source in sorted({source for source in sources if source}):
-        rows = [i for i, other in enumerate(sources) if other == source]
-        part = {name: scores.objects[name][rows] for name in (*ious, "f_score", "chamfer")}
-        means = {name: value.mean().item() for name, value in part.items()}
-        percentiles = {f"{name}_p5": part[name].quantile(0.05).item() for name in ious}
-        summary["sources"][source] = {"objects": len(rows), **means, **percentiles}
-    return summary
-
-
-def format_report(results: dict[str, dict]) -> str:
-    """Return a table per subject with a row for each set of weights, and a table of the sources for the first set.
+def format_report(results: dict[str, dict], baselines: dict[str, dict]) -> str:
+    """Return a table per subject with a row for each set of weights, and tables of the sources, the kinds and the
+    classes of narrow gaps for the first set. Below the sets of weights are the baselines.
 
     "sampled" rows: from a sample of the posterior. "occupied" and "empty" rows: over the tokens, or groups of latent
     cells, with and without occupied voxels.
@@ -176,12 +176,16 @@ def format_report(results: dict[str, dict]) -> str:
             suffix = f"_{kind}"
             part = {key.removesuffix(suffix): value for key, value in result.items() if key.endswith(suffix)}
             rows[f"{label}, {kind}"] = part
+    rows |= baselines
     tables = [format_table(title, columns, rows) for title, columns in TABLES.items()]
     label, first = next(iter(results.items()))
     columns = {name: TABLES["reconstruction"][name] for name in ("objects", "IoU", "5 %", "F-score", "chamfer, voxels")}
     if "sampled_iou" in first:
         columns |= {"sampled IoU": "sampled_iou"}
-    tables.append(format_table(f"sources, {label}", columns, first["sources"]))
+    if "masks" in first:
+        columns |= {"codes' tokens": "tokens", "masks": "masks"}
+    for key, title in (("sources", "sources"), ("kinds", "kinds"), ("narrow", "narrow gaps per occupied voxel")):
+        tables.append(format_table(f"{title}, {label}", columns, first[key]))
     return "\n\n".join(table for table in tables if table)
 
 
@@ -223,6 +227,65 @@ def pick_examples(iou: torch.Tensor) -> list[tuple[str, int]]:
     return [(label, number) for label, objects in blocks.items() for number in objects]
 
 
+def example(
+    dataset: StandardDatasetBase,
+    caption: str,
+    number: int,
+    iou: torch.Tensor,
+    reconstruct: Callable[[torch.Tensor], Reconstruction],
+    device: torch.device,
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return an object's row of a contact sheet. iou: of all objects, [n]."""
+    ss = dataset[number]["ss"][None].to(device)
+    with torch.no_grad():
+        decoded = reconstruct(ss).logits[0, 0] > 0
+    return ss[0, 0].bool().cpu().numpy(), decoded.cpu().numpy(), f"{caption}, IoU {iou[number].item():.3f}"
+
+
+def tables_of_patterns(models: dict, resolution: int) -> list[tuple[Lattice, int]]:
+    """Return (lattice, ids) of the tables to compare models with: that of their tokens, or of their latent cells.
+
+    Beside several codes per token stands another table, with half as many voxels along each axis in a block.
+    """
+    cells = resolution // models["encoder"].downsampling
+    if "quantizer" not in models:
+        return [((cells, cells, cells), IDS_WITHOUT_CODEBOOK)]
+    quantizer = models["quantizer"]
+    lattice = quantizer.lattice((cells, cells, cells))
+    tables = [(lattice, quantizer.n_embed)]
+    X, Y, Z = (2 * tokens for tokens in lattice)
+    if quantizer.codes_per_token > 1 and not any(resolution % tokens for tokens in (X, Y, Z)):
+        tables.append(((X, Y, Z), quantizer.n_embed))
+    return tables
+
+
+def training_data(subject: Subject, dataset: StandardDatasetBase) -> StandardDatasetBase:
+    """Return the training grids of a run, or of exported models those in `dataset`'s roots.
+
+    Raise DataError if there are none.
+    """
+    if subject.data_dir is None or set(subject.data_dir.split(",")) == set(dataset.roots):
+        return dataset.for_split("train")
+    config = subject.config["dataset"]
+    return DATASETS.get(config["name"], "dataset.name")(subject.data_dir, split="train", **config.get("args", {}))
+
+
+def score_baselines(
+    training: StandardDatasetBase, dataset: StandardDatasetBase, tables: list, sources: Labels, kinds: Labels
+) -> dict[str, dict]:
+    """Return {baseline: its scores}; see `summary`. tables: as `tables_of_patterns` returns them."""
+    number = min(len(training), MOST_TRAINING_GRIDS)
+    chosen = np.linspace(0, len(training) - 1, number).round().astype(int).tolist()
+    with tqdm(total=number, desc="baselines", unit="object", disable=not sys.stderr.isatty()) as bar:
+        fitted = Baselines.fit(training, chosen, tables, lambda done: bar.update(done - bar.n))
+    result = {
+        name: summarize(scores, sources, kinds) for name, scores in fitted.scores(dataset, range(len(dataset))).items()
+    }
+    for name, bits in fitted.bits(dataset, range(len(dataset))).items():
+        result[name] = summarize_bits(bits, sources, kinds)
+    return {name: {"training_grids": number, **scores} for name, scores in result.items()}
+
+
 def notes_on_data(subject: Subject, dataset: StandardDatasetBase) -> list[str]:
     """Return a note if the grids to score were made in another way than those that a run was trained on."""
     trained = [root for root in (subject.data_dir or "").split(",") if root]
@@ -247,6 +310,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     config, data_dir = subject.config, args.data_dir or subject.data_dir
     if data_dir is None:
         raise ConfigError(f"{subject.name} does not say which data it used; give --data_dir")
+    kind_of = read_kinds(args.kinds) if args.kinds else {}
     device = pick_device(args.device)
     torch.backends.cudnn.allow_tf32 = False
 
@@ -255,14 +319,25 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     differing = notes_on_data(subject, dataset) if args.data_dir else []
     for note in (*dataset.notes, *differing):
         print(f"note: {note}")
+    sources = [dataset.source(i) for i in range(len(dataset))]
+    kinds = [kind_of.get(source or "") for source in sources]
+    if args.kinds and None in kinds:
+        unknown = sorted({source or "(no source)" for source, kind in zip(sources, kinds, strict=True) if kind is None})
+        print(
+            f"note: {args.kinds} has no kind for {kinds.count(None)} of {len(kinds)} objects, from {len(unknown)} "
+            f"sources such as {unknown[0]}"
+        )
+    training = training_data(subject, dataset) if args.baselines else None
+    if training is not None and args.split != "val":
+        print("note: the baselines are fitted to training grids, and some or all of the grids scored here are such")
     trainer_class: type[SparseStructureVaeTrainer] = TRAINERS.get(config["trainer"]["name"], "trainer.name")
     reconstruct = trainer_class.reconstruct
     models = {name: build(spec, f"models.{name}").to(device).eval() for name, spec in config["models"].items()}
     for model in models.values():
         model.convert_to_fp32()
 
-    results, examples = {}, None
-    sources = [dataset.source(i) for i in range(len(dataset))]
+    results: dict[str, dict] = {}
+    sheets: list[list[tuple[np.ndarray, np.ndarray, str]]] = []
     # Seeds the sample of each object, independent of the other objects.
     sample_ids = torch.tensor([int(dataset.sha256(i)[:15], 16) for i in range(len(dataset))])
     sets = list(subject.sets.items())
@@ -279,20 +354,21 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
                 detailed=True,
                 progress=lambda done: bar.update(done - bar.n),  # noqa: B023 - called within this turn
             )
-        results[label] = summarize(scores, sources)
-        if examples is None:  # a later stage and the export take the first set
+        results[label] = summarize(scores, sources, kinds)
+        if not sheets:  # a later stage and the export take the first set
             results[label]["per_object"] = {
                 dataset.sha256(i): {"name": dataset.name(i), **{k: v[i].item() for k, v in scores.objects.items()}}
                 for i in range(len(dataset))
             }
-            examples = []
-            for kind, number in pick_examples(scores.objects["iou"]):
-                ss = dataset[number]["ss"][None].to(device)
-                with torch.no_grad():
-                    logits = reconstruct(models, ss).logits
-                iou = scores.objects["iou"][number].item()
-                caption = f"{kind}: {Path(dataset.name(number)).name}, IoU {iou:.3f}"
-                examples.append((ss[0, 0].bool().cpu().numpy(), (logits[0, 0] > 0).cpu().numpy(), caption))
+            iou = scores.objects["iou"]
+            worst = [("worst", number) for number in iou.argsort()[:WORST].tolist()]
+            for chosen in (pick_examples(iou), worst):
+                rows = [(f"{kind}: {Path(dataset.name(number)).name}", number) for kind, number in chosen]
+                sheets.append([example(dataset, *row, iou, lambda ss: reconstruct(models, ss), device) for row in rows])
+    baselines = {}
+    if training is not None:
+        tables = tables_of_patterns(models, dataset[0]["ss"].shape[-1])
+        baselines = score_baselines(training, dataset, tables, sources, kinds)
 
     folder = Path(args.output_dir or Path(subject.name) / "eval")
     folder.mkdir(parents=True, exist_ok=True)
@@ -300,19 +376,25 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     report = {
         "models": subject.name, "step": subject.step, "split": args.split, "data_dir": data_dir,
         "device": str(device), "training_seconds": subject.training_seconds, "versions": versions(),
-        "weights": results,
+        "weights": results, **({"baselines": baselines} if baselines else {}),
     }  # fmt: skip
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    save_png(path.with_suffix(".png"), contact_sheet(examples))
+    save_png(path.with_suffix(".png"), contact_sheet(sheets[0]))
+    save_png(worst_sheet(path), contact_sheet(sheets[1]))
     return report, path
+
+
+def worst_sheet(path: Path) -> Path:
+    """Return the picture of the worst objects beside a report."""
+    return path.with_name(f"{path.stem}_worst.png")
 
 
 def print_scores(args: argparse.Namespace) -> None:
     report, path = score_run(args)
     print(f"{report['models']} at step {report['step']}, split {args.split}")
-    print(format_report(report["weights"]))
-    print(f"written: {path}, {path.with_suffix('.png')}")
+    print(format_report(report["weights"], report.get("baselines", {})))
+    print(f"written: {path}, {path.with_suffix('.png')}, {worst_sheet(path)}")
 
 
 def main(argv: list[str] | None = None) -> int:

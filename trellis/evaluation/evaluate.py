@@ -17,8 +17,10 @@ from .metrics import (
     code_entropy,
     distance_metrics,
     entropy_bits,
+    narrow_gaps,
     object_counts,
     occupied_blocks,
+    octree_masks,
     perplexity,
     usage,
     voxel_metrics,
@@ -47,12 +49,13 @@ class Reconstruction(NamedTuple):
     of the posterior.
     """
 
-    logits: Tensor  # [B, 1, R, R, R]
+    logits: Tensor  # [B, 1, R, R, R], or bool
     indices: Tensor | None = None  # [B, X', Y', Z'] int64 tokens, or [B, X', Y', Z', Q]
-    counts: Tensor | None = None  # [K] int64, or [Q, K]: how often each code was chosen
+    counts: Tensor | None = None  # [K] int64, or [Q, K]: how often each learned code was chosen
     quantization_error: Tensor | None = None  # [B], mean squared distance of latents from their codes
     sampled: Tensor | None = None  # [B, 1, R, R, R], logits from the sample
     kl_bits: Tensor | None = None  # [B, X, Y, Z], KL of each latent cell from the prior
+    first_code: int = 0  # id of the first learned code; below it is the empty code: tokens that nobody writes
 
 
 @dataclass
@@ -60,9 +63,11 @@ class Scores:
     """Scores of each object, and counts over all objects. The last three are of a detailed evaluation only."""
 
     objects: dict[str, Tensor]  # {metric: [n] float64} in the order of the indices given
-    counts: Tensor | None = None  # [K] or [Q, K] int64: how often each code was chosen; None without a codebook
-    tokens: int | None = None  # of an object; None without a codebook
-    counts_occupied: Tensor | None = None  # the same counts over tokens whose block of the grid has an occupied voxel
+    counts: Tensor | None = None  # [K] or [Q, K] int64: how often each learned code was chosen; None without a codebook
+    masks: Tensor | None = None  # [255] int64: how often each mask of the octree is written; None without an empty code
+    # The same counts over tokens whose block of the grid has an occupied voxel; None with an empty code, which no
+    # others have.
+    counts_occupied: Tensor | None = None
     groups: int | None = None  # groups of latent cells in an object; None without a KL
     group_cells: int | None = None  # latent cells of a group; None without a KL
 
@@ -74,8 +79,9 @@ class Scores:
         sums = torch.stack([value.sum() for value in self.objects.values()])
         number = all_sum(torch.tensor(float(self.number), dtype=torch.float64, device=sums.device))
         means = dict(zip(self.objects, (all_sum(sums) / number).tolist(), strict=True))
-        if self.counts is not None and self.tokens is not None:
-            means.update(codebook_scores(all_sum(self.counts), self.tokens))
+        if self.counts is not None:
+            masks = None if self.masks is None else all_sum(self.masks)
+            means.update(codebook_scores(all_sum(self.counts), round(number.item()), masks))
         return means
 
     @property
@@ -84,41 +90,57 @@ class Scores:
         return len(self.objects["iou"])
 
 
-def codebook_scores(counts: Tensor, tokens: int) -> dict[str, float]:
-    """Return usage, perplexity and bits per object: tokens·Q·log2 K, and tokens·entropy.
+def codebook_scores(counts: Tensor, objects: int, masks: Tensor | None = None) -> dict[str, float]:
+    """Return usage and perplexity of the learned codes, and what is written for the mean object.
+
+    codes_per_object: tokens that are written, times Q.
+    lm_tokens: what a language model writes: codes and, with an empty code, the masks of an octree that say where the
+        tokens are.
+    bits_per_object: of all of them at a fixed length each: log2 K for a code, log2 255 for a mask.
+    entropy_bits_per_object: the same by the entropy of single codes and of single masks.
 
     counts: [K] or [Q, K], over all objects.
-    tokens: L of an object.
+    objects: their number.
+    masks: [255], over all objects, see `metrics.octree_masks`; None without an empty code.
     """
-    codes_per_token = counts.numel() // counts.shape[-1]
-    return {
+    codes = counts.sum().item() / objects
+    tokens = codes / (counts.numel() // counts.shape[-1])
+    result = {
         "codebook_usage": usage(counts),
         "codebook_perplexity": perplexity(counts),
-        "bits_per_object": tokens * codes_per_token * math.log2(counts.shape[-1]),
+        "codes_per_object": codes,
+        "lm_tokens": codes,
+        "bits_per_object": codes * math.log2(counts.shape[-1]),
         "entropy_bits_per_object": tokens * entropy_bits(counts),
     }
+    if masks is not None:
+        number = masks.sum().item() / objects
+        result["lm_tokens"] += number
+        result["bits_per_object"] += number * math.log2(len(masks))
+        result["entropy_bits_per_object"] += number * entropy_bits(masks)
+    return result
 
 
 def occupancy_scores(scores: Scores) -> dict[str, float]:
     """Return how the codebook is used by tokens with occupied voxels, and by empty tokens.
 
-    scores: of a detailed evaluation of models with a codebook; ValueError for others.
+    scores: of a detailed evaluation of models with a codebook and no empty code; ValueError for others.
     entropy_bits_per_object_occupied and …_empty: tokens of that kind in the mean object, times their entropy. The sum
     is the expected code length of the ids for a reader who knows which tokens are empty.
     """
-    if scores.counts is None or scores.counts_occupied is None or scores.tokens is None:
-        raise ValueError("the scores must be of a detailed evaluation of models with a codebook")
-    result: dict[str, float] = {"tokens": scores.tokens}
-    occupied = scores.objects["tokens_occupied"].mean().item()
-    for kind, tokens, counts in (
+    if scores.counts is None or scores.counts_occupied is None:
+        raise ValueError("the scores must be of a detailed evaluation of models with a codebook and no empty code")
+    result: dict[str, float] = {}
+    tokens, occupied = (scores.objects[name].mean().item() for name in ("tokens", "tokens_occupied"))
+    for kind, number, counts in (
         ("occupied", occupied, scores.counts_occupied),
-        ("empty", scores.tokens - occupied, scores.counts - scores.counts_occupied),
+        ("empty", tokens - occupied, scores.counts - scores.counts_occupied),
     ):
         result |= {
-            f"tokens_{kind}": tokens,
+            f"tokens_{kind}": number,
             f"codebook_usage_{kind}": usage(counts),
             f"codebook_perplexity_{kind}": perplexity(counts),
-            f"entropy_bits_per_object_{kind}": tokens * entropy_bits(counts),
+            f"entropy_bits_per_object_{kind}": number * entropy_bits(counts),
         }
     return result
 
@@ -182,12 +204,24 @@ def evaluate(
         counts = {}
         if result.counts is not None and result.indices is not None and result.quantization_error is not None:
             counts["counts"] = result.counts
-            fixed["tokens"] = result.indices.shape[1:4].numel()
             scores["quantization_error"] = result.quantization_error
+            ids = result.indices.view(*result.indices.shape[:4], -1)  # [B, X', Y', Z', Q]
+            written = ids[..., 0] >= result.first_code
+            if result.first_code or detailed:
+                scores["tokens"] = written.flatten(1).sum(1)
+            if result.first_code:
+                masks = octree_masks(written)
+                scores["masks"], counts["masks"] = masks.sum(1), masks.sum(0)
             if detailed:
-                details, counts["counts_occupied"] = _token_details(result.indices, result.counts, ss)
-                scores.update(details)
+                rows = (ids - result.first_code).clamp(min=0).flatten(1, 3)
+                scores.update(_code_details("", rows, result.counts, written)[0])
+                if not result.first_code:
+                    occupied = occupied_blocks(ss, written.shape[1:])
+                    scores["tokens_occupied"] = occupied.flatten(1).sum(1)
+                    details, counts["counts_occupied"] = _code_details("_occupied", rows, result.counts, occupied)
+                    scores.update(details)
         if detailed:
+            scores["narrow_gaps"] = narrow_gaps(ss)
             scores.update(distance_metrics(result.logits, ss))
             if result.sampled is not None:
                 sampled = voxel_metrics(result.sampled, ss) | distance_metrics(result.sampled, ss)
@@ -205,28 +239,26 @@ def evaluate(
     return Scores(
         {name: torch.cat(values) for name, values in parts.items()},
         counts=total.get("counts"),
-        tokens=fixed.get("tokens"),
+        masks=total.get("masks"),
         counts_occupied=total.get("counts_occupied"),
         groups=fixed.get("groups"),
         group_cells=fixed.get("group_cells"),
     )
 
 
-def _token_details(indices: Tensor, counts: Tensor, ss: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Return usage and perplexity of the codebook within each object, and the counts over occupied tokens.
+def _code_details(suffix: str, rows: Tensor, counts: Tensor, chosen: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return usage and perplexity of the codebook within each object, over chosen tokens, and the counts over them.
 
-    Usage is a share of the codes in [0, 1], perplexity as `metrics.perplexity` defines it; both over all tokens and
-    over those whose block of the grid has an occupied voxel.
-    indices, counts: as in `Reconstruction`.
+    Usage is a share of the codes in [0, 1], perplexity as `metrics.perplexity` defines it.
+    rows: [B, L, Q], codes of tokens; any code for tokens that are not chosen.
+    counts: as in `Reconstruction`.
+    chosen: [B, X', Y', Z'] bool.
     """
-    occupied = occupied_blocks(ss, indices.shape[1:4]).flatten(1)  # [B, L]
-    tokens = indices.reshape(*occupied.shape, -1)  # [B, L, Q]
-    details = {"tokens_occupied": occupied.sum(1)}
-    n_embed = counts.shape[-1]
-    for suffix, chosen in (("", None), ("_occupied", occupied)):
-        own = object_counts(tokens, n_embed, chosen)  # [B, Q, K]
-        details[f"object_usage{suffix}"] = (own > 0).double().mean((1, 2))
-        details[f"object_perplexity{suffix}"] = 2 ** code_entropy(own).mean(1)
+    own = object_counts(rows, counts.shape[-1], chosen.flatten(1))  # [B, Q, K]
+    details = {
+        f"object_usage{suffix}": (own > 0).double().mean((1, 2)),
+        f"object_perplexity{suffix}": 2 ** code_entropy(own).mean(1),
+    }
     return details, own.sum(0).view_as(counts)
 
 

@@ -1,6 +1,7 @@
 """How well grids are reconstructed, how well a codebook is used, and what a posterior costs.
 
-Axes: B objects, X Y Z voxels (latent cells in `gaussian_kl_bits`), L tokens of an object, Q codes of a token, K codes.
+Axes: B objects, X Y Z voxels (latent cells in `gaussian_kl_bits`), X' Y' Z' the lattice of tokens, L tokens of an
+object, Q codes of a token, K codes.
 """
 
 import math
@@ -206,3 +207,42 @@ def occupied_blocks(ss: Tensor, lattice: Sequence[int]) -> Tensor:
     """
     block = [size // blocks for size, blocks in zip(ss.shape[2:], lattice, strict=True)]
     return F.max_pool3d((ss > 0).float(), block)[:, 0] > 0
+
+
+def octree_masks(occupied: Tensor) -> Tensor:
+    """Count the masks of an octree over each object's tokens, [B, 255] int64: column m - 1 for mask m.
+
+    The root is the smallest cube of 2^n tokens along an axis that holds the lattice. Each node above the tokens that
+    has an occupied one is written as a mask, which says which of its eight children have one. An object without
+    occupied tokens has no mask.
+
+    occupied: [B, X', Y', Z'] bool.
+    """
+    side = 1 << (max(occupied.shape[1:]) - 1).bit_length()
+    nodes = F.pad(occupied, [n for size in reversed(occupied.shape[1:]) for n in (0, side - size)])
+    counts = torch.zeros(len(nodes), 256, dtype=torch.int64, device=nodes.device)
+    bits = 1 << torch.arange(8, device=nodes.device)
+    while nodes.shape[1] > 1:
+        half = nodes.shape[1] // 2
+        children = nodes.view(-1, half, 2, half, 2, half, 2).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+        masks = (children * bits).sum(-1).flatten(1)
+        counts.scatter_add_(1, masks, torch.ones_like(masks))
+        nodes = children.any(-1)
+    return counts[:, 1:]
+
+
+def narrow_gaps(ss: Tensor) -> Tensor:
+    """Return the number of narrow gaps per occupied voxel, float64 [B]; 0 without one.
+
+    A narrow gap is an empty voxel between two occupied ones along x, y or z. Thin structure in the grid of a surface
+    has many: the walls of a thin plate or tube are one voxel apart.
+
+    ss: [B, 1, R, R, R], occupied where > 0.
+    """
+    occupied = ss[:, 0] > 0
+    gaps = torch.zeros_like(occupied)
+    for axis in (1, 2, 3):
+        inner = gaps.narrow(axis, 1, gaps.shape[axis] - 2)
+        inner |= occupied.narrow(axis, 0, inner.shape[axis]) & occupied.narrow(axis, 2, inner.shape[axis])
+    gaps &= ~occupied
+    return gaps.flatten(1).sum(1).double() / occupied.flatten(1).sum(1).clamp(min=1)

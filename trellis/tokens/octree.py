@@ -11,8 +11,8 @@ Child 4·dx + 2·dy + dz of a node is the one in its lower (0) or upper (1) half
 the mask, with 2^bit as its value, tells of it; so children follow one another in Morton order. Children outside the
 lattice do not exist.
 
-*Values* number codes and masks together: codes keep their ids 1 to K - 1, mask m from 1 to 255 is K + m - 1. There are
-K + 255, of which 0 never occurs.
+*Values* number codes and masks together: codes keep their ids 1 to K - 1, mask m from 1 to 255 is K + m - 1. That makes
+K + 255, the 0 that never occurs among them.
 
 Axes: X' Y' Z' the lattice of tokens, L = X'·Y'·Z', Q codes per token, T = L·Q ids of an object, K codes, the empty one
 among them.
@@ -97,11 +97,6 @@ class Octree:
         """T, ids of an object."""
         return int(np.prod(self.lattice)) * self.codes_per_token
 
-    @property
-    def num_values(self) -> int:
-        """The number of values, K + 255: those of a sequence lie in [1, num_values)."""
-        return self.n_embed + MASKS
-
     def mask(self, value: int) -> int:
         """Return the mask that a value stands for, 1 to 255; 0 if it is none."""
         mask = value - self.n_embed + 1
@@ -156,8 +151,8 @@ class Octree:
             and describe each kind of repair in `problems`. Each value stands at its place, so:
             - Take a node as empty if another value stands where its mask must be, or if the sequence ends before it.
             - Leave children outside the lattice out of a mask; the node is empty if none remain.
-            - Replace or fill in a code by the one at its place in the token before it in the sequence, which is its
-              neighbor in Morton order; where there is none, by that in the next token; without any, by code 1.
+            - Take a missing or wrong code from the same place in the nearest token before it, in Morton order, that has
+              one there; if there is none, in the first one behind it; without any, take code 1.
             - Drop what follows the last code.
         Raise DataError, even then, for values that are not integers in one row.
         """
@@ -182,8 +177,9 @@ class Octree:
             if leaf:
                 codes.append(value if taken else 0)
             if not taken:
-                problem = self._problem(walk, index, values, names)
-                faults.setdefault(problem.repair, []).append(problem)
+                if index <= len(values):  # what is missing is one problem, not one for each place
+                    problem = self._problem(walk, index, values, names)
+                    faults.setdefault(problem.repair, []).append(problem)
                 if leaf:
                     walk.advance(1)
                 elif not walk.advance(self.n_embed - 1 + (self.mask(value) & walk.expected.children)):
@@ -191,12 +187,7 @@ class Octree:
             index += 1
         if index < len(values):
             faults["surplus"] = [self._problem(walk, index, values, names)]
-        problems = [
-            each[0]._replace(
-                message=each[0].message + further([fault for fault in each if fault.position < len(values)])
-            )
-            for each in faults.values()
-        ]
+        problems = [each[0]._replace(message=each[0].message + further(each)) for each in faults.values()]
         return self._ids(leaves, codes), problems
 
     def walk(self) -> "Walk":
@@ -214,10 +205,10 @@ class Octree:
         return self._keys.argsort()
 
     def _problem(self, walk: "Walk", index: int, values: Sequence[int], names: Sequence[str] | None) -> Problem:
-        """Return what is wrong at an index, whose value may not come next, or which lies behind the last one."""
-        if index >= len(values):
+        """Return what is wrong at an index: its value may not come next, or there is none any more."""
+        if index == len(values):
             repair = "missing blocks are taken as empty, missing codes are the nearest token's"
-            return Problem(len(values), f"the sequence ends after {len(values)} values, but {walk} must follow", repair)
+            return Problem(index, f"the sequence ends after {index} values, but {walk} must follow", repair)
         stands = f"value {index} is {names[index] if names else self._name(values[index])}"
         if walk.node is None:
             repair = f"the last {len(values) - index} are dropped"
@@ -241,19 +232,23 @@ class Octree:
         if array.ndim not in (1, 2) or array.shape[-1] != self.num_tokens or array.dtype.kind not in "iu":
             raise DataError(
                 f"ids must be integers [{self.num_tokens}] or [B, {self.num_tokens}], not {array.dtype} "
-                f"{list(array.shape)}"
+                f"{list(array.shape)}. Use the octree of the tokenizer that made them."
             )
         array = array.astype(np.int64)
         wrong = (array < 0) | (array >= self.n_embed)
         if wrong.any():
             first = np.unravel_index(wrong.argmax(), wrong.shape)
-            raise DataError(f"id {first[-1]} is {array[first]}; ids must lie in [0, {self.n_embed})")
+            raise DataError(
+                f"id {first[-1]} is {array[first]}; ids must lie in [0, {self.n_embed}). Use the octree of the "
+                "tokenizer that made them."
+            )
         tokens = array.reshape(*array.shape[:-1], -1, self.codes_per_token)
         mixed = ((tokens > 0) != (tokens[..., :1] > 0)).any(-1)
         if mixed.any():
             first = np.unravel_index(mixed.argmax(), mixed.shape)
             raise DataError(
-                f"token {first[-1]} has the ids {tokens[first].tolist()}; an empty token has zeros alone, another none"
+                f"token {first[-1]} has the ids {tokens[first].tolist()}; an empty token has zeros alone, another "
+                "none. Use the octree of the tokenizer that made them."
             )
         return tokens
 

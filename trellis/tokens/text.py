@@ -206,10 +206,10 @@ class TokenFormat:
             - Replace a word with a damaged or unknown number by the id of `fill` at its index; drop the word if that
               leaves exactly T.
             - Drop surplus ids at the end; take missing ids from `fill`.
-            With an octree, of several objects read the longest, and instead of the last two do as `Octree.from_values`;
-            its repairs tell the number of the word in the object, from 0.
+            With an octree read the longest of several objects, drop text that is not a word, and repair the rest as
+            `Octree.from_values` does, whose value 0 is the first word after the start.
         fill: [T] ids, such as an empty grid's; None for code 0. Raise ValueError if it is not T ids in range. An octree
-            does without.
+            needs none.
         """
         return self._parse(self._items_of_text(text), len(text), num_tokens, strict, fill)
 

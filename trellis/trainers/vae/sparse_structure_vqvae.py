@@ -197,7 +197,8 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         if occupied is not None:  # the others have no error
             error = error / occupied.flatten(1).float().mean(1).clamp(min=1 / occupied[0].numel())
         logits = vqvae.decode(quantized.codes, occupied)
-        return Reconstruction(logits, quantized.indices, vqvae.counts(quantized.indices), error)
+        counts, first = vqvae.counts(quantized.indices), vqvae.quantizer.first_code
+        return Reconstruction(logits, quantized.indices, counts, error, first_code=first)
 
     def facts(self) -> list[str]:
         lines, quantizer = super().facts(), self.quantizer

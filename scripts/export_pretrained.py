@@ -2,7 +2,8 @@
 
     python scripts/export_pretrained.py --run outputs/stage2 --output_dir pretrained/my_vqvae
 
-`trellis.models.from_pretrained("pretrained/my_vqvae/encoder")` and `finetune_ckpt` read them.
+`trellis.models.from_pretrained("pretrained/my_vqvae/encoder")` and `finetune_ckpt` read them. With a codebook, the
+folder is a tokenizer too: `SparseStructureTokenizer.load("pretrained/my_vqvae")`.
 """
 
 import sys
@@ -11,13 +12,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import argparse
+import json
 
 import torch
 
 from trellis.models import build, load_weights, model_spec
-from trellis.runs.open import open_run
+from trellis.runs.open import Run, open_run
+from trellis.tokens.sources import GRIDS
 from trellis.utils.command import run_command
-from trellis.utils.errors import CheckpointError
+from trellis.utils.errors import CheckpointError, DataError
 from trellis.utils.files import atomic_write
 
 
@@ -39,6 +42,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def grid_settings(run: Run) -> dict[str, str | int]:
+    """Return how the run's grids were made, for a tokenizer, by the rules of its `from_run`."""
+    settings: dict[str, str | int] = {"resolution": run.resolution}
+    try:
+        normalization = run.data_setting("normalization") or "cube"
+    except DataError as error:  # the models are good without it
+        print(f"note: {error}", file=sys.stderr)
+        return settings
+    up_axis = run.data_setting("up_axis") or ("keep" if normalization == "cube" else "y")
+    return {**settings, "normalization": normalization, "up_axis": up_axis}
+
+
 def export(args: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
@@ -56,7 +71,7 @@ def export(args: argparse.Namespace) -> None:
         load_weights(model, weights[name])
         state = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
         with atomic_write(targets[name].with_suffix(".safetensors")) as partial:
-            save_file(state, partial)
+            save_file(state, partial, {GRIDS: json.dumps(grid_settings(run))} if name == "quantizer" else None)
         with atomic_write(targets[name].with_suffix(".json")) as partial:
             partial.write_text(model_spec(spec), encoding="utf-8")
         print(f"written: {targets[name]}.json, {targets[name]}.safetensors")

@@ -3,13 +3,16 @@
     python scripts/from_tokens.py --tokenizer outputs/stage2 --tokens outputs/tokens --output_dir outputs/meshes
     python scripts/from_tokens.py --tokenizer TOKENIZER --text answers.jsonl --output_dir outputs/meshes --repair
 
---tokens takes a folder or a Parquet file; each object becomes {sha256}.glb, and names.csv says which object that is:
-its columns are sha256, name (as in the Parquet file) and file.
+--tokens takes a folder or a Parquet file; each object becomes a file of its name and the first digits of its hash, such
+as chair_1f0c9a2e.glb, and names.csv says which object that is: its columns are sha256, name (as in the Parquet file)
+and file.
 --text takes a file with one answer per line, which becomes line000001.glb. A line of a .jsonl is a text, or an object
 that has the answer as `predict` (LLaMA-Factory's predictions), `output`, `response` or `text`, or has `conversations`,
 of which the last mesh is taken. An answer must contain exactly one whole object; with --repair, other answers are
 repaired and the repairs printed.
-Nothing is overwritten. If objects cannot be written, they are listed and the exit code is 1.
+Files are written atomically, by several processes. A rerun of the same command makes only those that are missing, and
+of another one into the same folder is refused, unless it makes another format. Nothing is overwritten. If objects
+cannot be written, they are listed and the exit code is 1.
 """
 
 import sys
@@ -19,48 +22,62 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import argparse
 import csv
+import hashlib
 import json
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 from tqdm import tqdm
 
-from trellis.grids.placing import UP_AXES
+from trellis.grids.mesh_pool import run_in_pool
+from trellis.grids.placing import UP_AXES, axis_to_write
+from trellis.grids.surface import save_mesh, surface_mesh
 from trellis.grids.volumes import Frame, write_nifti
-from trellis.grids.voxels import occupancy_to_points, write_ply
-from trellis.tokenizer import SparseStructureTokenizer
-from trellis.tokens import parquet
-from trellis.utils.command import DEVICES, pick_device, run_command
+from trellis.grids.voxels import voxel_centers, write_ply
+from trellis.utils.command import DEVICES, available_cores, pick_device, run_command
 from trellis.utils.errors import DataError
-from trellis.utils.files import atomic_write
+from trellis.utils.files import atomic_write, remove_leftovers
+
+# Workers import this file again, and they need no torch.
+if TYPE_CHECKING:
+    from scripts.id_sources import IdObject, Reader
+    from trellis.tokenizer import SparseStructureTokenizer
+    from trellis.tokens.parquet import TokenInfo
 
 FORMATS = {"glb": ".glb", "obj": ".obj", "ply": ".ply", "stl": ".stl", "voxels": ".ply", "nifti": ".nii.gz"}
 NAMES = "names.csv"
 NAME_FIELDS = ("sha256", "name", "file")
-ANSWERS = ("predict", "output", "response", "text")
-
-# Reads the ids of one object and its frame in a scan, if any, later: one may fail while others are fine.
-Reader = Callable[[], tuple[Tensor, str | None]]
+BATCH = {"cpu": 8, "cuda": 64}  # objects that are decoded together
 
 
 class Report(NamedTuple):
     """What came of the objects.
 
-    written: the paths of their files.
-    left_out: (name, reason) of the others.
-    open: how many of the label maps come from surfaces that are not closed.
+    written: the number of new files.
+    present: of files that an earlier run made.
+    left_out: (name, reason) of the other objects.
+    open: how many of the new label maps come from surfaces that are not closed.
     surfaces: how many come from surfaces.
     """
 
-    written: list[Path]
+    written: int
+    present: int
     left_out: list[tuple[str, str]]
     open: int
     surfaces: int
+
+
+class Task(NamedTuple):
+    """A file to write."""
+
+    path: Path
+    bits: bytes  # [R, R, R], a bit for each voxel
+    resolution: int  # R
+    kind: str  # of FORMATS
+    to_y_up: bool  # of a mesh
+    frame: str | None  # where the object lies in its scan, see grids.volumes.Frame
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -90,7 +107,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repair", action="store_true", help="repair damaged answers of --text")
     parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument(
+        "--max_workers", type=int, default=available_cores(), help="processes that write files (default: one per core)"
+    )
+    parser.add_argument("--timeout", type=float, default=120, help="seconds to write a file (default: 120)")
     args = parser.parse_args(argv)
+    if args.max_workers < 1:
+        parser.error(f"--max_workers is {args.max_workers}; it must be at least 1")
+    if args.timeout <= 0:
+        parser.error(f"--timeout is {args.timeout}; it must be above 0")
     if args.format == "nifti" and args.text:
         parser.error("--format nifti goes with --tokens: an answer does not say which scan it belongs to")
     if args.repair and not args.text:
@@ -100,118 +125,164 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def from_parquet(path: str, tokenizer: SparseStructureTokenizer) -> Iterator[tuple[str, Reader]]:
-    """Yield the name and the ids of each object. Raise DataError if another tokenizer made them."""
-    info = parquet.read_info(path)
-    if info.tokenizer_hash != tokenizer.hash:
-        raise DataError(
-            f"{path}: its ids come from the tokenizer with hash {info.tokenizer_hash[:12]}…, but this one has "
-            f"{tokenizer.hash[:12]}…. Give the one that made them{_settings_that_differ(info, tokenizer)}."
-        )
-    for row in parquet.read_shards(path):
-        if not re.fullmatch(r"[\w-]+", row["sha256"] or ""):
-            raise DataError(f"{path}: sha256 {row['sha256']!r} is not a hash and cannot name a file.")
-        yield row["sha256"], partial(_of_row, row)
+def write_file(*fields) -> bool | None:
+    """Write the file of a Task. Raise DataError if the object has no voxel, or for NIfTI no frame.
 
-
-def _settings_that_differ(info: parquet.TokenInfo, tokenizer: SparseStructureTokenizer) -> str:
-    here = tokenizer.token_info()
-    names = ("resolution", "normalization", "up_axis")
-    pairs = [(name, getattr(info, name), getattr(here, name)) for name in names]
-    differing = ", ".join(f"{name} {there} and not {value}" for name, there, value in pairs if there != value)
-    return f", with {differing}" if differing else ""
-
-
-def _of_row(row: dict[str, Any]) -> tuple[Tensor, str | None]:
-    return torch.from_numpy(row["tokens"]), row.get("frame")
-
-
-def from_text(path: str, tokenizer: SparseStructureTokenizer, repair: bool) -> Iterator[tuple[str, Reader]]:
-    """Yield the name and the ids of each answer; blank lines are skipped.
-
-    Raise DataError if the file cannot be read. A reader raises it for a damaged answer.
+    Return whether the surface that a label map was filled from is closed; None if it comes from no surface.
     """
-    words, fill = tokenizer.token_format(), tokenizer.empty_ids if repair else None
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Give a text file or a .jsonl.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text ({error}). Give a text file or a .jsonl.") from error
-
-    def read(line: str, name: str) -> tuple[Tensor, None]:
-        answer = answer_of(line, words.start) if path.lower().endswith(".jsonl") else line
-        parsed = words.from_text(answer, tokenizer.num_tokens, strict=not repair, fill=fill)
-        for problem in parsed.problems:
-            tqdm.write(f"repaired: {name}: {problem}")
-        return parsed.ids, None
-
-    found = False
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            found = True
-            name = f"line{number:06d}"
-            yield name, partial(read, line, name)
-    if not found:
-        raise DataError(f"{path}: is empty. Give a text file with an answer in each line, or a .jsonl.")
+    task = Task(*fields)
+    side = task.resolution
+    grid = np.unpackbits(np.frombuffer(task.bits, np.uint8), count=side**3).reshape(side, side, side).astype(bool)
+    if not grid.any():
+        raise DataError("decodes to no voxel")
+    if task.kind == "voxels":
+        write_ply(task.path, voxel_centers(np.argwhere(grid), side))
+        return None
+    if task.kind != "nifti":
+        save_mesh(surface_mesh(grid), task.path, task.to_y_up)
+        return None
+    if task.frame is None:
+        raise DataError(
+            "comes from no scan whose space is known, so it cannot be written as NIfTI: take another --format"
+        )
+    frame = Frame.from_json(task.frame)
+    closed = write_nifti(task.path, grid, frame)
+    return closed if frame.fill == "surface" else None
 
 
-def answer_of(line: str, start: str) -> str:
-    """Return the answer in a line of a .jsonl. Raise DataError if there is none. start: the first word of a mesh."""
-    try:
-        value: Any = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"is not JSON ({error})") from error
-    if isinstance(value, dict):
-        turns = value.get("conversations")
-        # The mesh is gpt's answer, or part of the question if gpt describes it.
-        texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-        texts = [text for text in texts if isinstance(text, str) and start in text]
-        answers = [value[key] for key in ANSWERS if key in value]
-        value = answers[0] if answers else texts[-1] if texts else None
-    if not isinstance(value, str):
-        raise DataError(f"has no text as {', '.join(ANSWERS)} or in conversations")
-    return value
+class Plan(NamedTuple):
+    """What is to be done."""
+
+    objects: "list[IdObject]"  # all
+    readers: "Callable[[], Iterator[Reader]]"  # of their ids, in the same order
+    settings: dict[str, str | bool]  # what the files depend on, besides the objects
+    to_y_up: bool
+
+
+def plan_objects(args: argparse.Namespace, tokenizer: "SparseStructureTokenizer") -> Plan:
+    """Return the objects of --tokens or --text. Raise DataError if they cannot be read or are another tokenizer's."""
+    from scripts import id_sources
+    from trellis.tokens import parquet
+
+    settings: dict[str, str | bool] = {"tokenizer": tokenizer.hash}
+    up_axis = args.up_axis or tokenizer.up_axis
+    if args.tokens:
+        info: TokenInfo = parquet.read_info(args.tokens)
+        id_sources.check_tokenizer(args.tokens, info, tokenizer)
+        up_axis = args.up_axis or info.up_axis
+        objects = id_sources.objects_of_parquet(args.tokens)
+        settings |= {"tokens_up_axis": info.up_axis, "precision": info.precision}
+    else:
+        objects = id_sources.objects_of_text(args.text)
+        digest = hashlib.sha256(Path(args.text).read_bytes()).hexdigest()
+        settings |= {"answers": digest, "repair": args.repair}
+    mesh = args.format not in ("voxels", "nifti")
+    to_y_up = mesh and axis_to_write(up_axis, FORMATS[args.format], tokenizer.normalization) == "y"
+    if mesh:
+        settings["to_y_up"] = to_y_up
+
+    def readers() -> "Iterator[Reader]":
+        if args.tokens:
+            return id_sources.ids_of_parquet(args.tokens)
+        return id_sources.ids_of_text(args.text, tokenizer, args.repair)
+
+    return Plan(objects, readers, settings, to_y_up)
+
+
+def claim_folder(folder: Path, kind: str, settings: dict[str, str | bool], paths: list[Path]) -> None:
+    """Note how the files of a format are made, or compare with what is noted.
+
+    paths: of all objects.
+    Raise DataError if the folder has files of other settings, or of unknown ones.
+    """
+    path = folder / f".from_tokens_{kind}.json"  # hidden: it is of no use to who wants the files
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: is damaged ({error}). Give another --output_dir.") from error
+        if found != settings:
+            differing = ", ".join(key for key in settings | found if settings.get(key) != found.get(key))
+            raise DataError(
+                f"{folder}: has {kind} files of other ids or settings ({differing}). Give the same as before, or "
+                "another --output_dir."
+            )
+        return
+    if present := next((path for path in paths if path.exists()), None):
+        raise DataError(f"{present}: exists already. Give another --output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
 def write_objects(args: argparse.Namespace) -> Report:
-    """Write a file for each object, and for --tokens NAMES.
+    """Write the files that are missing, one for each object, and for --tokens NAMES.
 
-    Raise DataError, before any file is written, if one exists already.
+    Raise DataError, before any file is written, if the folder has files of other settings.
     """
+    from trellis.tokenizer import SparseStructureTokenizer
+
     device = pick_device(args.device)
     tokenizer = SparseStructureTokenizer.load(args.tokenizer).to(device)
-
-    def objects() -> Iterator[tuple[str, Reader]]:
-        if args.tokens:
-            return from_parquet(args.tokens, tokenizer)
-        return from_text(args.text, tokenizer, args.repair)
-
-    up_axis = args.up_axis or (parquet.read_info(args.tokens).up_axis if args.tokens else None)
-    folder, suffix = Path(args.output_dir), FORMATS[args.format]
-    names = Counter(name for name, _ in objects())
-    for name, number in names.items():
-        if number > 1:
-            raise DataError(f"{args.tokens}: has {name} {number} times. Give the files one by one.")
-        if (folder / f"{name}{suffix}").exists():
-            raise DataError(f"{folder / f'{name}{suffix}'}: exists already. Give another --output_dir.")
+    plan, folder = plan_objects(args, tokenizer), Path(args.output_dir)
+    paths = [folder / f"{each.stem}{FORMATS[args.format]}" for each in plan.objects]
     named = read_names(folder / NAMES) if args.tokens else []
-    folder.mkdir(parents=True, exist_ok=True)
-    written, left_out, surfaces_closed = [], [], []
-    for name, read in tqdm(objects(), total=len(names), unit="object", disable=not sys.stderr.isatty()):
-        path = folder / f"{name}{suffix}"
-        try:
-            ids, frame = read()
-            closed = write(tokenizer, ids, frame, path, args.format, up_axis)
-        except DataError as error:
-            left_out.append((name, str(error)))
+    claim_folder(folder, args.format, plan.settings, paths)
+    remove_leftovers(folder)
+    missing = [not path.exists() for path in paths]
+    written, left_out, surfaces_closed = 0, [], []
+    names = {path: each.name or each.stem for path, each in zip(paths, plan.objects, strict=True)}
+    bar = tqdm(total=sum(missing), unit="object", disable=not sys.stderr.isatty())
+
+    def finish(task: tuple, result: bool | DataError | None) -> None:
+        nonlocal written
+        bar.update()
+        if isinstance(result, DataError):
+            left_out.append((names[task[0]], str(result)))
+            return
+        written += 1
+        if result is not None:
+            surfaces_closed.append(result)
+
+    def tasks() -> Iterator[Task]:
+        waiting = ((path, read) for path, read, new in zip(paths, plan.readers(), missing, strict=True) if new)
+        while part := list(islice(waiting, BATCH[device.type])):
+            yield from decoded(part)
+
+    def decoded(part: "list[tuple[Path, Reader]]") -> Iterator[Task]:
+        import torch
+
+        read = []
+        for path, reader in part:
+            try:
+                read.append((path, *reader()))
+            except DataError as error:
+                finish((path,), error)
+        if read:
+            grids = (tokenizer.decode(torch.stack([ids for _, ids, _ in read])) > 0).flatten(1).cpu().numpy()
+            for (path, _, frame), bits in zip(read, np.packbits(grids, axis=1), strict=True):
+                yield Task(path, bits.tobytes(), tokenizer.resolution, args.format, plan.to_y_up, frame)
+
+    with bar:
+        if args.format == "voxels" or args.max_workers == 1:  # voxels are written in no time
+            run_here(tasks(), finish)
         else:
-            written.append(path)
-            if closed is not None:
-                surfaces_closed.append(closed)
+            run_in_pool(write_file, tasks(), finish, min(args.max_workers, max(1, sum(missing))), args.timeout)
     if args.tokens:
-        write_names(folder / NAMES, named, args.tokens, written)
-    return Report(written, left_out, surfaces_closed.count(False), len(surfaces_closed))
+        write_names(folder / NAMES, named, plan.objects, paths)
+    left_out.sort(key=lambda each: each[0])
+    present = len(missing) - sum(missing)
+    return Report(written, present, left_out, surfaces_closed.count(False), len(surfaces_closed))
+
+
+def run_here(tasks: Iterable[Task], finish: Callable[[tuple, bool | DataError | None], None]) -> None:
+    """Do tasks as `run_in_pool` does, in this process."""
+    for task in tasks:
+        try:
+            result: bool | DataError | None = write_file(*task)
+        except DataError as error:
+            result = error
+        finish(task, result)
 
 
 def read_names(path: Path) -> list[list[str]]:
@@ -228,48 +299,26 @@ def read_names(path: Path) -> list[list[str]]:
     return rows
 
 
-def write_names(path: Path, before: list[list[str]], tokens: str, written: list[Path]) -> None:
-    """Add the files to the table of files, with the names that their objects have in the Parquet files."""
-    files = {file.name.split(".")[0]: file.name for file in written}
+def write_names(path: Path, before: list[list[str]], objects: "list[IdObject]", paths: list[Path]) -> None:
+    """Add the files that are there to the table of files.
+
+    before: its rows.
+    paths: of the objects' files.
+    """
+    listed = {row[-1] for row in before}
     rows = [
-        [row["sha256"], row["name"], files[row["sha256"]]]
-        for row in parquet.read_shards(tokens)
-        if row["sha256"] in files
+        [each.sha256, each.name, file.name]
+        for each, file in zip(objects, paths, strict=True)
+        if file.name not in listed and file.exists()
     ]
     with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as table:
         csv.writer(table, lineterminator="\n").writerows([NAME_FIELDS, *before, *rows])
 
 
-def write(
-    tokenizer: SparseStructureTokenizer, ids: Tensor, frame: str | None, path: Path, kind: str, up_axis: str | None
-) -> bool | None:
-    """Write the object of ids [T] as one of FORMATS. Raise DataError if it has no voxel, or for NIfTI no frame.
-
-    frame: where it lies in its scan, see grids.volumes.Frame.
-    up_axis: of a mesh; None for the tokenizer's setting.
-    Return whether the surface that a label map was filled from is closed; None if it comes from no surface.
-    """
-    if kind not in ("voxels", "nifti"):
-        tokenizer.save_mesh(ids, path, up_axis=up_axis)
-        return None
-    grid = (tokenizer.decode(ids)[0, 0] > 0).cpu()
-    if not grid.any():
-        raise DataError("decodes to no voxel")
-    if kind == "voxels":
-        write_ply(path, occupancy_to_points(grid))
-        return None
-    if frame is None:
-        raise DataError(
-            "comes from no scan whose space is known, so it cannot be written as NIfTI: take another --format"
-        )
-    place = Frame.from_json(frame)
-    closed = write_nifti(path, grid.numpy(), place)
-    return closed if place.fill == "surface" else None
-
-
 def report_objects(args: argparse.Namespace) -> int:
-    written, left_out, open_surfaces, surfaces = write_objects(args)
-    print(f"{args.output_dir}: {len(written)} {'file' if len(written) == 1 else 'files'} written")
+    written, present, left_out, open_surfaces, surfaces = write_objects(args)
+    before = f", {present} were there already" if present else ""
+    print(f"{args.output_dir}: {written} {'file' if written == 1 else 'files'} written{before}")
     for name, reason in left_out:
         print(f"left out: {name}: {reason}")
     if open_surfaces:
@@ -278,12 +327,13 @@ def report_objects(args: argparse.Namespace) -> int:
             "--fill solid"
         )
     if left_out:
-        print(f"error: {len(left_out)} of {len(written) + len(left_out)} objects could not be written", file=sys.stderr)
+        total = written + present + len(left_out)
+        print(f"error: {len(left_out)} of {total} objects could not be written", file=sys.stderr)
     return 1 if left_out else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command(report_objects, parse_args(argv))
+    return run_command(report_objects, parse_args(argv), interrupted="interrupted: run the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@
 Grids come from data roots, as for train.py, or from meshes, which are voxelized with the tokenizer's settings;
 --up_axis takes the axes of their files in another way. Objects are divided into shards,
 shard-00000-of-00012.parquet … (layout: trellis/tokens/parquet.py). Each is written atomically, and a rerun of the same
-command writes only missing shards. All shards of a folder have the same tokenizer, data set, up axis, precision, shard
-size and --iou. Meshes that cannot be voxelized are listed in failed.csv; to retry them, delete their shard.
---sharegpt adds dataset_info.json and sharegpt/*.jsonl as LLaMA-Factory reads them (rules: trellis/tokens/sharegpt.py).
+command writes only missing shards. All shards of a folder have the same tokenizer, data set, up axis, precision, form,
+shard size and --iou. --form says how they hold an object's ids (trellis/tokens/forms.py). The folder has Parquet files
+alone: meshes that cannot be voxelized are listed beside it, in OUTPUT_DIR_failed.csv; to retry one, delete its shard.
+--sharegpt writes conversations as LLaMA-Factory reads them (rules: trellis/tokens/sharegpt.py) into another folder.
 Each caption of an object gives two records, caption to mesh and mesh to caption. Captions come from --captions, else
-from the column caption or captions of the roots' metadata.csv.
+from the column caption or captions of the roots' metadata.csv. Given again with other captions or prompts, it replaces
+the conversations, without encoding anew.
 """
 
 import sys
@@ -41,9 +43,11 @@ from trellis.grids.placing import UP_AXES, check_settings
 from trellis.grids.voxels import unpack_bits_on_device
 from trellis.tokenizer import Precision, SparseStructureTokenizer
 from trellis.tokens import parquet, sharegpt
+from trellis.tokens.forms import FORMS, Form, form_of
 from trellis.utils.command import DEVICES, available_cores, pick_device, run_command
 from trellis.utils.errors import ConfigError, DataError, UserError
 
+FAILED = "_failed.csv"  # ending of the table of meshes that cannot be voxelized
 REASONS_SHOWN = 5
 COMPARED = 16  # objects that a run in bf16 encodes in fp32 too
 # Processes may choose different kernels in bf16, and rounding decides between equally near codes.
@@ -76,6 +80,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="fp32",
         help="fp32 (default) defines the ids; bf16 is faster, but some ids differ",
     )
+    parser.add_argument(
+        "--form",
+        choices=FORMS,
+        help="how files hold ids: all of them, or as an octree without empty blocks, breadth-first or depth-first "
+        "(default: octree if the tokenizer has an empty code, else dense)",
+    )
     parser.add_argument("--iou", action="store_true", help="also decode, and record each object's IoU")
     parser.add_argument("--shard_size", type=int, default=4096, help="objects per file (default: 4096)")
     parser.add_argument(
@@ -86,7 +96,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="at the end read back N random objects, decode them, and encode their grids again: the ids "
         f"must be equal (in bf16, {EQUAL_IN_BF16:.0%}% of an object's ids)",
     )
-    parser.add_argument("--sharegpt", action="store_true", help="also write conversations")
+    parser.add_argument(
+        "--sharegpt",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="also write conversations, into this folder (default: OUTPUT_DIR_sharegpt, beside the other)",
+    )
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
@@ -127,9 +143,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--timeout is {args.timeout}; it must be above 0")
     if args.up_axis and not args.meshes:
         parser.error("--up_axis goes with --meshes: grids of --data_dir are turned already")
+    args.sharegpt = beside(args.output_dir, "_sharegpt") if args.sharegpt == "" else args.sharegpt
     if args.captions and not args.sharegpt:
         parser.error("--captions goes with --sharegpt")
     return args
+
+
+def beside(folder: str, ending: str) -> str:
+    """Return a path beside a folder: its own with an ending."""
+    path = Path(folder).absolute()
+    return str(path.with_name(path.name + ending)) if path.name else str(path / ending.strip("_"))
 
 
 # --- ids ----------------------------------------------------------------------------------------------------
@@ -180,6 +203,7 @@ class Work(NamedTuple):
     info: parquet.TokenInfo
     source: DataSource | MeshSource
     shards: dict[int, slice]  # {number: its objects}, of all machines
+    made_from: dict  # what the ids of the folder have in common besides `info`
     prompts: sharegpt.Prompts | None
     captions: dict[str, list[str]]
     cuda: bool
@@ -189,7 +213,11 @@ class Work(NamedTuple):
         return Path(self.args.output_dir, parquet.shard_name(number, len(self.shards)))
 
     def jsonl(self, number: int) -> Path:
-        return Path(self.args.output_dir, sharegpt.FOLDER, self.path(number).with_suffix(".jsonl").name)
+        return Path(self.args.sharegpt, sharegpt.DATASET, self.path(number).with_suffix(".jsonl").name)
+
+    @property
+    def form(self) -> Form:
+        return form_of(self.info.form, self.info.empty_code)
 
     def unfinished(self, number: int) -> bool:
         return not self.path(number).exists() or (self.prompts is not None and not self.jsonl(number).exists())
@@ -246,6 +274,7 @@ def run_process(
                 iou=columns[2] if args.iou else None,
                 left_out=shard.left_out,
                 frames=frames if work.frames else None,
+                made_from=work.made_from,
             )
             count += len(sha256)
 
@@ -264,7 +293,7 @@ def write_conversations(work: Work, prompts: sharegpt.Prompts, tokenizer: Sparse
     """Write a shard's records if they are missing. Return how many are written."""
     if work.jsonl(number).exists():
         return 0
-    words = tokenizer.token_format()
+    words = tokenizer.token_format(form=work.form)
     return sharegpt.write_jsonl(
         work.jsonl(number),
         (
@@ -336,27 +365,22 @@ def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cud
         source = MeshSource(args.meshes, *settings, args.max_workers, args.timeout, folder)
     else:
         source = DataSource(args.data_dir, args.split, *settings)
-    info = replace(tokenizer.token_info(args.precision), up_axis=up_axis)
+    form = form_of(args.form, tokenizer.empty_code)
+    info = replace(tokenizer.token_info(args.precision, form), up_axis=up_axis)
     starts = range(0, len(source.objects), args.shard_size)
     shards = {number: slice(start, start + args.shard_size) for number, start in enumerate(starts)}
     prompts, captions = plan_conversations(args, source) if args.sharegpt else (None, {})
 
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / parquet.MANIFEST).exists() and any(folder.glob("shard-*.parquet")):
-        raise ConfigError(
-            f"{folder}: has shards, but no {parquet.MANIFEST} that says how they were made. Give another --output_dir."
-        )
-    parquet.claim(
-        folder / parquet.MANIFEST,
-        {**asdict(info), "data": source.key(), "iou": args.iou, "shard_size": args.shard_size, "shards": len(shards)},
-    )
-    if prompts is not None:
-        digest = sharegpt.captions_digest(captions)
-        parquet.claim(folder / "sharegpt.json", {**asdict(prompts), "captions": digest})
-        parquet.claim(folder / "dataset_info.json", sharegpt.dataset_info())
-        (folder / sharegpt.FOLDER).mkdir(exist_ok=True)
     frames = any(item.frame for item in source.objects)
-    return Work(args, info, source, shards, prompts, captions, cuda, frames)
+    made_from = {"data": source.key(), "iou": args.iou, "shard_size": args.shard_size, "shards": len(shards)}
+    parquet.claim(folder, info, made_from, args.iou, frames)
+    if prompts is not None:
+        tokens = {**asdict(info), "data": made_from["data"], "shard_size": args.shard_size}
+        digest = sharegpt.captions_digest(captions)
+        if sharegpt.claim(Path(args.sharegpt), prompts, digest, tokens, args.world_size == 1):
+            source.notes.append(f"{args.sharegpt}: its conversations had other prompts or captions and are replaced")
+    return Work(args, info, source, shards, made_from, prompts, captions, cuda, frames)
 
 
 def plan_conversations(
@@ -369,13 +393,21 @@ def plan_conversations(
         raise DataError(f"{args.captions}: has no caption of any object. Its sha256 must be the data's.")
     default = sharegpt.PROMPT_OF_CAPTION if captions else sharegpt.PROMPT_OF_NAME
     prompts = sharegpt.Prompts(args.prompt or default, args.describe_prompt)
-    if not any(
-        sharegpt.records(item.sha256, item.name, "-", captions.get(item.sha256, ()), prompts) for item in source.objects
-    ):
-        fields = ", ".join(f"{{{name}}}" for name in prompts.fields)
+    made = [
+        bool(sharegpt.records(item.sha256, item.name, "-", captions.get(item.sha256, ()), prompts))
+        for item in source.objects
+    ]
+    fields = " or ".join(f"{{{name}}}" for name in prompts.fields)
+    if not any(made):
         raise DataError(
             f"--prompt {prompts.make!r}: no object has every field that it uses ({fields}). Give --captions, or "
             "another prompt."
+        )
+    if not captions and not args.prompt:
+        source.notes.append("the objects have no captions: conversations ask for them by the names of their files")
+    if not all(made):
+        source.notes.append(
+            f"{len(made) - sum(made)} of {len(made)} objects have no {fields or 'caption'}, and so no conversation"
         )
     return prompts, captions
 
@@ -434,12 +466,14 @@ def agreement(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int
 
 
 def list_failures(work: Work) -> list[dict[str, str]]:
-    """Write failed.csv from the shards of all machines that exist so far. Return its rows."""
+    """Write OUTPUT_DIR_failed.csv from the shards of all machines that exist so far. Return its rows."""
     present = [work.path(number) for number in work.shards if work.path(number).exists()]
     rows = work.source.failures + [row for path in present for row in parquet.read_left_out(path)]
+    path = Path(beside(work.args.output_dir, FAILED))
     if rows:
-        path = Path(work.args.output_dir, "failed.csv")
         write_table(path, FAILED_FIELDS, sorted(rows, key=lambda row: row["file"]))
+    else:
+        path.unlink(missing_ok=True)
     return rows
 
 
@@ -476,17 +510,16 @@ def run(args: argparse.Namespace) -> None:
         print(f"  IoU mean {ious.mean():.4f}, median {np.median(ious):.4f}")
     if args.sharegpt:
         print(
-            f"  {report.records} new conversations in {Path(args.output_dir, sharegpt.FOLDER)}; data set "
-            f"{sharegpt.DATASET} of dataset_info.json"
+            f"  {report.records} new conversations in {args.sharegpt}; data set {sharegpt.DATASET} of {sharegpt.INFO}"
         )
     for line in by_kind(report.noted):
         print(f"  noted: {line}")
     for row in failures[:REASONS_SHOWN]:
         print(f"  left out: {row['file']}: {row['reason']}")
     if failures:
-        print(f"  all reasons ({len(failures)}): {Path(args.output_dir, 'failed.csv')}")
+        print(f"  all reasons ({len(failures)}): {beside(args.output_dir, FAILED)}")
     if numbers and not rows:
-        raise DataError(f"{args.output_dir}: no object has ids; failed.csv has the reasons")
+        raise DataError(f"{args.output_dir}: no object has ids; {beside(args.output_dir, FAILED)} has the reasons")
     if rows and args.precision == "bf16":
         print("  " + agreement(work, tokenizer.to("cuda" if cuda else "cpu"), numbers))
     if args.verify and rows:

@@ -13,6 +13,7 @@ from helpers import save_tokenizer, solid_grids
 pytest.importorskip("pyarrow")
 
 from scripts import from_tokens as script
+from scripts.id_sources import stem_of
 from trellis import SparseStructureTokenizer
 from trellis.grids.placing import turn_to_y_up
 from trellis.grids.volumes import Frame
@@ -50,8 +51,13 @@ def ids(base) -> torch.Tensor:
 
 
 def run(base: Path, out: Path, *more) -> int:
-    command = ["--tokenizer", base / "tokenizer", "--output_dir", out, "--device", "cpu", *more]
+    command = ["--tokenizer", base / "tokenizer", "--output_dir", out, "--device", "cpu", "--max_workers", 1, *more]
     return script.main(list(map(str, command)))
+
+
+def made(folder: Path) -> list[Path]:
+    """The files of a folder without the hidden one that says how they were made."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def read_voxels(path: Path) -> torch.Tensor:
@@ -61,7 +67,7 @@ def read_voxels(path: Path) -> torch.Tensor:
 def test_voxels_are_those_that_ids_decode_to(base, tokenizer, ids, tmp_path):
     assert run(base, tmp_path, "--tokens", base / "tokens", "--format", "voxels") == 0
     names = [f"{i:064x}" for i in range(OBJECTS)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*(f"{name}.ply" for name in names), "names.csv"]
+    assert [path.name for path in made(tmp_path)] == [*(f"{name}.ply" for name in names), "names.csv"]
     rows = [["sha256", "name", "file"], *([name, name, f"{name}.ply"] for name in names)]
     assert (tmp_path / "names.csv").read_text() == "".join(",".join(row) + "\n" for row in rows)
     for i, want in enumerate(tokenizer.decode(ids) > 0):
@@ -70,18 +76,123 @@ def test_voxels_are_those_that_ids_decode_to(base, tokenizer, ids, tmp_path):
 
 def test_one_file_and_nothing_is_overwritten(base, tmp_path, capsys):
     file = base / "tokens" / parquet.shard_name(1, 2)
-    assert run(base, tmp_path, "--tokens", file, "--format", "voxels") == 0
-    path, table = sorted(tmp_path.iterdir())
-    assert table.name == "names.csv"
-    before = path.stat().st_mtime_ns
+    path = tmp_path / f"{OBJECTS - 1:064x}.ply"
+    path.write_text("mine")
     assert run(base, tmp_path, "--tokens", base / "tokens", "--format", "voxels") == 1
     assert f"{path}: exists already" in capsys.readouterr().err
-    assert [path, table] == sorted(tmp_path.iterdir()) and path.stat().st_mtime_ns == before
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "mine"
     path.unlink()
+    table = tmp_path / "names.csv"
     table.write_text("mine")
     assert run(base, tmp_path, "--tokens", file, "--format", "voxels") == 1
     assert f"{table}: is a table of something else (mine)" in capsys.readouterr().err
     assert [table] == list(tmp_path.iterdir()) and table.read_text() == "mine"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in made(folder)}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in made(folder) if path.name != "names.csv"}
+
+
+def test_a_rerun_makes_what_is_missing_and_nothing_else(base, tokenizer, ids, tmp_path, capsys, monkeypatch):
+    def stop(*fields):
+        if script.Task(*fields).path.stem.endswith("1"):
+            raise KeyboardInterrupt
+        return write_file(*fields)
+
+    write_file = script.write_file
+    command = (base, tmp_path / "out", "--tokens", base / "tokens", "--format", "voxels")
+    monkeypatch.setattr(script, "write_file", stop)
+    assert run(*command) == 130
+    assert "interrupted: run the same command again to go on" in capsys.readouterr().err
+    assert [path.name for path in made(tmp_path / "out")] == [f"{0:064x}.ply"]
+    before = times(tmp_path / "out")
+    monkeypatch.undo()
+    assert run(*command) == 0
+    assert "2 files written, 1 were there already" in capsys.readouterr().out
+    after = times(tmp_path / "out")
+    assert before.items() <= after.items()
+    assert run(*command) == 0
+    assert "0 files written, 3 were there already" in capsys.readouterr().out
+    assert times(tmp_path / "out") == after
+    assert run(base, tmp_path / "whole", *command[2:]) == 0
+    assert contents(tmp_path / "whole") == contents(tmp_path / "out")
+
+
+def test_files_of_other_settings_are_not_gone_on_with(base, tokenizer, ids, tmp_path, capsys):
+    info = tokenizer.token_info()
+    file, other = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    for path, precision in ((file, "fp32"), (other, "bf16")):
+        parquet.write_shard(path, replace(info, precision=precision), ["a"], ["a"], [None], ids[:1].numpy(), np.ones(1))
+    out = tmp_path / "out"
+    assert run(base, out, "--tokens", file, "--format", "stl") == 0
+    before = contents(out)
+    capsys.readouterr()
+    for more, name in ((("--tokens", other), "precision"), (("--tokens", file, "--up_axis", "y"), "to_y_up")):
+        assert run(base, out, *more, "--format", "stl") == 1
+        assert f"{out}: has stl files of other ids or settings ({name})" in capsys.readouterr().err
+    answers = tmp_path / "answers.txt"
+    answers.write_text("\n".join(tokenizer.to_text(ids)))
+    assert run(base, tmp_path / "text", "--text", answers, "--format", "voxels") == 0
+    for content, more, name in (
+        ("\n".join(tokenizer.to_text(ids[:2])), (), "answers"),
+        (None, ("--repair",), "repair"),
+    ):
+        if content:
+            answers.write_text(content)
+        assert run(base, tmp_path / "text", "--text", answers, "--format", "voxels", *more) == 1
+        assert name in capsys.readouterr().err
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("kind", ["ply", "voxels"])
+def test_several_workers_write_what_one_writes(base, tmp_path, kind):
+    pytest.importorskip("trimesh")
+    pytest.importorskip("skimage")
+    pytest.importorskip("numba")
+    for workers in (1, 2):
+        more = ("--tokens", base / "tokens", "--format", kind, "--max_workers", workers)
+        assert run(base, tmp_path / str(workers), *more) == 0
+    one, two = (contents(tmp_path / each) for each in "12")
+    assert one == two and len(one) == OBJECTS + 1
+
+
+@pytest.mark.parametrize(
+    "name, stem",
+    [
+        ("chair.glb", "chair_0123abcd"),
+        ("folder/chair.v2.OBJ", "chair.v2_0123abcd"),
+        ("C:\\meshes\\arm chair.stl", "arm_chair_0123abcd"),
+        ("case_1.nii.gz#liver (left)", "case_1_liver_left_0123abcd"),
+        ("../../etc/passwd", "passwd_0123abcd"),
+        ("Größe 2×3.ply", "Größe_2_3_0123abcd"),
+        ("x" * 300, "x" * 40 + "_0123abcd"),
+        ("...", "0123abcd"),
+        ("0123abcd", "0123abcd"),
+        ("", "0123abcd"),
+    ],
+)
+def test_files_are_called_after_the_object(name, stem):
+    assert stem_of(name, "0123abcd") == stem
+
+
+def test_files_of_one_name_are_distinct(base, tokenizer, ids, tmp_path):
+    hashes = [f"{i}" * 64 for i in range(OBJECTS)]
+    file = tmp_path / "a.parquet"
+    names = ["a/chair.glb", "b/chair.glb", "chair.obj"]
+    parquet.write_shard(file, tokenizer.token_info(), hashes, names, [None] * OBJECTS, ids.numpy(), np.ones(OBJECTS))
+    assert run(base, tmp_path / "out", "--tokens", file, "--format", "voxels") == 0
+    files = [f"chair_{i}{i}{i}{i}{i}{i}{i}{i}.ply" for i in range(OBJECTS)]
+    assert [path.name for path in made(tmp_path / "out")] == [*files, "names.csv"]
+    rows = (tmp_path / "out" / "names.csv").read_text().splitlines()[1:]
+    assert rows == [",".join(row) for row in zip(hashes, names, files, strict=True)]
+    for path, want in zip(files, tokenizer.decode(ids) > 0, strict=True):
+        assert torch.equal(read_voxels(tmp_path / "out" / path), want[0])
+    parquet.write_shard(file, tokenizer.token_info(), [hashes[0]] * 3, names, [None] * 3, ids.numpy(), np.ones(3))
+    assert run(base, tmp_path / "twice", "--tokens", file, "--format", "voxels") == 1
 
 
 def test_the_table_of_names_grows_with_the_formats_of_a_folder(base, tmp_path):
@@ -97,7 +208,7 @@ def test_meshes_are_the_tokenizers(base, tokenizer, ids, tmp_path, kind):
     trimesh = pytest.importorskip("trimesh")
     pytest.importorskip("skimage")
     assert run(base, tmp_path, "--tokens", base / "tokens" / parquet.shard_name(1, 2), "--format", kind) == 0
-    path, table = sorted(tmp_path.iterdir())
+    path, table = made(tmp_path)
     assert table.name == "names.csv"
     assert path.name == f"{OBJECTS - 1:064x}.{kind}"
     got, want = trimesh.load_mesh(path), tokenizer.to_mesh(ids[-1])
@@ -115,7 +226,7 @@ def test_the_axes_of_meshes_may_be_chosen(base, tokenizer, ids, tmp_path, kind, 
     pytest.importorskip("skimage")
     tokens = base / "tokens" / parquet.shard_name(1, 2)
     assert run(base, tmp_path, "--tokens", tokens, "--format", kind, "--up_axis", up_axis) == 0
-    path, table = sorted(tmp_path.iterdir())
+    path, table = made(tmp_path)
     assert table.name == "names.csv"
     want = tokenizer.to_mesh(ids[-1])
     if up_axis == "y" or (up_axis == "auto" and kind == "glb"):
@@ -189,8 +300,8 @@ def test_surfaces_that_are_not_closed_are_told(base, tokenizer, ids, tmp_path, c
     surface[3:13, 3:13, 3:13] = False
     opened = surface.copy()
     opened[5:11, 5:11, 13] = False  # six cells wide
-    grids = iter((surface, opened, opened))
-    decoded = lambda self, ids: torch.from_numpy(next(grids))[None, None].float()  # noqa: E731
+    grids = torch.from_numpy(np.stack((surface, opened, opened)))[:, None].float()
+    decoded = lambda self, ids: grids  # noqa: E731
     monkeypatch.setattr(SparseStructureTokenizer, "decode", decoded)
     frame = Frame((7.5, 7.5, 7.5), 1.0, "surface", np.eye(4), (16, 16, 16))
     frames = [frame.to_json(), frame.to_json(), frame._replace(fill="solid").to_json()]
@@ -250,7 +361,7 @@ def test_answers_of_a_language_model(base, tokenizer, ids, tmp_path, form):
     file = tmp_path / f"answers.{form}"
     file.write_text(lines_of(form, tokenizer.to_text(ids)))
     assert run(base, tmp_path / "out", "--text", file, "--format", "voxels") == 0
-    files = sorted((tmp_path / "out").iterdir())
+    files = made(tmp_path / "out")
     assert [path.name for path in files] == [f"line{i + 1:06d}.ply" for i in range(OBJECTS)]
     for path, want in zip(files, tokenizer.decode(ids) > 0, strict=True):
         assert torch.equal(read_voxels(path), want[0])
@@ -268,7 +379,7 @@ def test_damaged_answers_are_listed_or_repaired(base, tokenizer, ids, tmp_path, 
     assert "left out: line000002: the object has" in out
     assert "left out: line000003: " in out and "left out: line000001" not in out
     assert "2 of 3 objects could not be written" in error
-    assert [path.name for path in (tmp_path / "strict").iterdir()] == ["line000001.ply"]
+    assert [path.name for path in made(tmp_path / "strict")] == ["line000001.ply"]
 
     assert run(base, tmp_path / "repaired", "--text", file, "--format", "voxels", "--repair") == 0
     report = capsys.readouterr().out
@@ -276,7 +387,7 @@ def test_damaged_answers_are_listed_or_repaired(base, tokenizer, ids, tmp_path, 
     assert "repaired: line000001" not in report
     ids = ids.clone()
     ids[1, -1] = tokenizer.empty_ids[-1]
-    for path, want in zip(sorted((tmp_path / "repaired").iterdir()), tokenizer.decode(ids) > 0, strict=True):
+    for path, want in zip(made(tmp_path / "repaired"), tokenizer.decode(ids) > 0, strict=True):
         assert torch.equal(read_voxels(path), want[0])
 
 
@@ -295,7 +406,7 @@ def test_lines_without_an_answer_are_listed(base, tmp_path, content, message, ca
     assert run(base, tmp_path / "out", "--text", tmp_path / "answers.jsonl", "--format", "voxels") == 1
     out, error = capsys.readouterr()
     assert f"left out: line000001: {message}" in out.replace("there is ", "") and "1 of 1 objects" in error
-    assert list((tmp_path / "out").iterdir()) == []
+    assert made(tmp_path / "out") == []
 
 
 def test_files_that_are_not_there_or_empty(base, tmp_path, capsys):

@@ -2,10 +2,12 @@
 
 import csv
 import hashlib
+import importlib
 import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,9 @@ def test_files_say_how_their_ids_were_made(base, tokens):
         }
         metadata = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}
         assert metadata.pop("format_version") == "1"
+        made_from = json.loads(metadata.pop("made_from"))
+        assert made_from.pop("data")["objects"] == OBJECTS
+        assert made_from == {"iou": True, "shard_size": SHARD_SIZE, "shards": 4}
         assert metadata == {
             "tokenizer_hash": tokenizer.hash,
             "normalization": "cube",
@@ -141,6 +146,8 @@ def test_files_say_how_their_ids_were_made(base, tokens):
             "n_embed": "32",
             "resolution": "16",
             "precision": "fp32",
+            "empty_code": "false",
+            "form": "dense",
             "left_out": "[]",
         }
     assert parquet.read_info(tokens) == tokenizer.token_info("fp32")
@@ -172,9 +179,9 @@ def test_a_shard_that_fails_leaves_no_file_behind(base, tokens, tmp_path, monkey
     assert script.main(flags(base, tmp_path / "out", "--iou")) == 1
     assert "No space left" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "_common_metadata",
         "shard-00000-of-00004.parquet",
         "shard-00001-of-00004.parquet",
-        "tokens.json",
     ]
     monkeypatch.undo()
     assert script.main(flags(base, tmp_path / "out", "--iou")) == 0
@@ -200,10 +207,71 @@ def test_a_folder_takes_one_kind_of_ids(base, tokens, changed, key, capsys):
     assert {path: path.stat().st_mtime_ns for path in tokens.iterdir()} == before
 
 
-def test_shards_without_a_manifest_are_refused(base, tokens, tmp_path, capsys):
-    (tmp_path / "shard-00000-of-00004.parquet").write_bytes((tokens / "shard-00000-of-00004.parquet").read_bytes())
+def test_shards_say_by_themselves_how_they_were_made(base, tokens, tmp_path, capsys):
+    """Copied without the rest of their folder, they are gone on with, and settings are compared with theirs."""
+    name = "shard-00002-of-00004.parquet"
+    (tmp_path / name).write_bytes((tokens / name).read_bytes())
+    assert script.main(flags(base, tmp_path)) == 1
+    assert f"{name} has other values of iou" in capsys.readouterr().err
+    assert script.main(flags(base, tmp_path, "--iou")) == 0
+    assert "22 of them new" in capsys.readouterr().out and same_rows(tmp_path, tokens)
+
+
+def test_shards_that_do_not_say_how_they_were_made_are_refused(base, tokens, tmp_path, capsys):
+    table = pq.read_table(tokens / "shard-00000-of-00004.parquet")
+    metadata = {key: value for key, value in table.schema.metadata.items() if key != b"made_from"}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "shard-00000-of-00004.parquet")
     assert script.main(flags(base, tmp_path, "--iou")) == 1
-    assert "no tokens.json" in capsys.readouterr().err
+    assert "neither _common_metadata nor tokens.json" in capsys.readouterr().err
+
+
+def test_a_folder_of_an_earlier_version_is_gone_on_with(base, tokens, tmp_path, capsys):
+    """Its shards lack what is new in their metadata, and tokens.json has it instead."""
+    lacking = (b"made_from", b"empty_code", b"form")
+    for path in tokens.glob("shard-0000[01]*"):
+        table = pq.read_table(path)
+        kept = {key: value for key, value in table.schema.metadata.items() if key not in lacking}
+        pq.write_table(table.replace_schema_metadata(kept), tmp_path / path.name)
+    metadata = pq.read_schema(tokens / parquet.COMMON).metadata
+    info = asdict(parquet.read_info(tmp_path / "shard-00000-of-00004.parquet"))
+    manifest = {**info, **json.loads(metadata[b"made_from"])}
+    del manifest["empty_code"], manifest["form"]
+    (tmp_path / "tokens.json").write_text(json.dumps(manifest))
+    assert script.main(flags(base, tmp_path)) == 1
+    assert "tokens.json has other values of iou" in capsys.readouterr().err
+    assert script.main(flags(base, tmp_path, "--iou")) == 0
+    assert "14 of them new" in capsys.readouterr().out and same_rows(tmp_path, tokens)
+    assert (tmp_path / "tokens.json").read_text() == json.dumps(manifest) and not (tmp_path / parquet.COMMON).exists()
+
+
+def test_readers_of_parquet_folders_open_it(base, tokens):
+    """pandas and Hugging Face's datasets, with failures and conversations beside the folder."""
+    import pandas as pd
+
+    rows = list(parquet.read_shards(tokens))
+    tables = [pd.read_parquet(tokens)]
+    if datasets := optional("datasets"):
+        datasets.disable_progress_bars()
+        for loaded in (
+            datasets.load_dataset(str(tokens), cache_dir=str(base / "cache")),
+            datasets.load_dataset("parquet", data_dir=str(tokens), cache_dir=str(base / "cache")),
+        ):
+            assert list(loaded) == ["train"]
+            tables.append(loaded["train"].to_pandas())
+    for table in tables:
+        assert list(table.columns) == ["sha256", "name", "source", "tokens", "num_voxels", "iou"]
+        assert len(table) == OBJECTS
+        for row, (_, read) in zip(rows, table.iterrows(), strict=True):
+            assert read["sha256"] == row["sha256"] and np.array_equal(read["tokens"], row["tokens"])
+            assert read["num_voxels"] == row["num_voxels"] and read["iou"] == np.float32(row["iou"])
+
+
+def optional(name: str):
+    """A module, or None if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
 
 
 def test_machines_share_a_folder(base, tokens, tmp_path):
@@ -300,7 +368,7 @@ def test_an_empty_shard_is_a_shard(tmp_path):
     "version, message",
     [
         (None, None),
-        ("2", f"its format version is 2, but trellis-vqvae {__version__} reads versions up to 1; install a newer"),
+        ("3", f"its format version is 3, but trellis-vqvae {__version__} reads versions up to 2; install a newer"),
         ("0", "its format version is 0, but must be a whole number of at least 1; the file is damaged"),
         ("new", "its format version is 'new'"),
     ],
@@ -402,7 +470,7 @@ def test_meshes_are_voxelized_as_the_tokenizer_has_it(base, tmp_path, capsys):
         assert row["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
         assert np.array_equal(row["tokens"], tokenizer.encode(folder / name)[0].numpy())
         assert row["num_voxels"] == tokenizer.grid_of_file(folder / name).sum()
-    (left_out,) = csv.DictReader((out / "failed.csv").read_text().splitlines())
+    (left_out,) = csv.DictReader((tmp_path / "out_failed.csv").read_text().splitlines())
     assert left_out["file"] == str(folder / "broken.stl") and left_out["reason"] == "has no triangles"
     # The same files under other names are the same data.
     (folder / "box.obj").rename(folder / "cube.obj")
@@ -461,7 +529,7 @@ def test_the_up_axis_goes_with_meshes_and_the_normalization(base, tmp_path, caps
 
 
 def read_jsonl(folder: Path) -> list[dict]:
-    files = sorted((folder / "sharegpt").iterdir())
+    files = sorted((folder / "mesh_tokens").iterdir())
     return [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -500,37 +568,70 @@ def captioned(base) -> tuple[Path, dict[str, list[str]]]:
     return root, captions
 
 
-def test_captions_give_a_record_in_either_direction(base, captioned, tmp_path, capsys):
+def test_captions_give_a_record_in_either_direction(base, captioned, tmp_path, capsys, monkeypatch):
     root, captions = captioned
-    more = (
-        "--data_dir",
-        root,
-        "--shard_size",
-        1,
-        "--sharegpt",
-        "--prompt",
-        "Build {caption}.",
-        "--describe_prompt",
-        "What is {mesh}?",
-    )
-    assert script.main(flags(base, tmp_path, *more)) == 0
-    assert "8 new conversations" in capsys.readouterr().out
-    assert_published_rules(tmp_path)
+    more = ("--data_dir", root, "--shard_size", 1, "--sharegpt")
+    asked = ("--prompt", "Build {caption}.", "--describe_prompt", "What is {mesh}?")
+    out, texts = tmp_path / "out", tmp_path / "out_sharegpt"
+    assert script.main(flags(base, out, *more, *asked)) == 0
+    said = capsys.readouterr().out
+    assert "8 new conversations" in said
+    assert "note: 1 of 4 objects have no {caption}, and so no conversation" in said and "names" not in said
+    assert_published_rules(texts)
     words = SparseStructureTokenizer.load(base / "tokenizer").token_format()
-    want = []
-    for row in parquet.read_shards(tmp_path):
-        mesh, texts = words.to_text(row["tokens"]), captions[row["sha256"]]
-        want += [(row["sha256"], f"Build {text}.", mesh) for text in texts]
-        want += [(row["sha256"], f"What is {mesh}?", text) for text in texts]
-        assert np.array_equal(words.from_text(mesh, len(row["tokens"])).ids, row["tokens"])
-    got = [(record["sha256"], *(turn["value"] for turn in record["conversations"])) for record in read_jsonl(tmp_path)]
-    assert got == want
 
-    (tmp_path / "sharegpt" / "shard-00001-of-00004.jsonl").unlink()
-    assert script.main(flags(base, tmp_path, *more)) == 0
+    def wanted(build: str, describe: str, captions: dict[str, list[str]]) -> list[tuple[str, str, str]]:
+        records = []
+        for row in parquet.read_shards(out):
+            mesh, each = words.to_text(row["tokens"]), captions.get(row["sha256"], [])
+            records += [(row["sha256"], build.format(text), mesh) for text in each]
+            records += [(row["sha256"], describe.format(mesh), text) for text in each]
+            assert np.array_equal(words.from_text(mesh, len(row["tokens"])).ids, row["tokens"])
+        return records
+
+    def got() -> list[tuple[str, str, str]]:
+        records = read_jsonl(texts)
+        return [(record["sha256"], *(turn["value"] for turn in record["conversations"])) for record in records]
+
+    assert got() == wanted("Build {}.", "What is {}?", captions)
+    (texts / "mesh_tokens" / "shard-00001-of-00004.jsonl").unlink()
+    assert script.main(flags(base, out, *more, *asked)) == 0
     assert "2 new conversations" in capsys.readouterr().out
-    assert script.main(flags(base, tmp_path, *more, "--prompt", "Make {caption}.")) == 1
-    assert "other values of make" in capsys.readouterr().err
+
+    # Other prompts and captions replace the texts alone.
+    def encode(*_):
+        raise AssertionError("encoded anew")
+
+    monkeypatch.setattr(SparseStructureTokenizer, "encode", encode)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    (texts / "dataset_info.json").write_text(json.dumps({"mine": {}, **sharegpt.dataset_info()}))
+    assert script.main(flags(base, out, *more, "--prompt", "Make {caption}.")) == 0
+    said = capsys.readouterr().out
+    assert "8 new conversations" in said and "had other prompts or captions and are replaced" in said
+    assert got() == wanted("Make {}.", "Describe this 3D model: {}", captions)
+    sha256 = list(captions)[2]
+    (tmp_path / "new.json").write_text(json.dumps({sha256: "a chair"}))
+    changed = (*more, "--captions", tmp_path / "new.json")
+    assert script.main(flags(base, out, *changed, "--rank", 0, "--world_size", 2)) == 1
+    assert "other prompts or captions (captions, make), which another machine" in capsys.readouterr().err
+    assert script.main(flags(base, out, *changed)) == 0
+    assert got() == wanted("Make a 3D model of this: {}", "Describe this 3D model: {}", {sha256: ["a chair"]})
+    assert "mine" in json.loads((texts / "dataset_info.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_conversations_do_not_mix_with_what_is_there(base, tmp_path, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "dataset_info.json").write_text("{}")
+    assert script.main(flags(base, tmp_path / "out", "--sharegpt", texts)) == 1
+    assert f"{texts}: has other data. Give --sharegpt another folder" in capsys.readouterr().err
+    (texts / "dataset_info.json").unlink()
+    assert script.main(flags(base, tmp_path / "out", "--sharegpt", texts)) == 0
+    before = {path: path.read_bytes() for path in texts.rglob("*.json*")}
+    assert script.main(flags(base, tmp_path / "part", "--sharegpt", texts, "--split", "train")) == 1
+    assert f"{texts}: has conversations of other tokens (data.data, data.objects" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in texts.rglob("*.json*")} == before
 
 
 @pytest.mark.parametrize("form", ["csv", "dict.json", "list.json"])
@@ -544,16 +645,18 @@ def test_captions_of_a_file(base, captioned, tmp_path, form):
     (tmp_path / form).write_text(content)
     more = ("--data_dir", captioned[0], "--sharegpt", "--captions", tmp_path / form)
     assert script.main(flags(base, tmp_path / "out", *more)) == 0
-    first, second = read_jsonl(tmp_path / "out")
+    first, second = read_jsonl(tmp_path / "out_sharegpt")
     assert first["sha256"] == second["sha256"] == sha256
     assert first["conversations"][0]["value"] == "Make a 3D model of this: a chair"
     assert second["conversations"][1]["value"] == "a chair"
 
 
-def test_objects_without_captions_are_asked_for_by_name(base, tmp_path):
-    assert script.main(flags(base, tmp_path, "--sharegpt")) == 0
-    assert_published_rules(tmp_path)
-    questions = [record["conversations"][0]["value"] for record in read_jsonl(tmp_path)]
+def test_objects_without_captions_are_asked_for_by_name(base, tmp_path, capsys):
+    assert script.main(flags(base, tmp_path / "out", "--sharegpt", tmp_path / "texts")) == 0
+    said = "note: the objects have no captions: conversations ask for them by the names of their files\n"
+    assert said in capsys.readouterr().out
+    assert_published_rules(tmp_path / "texts")
+    questions = [record["conversations"][0]["value"] for record in read_jsonl(tmp_path / "texts")]
     assert questions == [f"Make a 3D model of this: object {i}" for i in range(OBJECTS)]
 
 

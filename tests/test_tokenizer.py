@@ -5,12 +5,13 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from helpers import DATA, PARITY, ROOT, assert_logits, solid_grids, tiny_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trellis import SparseStructureTokenizer, __version__
 from trellis.grids.voxels import occupancy_to_points, write_ply
@@ -231,6 +232,9 @@ def test_a_run_gives_its_averaged_weights_and_what_its_data_were(tmp_path, data_
         state = getattr(tokenizer, name).state_dict()
         assert state.keys() == exported.keys() and all(torch.equal(state[key], exported[key]) for key in state)
     assert (tokenizer.resolution, tokenizer.normalization, tokenizer.up_axis) == (16, "cube", "keep")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the folder says everything
+        assert SparseStructureTokenizer.load(tmp_path / "exported").hash == tokenizer.hash
     assert tokenizer.info["training"]["step"] == 6 and 0 <= tokenizer.info["scores"]["iou"] <= 1
     assert SparseStructureTokenizer.from_run(run, ckpt="4", up_axis="z").settings["up_axis"] == "z"
     with pytest.raises(CheckpointError, match="outputs/stage2"):
@@ -239,6 +243,29 @@ def test_a_run_gives_its_averaged_weights_and_what_its_data_were(tmp_path, data_
         SparseStructureTokenizer.from_run(tmp_path)
     with pytest.raises(CheckpointError, match="from_run"):
         SparseStructureTokenizer.from_pretrained(run)
+
+
+def test_an_exported_folder_of_an_earlier_version(tmp_path):
+    tokenizer = make(**QUANTIZERS["along z"])
+    for name, spec in tokenizer.specs.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(spec))
+        state = {key: value.contiguous() for key, value in getattr(tokenizer, name).state_dict().items()}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    with pytest.warns(UserWarning, match="resolution 64, normalization cube, up_axis keep is taken"):
+        assert SparseStructureTokenizer.load(tmp_path).settings["resolution"] == 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = {"resolution": RESOLUTION, "normalization": "cube", "up_axis": "y"}
+        assert SparseStructureTokenizer.from_exported(tmp_path, **given).hash == tokenizer.hash
+    (tmp_path / "quantizer.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="quantizer.safetensors: there is no such file"):
+        SparseStructureTokenizer.load(tmp_path)
+    (tmp_path / "quantizer.json").unlink()
+    with pytest.raises(CheckpointError, match="quantizer.json: there is no such file"):
+        SparseStructureTokenizer.load(tmp_path)
+    (tmp_path / "transformer.json").write_text("{}")
+    make().save_pretrained(tmp_path)  # a saved tokenizer comes first
+    assert SparseStructureTokenizer.load(tmp_path).hash == make().hash
 
 
 # --- ShapeLLM-Omni's layout ---

@@ -8,10 +8,12 @@ object, K codes.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -33,11 +35,14 @@ from .modules.conv import deterministic_convolutions
 from .modules.quantizers.base import Quantizer
 from .runs.open import open_run
 from .tokens import sources
+from .tokens.canary import Canary
 from .tokens.card import model_card
+from .tokens.forms import Form, form_of, octree_of
 from .tokens.parquet import TokenInfo
 from .tokens.shapellm import read_shapellm, shapellm_state
-from .tokens.sources import CONFIG, FORMAT_VERSION, WEIGHTS
+from .tokens.sources import CONFIG, FORMAT_VERSION, MODELS, OPTIONAL_MODELS, WEIGHTS
 from .tokens.text import TokenFormat
+from .utils.config import load_config
 from .utils.errors import CheckpointError, ConfigError, DataError
 from .utils.files import atomic_write
 
@@ -45,11 +50,11 @@ if TYPE_CHECKING:
     import trimesh
 
 Precision = Literal["fp32", "bf16"]
-MODELS = ("encoder", "quantizer", "decoder")
-OPTIONAL_MODELS = ("transformer",)
 # Objects that pass through the networks together. The number never varies, the last part is filled up with empty grids:
 # convolutions of other batch sizes may sum in another order, and rounding decides between two equally near codes.
 OBJECTS_AT_ONCE = {"cpu": 1, "cuda": 16}
+
+STORED_AS = (torch.float32, torch.float16, torch.bfloat16)  # precisions of saved weights
 
 Source = str | Path
 Grids = Tensor | np.ndarray | Source | Iterable[Source]
@@ -74,6 +79,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
     quantizer: Quantizer
     decoder: SparseStructureDecoder
     transformer: CodebookTransformer | None
+    _dtype = torch.float32  # of the weights that save_pretrained writes
 
     def __init__(
         self,
@@ -164,8 +170,26 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         """The ids of a grid without voxels, [T] int64 on the CPU."""
         return self.encode(torch.zeros(1, 1, *(self.resolution,) * 3))[0].cpu()
 
-    def token_info(self, precision: Precision = "fp32") -> TokenInfo:
-        """Return what this tokenizer's ids mean, as Parquet files record it. precision: that ids are computed in."""
+    def __repr__(self) -> str:
+        several = f" of {self.codes_per_token} codes" if self.codes_per_token > 1 else ""
+        facts = [
+            f"{self.n_embed} codes",
+            *(["id 0 for blocks without a voxel"] if self.empty_code else []),
+            f"{int(np.prod(self.lattice))} tokens{several} on a lattice of {'×'.join(map(str, self.lattice))}",
+            f"grids of {self.resolution}³",
+            f"normalization {self.normalization}",
+            f"up axis {self.up_axis}",
+            *([] if self.transformer is None else ["transformer around the codebook"]),
+            f"hash {self.hash[:12]}",
+        ]
+        return f"{type(self).__name__}({', '.join(facts)})"
+
+    def token_info(self, precision: Precision = "fp32", form: Form = "dense") -> TokenInfo:
+        """Return what this tokenizer's ids mean, as Parquet files record it.
+
+        precision: that ids are computed in.
+        form: of the files.
+        """
         return TokenInfo(
             self.hash,
             self.normalization,
@@ -175,6 +199,8 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             self.n_embed,
             self.resolution,
             precision,
+            self.empty_code,
+            form,
         )
 
     # --- ids ---
@@ -264,24 +290,39 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"a mesh is made of one object; ids are {list(ids.shape)}")
         return (logits[0, 0] > 0).cpu().numpy()
 
-    def token_format(self, first_id: int = 0) -> TokenFormat:
-        """Return the words and vocabulary ids of this codebook, for a vocabulary in which code 0 has `first_id`."""
-        return TokenFormat.at(first_id, self.n_embed)
+    def token_format(self, first_id: int = 0, form: Form | None = None) -> TokenFormat:
+        """Return the words and vocabulary ids of this codebook, for a vocabulary in which code 0 has `first_id`.
 
-    def to_text(self, ids: Tensor) -> str | list[str]:
-        """Return `<mesh-start><mesh0>…<mesh-end>`: one text for ids [T], a list of texts for [B, T]."""
-        texts = [self.token_format().to_text(row) for row in self._check_ids(ids)]
+        form: "dense", all ids; "octree" or "octree-depth", which leave empty blocks out and need an empty code. None
+            for "octree" with an empty code, "dense" without.
+        Raise ConfigError for a form that this tokenizer does not have.
+        """
+        form = form_of(form, self.empty_code)
+        octree = octree_of(form, self.lattice, self.n_embed, self.codes_per_token)
+        return TokenFormat.at(first_id, self.n_embed, octree)
+
+    def to_text(self, ids: Tensor, form: Form | None = None) -> str | list[str]:
+        """Return `<mesh-start><mesh0>…<mesh-end>`: one text for ids [T], a list of texts for [B, T].
+
+        form: as for `token_format`.
+        """
+        words = self.token_format(form=form)
+        texts = [words.to_text(row) for row in self._check_ids(ids)]
         return texts if ids.ndim == 2 else texts[0]
 
-    def from_text(self, text: str | list[str], strict: bool = True) -> Tensor:
+    def from_text(self, text: str | list[str], strict: bool = True, form: Form | None = None) -> Tensor:
         """Return the ids of a text, [T], or of several, [B, T]: the inverse of `to_text`.
 
-        strict: raise DataError for a text that is not exactly one object. Otherwise repair it: fill missing ids with
-            those of an empty grid, drop surplus ones, and warn. `TokenFormat.from_text` returns the repairs instead.
+        strict: raise DataError for a text that is not exactly one object. Otherwise repair it, and warn: fill missing
+            ids of the dense form with those of an empty grid, drop surplus ones; take missing blocks of an octree as
+            empty. `TokenFormat.from_text` returns the repairs instead.
+        form: as for `token_format`.
         """
-        fill = None if strict else self.empty_ids
+        words = self.token_format(form=form)
+        num_tokens = self.num_tokens if words.octree is None else None
+        fill = None if strict or words.octree is not None else self.empty_ids
         texts = [text] if isinstance(text, str) else text
-        parsed = [self.token_format().from_text(each, self.num_tokens, strict=strict, fill=fill) for each in texts]
+        parsed = [words.from_text(each, num_tokens, strict=strict, fill=fill) for each in texts]
         for number, (_, problems) in enumerate(parsed):
             if problems:
                 warnings.warn(f"text {number} is repaired: {'; '.join(problems)}", stacklevel=2)
@@ -294,18 +335,23 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
     def load(
         cls, source: Source, up_axis: str | None = None, normalization: str | None = None
     ) -> "SparseStructureTokenizer":
-        """Load a tokenizer from a folder of `save_pretrained`, a run folder, a file in ShapeLLM-Omni's layout, or an id
-        on the Hub.
+        """Load a tokenizer from a folder of `save_pretrained` or of export_pretrained.py, a run folder, a file in
+        ShapeLLM-Omni's layout, or an id on the Hub.
 
         up_axis, normalization: in place of those of the source. The hash covers them, so it changes too.
         Raise CheckpointError for any other source.
         """
         given = {"up_axis": up_axis, "normalization": normalization}
-        settings = {name: value for name, value in given.items() if value is not None}
-        kind = sources.kind_of(source)
-        if kind == "run":
-            return cls.from_run(source, **settings)
-        return (cls.from_shapellm if kind == "shapellm" else cls.from_pretrained)(source, **settings)
+        settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        match sources.kind_of(source):
+            case "run":
+                return cls.from_run(source, **settings)
+            case "exported":
+                return cls.from_exported(source, **settings)
+            case "shapellm":
+                return cls.from_shapellm(source, **settings)
+            case "pretrained":
+                return cls.from_pretrained(source, **settings)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Source, **kwargs) -> "SparseStructureTokenizer":
@@ -313,7 +359,10 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
         kwargs: of huggingface_hub's `ModelHubMixin.from_pretrained`, such as `revision` and `token`; and settings of
             the constructor in place of those of the folder.
-        Raise CheckpointError if there is none, and for a folder that a newer version wrote.
+        The ids and logits that were saved of one grid are compared with what the models make of it here; folders of
+        earlier versions have none.
+        Raise CheckpointError if there is none, for a folder that a newer version wrote, for damaged weights, and if the
+        models compute otherwise than when they were saved. Warn if they merely round otherwise.
         """
         path = Path(pretrained_model_name_or_path)
         if path.is_dir():
@@ -330,6 +379,9 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             weights = sources.download(model_id, token=token, local_files_only=local_files_only, **options)
         tokenizer = cls(**settings)
         load_state(tokenizer, read_weights(weights), weights)
+        if (canary := sources.read_note(weights, sources.CANARY)) is not None:
+            with tokenizer._arithmetic("fp32"):
+                Canary.from_dict(canary, weights).check(tokenizer.vqvae, tokenizer.state_dict(), weights)
         return tokenizer.eval()
 
     @classmethod
@@ -360,6 +412,39 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         tokenizer = cls(run.config["models"], run.resolution, normalization, up_axis, run.about())
         for name in tokenizer.specs:
             load_weights(getattr(tokenizer, name), run.weight_file(name))
+        return tokenizer
+
+    @classmethod
+    def from_exported(
+        cls,
+        folder: Source,
+        *,
+        resolution: int | None = None,
+        normalization: str | None = None,
+        up_axis: str | None = None,
+    ) -> "SparseStructureTokenizer":
+        """Load a tokenizer from the models that scripts/export_pretrained.py wrote into a folder.
+
+        resolution, normalization, up_axis: of the training data; by default what the folder says. Folders of earlier
+            versions do not; then 64, "cube" and "keep", with a warning.
+        Raise CheckpointError if one of the models is missing, or if weights do not fit them.
+        """
+        files = sources.exported_models(folder)
+        said = sources.read_note(files["quantizer"][1], sources.GRIDS) or {}
+        given = {"resolution": resolution, "normalization": normalization, "up_axis": up_axis}
+        given = {name: value for name, value in given.items() if value is not None}
+        defaults = {"resolution": 64, "normalization": "cube", "up_axis": "keep"}
+        settings: dict[str, Any] = {**defaults, **said, **given}
+        if unknown := [name for name in defaults if name not in said and name not in given]:
+            warnings.warn(
+                f"{folder}: does not say how its grids were made: "
+                f"{', '.join(f'{name} {settings[name]}' for name in unknown)} is taken. from_exported(..., "
+                f"{unknown[0]}=...) takes another",
+                stacklevel=2,
+            )
+        tokenizer = cls({name: load_config(str(config)) for name, (config, _) in files.items()}, **settings)
+        for name, (_, weights) in files.items():
+            load_weights(getattr(tokenizer, name), weights)
         return tokenizer
 
     @classmethod
@@ -406,21 +491,46 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         with atomic_write(path) as partial:
             torch.save(state, partial)
 
-    def save_pretrained(self, save_directory: Source, **kwargs) -> str | None:
+    def save_pretrained(self, save_directory: Source, *, dtype: torch.dtype = torch.float32, **kwargs) -> str | None:
         """Write config.json, model.safetensors and README.md, the model card, into a folder.
 
+        dtype: of the stored weights, float32, float16 or bfloat16. Half precision halves the file. It is loaded as
+            float32 weights of the rounded values; ids, hash and card are those of the rounded weights. Tensors with
+            values beyond the range of dtype stay in float32.
         kwargs: of huggingface_hub's `ModelHubMixin.save_pretrained`.
-        Raise CheckpointError if a tokenizer is there already.
+        Raise CheckpointError if a tokenizer is there already, or if this one computes no numbers, ConfigError for
+        another dtype.
         """
+        if dtype not in STORED_AS:
+            raise ConfigError(f"dtype is {dtype}; weights are stored as {', '.join(map(str, STORED_AS))}")
         for name in (CONFIG, WEIGHTS):
             if (Path(save_directory) / name).exists():
                 raise CheckpointError(f"{Path(save_directory) / name} exists already; choose another folder")
-        return super().save_pretrained(save_directory, **kwargs)
+        saved = self if dtype == self._dtype else self._stored_as(dtype)
+        return super(SparseStructureTokenizer, saved).save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        super()._save_pretrained(save_directory)
+        """Write the weights with a canary, and config.json, as a hook of huggingface_hub."""
+        from safetensors.torch import save_file
+
+        with self._arithmetic("fp32"):
+            canary = Canary.of(self.vqvae, self.resolution, self.state_dict())
+        if not np.isfinite(canary.logits).all():
+            raise CheckpointError(f"{save_directory}: not saved, since the tokenizer's logits are not finite numbers")
+        state = {key: _in(value, self._dtype).contiguous() for key, value in self.state_dict().items()}
+        with atomic_write(save_directory / WEIGHTS) as partial:
+            save_file(state, partial, {sources.CANARY: json.dumps(asdict(canary))})
         config = {"format_version": FORMAT_VERSION, **self.settings, "info": self.info}
-        (save_directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with atomic_write(save_directory / CONFIG) as partial:
+            partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _stored_as(self, dtype: torch.dtype) -> "SparseStructureTokenizer":
+        """Return a copy with the weights that `save_pretrained` with this dtype would give back."""
+        rounded = copy.deepcopy(self)
+        rounded._dtype = dtype
+        for value in rounded.state_dict().values():
+            value.copy_(_in(value, dtype))
+        return rounded
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
         """Return the model card. kwargs: fields of huggingface_hub's ModelCardData, such as `license`."""
@@ -523,3 +633,9 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
                     "some are 0: an empty token has 0 alone, and another one has none"
                 )
         return ids
+
+
+def _in(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight in another precision; unchanged if it is no float, or if a value is beyond the range."""
+    rounded = value.to(dtype) if value.is_floating_point() else value
+    return value if (rounded.isinf() & value.isfinite()).any() else rounded

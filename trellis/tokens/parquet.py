@@ -1,25 +1,29 @@
 """Ids of many objects in Parquet files, written by scripts/to_tokens.py.
 
-A folder holds `tokens.json`, which records everything that its ids depend on, and shards of equal numbers of objects,
-shard-00003-of-00012.parquet. A row is an object:
+A folder holds shards of equal numbers of objects, shard-00003-of-00012.parquet, and `_common_metadata`, a Parquet file
+with their schema and without rows. So readers of Parquet folders open it (pandas, Hugging Face's datasets). A row is
+an object:
 
     sha256      string
     name        string
     source      string or null
-    tokens      list<uint16>, or list<int32> for more than 65536 codes
+    tokens      list<uint16>, or list<int32> for more than 65536 different numbers: ids in one of the forms of forms.py
     num_voxels  int32
     iou         float32, if it was asked for
     frame       string or null, if an object comes from a scan: where it lies there, see grids.volumes.Frame
 
 The metadata of every file say how its ids were made: the fields of `TokenInfo` (text as it is, other values as JSON),
-`format_version` (see utils/formats.py), and `left_out`, the objects of its share that have no row, with the reasons.
+`format_version` (see utils/formats.py), `made_from`, what else the ids of a folder have in common, and `left_out`, the
+objects of its share that have no row, with the reasons. Folders of earlier versions have `tokens.json` in place of
+`_common_metadata`.
 Axes: n rows, T ids of an object, K codes.
 """
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +33,17 @@ from ..utils.config import differing_keys
 from ..utils.errors import ConfigError, DataError
 from ..utils.files import atomic_write
 from ..utils.formats import check_version
+from .forms import form_of, octree_of
+from .octree import Octree
 
 if TYPE_CHECKING:
     import pyarrow
 
-MANIFEST = "tokens.json"
+COMMON = "_common_metadata"  # readers of Parquet folders know the name, or skip what begins with _
+OLD_MANIFEST = "tokens.json"
 SHARD = re.compile(r"shard-(\d{5})-of-(\d{5})\.parquet")
-FORMAT_VERSION = 1
-VERSION_KEY, LEFT_OUT = "format_version", "left_out"  # keys of a file's metadata, beside those of TokenInfo
+FORMAT_VERSION = 2  # of octree forms; the dense one is version 1
+VERSION_KEY, MADE_FROM, LEFT_OUT = "format_version", "made_from", "left_out"  # metadata beside TokenInfo's
 ROWS_AT_ONCE = 256
 
 
@@ -52,6 +59,18 @@ class TokenInfo:
     n_embed: int  # K
     resolution: int  # R, voxels along an axis
     precision: str  # of the encoder that made the ids
+    empty_code: bool = False  # whether id 0 stands for a token whose block has no voxel
+    form: str = "dense"  # one of FORMS
+
+    @cached_property
+    def octree(self) -> Octree | None:
+        """What writes and reads the form, None for the dense one. Raise ConfigError for a form that there is not."""
+        return octree_of(form_of(self.form, self.empty_code), self.lattice, self.n_embed, self.codes_per_token)
+
+    @property
+    def num_values(self) -> int:
+        """How many different numbers files may have in place of ids: K, or with an octree K + 255."""
+        return self.n_embed if self.octree is None else self.octree.num_values
 
     @property
     def num_tokens(self) -> int:
@@ -61,21 +80,32 @@ class TokenInfo:
     def to_metadata(self) -> dict[str, str]:
         """Return a file's metadata: these fields as texts, and the version of the format."""
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(self).items()}
-        return {**texts, VERSION_KEY: str(FORMAT_VERSION)}
+        return {**texts, VERSION_KEY: str(1 if self.octree is None else FORMAT_VERSION)}
 
     @classmethod
     def from_metadata(cls, metadata: dict[bytes, bytes] | None, path: Path) -> "TokenInfo":
-        """Read a file's metadata. Raise DataError naming the field that is missing or damaged."""
+        """Read a file's metadata; fields with a default may be missing, as in files of earlier versions.
+
+        Raise DataError naming the field that is missing or damaged.
+        """
         values: dict[str, Any] = {}
         for field in fields(cls):
+            key = field.name.encode()
+            if field.default is not MISSING and key not in (metadata or {}):
+                continue
             try:
-                text = (metadata or {})[field.name.encode()].decode()
+                text = (metadata or {})[key].decode()
                 values[field.name] = text if field.type in (str, "str") else json.loads(text)
             except (KeyError, ValueError) as error:
                 raise DataError(
                     f"{path}: its metadata have no valid {field.name}. scripts/to_tokens.py writes such files."
                 ) from error
-        return cls(**{**values, "lattice": tuple(values["lattice"])})
+        info = cls(**{**values, "lattice": tuple(values["lattice"])})
+        try:
+            form_of(info.form, info.empty_code)
+        except ConfigError as error:
+            raise DataError(f"{path}: its metadata are damaged: {error}.") from error
+        return info
 
 
 def require_pyarrow() -> None:
@@ -86,21 +116,55 @@ def require_pyarrow() -> None:
         raise ConfigError(f"Parquet files need pyarrow ({error}): pip install pyarrow") from error
 
 
-def claim(path: Path, settings: dict[str, Any]) -> None:
-    """Write settings as JSON, or compare them with the file that is there. Raise ConfigError if they differ."""
-    settings = json.loads(json.dumps(settings))
-    if not path.exists():
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps(settings, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))  # another machine may have been first
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}); delete it together with the files beside it") from error
-    if found != settings:
+def claim(folder: Path, info: TokenInfo, made_from: dict[str, Any], iou: bool, frame: bool) -> None:
+    """Make a folder one of these tokens, or compare it with the tokens that it has.
+
+    made_from: what else they have in common; JSON.
+    iou, frame: as for `schema`.
+    Raise ConfigError if the folder has others, or shards that do not say, DataError for damaged files.
+    """
+    require_pyarrow()
+    import pyarrow.parquet
+
+    wanted = json.loads(json.dumps({**asdict(info), **made_from}))
+    found = _claimed(folder)
+    if found is None:
+        layout = schema(info, iou, frame)
+        layout = layout.with_metadata({**(layout.metadata or {}), MADE_FROM: json.dumps(made_from)})
+        with atomic_write(folder / COMMON) as partial:
+            pyarrow.parquet.write_metadata(layout, partial)
+        found = _claimed(folder)  # another machine may have been first
+    assert found is not None
+    source, values = found
+    if values != wanted:
         raise ConfigError(
-            f"{path.parent}: holds tokens made with other settings. {path.name} has other values of "
-            f"{', '.join(differing_keys(found, settings))}. Give the same as before, or another --output_dir."
+            f"{folder}: holds tokens made with other settings. {source.name} has other values of "
+            f"{', '.join(differing_keys(values, wanted))}. Give the same as before, or another --output_dir."
         )
+
+
+def _claimed(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return what the tokens of a folder have in common, and the file that says it; None if it has no tokens."""
+    old, shards = folder / OLD_MANIFEST, sorted(path for path in folder.glob("*") if SHARD.fullmatch(path.name))
+    if old.exists():
+        try:
+            defaults = {field.name: field.default for field in fields(TokenInfo) if field.default is not MISSING}
+            return old, {**defaults, **json.loads(old.read_text(encoding="utf-8"))}
+        except ValueError as error:
+            raise ConfigError(f"{old} is damaged ({error}); delete it together with the files beside it") from error
+    for path in (folder / COMMON, *shards[:1]):
+        if not path.exists():
+            continue
+        metadata = _open(path).schema_arrow.metadata or {}
+        if MADE_FROM.encode() in metadata:
+            info = json.loads(json.dumps(asdict(TokenInfo.from_metadata(metadata, path))))
+            return path, {**info, **json.loads(metadata[MADE_FROM.encode()])}
+    if shards:
+        raise ConfigError(
+            f"{folder}: has shards, but neither {COMMON} nor {OLD_MANIFEST} that says how they were made. Give another "
+            "--output_dir."
+        )
+    return None
 
 
 def shard_name(number: int, shards: int) -> str:
@@ -112,7 +176,7 @@ def schema(info: TokenInfo, iou: bool = False, frame: bool = False) -> "pyarrow.
     """Return a shard's schema, with or without the columns iou and frame. Its metadata lack `left_out`."""
     import pyarrow as pa
 
-    ids = pa.uint16() if info.n_embed <= 2**16 else pa.int32()
+    ids = pa.uint16() if info.num_values <= 2**16 else pa.int32()
     columns = {
         "sha256": pa.string(),
         "name": pa.string(),
@@ -136,14 +200,16 @@ def write_shard(
     iou: np.ndarray | None = None,
     left_out: list[dict[str, str]] | None = None,
     frames: list[str | None] | None = None,
+    made_from: dict[str, Any] | None = None,
 ) -> None:
     """Write a shard atomically.
 
-    tokens: [n, T] integers in [0, K); n may be 0.
+    tokens: [n, T] integers in [0, K), which are written in the form of `info`; n may be 0.
     num_voxels: [n].
     iou: [n] or None.
     left_out: {"file", "sha256", "reason"} of each object without ids.
     frames: [n] where objects lie in their scans; None if no object of the data set comes from a scan.
+    made_from: as for `claim`.
     Raise ConfigError without pyarrow, ValueError for tokens of another shape.
     """
     require_pyarrow()
@@ -154,8 +220,9 @@ def write_shard(
         raise ValueError(f"tokens must be [{len(sha256)}, {info.num_tokens}], not {list(tokens.shape)}")
     layout = schema(info, iou is not None, frames is not None)
     ids = layout.field("tokens").type.value_type
-    offsets = np.arange(len(sha256) + 1, dtype=np.int32) * info.num_tokens
-    values = pa.array(tokens.reshape(-1).astype(ids.to_pandas_dtype()), ids)
+    rows = tokens if info.octree is None else [info.octree.to_values(row).numpy() for row in tokens]
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    values = pa.array(np.concatenate([*rows, np.zeros(0, int)]).astype(ids.to_pandas_dtype()), ids)
     columns = {
         "sha256": sha256, "name": names, "source": sources,
         "tokens": pa.ListArray.from_arrays(offsets, values, type=layout.field("tokens").type),
@@ -165,7 +232,8 @@ def write_shard(
         columns["iou"] = iou.astype(np.float32)
     if frames is not None:
         columns["frame"] = frames
-    layout = layout.with_metadata({**info.to_metadata(), LEFT_OUT: json.dumps(left_out or [])})
+    said = {} if made_from is None else {MADE_FROM: json.dumps(made_from)}
+    layout = layout.with_metadata({**info.to_metadata(), **said, LEFT_OUT: json.dumps(left_out or [])})
     with atomic_write(path) as partial:
         pa.parquet.write_table(pa.table(columns, schema=layout), partial, compression="zstd")
 
@@ -223,6 +291,13 @@ def read_column(path: Path, name: str) -> np.ndarray:
     return _open(path).read([name]).column(name).to_numpy()
 
 
+def read_names(source: str | Path) -> Iterator[tuple[str, str]]:
+    """Yield sha256 and name of the objects of a folder's shards, or of one file, in order. Do not read their ids."""
+    for path in shard_files(source):
+        table = _open(path).read(["sha256", "name"])
+        yield from zip(table.column("sha256").to_pylist(), table.column("name").to_pylist(), strict=True)
+
+
 def read_left_out(path: Path) -> list[dict[str, str]]:
     """Return {"file", "sha256", "reason"} of each object in a shard's share that has no row."""
     return json.loads((_open(path).schema_arrow.metadata or {}).get(LEFT_OUT.encode(), b"[]"))
@@ -232,9 +307,9 @@ def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a folder's shards, or of one file, in order.
 
     A row is {"sha256": str, "name": str, "source": str or None, "tokens": int64 array [T], "num_voxels": int}, with
-    "iou": float and "frame": str or None if the file has them.
-    Raise DataError for missing or damaged shards, for an object whose number of ids is not T, and for an id outside
-    [0, K).
+    "iou": float and "frame": str or None if the file has them. The tokens are ids in every form.
+    Raise DataError for missing or damaged shards, for an object whose number of ids is not T, for an id outside [0, K),
+    and for a sequence that is not the octree form of an object.
     """
     import pyarrow as pa
 
@@ -254,25 +329,42 @@ def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _rows(batch: "pyarrow.RecordBatch", info: TokenInfo, path: Path) -> Iterator[dict[str, Any]]:
-    lists = batch.column("tokens")
     columns = {name: batch.column(name).to_pylist() for name in batch.schema.names if name != "tokens"}
+    read = _dense_ids if info.octree is None else _octree_ids
+    for i, ids in enumerate(read(batch.column("tokens"), columns["sha256"], info, path)):
+        yield {"tokens": ids, **{name: values[i] for name, values in columns.items()}}
+
+
+def _dense_ids(lists: "pyarrow.ListArray", sha256: list[str], info: TokenInfo, path: Path) -> Iterable[np.ndarray]:
+    """Return ids [n, T] int64."""
     lengths = lists.value_lengths().fill_null(0).to_numpy()
     if (lengths != info.num_tokens).any():
         row = int(np.argmax(lengths != info.num_tokens))
         raise DataError(
-            f"{path}: {columns['sha256'][row]} has {lengths[row]} ids, but its metadata say "
-            f"{info.num_tokens}. Delete the file and run scripts/to_tokens.py again."
+            f"{path}: {sha256[row]} has {lengths[row]} ids, but its metadata say {info.num_tokens}. Delete the file "
+            "and run scripts/to_tokens.py again."
         )
     tokens = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64).reshape(-1, info.num_tokens)
     outside = ((tokens < 0) | (tokens >= info.n_embed)).any(1)
     if outside.any():
-        row = int(np.argmax(outside))
         raise DataError(
-            f"{path}: {columns['sha256'][row]} has an id outside [0, {info.n_embed}). Delete the file and "
-            "run scripts/to_tokens.py again."
+            f"{path}: {sha256[int(np.argmax(outside))]} has an id outside [0, {info.n_embed}). Delete the file and run "
+            "scripts/to_tokens.py again."
         )
-    for i, ids in enumerate(tokens):
-        yield {"tokens": ids, **{name: values[i] for name, values in columns.items()}}
+    return tokens
+
+
+def _octree_ids(lists: "pyarrow.ListArray", sha256: list[str], info: TokenInfo, path: Path) -> Iterable[np.ndarray]:
+    """Yield ids [T] int64."""
+    assert info.octree is not None
+    for row, sequence in zip(sha256, lists.to_pylist(), strict=True):
+        try:
+            if sequence is None:
+                raise DataError("its sequence is missing")
+            yield info.octree.from_values(sequence).ids.numpy()
+        except DataError as error:
+            reason = str(error).partition(" Refused:")[0]
+            raise DataError(f"{path}: {row}: {reason} Delete the file and run scripts/to_tokens.py again.") from error
 
 
 def _open(path: Path) -> "pyarrow.parquet.ParquetFile":

@@ -17,15 +17,17 @@ import json
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..utils.config import differing_keys
 from ..utils.errors import ConfigError, DataError
 from ..utils.files import atomic_write
 
-DATASET = "mesh_tokens"
-FOLDER = "sharegpt"
+DATASET = "mesh_tokens"  # of dataset_info.json, and the folder of its files
+INFO = "dataset_info.json"
+SETTINGS = "settings.json"  # what the conversations of a folder are made of
 CAPTION_COLUMNS = ("caption", "captions")
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 PROMPT_OF_CAPTION = "Make a 3D model of this: {caption}"
@@ -73,6 +75,52 @@ class Prompts:
         return "caption" in self.fields
 
 
+def claim(folder: Path, prompts: Prompts, captions: str, tokens: dict[str, Any], alone: bool) -> bool:
+    """Make a folder one of these conversations, and return True if those of other prompts or captions are removed.
+
+    captions: their `captions_digest`.
+    tokens: what identifies the tokens; JSON.
+    alone: whether no other machine writes into the folder.
+    Raise ConfigError if the folder has conversations of other tokens, or of other prompts or captions which another
+    machine may be writing.
+    """
+    path, replaced = folder / SETTINGS, False
+    wanted = {**asdict(prompts), "captions": captions, "tokens": json.loads(json.dumps(tokens))}
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            of_other_tokens = found["tokens"] != wanted["tokens"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is damaged ({error}); delete it together with the files beside it") from error
+        if of_other_tokens:
+            keys = ", ".join(differing_keys(found["tokens"], wanted["tokens"]))
+            raise ConfigError(f"{folder}: has conversations of other tokens ({keys}). Give --sharegpt another folder.")
+        if found == wanted:
+            return False
+        old = sorted((folder / DATASET).glob("shard-*.jsonl"))
+        if old and not alone:
+            keys = ", ".join(differing_keys(found, wanted))
+            raise ConfigError(
+                f"{folder}: has conversations of other prompts or captions ({keys}), which another machine may be "
+                "writing. Delete the folder, or give --sharegpt another one."
+            )
+        for each in old:
+            each.unlink()
+        replaced = bool(old)
+    elif (folder / INFO).exists() or any((folder / DATASET).glob("*")):
+        raise ConfigError(f"{folder}: has other data. Give --sharegpt another folder.")
+    (folder / DATASET).mkdir(parents=True, exist_ok=True)
+    _write_json(path, wanted)
+    if not (folder / INFO).exists():  # a user may have added data sets to it
+        _write_json(folder / INFO, dataset_info())
+    return replaced
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def records(sha256: str, name: str, mesh: str, captions: Iterable[str], prompts: Prompts) -> list[Record]:
     """Return the records of an object; none for a prompt that needs a caption or a name which the object lacks.
 
@@ -117,10 +165,10 @@ def check_record(record: Record, where: str) -> None:
 
 
 def dataset_info() -> dict[str, Any]:
-    """Return the content of dataset_info.json for the folder `sharegpt` beside it."""
+    """Return the content of dataset_info.json for the folder DATASET beside it."""
     return {
         DATASET: {
-            "file_name": FOLDER,
+            "file_name": DATASET,
             "formatting": "sharegpt",
             "columns": {"messages": "conversations"},
             "tags": {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"},

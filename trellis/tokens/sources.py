@@ -1,25 +1,33 @@
 """Where a tokenizer comes from: which kind of source a path is, and checks of saved folders and of the Hub."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..utils.config import load_config
 from ..utils.errors import CheckpointError
 from ..utils.formats import check_version
 
-Kind = Literal["pretrained", "run", "shapellm"]
+Kind = Literal["pretrained", "run", "exported", "shapellm"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of save_pretrained
 WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 KEYS = {"format_version", "models", "resolution", "normalization", "up_axis", "info"}  # of config.json
 FORMAT_VERSION = 1
+MODELS = ("encoder", "quantizer", "decoder")
+OPTIONAL_MODELS = ("transformer",)
+# Keys of weight files' metadata, JSON. One in a file: safetensors writes several in random order, and what is equal
+# should be equal in every byte.
+CANARY = "canary"  # of save_pretrained, see canary.py
+GRIDS = "grids"  # of export_pretrained.py's quantizer: {"resolution", "normalization", "up_axis"}
 
 
 def kind_of(source: str | Path) -> Kind:
     """Return what a source is: "pretrained" for a folder of save_pretrained and for an id on the Hub, "run" for a run
-    folder, "shapellm" for a weights file. Raise CheckpointError for anything else."""
+    folder, "exported" for a folder of export_pretrained.py, "shapellm" for a weights file. Raise CheckpointError for
+    anything else."""
     path = Path(source)
     if path.is_file():
         if path.suffix not in WEIGHT_SUFFIXES:
@@ -32,10 +40,12 @@ def kind_of(source: str | Path) -> Kind:
         return "pretrained"
     if (path / "ckpts").is_dir():
         return "run"
+    if any((path / f"{name}.json").is_file() for name in MODELS):
+        return "exported"
     if path.is_dir():
         raise CheckpointError(
-            f"{path}: has neither {WEIGHTS} of save_pretrained nor ckpts/ of a run. Give a "
-            "folder that has one of them, such as outputs/stage2"
+            f"{path}: has neither {WEIGHTS} of save_pretrained nor ckpts/ of a run nor quantizer.json of "
+            "export_pretrained.py. Give a folder that has one of them, such as outputs/stage2"
         )
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise CheckpointError(f"{source}: there is no such file or folder, and it is not an id on the Hub (org/name)")
@@ -63,6 +73,40 @@ def check_config(path: str | Path) -> None:
     if "models" not in config or not set(config) <= KEYS:
         strange = sorted(set(config) - KEYS) or ["no models"]
         raise CheckpointError(f"{path}: has {', '.join(strange)}, so save_pretrained did not write it")
+
+
+def exported_models(folder: str | Path) -> dict[str, tuple[Path, Path]]:
+    """Return {name: (JSON, weights)} of the models that export_pretrained.py wrote into a folder.
+
+    Raise CheckpointError for a model of a tokenizer that is missing, or half missing.
+    """
+    found = {}
+    for name in (*MODELS, *OPTIONAL_MODELS):
+        config, weights = Path(folder) / f"{name}.json", Path(folder) / f"{name}.safetensors"
+        if config.is_file() and weights.is_file():
+            found[name] = config, weights
+        elif name in MODELS or config.is_file() or weights.is_file():
+            missing = weights if config.is_file() else config
+            raise CheckpointError(
+                f"{missing}: there is no such file. A tokenizer has {', '.join(MODELS)}: export a run that trained a "
+                "codebook, with all its files"
+            )
+    return found
+
+
+def read_note(weights: str | Path, key: str) -> dict[str, Any] | None:
+    """Return what a safetensors file says under a key of its metadata, None if it has no such key.
+
+    Raise CheckpointError if the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, "pt") as file:
+            text = (file.metadata() or {}).get(key)
+        return None if text is None else dict(json.loads(text))
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{weights}: not a readable weights file ({error})") from error
 
 
 def download(model_id: str, **options) -> str:

@@ -17,12 +17,19 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
     A reader sees the old file or the whole new one, also after a crash. The temporary name is hidden and carries the
     machine, the process id and a random number, so that several processes and threads may write the same file; the
-    last one wins. After an error in the block the temporary file is removed and `path` is untouched.
+    last one wins. After an error in the block the temporary file is removed and `path` is untouched. The file may be
+    read and written by whom the umask allows, whatever the library that writes it thinks (safetensors: its owner).
     """
     path = Path(path)
     partial = path.with_name(f".{path.name[:100]}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
+        # A new file has the mode by umask. os.umask cannot be asked without a change, which other threads would see.
+        with open(partial, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        partial.unlink()
         yield partial
+        if partial.stat().st_mode != mode:
+            partial.chmod(mode)
         with open(partial, "r+b") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -14,6 +14,7 @@ run's folder.
 
 import argparse
 import json
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,10 +39,11 @@ NETWORK = {
         for key in ("num_res_blocks", "num_res_blocks_middle")
     },
 }
-BATCH = 16
+BATCH = 16  # the reference_batch of the configurations
 WARM_UP = 25
 STEPS = 400
 CODES = 8192
+GROUPS = {4096: [1, 1, 1], 1024: [1, 1, 4], 512: [2, 2, 2]}  # cells of a token along x, y, z, by tokens at 64³
 POOLED_VAL = 160  # validation grids after pooling, so that scoring takes no longer than training
 # The lr of AdamW, unless a variant sets the optimizer. Narrow layers bear larger steps than the full network's.
 LR = 2e-3
@@ -109,12 +111,14 @@ KL_VAES = {
     for weight in ("1e-3", "4e-3", "1.6e-2", "6.4e-2")
 }
 BASE_VAE = KL_VAES["4e-3"]  # all codebooks start from it, and one from each of the others
+CODEBOOK = "recipe_4096_stage2"  # of all codebooks, which set the tokens: it has no transformer
 COMMIT = 2.5  # the recipe's weight of the commitment loss
+SPARSE_COMMIT = 1.2  # the same, with an empty code
 LEVELS = {8192: [8, 8, 8, 4, 4], 1024: [8, 8, 4, 4]}  # of FiniteScalarQuantizer, by the number of codes
 
 
 def codebook_settings(codes: int, steps: int) -> dict[str, dict]:
-    """Return {name: settings} of the codebooks."""
+    """Return {name: settings} of the codebooks, one choice each."""
     vector, fast = quantizer("VectorQuantizer"), adamw(5e-3)
     return {
         "EMAVectorQuantizer": {},
@@ -129,7 +133,13 @@ def codebook_settings(codes: int, steps: int) -> dict[str, dict]:
         "IndexBackpropagationQuantizer": quantizer("IndexBackpropagationQuantizer") | args(lambda_vq=4 * COMMIT),
         "two codes a token: residual": quantizer("ResidualVectorQuantizer", num_codes=2) | args(lambda_vq=4 * COMMIT),
         "two codes a token: product": quantizer("ProductVectorQuantizer", num_codes=2) | args(lambda_vq=4 * COMMIT),
-        "groups of 2x2x1 cells": {"models.quantizer.args.group": [2, 2, 1]},
+        **{
+            f"{number} codes a token: {name.lower()}, averages": quantizer(
+                f"{name}VectorQuantizer", num_codes=number, decay=0.99
+            )
+            for name in ("Residual", "Product")
+            for number in (2, 4)
+        },
         "no revival": args(revive_every=0),
         "decay 0.9": {"models.quantizer.args.decay": 0.9},
         "l1_l2": args(loss_type="l1_l2"),
@@ -137,10 +147,7 @@ def codebook_settings(codes: int, steps: int) -> dict[str, dict]:
         "bce_dice": args(loss_type="bce_dice"),
         "the 8 symmetries about z": {"dataset.args.augmentation": "z"},
         "all 48 symmetries": {"dataset.args.augmentation": "all"},
-        **{
-            f"ConvMuon, lr {lr}": args(optimizer=adamw(float(lr)) | {"name": "ConvMuon"})
-            for lr in ("1e-3", "2e-3", "4e-3")
-        },
+        **{f"Muon, lr {lr}": args(optimizer=adamw(float(lr)) | {"name": "Muon"}) for lr in ("1e-3", "2e-3", "4e-3")},
         "lr 5e-4": args(optimizer=adamw(5e-4)),
         "lr 5e-3": args(optimizer=fast),
         "lr 5e-3, warm-up over half": args(optimizer=fast, lr_scheduler=schedule(steps, steps // 2)),
@@ -149,17 +156,60 @@ def codebook_settings(codes: int, steps: int) -> dict[str, dict]:
     }
 
 
-def variants(tokens: int, codes: int = CODES, steps: int = STEPS) -> list[Variant]:
-    """Return all variants for a number of tokens per object at 64³, of codes, and of training steps."""
-    config, size = f"recipe_{tokens}_stage2", {"models.quantizer.args.n_embed": codes}
+def sparse_settings(codes: int) -> dict[str, dict]:
+    """Return {name: settings} of codebooks with an empty code, whose commitment is a mean over occupied tokens."""
+    empty = {"models.quantizer.args.empty_code": True} | args(lambda_commit=SPARSE_COMMIT)
+    return {
+        "empty code": empty,
+        **{f"empty code, lambda_commit {weight}": empty | args(lambda_commit=weight) for weight in (0.3, 5.0)},
+        **{
+            f"empty code, {factor} times the codes": empty
+            | {"models.quantizer.args.n_embed": factor * codes, "models.quantizer.args.decay": 0.995}
+            | args(revive_every=200)
+            for factor in (4, 8)
+        },
+        "empty code, no revival": empty | args(revive_every=0),
+        **{
+            f"empty code, {number} codes a token: {name.lower()}": empty
+            | quantizer(f"{name}VectorQuantizer", num_codes=number, decay=0.99)
+            for name in ("Residual", "Product")
+            for number in (2, 4)
+        },
+    }
+
+
+def transformer(tokens: int, resolution: int) -> dict:
+    """Return settings that put a narrow transformer around the codebook."""
+    cells = resolution // 4
+    lattice = [cells // size for size in GROUPS[tokens]]
+    channels = 8 * math.prod(GROUPS[tokens])
+    shape = {"channels": channels, "lattice": lattice, "width": 128, "heads": 4, "layers_before": 2, "layers_after": 2}
+    return {"models.transformer": {"name": "CodebookTransformer", "args": shape}}
+
+
+def variants(tokens: int, codes: int = CODES, steps: int = STEPS, resolution: int = 64) -> list[Variant]:
+    """Return all variants for a number of tokens per object at 64³, of codes, of training steps, and of voxels."""
+    size = {
+        "models.quantizer.args.n_embed": codes,
+        "models.quantizer.args.embed_dim": 8 * math.prod(GROUPS[tokens]),
+        "models.quantizer.args.group": GROUPS[tokens],
+    }
+    around = transformer(tokens, resolution)
+    muon = args(optimizer=adamw(1e-3) | {"name": "Muon"})
+    settings = codebook_settings(codes, steps) | sparse_settings(codes)
+    settings |= {"transformer": around, "transformer, Muon, lr 1e-3": around | muon}
+    settings["empty code, transformer"] = settings["empty code"] | around
+    if tokens == 1024:
+        settings["groups of 2x2x1 cells"] = {"models.quantizer.args.group": [2, 2, 1]}
     return [
         *VAES,
         *KL_VAES.values(),
+        *(Variant(f"{tokens}: {name}", CODEBOOK, size | own, BASE_VAE) for name, own in settings.items()),
         *(
-            Variant(f"{tokens}: {name}", config, size | settings, BASE_VAE)
-            for name, settings in codebook_settings(codes, steps).items()
+            Variant(f"{tokens}: after {vae.name}", CODEBOOK, size, vae)
+            for vae in KL_VAES.values()
+            if vae is not BASE_VAE
         ),
-        *(Variant(f"{tokens}: after {vae.name}", config, size, vae) for vae in KL_VAES.values() if vae is not BASE_VAE),
     ]
 
 
@@ -200,7 +250,7 @@ def run(options: argparse.Namespace, device: torch.device, variant: Variant) -> 
         return json.loads(result.read_text())
     settings = NETWORK | args(
         max_steps=options.steps,
-        batch_size=BATCH,
+        batch_size_per_gpu=BATCH,
         ema_rate=0.99,
         i_log=20,
         i_print=options.steps,
@@ -258,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     flags.add_argument("--output_dir", type=Path, required=True, help="parent of the variants' run folders")
     flags.add_argument(
-        "--tokens", type=int, choices=(1024, 4096), default=1024, help="tokens of an object at 64³ (default: 1024)"
+        "--tokens", type=int, choices=GROUPS, default=1024, help="tokens of an object at 64³ (default: 1024)"
     )
     flags.add_argument("--steps", type=int, default=STEPS, help=f"steps of {BATCH} samples (default: {STEPS})")
     flags.add_argument("--only", nargs="+", help="variants whose names begin like this, and the VAEs they start from")
@@ -272,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
         if not list(options.data_dir.glob("*val.npz")):
             flags.error(f"--data_dir {options.data_dir} has no *val.npz, which pooling needs; see pack.py")
         options.data_dir = pooled(options.data_dir, options.resolution, options.output_dir / "pooled")
-    chosen = variants(options.tokens, options.codes, options.steps)
+    chosen = variants(options.tokens, options.codes, options.steps, options.resolution)
     if options.only:
         wanted = tuple(options.only)
         picked = [

@@ -1,16 +1,22 @@
-"""The whole recipe from random weights at full size: VAE, codebooks of 4096 and of 1024 tokens, and their scores.
+"""The recipes from random weights: VAE, codebook and joint training of each form of tokens, and their scores.
 
-    python benchmarks/quality.py --data_dir DATA --output_dir outputs/quality
+    python benchmarks/quality.py --data_dir DATA --output_dir outputs/quality --forms sparse
 
-Every phase runs train.py on a configuration configs/vae/recipe_*.json and starts from the weights of an earlier phase.
+Every phase runs train.py on a configuration of configs/vae and starts from the weights of an earlier phase. The short
+budget of a form is 25 minutes of one GPU, all its phases together. The long one is about as long on four GPUs, with
+larger batches, more data, and all 48 symmetries of the cube:
+
+    python benchmarks/quality.py --data_dir DATA,MORE --output_dir outputs/long --forms sparse --long --num_gpus 4
+
 A finished phase is not run again; one that was cut off continues from its last checkpoint. scripts/evaluate.py scores
-the VAE and the results of both stages 2, in fp32. After every phase results.md is written into --output_dir, and
-phase.json, with the command, into the phase's folder.
+the VAE and the results of stages 2, in fp32, on the validation split of DATA and of each --eval_dir. After every phase
+results.md is written into --output_dir, and phase.json, with the command, into the phase's folder.
 """
 
 import argparse
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -21,30 +27,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, runs
 from benchmarks.report import Column, Report, Table
+from trellis.trainers.configuration import complete_config
 from trellis.utils.command import pick_device, run_command
-from trellis.utils.config import load_config
+from trellis.utils.config import apply_override, differing_keys, load_config
+from trellis.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A training run of the recipe."""
+    """A training run of a recipe."""
 
+    config: str  # its configuration in configs/vae
     start: str | None = None  # the phase whose weights it starts from
     scored: bool = False  # whether evaluate.py scores its result
 
 
-PHASES = {
-    "vae": Phase(scored=True),
-    "4096_stage1": Phase("vae"),
-    "4096_stage2": Phase("4096_stage1", scored=True),
-    "1024_stage1": Phase("vae"),
-    "1024_stage2": Phase("1024_stage1", scored=True),
-}
+def stages(form: str, config: str, vae: str) -> dict[str, Phase]:
+    """Return the phases of a form of tokens after its VAE."""
+    return {
+        f"{form}_stage1": Phase(f"{config}_stage1", vae),
+        f"{form}_stage2": Phase(f"{config}_stage2", f"{form}_stage1", scored=True),
+    }
+
+
+FORMS = ("4096", "1024", "512", "sparse", "sparse8x2", "sparse8x4", "base")
+PHASES = {"vae": Phase("recipe_vae", scored=True)}
+for form in FORMS[:-1]:
+    PHASES |= stages(form, f"recipe_{form}", "vae")
+PHASES |= {"base_vae": Phase("base_vae", scored=True), **stages("base", "base", "base_vae")}
+
 TRAINED = {"vae": "VAE", "stage1": "codebook", "stage2": "everything"}
+# The name of the validation split of --data_dir among the sets that are scored.
+VAL = "val"
 # With fewer objects, a source's mean is mostly chance.
 OBJECTS_OF_A_SOURCE = 10
 PHASE_COLUMNS = (
     Column("phase", "key"),
+    Column("seed", "key"),
     Column("trained"),
     Column("steps"),
     Column("seconds"),
@@ -57,6 +76,9 @@ PHASE_COLUMNS = (
 )
 SCORE_COLUMNS = (
     Column("model", "key"),
+    Column("seed", "key"),
+    Column("GPU-minutes", format=".1f"),
+    Column("LM tokens", format=".1f"),
     Column("IoU", format=".4f"),
     Column("median", format=".4f"),
     Column("5 %", format=".4f"),
@@ -69,47 +91,89 @@ SCORE_COLUMNS = (
 )
 
 
+SET_COLUMNS = (
+    Column("model", "key"),
+    Column("seed", "key"),
+    Column("grids", "key"),
+    Column("objects"),
+    Column("IoU", format=".4f"),
+    Column("5 %", format=".4f"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A phase with one seed."""
+
+    phase: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its run folder."""
+        return f"{self.phase}_seed{self.seed}" if self.seed else self.phase
+
+    @property
+    def start(self) -> "Run | None":
+        """The run whose weights it starts from."""
+        start = PHASES[self.phase].start
+        return None if start is None else Run(start, self.seed)
+
+
 def with_ancestors(names: list[str]) -> list[str]:
     """Return these phases and all that they start from, in the order of PHASES."""
-    wanted = set()
+    wanted: set[str] = set()
     for name in names:
-        while name is not None and name not in wanted:
-            wanted.add(name)
-            name = PHASES[name].start
+        before: str | None = name
+        while before is not None and before not in wanted:
+            wanted.add(before)
+            before = PHASES[before].start
     return [name for name in PHASES if name in wanted]
 
 
-def train(options: argparse.Namespace, device: str, name: str) -> dict:
-    """Run a phase unless it is finished. Return its command, its figures (see read_log) and its seconds."""
-    folder = options.output_dir / name
+def train(options: argparse.Namespace, device: str, run: Run) -> dict:
+    """Run a phase unless it is finished. Return its command, its figures (see read_log), seconds and GPUs.
+
+    Raise ConfigError if it is finished with other settings.
+    """
+    folder = options.output_dir / run.name
     result = folder / "phase.json"
+    path = runs.config_path(PHASES[run.phase].config)
+    settings = settings_of(options, run, load_config(str(path)))
     if not result.exists():
-        command = [
-            "train.py",
-            "--config",
-            f"configs/vae/recipe_{name}.json",
-            "--data_dir",
-            options.data_dir,
-            "--output_dir",
-            str(folder),
-            "--device",
-            device,
-            "--num_gpus",
-            "1",
-        ]
-        if PHASES[name].start:
-            command += ["--load_dir", str(options.output_dir / PHASES[name].start)]
-        models = load_config(runs.config_path(f"recipe_{name}"))["models"]
-        for setting in options.set:
-            section, _, rest = setting.partition(".")
-            if section != "models" or rest.split(".")[0] in models:
-                command += ["--set", setting]
-        started = time.monotonic()
+        command = ["train.py", "--config", str(path.relative_to(common.ROOT)), "--data_dir", options.data_dir]
+        command += ["--output_dir", str(folder), "--device", device, "--num_gpus", str(options.num_gpus)]
+        if run.start:
+            command += ["--load_dir", str(options.output_dir / run.start.name)]
+        for setting in settings:
+            command += ["--set", setting]
+        continued, started = (folder / "ckpts").exists(), time.monotonic()
         execute(command)
         wall = time.monotonic() - started
         found = {"command": shlex.join(command), **read_log(folder), "wall": wall}
+        found |= {"num_gpus": options.num_gpus, "continued": continued}
         result.write_text(json.dumps(found, indent=2) + "\n")
+    else:
+        wanted, had = load_config(str(path)), load_config(str(folder / "config.json"))
+        for setting in settings:
+            apply_override(wanted, setting)
+        if keys := differing_keys(complete_config(had), complete_config(wanted)):
+            raise ConfigError(
+                f"{folder} is finished, but with another value of {', '.join(keys)}; choose another --output_dir"
+            )
     return json.loads(result.read_text())
+
+
+def settings_of(options: argparse.Namespace, run: Run, config: dict) -> list[str]:
+    """Return what `--set` gives train.py for a phase with this configuration."""
+    settings = [f"trainer.args.seed={run.seed}"] if run.seed else []
+    if options.long and not config["trainer"]["args"].get("latent_cache"):  # which keeps one latent of each object
+        settings.append("dataset.args.augmentation=all")
+    for setting in options.set:
+        section, _, rest = setting.partition(".")
+        if section != "models" or rest.split(".")[0] in config["models"]:
+            settings.append(setting)
+    return settings
 
 
 def execute(command: list[str]) -> None:
@@ -136,41 +200,38 @@ def read_log(folder: Path) -> dict:
     }
 
 
-def score(options: argparse.Namespace, device: str, name: str) -> dict:
-    """Return evaluate.py's scores of a phase's averaged weights on the validation split."""
-    output = options.output_dir / "eval" / name
-    if not list(output.glob("val_*.json")):
-        execute(
-            [
-                "scripts/evaluate.py",
-                "--run",
-                str(options.output_dir / name),
-                "--data_dir",
-                options.data_dir,
-                "--output_dir",
-                str(output),
-                "--weights",
-                "averaged",
-                "--batch_size",
-                str(options.eval_batch),
-                "--device",
-                device,
-            ]
-        )
-    report = json.loads(next(output.glob("val_*.json")).read_text())
+def score(options: argparse.Namespace, device: str, run: Run, grids: str) -> dict:
+    """Return evaluate.py's scores of a run's averaged weights on the validation split of a set of grids."""
+    folder = options.output_dir / ("eval" if grids == VAL else f"eval_{grids}") / run.name
+    if not list(folder.glob("val_*.json")):
+        command = ["scripts/evaluate.py", "--run", str(options.output_dir / run.name)]
+        command += ["--data_dir", options.eval_dir[grids], "--output_dir", str(folder), "--weights", "averaged"]
+        command += ["--batch_size", str(options.eval_batch), "--device", device]
+        if options.kinds:
+            command += ["--kinds", str(options.kinds)]
+        execute(command)
+    report = json.loads(next(folder.glob("val_*.json")).read_text())
     return next(iter(report["weights"].values()))
 
 
-def phases_table(phases: dict[str, dict]) -> Table:
+def gpu_minutes(phases: dict[Run, dict], run: Run | None) -> float:
+    """Return what a run and all runs that it started from took."""
+    if run is None:
+        return 0.0
+    return phases[run]["wall"] * phases[run].get("num_gpus", 1) / 60 + gpu_minutes(phases, run.start)
+
+
+def phases_table(phases: dict[Run, dict]) -> Table:
     """Return what each phase took and reached. IoU is that of validation, by averaged weights."""
     rows = []
-    for name, phase in phases.items():
+    for run, phase in phases.items():
         after = phase["after"]
         codebook = [after.get(f"codebook_{key}") for key in ("usage", "perplexity")]
         rows.append(
             [
-                name,
-                TRAINED[name.split("_")[-1]],
+                run.phase,
+                run.seed,
+                TRAINED[run.phase.split("_")[-1]],
                 phase["steps"],
                 phase["wall"],
                 phase["samples_per_second"],
@@ -183,18 +244,23 @@ def phases_table(phases: dict[str, dict]) -> Table:
     return Table(PHASE_COLUMNS, rows, "Phases")
 
 
-def scores_table(scores: dict[str, dict]) -> Table:
-    """Return the table of scores.
+def scores_table(minutes: dict[Run, float], scores: dict[Run, dict[str, dict]]) -> Table:
+    """Return the scores on the validation split of --data_dir.
 
+    GPU-minutes: of all phases from random weights. LM tokens: what a language model writes for the mean object.
     kbit: of an object's ids. kbit used: by the ids' entropy over all objects; for a VAE, the KL of a sample.
     """
     rows = []
-    for name, found in scores.items():
+    for run, sets in scores.items():
+        found = sets[VAL]
         used = found.get("entropy_bits_per_object", found.get("kl_bits_per_object"))
         kbits = [bits if bits is None else bits / 1e3 for bits in (found.get("bits_per_object"), used)]
         rows.append(
             [
-                name,
+                run.phase,
+                run.seed,
+                minutes[run],
+                found.get("lm_tokens"),
                 *(found[key] for key in ("iou", "iou_median", "iou_p5", "f_score", "chamfer")),
                 found.get("codebook_usage"),
                 found.get("codebook_perplexity"),
@@ -204,32 +270,85 @@ def scores_table(scores: dict[str, dict]) -> Table:
     return Table(SCORE_COLUMNS, rows, "Scores")
 
 
-def sources_table(scores: dict[str, dict]) -> Table:
-    """Return the IoU by source, for sources with enough objects."""
+def sets_table(scores: dict[Run, dict[str, dict]]) -> Table:
+    """Return the IoU on each set of grids, and on each kind of objects in it where kinds are known."""
+    rows = []
+    for run, sets in scores.items():
+        for grids, found in sets.items():
+            parts = {grids: found, **{f"{grids}, {kind}": part for kind, part in found.get("kinds", {}).items()}}
+            for name, part in parts.items():
+                rows.append([run.phase, run.seed, name, part["objects"], part["iou"], part["iou_p5"]])
+    return Table(SET_COLUMNS, rows, "Sets and kinds")
+
+
+def spread(scores: dict[Run, dict[str, dict]]) -> list[str]:
+    """Return a line on each phase that several seeds have finished."""
+    lines = []
+    for phase in dict.fromkeys(run.phase for run in scores):
+        ious = {run.seed: sets[VAL]["iou"] for run, sets in scores.items() if run.phase == phase}
+        if len(ious) > 1:
+            seeds = ", ".join(map(str, ious))
+            mean, deviation = statistics.mean(ious.values()), statistics.stdev(ious.values())
+            lines.append(f"{phase}, seeds {seeds}: IoU {mean:.4f} on average, standard deviation {deviation:.4f}.")
+    return lines
+
+
+def sources_table(scores: dict[Run, dict[str, dict]]) -> Table:
+    """Return the IoU by source in the validation split of --data_dir, for sources with enough objects."""
+    found = {run: sets[VAL]["sources"] for run, sets in scores.items()}
     sources = {
-        name: part
-        for name, part in next(iter(scores.values()))["sources"].items()
+        name: part["objects"]
+        for name, part in next(iter(found.values())).items()
         if part["objects"] >= OBJECTS_OF_A_SOURCE
     }
-    rows = [
-        [source, part["objects"], *(found["sources"][source]["iou"] for found in scores.values())]
-        for source, part in sources.items()
-    ]
-    columns = (Column("source", "key"), Column("objects"), *(Column(name, format=".4f") for name in scores))
+    rows = [[name, objects, *(own[name]["iou"] for own in found.values())] for name, objects in sources.items()]
+    columns = (Column("source", "key"), Column("objects"), *(Column(run.name, format=".4f") for run in found))
     return Table(columns, rows, "Sources")
 
 
-def main(argv: list[str] | None = None) -> None:
+def absolute(roots: str) -> str:
+    """Return data roots, separated by commas, as absolute paths. Raise ConfigError for one that is not there."""
+    for root in roots.split(","):
+        if not Path(root).exists():
+            raise ConfigError(f"{root} is not there; give data roots, separated by commas")
+    return ",".join(str(Path(root).resolve()) for root in roots.split(","))
+
+
+def parse_eval_dirs(assignments: list[str]) -> dict[str, str]:
+    """Return {name: data roots}. Raise ConfigError for what is not NAME=ROOTS with a name of its own."""
+    found: dict[str, str] = {}
+    for assignment in assignments:
+        name, _, roots = assignment.partition("=")
+        if not (name.replace("_", "").isalnum() and roots) or name == VAL or name in found:
+            raise ConfigError(
+                f"--eval_dir {assignment}: write it as NAME=ROOTS, with a name of its own of letters, digits and _ "
+                f"other than {VAL}"
+            )
+        found[name] = absolute(roots)
+    return found
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flags = common.parser(__doc__, data=False)
-    flags.add_argument("--data_dir", required=True, help="data root with a validation split")
+    flags.add_argument("--data_dir", required=True, help="data roots with a validation split, separated by commas")
     flags.add_argument("--output_dir", type=Path, required=True)
     flags.add_argument(
-        "--phases",
-        nargs="+",
-        choices=PHASES,
-        default=list(PHASES),
-        help="run these phases and all that they start from (default: all)",
+        "--forms", nargs="+", choices=FORMS, default=["sparse"], help="forms of tokens (default: sparse)"
     )
+    flags.add_argument(
+        "--phases", nargs="+", choices=PHASES, help="in place of --forms: these phases and all that they start from"
+    )
+    flags.add_argument("--seeds", nargs="+", type=int, default=[0], help="run everything with each (default: 0)")
+    flags.add_argument("--num_gpus", type=int, default=1, help="GPUs of a training run (default: 1)")
+    flags.add_argument("--long", action="store_true", help="the long budget: training in all 48 symmetries")
+    flags.add_argument(
+        "--eval_dir",
+        action="append",
+        default=[],
+        metavar="NAME=ROOTS",
+        help="other data roots whose validation split is scored apart; may be repeated",
+    )
+    flags.add_argument("--kinds", type=Path, help="CSV file with the kind of each source, for evaluate.py")
     flags.add_argument(
         "--set",
         action="append",
@@ -239,30 +358,55 @@ def main(argv: list[str] | None = None) -> None:
     )
     flags.add_argument("--eval_batch", type=int, default=32)
     options = flags.parse_args(argv)
-    options.output_dir = options.output_dir.resolve()
-    options.data_dir = ",".join(str(Path(root).resolve()) for root in options.data_dir.split(","))
-    device = pick_device(options.device)
+    if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
+        flags.error(f"--seeds {' '.join(map(str, options.seeds))}: give different numbers >= 0")
+    if options.num_gpus < 1:
+        flags.error(f"--num_gpus is {options.num_gpus}; it must be at least 1")
+    options.phases = with_ancestors(options.phases or [f"{form}_stage2" for form in options.forms])
+    options.output_dir, options.data_dir = options.output_dir.resolve(), absolute(options.data_dir)
+    options.eval_dir = {VAL: options.data_dir, **parse_eval_dirs(options.eval_dir)}
+    options.kinds = options.kinds and options.kinds.resolve()
+    return options
 
-    names = ", ".join(Path(root).name for root in options.data_dir.split(","))
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_args(argv)
+    device = pick_device(options.device)
     outputs = [path for path in (options.output_dir / "results.md", options.output) if path]
     reports = [Report("Quality", __file__, argv, device, path) for path in outputs]
-    phases, scores = {}, {}
-    for name in with_ancestors(options.phases):
-        phases[name] = train(options, device.type, name)
-        if PHASES[name].scored:
-            scores[name] = score(options, device.type, name)
-        total = sum(phase["wall"] for phase in phases.values())
-        parts = [
-            f"Data: {names}.",
-            phases_table(phases),
-            f"{total / 60:.1f} minutes in all, start-up and validation included. IoU of the validation split, averaged "
-            "weights, in the precision of training.",
-        ]
-        if scores:
-            parts += [scores_table(scores), sources_table(scores)]
-        for report in reports:
-            text = report.write(*parts)
+    phases: dict[Run, dict] = {}
+    scores: dict[Run, dict[str, dict]] = {}
+    for seed in options.seeds:
+        for phase in options.phases:
+            run = Run(phase, seed)
+            phases[run] = train(options, device.type, run)
+            if PHASES[phase].scored:
+                scores[run] = {grids: score(options, device.type, run, grids) for grids in options.eval_dir}
+            parts = report_parts(options, phases, scores)
+            for report in reports:
+                text = report.write(*parts)
     print(text)
+
+
+def report_parts(
+    options: argparse.Namespace, phases: dict[Run, dict], scores: dict[Run, dict[str, dict]]
+) -> list[str | Table]:
+    """Return the paragraphs and tables of the report on what is finished so far."""
+    names = ", ".join(Path(root).name for root in options.data_dir.split(","))
+    minutes = {run: gpu_minutes(phases, run) for run in phases}
+    symmetries = "all 48 symmetries" if options.long else "the symmetries of each configuration"
+    parts: list[str | Table] = [
+        f"Data: {names}. {options.num_gpus} GPU{'s' if options.num_gpus > 1 else ''} a run, {symmetries}.",
+        phases_table(phases),
+        "Seconds are of the command, start-up and validation included. IoU of the validation split, averaged weights, "
+        "in the precision of training.",
+    ]
+    continued = [run.name for run, phase in phases.items() if phase.get("continued")]
+    if continued:
+        parts.append(f"Cut off and continued, so that seconds and GPU-minutes lack a part: {', '.join(continued)}.")
+    if scores:
+        parts += [scores_table(minutes, scores), *spread(scores), sets_table(scores), sources_table(scores)]
+    return parts
 
 
 if __name__ == "__main__":

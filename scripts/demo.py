@@ -1,4 +1,5 @@
-"""The whole pipeline: meshes, voxels, VAE, stage 1, stage 2, scores and pictures.
+"""The whole pipeline: a ready tokenizer and a real mesh first, then meshes, voxels, VAE, stage 1, stage 2, scores and
+pictures.
 
     bash scripts/demo.sh [--meshes DIR [--up_axis auto|y|z|keep]] [--output_dir DIR] [--device auto|cpu|cuda]
                          [--from_scratch]
@@ -20,14 +21,17 @@ import time
 
 from dataset_toolkits import records
 from trellis.grids.placing import UP_AXES
-from trellis.utils.command import DEVICES, run_command
+from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[1]
-PRETRAINED = ROOT / "pretrained" / "demo_vae"
+BASE = ROOT / "pretrained" / "base"  # the tokenizer
+PRETRAINED = ROOT / "pretrained" / "demo_vae"  # the VAE that training starts from
+MESH = ROOT / "docs" / "teapot.glb"
 CONFIGS = ROOT / "configs" / "vae"
 # One in HELD_OUT of the user's meshes is held out for scoring.
 HELD_OUT = 8
+STAGES = {"vae": "VAE", "stage1": "stage 1", "stage2": "stage 2"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -143,9 +147,13 @@ def train(args: argparse.Namespace, folder: Path, voxels: Path, stage: str, load
 
 
 def score(args: argparse.Namespace, folder: Path, voxels: Path, stage: str) -> dict:
-    """Return the scores of a stage's averaged weights on the held-out objects, and its seconds of training."""
+    """Return the scores on the held-out objects, and the seconds of training.
+
+    stage: a run in the folder, of which the averaged weights are scored; or "base", the ready tokenizer.
+    """
     output = folder / "eval" / stage
-    source = ("--pretrained", PRETRAINED) if stage == "vae" and not args.from_scratch else ("--run", folder / stage)
+    ready = {"base": BASE} | ({} if args.from_scratch else {"vae": PRETRAINED})
+    source = ("--pretrained", ready[stage]) if stage in ready else ("--run", folder / stage)
     held_out = {row["sha256"] for row in records.read_rows(voxels)[1].values() if row.get("split") == "val"}
     reports = [json.loads(path.read_text()) for path in output.glob("val*.json")]
     scored = [set(next(iter(report["weights"].values()))["per_object"]) for report in reports]
@@ -155,17 +163,49 @@ def score(args: argparse.Namespace, folder: Path, voxels: Path, stage: str) -> d
     report = json.loads(path.read_text())
     seconds = report["training_seconds"]
     if seconds is None:
-        logs = [path.read_text().splitlines() for path in PRETRAINED.glob("log_*.txt")]
+        logs = [path.read_text().splitlines() for path in ready[stage].glob("log_*.txt")]
         seconds = sum(json.loads(lines[-1])["seconds"] for lines in logs)
     return {**next(iter(report["weights"].values())), "seconds": seconds, "sheet": path.with_suffix(".png")}
+
+
+def round_trip(args: argparse.Namespace, folder: Path) -> dict:
+    """Turn a real mesh into tokens and back with the ready tokenizer. Return its scores.
+
+    Write the tokens as text, the mesh that was made of them, and a picture.
+    """
+    from trellis import SparseStructureTokenizer
+    from trellis.evaluation.metrics import voxel_metrics
+    from trellis.grids.preview import contact_sheet, save_png
+    from trellis.tokens.octree import Octree
+
+    output = folder / "eval" / "base"
+    text, back, sheet = (output / f"{MESH.stem}{end}" for end in ("_tokens.txt", "_back.glb", ".png"))
+    print(f"\n# {MESH.relative_to(ROOT)}, tokens and back", flush=True)
+    tokenizer = SparseStructureTokenizer.load(BASE).to(pick_device(args.device))
+    grid = tokenizer.grid_of_file(MESH)
+    started = time.monotonic()
+    ids = tokenizer.encode(grid[0])
+    encoded = time.monotonic()
+    made = tokenizer.decode(ids).cpu() > 0
+    decoded = time.monotonic()
+    text.write_text(tokenizer.to_text(ids[0]) + "\n", encoding="utf-8")
+    tokenizer.save_mesh(ids, back)
+
+    scores = {name: value.item() for name, value in voxel_metrics(made, grid[None]).items()}
+    octree = Octree(tokenizer.lattice, tokenizer.n_embed, tokenizer.codes_per_token)
+    masks, codes = map(int, octree.lengths(ids[0]))
+    scores |= {"lm_tokens": masks + codes}
+    save_png(sheet, contact_sheet([(grid[0].numpy(), made[0, 0].numpy(), f"{MESH.name}, IoU {scores['iou']:.3f}")]))
+    print(f"encoded in {encoded - started:.1f} s, decoded in {decoded - encoded:.1f} s; written:", *(text, back, sheet))
+    return scores | {"sheet": sheet}
 
 
 def table(rows: dict[str, dict]) -> str:
     columns = {
         "IoU": ("iou", ".4f"), "median": ("iou_median", ".4f"), "precision": ("precision", ".4f"),
-        "recall": ("recall", ".4f"), "exact": ("exact", ".4f"), "usage": ("codebook_usage", ".3f"),
-        "perplexity": ("codebook_perplexity", ".0f"), "bits/object": ("bits_per_object", ".0f"),
-        "train s": ("seconds", ".0f"),
+        "recall": ("recall", ".4f"), "exact": ("exact", ".4f"),
+        "LM tokens": ("lm_tokens", ".0f"), "bits/object": ("bits_per_object", ".0f"),
+        "usage": ("codebook_usage", ".3f"), "perplexity": ("codebook_perplexity", ".0f"), "train s": ("seconds", ".0f"),
     }  # fmt: skip
     lines = [["", *columns]]
     for name, row in rows.items():
@@ -191,15 +231,20 @@ def run_steps(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir).resolve()
     remember_options(args, folder)
     voxels = make_data(args, folder)
+    rows = {"base": score(args, folder, voxels, "base"), MESH.stem: round_trip(args, folder)}
+    print(
+        f"\nA ready tokenizer: {rows['base']['objects']} held-out objects, and a real mesh.\n\n{table(rows)}",
+        flush=True,
+    )
+
     if args.from_scratch:
         train(args, folder, voxels, "vae", None)
     train(args, folder, voxels, "stage1", folder / "vae" if args.from_scratch else None)
     train(args, folder, voxels, "stage2", folder / "stage1")
-    rows = {stage: score(args, folder, voxels, stage) for stage in ("vae", "stage1", "stage2")}
+    rows |= {name: score(args, folder, voxels, stage) for stage, name in STAGES.items()}
 
-    names = {"vae": "VAE", "stage1": "stage 1", "stage2": "stage 2"}
-    print(f"\nHeld-out objects: {rows['vae']['objects']}\n")
-    print(table({names[stage]: row for stage, row in rows.items()}))
+    print(f"\nHeld-out objects: {rows['base']['objects']}\n\n{table(rows)}")
+    print("(base was trained beforehand on other, real objects; see pretrained/base)")
     if not args.from_scratch:
         print("(the VAE was trained beforehand, on a GPU and then a CPU; see pretrained/demo_vae)")
     print("\nPictures, input | reconstruction | difference:")

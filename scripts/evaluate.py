@@ -1,7 +1,7 @@
-"""Score a run or exported models: how well they reconstruct grids, and how their codebook is used.
+"""Score a run, a tokenizer or exported models: how well they reconstruct grids, and how their codebook is used.
 
     python scripts/evaluate.py --run outputs/stage2
-    python scripts/evaluate.py --pretrained pretrained/demo_vae --data_dir data/voxels --output_dir outputs/eval
+    python scripts/evaluate.py --pretrained pretrained/base --data_dir data/voxels --output_dir outputs/eval
     python scripts/evaluate.py --run outputs/stage2 --baselines --kinds kinds.csv
 
 A voxel is occupied if its logit is above 0; everything runs in fp32. Averaged (EMA) and raw weights are scored; a VAE
@@ -40,8 +40,10 @@ from trellis.evaluation.baselines import Baselines, Lattice
 from trellis.evaluation.evaluate import Reconstruction, evaluate
 from trellis.evaluation.summary import ID_BITS, Labels, read_kinds, summarize, summarize_bits
 from trellis.grids.preview import contact_sheet, save_png
-from trellis.models import build, load_weights
+from trellis.models import build, load_state, load_weights, read_weights
+from trellis.modules.model import Model
 from trellis.runs.open import open_run
+from trellis.tokens.sources import CONFIG, WEIGHTS, check_folder
 from trellis.trainers import TRAINERS
 from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
 from trellis.utils.command import DEVICES, pick_device, run_command
@@ -98,10 +100,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder")
-    source.add_argument("--pretrained", help="folder with exported encoder, decoder and, if any, quantizer")
+    source.add_argument("--pretrained", help="folder of save_pretrained, or of exported models")
     parser.add_argument("--ckpt", default="latest", help="latest, best or a step (default: latest)")
     parser.add_argument(
-        "--resolution", type=int, default=64, help="voxels along an axis, with --pretrained (default: 64)"
+        "--resolution", type=int, default=64, help="voxels along an axis, with exported models (default: 64)"
     )
     parser.add_argument("--data_dir", help="data roots, separated by commas (default: the run's)")
     parser.add_argument("--split", choices=("train", "val", "all"), default="val", help="default: val")
@@ -133,7 +135,8 @@ class Subject:
     name: str  # the folder, as it was given
     step: int
     config: dict  # of train.py
-    sets: dict[str, dict[str, Path]]  # {label: {model: weights file}}; first the set that a later stage starts from
+    # {label: {model: weights file}}; first the set that a later stage starts from. A tokenizer's models share a file.
+    sets: dict[str, dict[str, Path]]
     data_dir: str | None = None
     training_seconds: float | None = None
 
@@ -145,19 +148,42 @@ def run_subject(run_dir: str, ckpt: str) -> Subject:
 
 
 def pretrained_subject(folder: str, resolution: int) -> Subject:
-    """Return exported models. Raise CheckpointError if encoder or decoder is missing."""
+    """Return a tokenizer that save_pretrained wrote, or exported models.
+
+    resolution: of exported models.
+    Raise CheckpointError if encoder or decoder is missing.
+    """
+    weights = Path(folder) / WEIGHTS
+    if weights.is_file():
+        check_folder(Path(folder))
+        about = load_config(f"{folder}/{CONFIG}")
+        models, resolution = about["models"], about.get("resolution", resolution)
+        return Subject(folder, 0, config_of(models, resolution), {"pretrained": dict.fromkeys(models, weights)})
     known = ("encoder", "quantizer", "decoder", "transformer")
     names = [name for name in known if (Path(folder) / f"{name}.json").is_file()]
     for name in ("encoder", "decoder"):
         if name not in names:
             raise CheckpointError(f"--pretrained {folder}: {name}.json is not there; export_pretrained.py writes it")
-    trainer = "SparseStructureVqVaeTrainer" if "quantizer" in names else "SparseStructureVaeTrainer"
-    config = {
-        "models": {name: load_config(f"{folder}/{name}.json") for name in names},
-        "dataset": {"name": "SparseStructure", "args": {"resolution": resolution}},
-        "trainer": {"name": trainer},
-    }
+    config = config_of({name: load_config(f"{folder}/{name}.json") for name in names}, resolution)
     return Subject(folder, 0, config, {"pretrained": {name: Path(folder) / f"{name}.safetensors" for name in names}})
+
+
+def config_of(models: dict[str, dict], resolution: int) -> dict:
+    """Return what a configuration of train.py says of these models, as far as scores depend on it."""
+    return {
+        "models": models,
+        "dataset": {"name": "SparseStructure", "args": {"resolution": resolution}},
+        "trainer": {"name": "SparseStructureVqVaeTrainer" if "quantizer" in models else "SparseStructureVaeTrainer"},
+    }
+
+
+def load_own(model: Model, name: str, file: Path) -> None:
+    """Load a model's weights, from a file of its own or from a tokenizer's of all models."""
+    if file.name != WEIGHTS:
+        load_weights(model, file)
+        return
+    parts = {key.partition(".")[::2]: value for key, value in read_weights(file).items()}
+    load_state(model, {key: value for (owner, key), value in parts.items() if owner == name}, file)
 
 
 def format_report(results: dict[str, dict], baselines: dict[str, dict]) -> str:
@@ -343,7 +369,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     sets = list(subject.sets.items())
     for label, files in sets if args.weights == "all" else sets[:1]:
         for name, model in models.items():
-            load_weights(model, files[name])
+            load_own(model, name, files[name])
         with tqdm(total=len(dataset), desc=label, unit="object", disable=not sys.stderr.isatty()) as bar:
             scores = evaluate(
                 lambda ss, rows: reconstruct(models, ss, sample_ids[list(rows)]),

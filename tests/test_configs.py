@@ -77,7 +77,7 @@ SIBLINGS = [
         (f"recipe_sparse8x2_{stage}", f"recipe_sparse8x4_{stage}", {"models.quantizer.args.num_codes"})
         for stage in ("stage1", "stage2")
     ),
-    ("recipe_vae", "base_vae", NARROW | LR),
+    ("recipe_vae", "base_vae", NARROW | LR | INTERVALS | trainer("max_steps")),
     ("recipe_sparse_stage1", "base_stage1", NARROW),
     ("recipe_sparse_stage2", "base_stage2", NARROW | LR | INTERVALS | trainer("max_steps")),
     (

@@ -1,13 +1,18 @@
-"""scripts/demo.py without its training: which meshes are held out, and how it ends."""
+"""scripts/demo.py without its training: which meshes are held out, the ready tokenizer, and how it ends."""
 
 import csv
 import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from helpers import make_tokenizer
 
 from scripts import demo
+from trellis.grids.meshes import load_mesh
+from trellis.tokens.octree import Octree
 from trellis.utils.errors import DataError
 
 
@@ -86,3 +91,42 @@ def test_the_up_axis_of_meshes_is_passed_on_and_remembered(tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         demo.main(["--up_axis", "y"])
     assert "--up_axis goes with --meshes" in capsys.readouterr().err
+
+
+def test_a_mesh_goes_through_the_ready_tokenizer(tmp_path, monkeypatch, capsys):
+    tokenizer = make_tokenizer(
+        name="VectorQuantizer", args={"n_embed": 32, "embed_dim": 4, "latent_channels": 4, "empty_code": True}
+    )
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(demo, "BASE", tmp_path / "base")
+    (tmp_path / "eval" / "base").mkdir(parents=True)
+    row = demo.round_trip(demo.parse_args(["--device", "cpu"]), tmp_path)
+    ids = tokenizer.encode(demo.MESH)[0]
+    text = (tmp_path / "eval/base/teapot_tokens.txt").read_text()
+    assert torch.equal(tokenizer.from_text(text), ids)
+    masks, codes = Octree(tokenizer.lattice, tokenizer.n_embed).lengths(ids)
+    assert row["lm_tokens"] == masks + codes < tokenizer.num_tokens
+    grid = tokenizer.grid_of_file(demo.MESH)
+    made = tokenizer.decode(ids)[0] > 0
+    assert row["iou"] == pytest.approx(((grid > 0) & made).sum().item() / ((grid > 0) | made).sum().item())
+    back = load_mesh(tmp_path / "eval/base/teapot_back.glb").vertices
+    assert np.allclose(back, tokenizer.to_mesh(ids).vertices, atol=1e-6)
+    assert row["sheet"].is_file()
+    assert f"{masks + codes:.0f}" in demo.table({"teapot": row}).splitlines()[1].split()
+
+
+def test_the_ready_tokenizer_comes_before_training(tmp_path, monkeypatch, capsys):
+    calls = []
+    row = {"iou": 0.5, "objects": 24, "sheet": Path("sheet.png")}
+    monkeypatch.setattr(demo, "make_data", lambda args, folder: folder / "voxels")
+    monkeypatch.setattr(demo, "score", lambda args, folder, voxels, stage: calls.append(f"score {stage}") or row)
+    monkeypatch.setattr(demo, "round_trip", lambda args, folder: calls.append("round trip") or row)
+    monkeypatch.setattr(demo, "train", lambda args, folder, voxels, stage, start: calls.append(f"train {stage}"))
+    assert demo.main(["--output_dir", str(tmp_path / "out")]) == 0
+    assert calls == [
+        "score base", "round trip", "train stage1", "train stage2", "score vae", "score stage1", "score stage2"
+    ]  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("0.5000")[0].strip() for line in lines if "0.5000" in line] == [
+        "base", "teapot", "base", "teapot", "VAE", "stage 1", "stage 2"
+    ]  # fmt: skip

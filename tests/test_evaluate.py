@@ -355,6 +355,20 @@ def test_exported_weights_are_scored_without_their_run(vq_run, tmp_path, capsys)
     assert "decoder.json is not there" in capsys.readouterr().err
 
 
+def test_a_saved_tokenizer_is_scored_with_its_own_resolution(vq_run, sourced_data, tmp_path, capsys):
+    from trellis import SparseStructureTokenizer
+
+    SparseStructureTokenizer.from_run(vq_run).save_pretrained(tmp_path / "saved")
+    flags = ["--pretrained", str(tmp_path / "saved"), "--data_dir", str(sourced_data), "--device", "cpu"]
+    assert script.main([*flags, "--resolution", "999", "--output_dir", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "val_step0000000.json").read_text())
+    assert list(report["weights"]) == ["pretrained"]
+    assert_same(report["weights"]["pretrained"], by_hand(vq_run, sourced_data, 0.9999))
+    (tmp_path / "saved" / "config.json").unlink()
+    assert script.main([*flags, "--output_dir", str(tmp_path / "out")]) == 1
+    assert "config.json is missing" in capsys.readouterr().err
+
+
 def test_a_run_of_trellis_is_scored_from_its_config(vae_run, sourced_data, tmp_path, capsys):
     """Its misc file is not ours, so the configuration comes from config.json and the data must be given."""
     (tmp_path / "run" / "ckpts").mkdir(parents=True)

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import assert_equal, checkpoint, logged, run, tiny_config
+from helpers import VQ, assert_equal, checkpoint, logged, run, tiny_config
 from torch import nn
 
+from benchmarks import runs
 from trellis.trainers import optim
 from trellis.trainers.configuration import complete_config
 from trellis.trainers.ema import EMA, ramped_rate
@@ -101,6 +102,20 @@ def test_tryrun_shows_what_is_scaled(data_dir, write_config, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "all: 1 group, lr 0.02" in text
     assert "4 samples per step, 4 of the reference_batch: lr times 2, ema_rate 0.9 becomes 0.6561, 0.99 becomes" in text
+
+
+@pytest.mark.parametrize("batch_split, kept", [(1, "0.960596"), (2, "0.9801")])
+def test_codebooks_move_as_far_over_a_step_whatever_its_micro_batches(
+    batch_split, kept, data_dir, write_config, tmp_path, capsys
+):
+    """4 samples are four reference batches: 0.99⁴ is kept over a step, its root at each of two micro-batches."""
+    config = tiny_config(VQ, reference_batch=1, batch_split=batch_split, revive_every=8)
+    config["models"]["quantizer"]["name"] = "EMAVectorQuantizer"
+    flags = ("--config", write_config(config), "--data_dir", data_dir, "--output_dir", tmp_path / "run")
+    assert run(*flags, "--tryrun") == 0
+    assert f"averages keep {kept} at each micro-batch" in capsys.readouterr().out
+    trainer = runs.build_trainer([*map(str, flags), "--device", "cpu"], torch.device("cpu"))
+    assert trainer.watch.window == 2  # steps, in place of 8
 
 
 # --- the length ---

@@ -11,7 +11,8 @@ from PIL import Image
 from benchmarks import ablation, quality, rate_distortion
 from benchmarks.report import Table
 from trellis.trainers import TRAINERS
-from trellis.utils.config import load_config
+from trellis.utils.config import apply_override, load_config
+from trellis.utils.errors import ConfigError
 
 TINY = {
     "models.encoder.args.channels": [4, 8, 8],
@@ -21,28 +22,36 @@ TINY = {
     "models.quantizer.args.n_embed": 64,
     "dataset.args.resolution": 16,
     "trainer.args.max_steps": 2,
-    "trainer.args.batch_size": 4,
+    "trainer.args.batch_size_per_gpu": 4,
     "trainer.args.i_log": 1,
 }
 
 
 @pytest.mark.parametrize("name", quality.PHASES)
 def test_every_phase_has_a_valid_configuration(name):
-    config = load_config(ROOT / "configs" / "vae" / f"recipe_{name}.json")
+    phase = quality.PHASES[name]
+    config = load_config(str(ROOT / "configs" / "vae" / f"{phase.config}.json"))
     TRAINERS.get(config["trainer"]["name"], "trainer.name").check_config(config, 1)
     args = config["trainer"]["args"]
     frozen = {"vae": set(), "stage1": {"encoder", "decoder"}, "stage2": set()}
     assert set(args.get("freeze", ())) == frozen[name.split("_")[-1]]
-    schedule = args.get("lr_scheduler")
-    if schedule is not None:  # the cosine ends with the training
-        assert schedule["args"]["T_max"] + schedule["warmup_steps"] == args["max_steps"]
-    if "quantizer" in config["models"]:
-        tokens = 4096 * 8 // config["models"]["quantizer"]["args"]["embed_dim"]
-        assert name.startswith(str(tokens)) and config["models"]["quantizer"]["args"]["n_embed"] == 8192
+    if phase.start is not None:  # it has all networks of the phase before
+        models = load_config(str(ROOT / "configs" / "vae" / f"{quality.PHASES[phase.start].config}.json"))["models"]
+        assert all(config["models"][key]["args"] == spec["args"] for key, spec in models.items())
+
+
+def test_every_form_goes_from_a_vae_to_a_scored_stage_2():
+    for form in quality.FORMS:
+        phases = quality.with_ancestors([f"{form}_stage2"])
+        assert [name.split("_")[-1] for name in phases] == ["vae", "stage1", "stage2"]
+        assert [quality.PHASES[name].scored for name in phases] == [True, False, True]
+    assert {
+        path.stem for path in (ROOT / "configs" / "vae").glob("*.json") if path.stem.startswith(("recipe", "base"))
+    } == {phase.config for phase in quality.PHASES.values()}
 
 
 @pytest.mark.parametrize("codes", ablation.LEVELS)
-@pytest.mark.parametrize("tokens", [1024, 4096])
+@pytest.mark.parametrize("tokens", ablation.GROUPS)
 def test_a_variant_sets_existing_sections_and_starts_from_a_variant(tokens, codes):
     found = ablation.variants(tokens, codes)
     assert all(variant.start is None or variant.start in found for variant in found)
@@ -54,6 +63,9 @@ def test_a_variant_sets_existing_sections_and_starts_from_a_variant(tokens, code
             for part in key.split(".")[:-1]:
                 assert part in section, f"{variant.name}: {key}"
                 section = section[part]
+        for key, value in variant.settings.items():
+            apply_override(config, f"{key}={json.dumps(value)}")
+        TRAINERS.get(config["trainer"]["name"], "trainer.name").check_config(config, 1)
     # No two rows train the same.
     assert len({str((v.config, v.settings, v.start and v.start.settings)) for v in found}) == len(found)
 
@@ -102,7 +114,7 @@ def test_what_a_variant_adds_to_the_shared_settings(tmp_path, monkeypatch, capsy
     assert plain - half == {cosine.format(275, 25)} and half - plain == {cosine.format(150, 150)}
     assert "models.quantizer.args.levels=[8, 8, 4, 4]" in commands["1024__FiniteScalarQuantizer"]["--set"]
     for command in commands.values():
-        has_codebook = "models.quantizer.args.n_embed=1024" in command["--set"]
+        has_codebook = any(setting.startswith("models.quantizer.args.n_embed=") for setting in command["--set"])
         assert has_codebook == ("--load_dir" in command) == ("_stage2" in command["--config"])
 
 
@@ -121,25 +133,35 @@ def scores_of(folder: Path, phase: str) -> dict:
     return scores
 
 
+def flags_of(data_dir: str, output_dir: Path, *flags: str) -> list[str]:
+    common = ["--data_dir", data_dir, "--output_dir", str(output_dir), "--device", "cpu", *flags]
+    return common + [text for key, value in TINY.items() for text in ("--set", f"{key}={json.dumps(value)}")]
+
+
 def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd):
-    flags = ["--data_dir", data_dir, "--output_dir", str(tmp_path), "--device", "cpu", "--phases", "1024_stage2"]
-    for key, value in TINY.items():
-        flags += ["--set", f"{key}={json.dumps(value)}"]
+    """The recommended form, which is the default."""
+    flags = flags_of(data_dir, tmp_path)
     quality.main(flags)
     text = (tmp_path / "results.md").read_text()
-    phases = ["vae", "1024_stage1", "1024_stage2"]
+    phases = ["vae", "sparse_stage1", "sparse_stage2"]
     assert [name for name in quality.PHASES if f"| {name} |" in text.split("## Scores")[0]] == phases
-    for name in ("vae", "1024_stage2"):
+    taken = {name: json.loads((tmp_path / name / "phase.json").read_text()) for name in phases}
+    for name, before in (("vae", ["vae"]), ("sparse_stage2", phases)):
         scores = scores_of(tmp_path, name)
-        assert f"| {name} | {scores['iou']:.4f} | {scores['iou_median']:.4f} | {scores['iou_p5']:.4f} |" in text
-    last = json.loads((tmp_path / "1024_stage2" / "phase.json").read_text())
+        minutes = sum(taken[phase]["wall"] for phase in before) / 60
+        tokens = f"{scores['lm_tokens']:.1f}" if "lm_tokens" in scores else "–"
+        start = f"| {name} | 0 | {minutes:.1f} | {tokens} | "
+        assert start + f"{scores['iou']:.4f} | {scores['iou_median']:.4f} | {scores['iou_p5']:.4f} |" in text
+        assert f"| {name} | 0 | val | {scores['objects']} | {scores['iou']:.4f} | {scores['iou_p5']:.4f} |" in text
+    last = taken["sparse_stage2"]
     assert last["steps"] == 2 and f"{last['before']['iou']:.4f} | {last['after']['iou']:.4f}" in text
+    assert "Cut off" not in text and "on average" not in text
 
     rate_distortion.main(["--quality", str(tmp_path), "--output", str(tmp_path / "picture" / "rate.png")])
     printed = capfd.readouterr().out
     for name, rate, iou in (
         ("vae, sampled", "kl_bits_per_object", "sampled_iou"),
-        ("1024_stage2", "entropy_bits_per_object", "iou"),
+        ("sparse_stage2", "entropy_bits_per_object", "iou"),
     ):
         found = scores_of(tmp_path, name.split(",")[0])
         row = [name, found[rate] / 1e3, found[iou]]
@@ -152,6 +174,91 @@ def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd)
     quality.main(flags)
     assert "$ python" not in capfd.readouterr().out
     assert (tmp_path / "results.md").read_text() == text
+    with pytest.raises(ConfigError, match="vae is finished, but with another value of .*max_steps"):
+        quality.main([*flags, "--set", "trainer.args.max_steps=3"])
+
+
+def commands_of(monkeypatch, flags: list[str]) -> list[str]:
+    """The commands of quality.py with these flags, without running them."""
+    commands = []
+    monkeypatch.setattr(quality, "execute", lambda command: commands.append(" ".join(command)))
+    made_up = {
+        "iou": 0.5,
+        "iou_median": 0.5,
+        "iou_p5": 0.5,
+        "f_score": 1.0,
+        "chamfer": 0.0,
+        "objects": 1,
+        "sources": {},
+    }
+    monkeypatch.setattr(quality, "read_log", lambda folder: (folder.mkdir(parents=True), LOG)[1])
+    kinds = {"organs": {"iou": 0.25, "iou_p5": 0.125, "objects": 7}}
+    monkeypatch.setattr(
+        quality,
+        "score",
+        lambda options, device, run, grids: {**made_up, "kinds": kinds} if grids == "more" else dict(made_up),
+    )
+    quality.main(flags)
+    return commands
+
+
+LOG = {"steps": 2, "samples_per_second": 1.0, "peak_memory_gib": None, "before": {"iou": 0.1}, "after": {"iou": 0.5}}
+
+
+def test_the_long_budget_has_more_gpus_and_symmetries_where_there_is_no_cache(monkeypatch, tmp_path):
+    flags = ["--data_dir", f"{tmp_path},{ROOT}", "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    vae, stage1, stage2 = commands_of(monkeypatch, [*flags, "--forms", "1024", "--long", "--num_gpus", "4"])
+    for command in (vae, stage1, stage2):
+        assert f"--data_dir {tmp_path},{ROOT} " in command and "--num_gpus 4" in command
+    assert "--set dataset.args.augmentation=all" in vae and "--set dataset.args.augmentation=all" in stage2
+    assert "augmentation" not in stage1
+
+
+def test_other_grids_and_their_kinds_have_rows_of_their_own(monkeypatch, tmp_path):
+    flags = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    commands_of(monkeypatch, [*flags, "--phases", "512_stage2", "--eval_dir", f"more={ROOT},{tmp_path}"])
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["tables"][2]["rows"]
+    assert rows == [
+        [phase, 0, *row]
+        for phase in ("vae", "512_stage2")
+        for row in (["val", 1, 0.5, 0.5], ["more", 1, 0.5, 0.5], ["more, organs", 7, 0.25, 0.125])
+    ]
+
+
+def test_seeds_run_apart_from_each_other(monkeypatch, tmp_path):
+    flags = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    commands = commands_of(monkeypatch, [*flags, "--forms", "sparse", "512", "--seeds", "0", "3"])
+    phases = ["vae", "512_stage1", "512_stage2", "sparse_stage1", "sparse_stage2"]
+    folders = [command.split("--output_dir ")[1].split()[0] for command in commands]
+    assert folders == [f"{tmp_path}/out/{name}" for name in (*phases, *(f"{phase}_seed3" for phase in phases))]
+    for phase, first, second in zip(phases, commands[:5], commands[5:], strict=True):
+        other = first.replace(str(tmp_path / "out" / phase), str(tmp_path / "out" / f"{phase}_seed3"))
+        start = quality.PHASES[phase].start
+        if start is not None:
+            other = other.replace(f"--load_dir {tmp_path}/out/{start}", f"--load_dir {tmp_path}/out/{start}_seed3")
+        assert second == f"{other} --set trainer.args.seed=3"
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "sparse_stage2, seeds 0, 3: IoU 0.5000 on average, standard deviation 0.0000." in text
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--data_dir", "gone"], "gone is not there; give data roots"),
+        (["--eval_dir", "more"], "--eval_dir more: write it as NAME=ROOTS"),
+        (["--eval_dir", "val=."], "with a name of its own of letters, digits and _ other than val"),
+        (["--eval_dir", "a=.", "--eval_dir", "a=."], "--eval_dir a=.: write it as"),
+        (["--eval_dir", "a=gone"], "gone is not there"),
+        (["--seeds", "1", "1"], "--seeds 1 1: give different numbers"),
+        (["--num_gpus", "0"], "--num_gpus is 0"),
+    ],
+)
+def test_quality_finds_mistakes_before_it_trains(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quality, "execute", lambda command: pytest.fail("it trains"))
+    common = [] if "--data_dir" in flags else ["--data_dir", str(tmp_path)]
+    with pytest.raises((ConfigError, SystemExit)) as error:
+        quality.main([*common, "--output_dir", str(tmp_path / "out"), "--device", "cpu", *flags])
+    assert message in str(error.value) + capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

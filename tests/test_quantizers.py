@@ -222,14 +222,154 @@ def test_replaced_codes_stand_for_their_vectors_and_others_stay(name):
     assert all(len(quantizer.state_dict()[key]) == K for key in quantizer.code_rows)
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - set(REVIVABLE)))
+@pytest.mark.parametrize("name", SEVERAL)
+def test_replaced_codes_of_several_codebooks_keep_their_place_and_others_stay(name):
+    quantizer = quantizer_of(name)
+    Q, d = quantizer.codes_per_token, quantizer.code_channels()
+    before = torch.cat(quantizer.tables()).detach().clone()
+    rows, vectors = torch.tensor([K + 7, 0, Q * K - 1]), 100 + torch.randn(3, d)
+    quantizer.replace_codes(rows, vectors)
+    after = torch.cat(quantizer.tables())
+    assert torch.equal(after[rows], vectors)
+    rest = torch.ones(Q * K, dtype=torch.bool).index_fill(0, rows, False)
+    assert torch.equal(after[rest], before[rest])
+    state = quantizer.state_dict()
+    assert set(quantizer.code_rows) == state.keys() and all(len(value) == K for value in state.values())
+    places = [key.split(".")[1] for key in quantizer.code_rows]
+    assert places == sorted(places) and all(places.count(place) == len(places) / Q for place in places)
+
+
+@pytest.mark.parametrize("name", GRIDS)
 def test_quantizers_without_single_codes_say_so(name):
     quantizer = quantizer_of(name)
     assert quantizer.code_rows == ()
-    with pytest.raises(NotImplementedError, match=f"{name.split()[0]} has no codes to replace"):
+    with pytest.raises(NotImplementedError, match=f"{name} has no codes to replace"):
         quantizer.replace_codes(torch.tensor([0]), torch.zeros(1, C))
-    with pytest.raises(NotImplementedError, match=f"{name.split()[0]} has no codebook to fill"):
+    with pytest.raises(NotImplementedError, match=f"{name} has no codebook to fill"):
         quantizer.fill(torch.zeros(K, C))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_parts_of_vectors_are_quantized_to_their_codes(name):
+    quantizer, z = quantizer_of(name), latents(1)
+    quantized = quantizer(z)
+    vectors, codes = quantizer.to_vectors(z), quantizer.to_vectors(quantized.codes)
+    parts = quantizer.parts(vectors, codes, quantized.indices)
+    assert len(parts) == quantizer.codes_per_token
+    assert all(own.shape == code.shape == (1, 4, 4, 4, quantizer.code_channels()) for own, code in parts)
+    if name not in SEVERAL:
+        assert parts[0][0] is vectors and parts[0][1] is codes
+        return
+    for place, ((own, code), table) in enumerate(zip(parts, quantizer.tables(), strict=True)):
+        assert torch.equal(nearest_ids(own, table), quantized.indices[..., place])
+        assert torch.equal(code, table[quantized.indices[..., place]])
+
+
+# --- the empty code -------------------------------------------------------------------------------------------
+
+
+def with_empty_code(plain: Quantizer, name: str) -> Quantizer:
+    """The same learned codes, with ids from 1 on."""
+    shape = {"n_embed": K + 1, "embed_dim": plain.embed_dim, "latent_channels": C, "group": list(plain.group)}
+    quantizer = build({"name": name.split()[0], "args": {**shape, **OWN_ARGS[name], "empty_code": True}})
+    quantizer.load_state_dict(plain.state_dict())
+    return quantizer
+
+
+@pytest.mark.parametrize("group", [None, [2, 2, 1]])
+@pytest.mark.parametrize("name", NAMES)
+def test_with_an_empty_code_only_occupied_tokens_exist(name, group):
+    """Bit for bit what the occupied vectors alone give, whatever the latents of the others are."""
+    alone = quantizer_of(name, group)
+    fresh = copy.deepcopy(with_empty_code(alone, name))
+    assert (fresh.n_embed, fresh.codebook_size, fresh.first_code) == (K + 1, K, 1)
+    assert (alone.n_embed, alone.codebook_size, alone.first_code) == (K, K, 0)
+    several = () if fresh.codes_per_token == 1 else (fresh.codes_per_token,)
+    generator = torch.Generator().manual_seed(5)
+    tokens = fresh.to_vectors(latents())
+    occupied = torch.rand(tokens.shape[:-1], generator=generator) < 0.4
+    weight = torch.randn(tokens.shape, generator=generator)
+
+    own = tokens[occupied].requires_grad_()
+    codes, rows, losses = alone.train().quantize(own)
+    ((codes * weight[occupied]).sum() + sum(losses.values())).backward()
+    for others in (0.0, 1e9, torch.inf, torch.nan):
+        quantizer = copy.deepcopy(fresh).train()
+        z = quantizer.ungroup_cells(tokens.masked_fill(~occupied[..., None], others)).detach().requires_grad_()
+        got = quantizer(z, occupied)
+        assert got.indices.shape == (*occupied.shape, *several) and got.codes.shape == z.shape
+        assert torch.equal(got.indices[occupied], rows + 1) and (got.indices[~occupied] == 0).all()
+        assert 1 <= got.indices[occupied].min() and got.indices.max() <= K
+        got_codes = quantizer.to_vectors(got.codes)
+        assert torch.equal(got_codes[occupied], codes) and (got_codes[~occupied] == 0).all()
+        assert got.losses.keys() == losses.keys()
+        assert all(torch.equal(value, losses[key]) for key, value in got.losses.items())
+        ((got_codes * weight).sum() + sum(got.losses.values())).backward()
+        gradient = quantizer.to_vectors(z.grad)
+        assert torch.equal(gradient[occupied], own.grad) and (gradient[~occupied] == 0).all()
+        for (key, parameter), want in zip(quantizer.named_parameters(), alone.parameters(), strict=True):
+            assert torch.equal(parameter.grad, want.grad), key
+        for key, value in alone.state_dict().items():
+            assert torch.equal(quantizer.state_dict()[key], value), key
+        for ids in (got.indices, got.indices.flatten(1)):
+            assert torch.equal(fresh.lookup(ids), got.codes)
+        assert torch.equal(fresh.occupied(got.indices), occupied)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_without_an_occupied_token_is_all_zero_and_moves_no_code(name):
+    alone = quantizer_of(name)
+    quantizer, z = with_empty_code(alone, name).train(), latents(2).requires_grad_()
+    got = quantizer(z, torch.zeros(2, 4, 4, 4, dtype=torch.bool))
+    assert (got.codes == 0).all() and (got.indices == 0).all() and got.codes.shape == z.shape
+    assert got.losses.keys() == set(quantizer.losses) and all(value == 0 for value in got.losses.values())
+    (got.codes.sum() + sum(got.losses.values())).backward()
+    assert (z.grad == 0).all()
+    assert all(parameter.grad is None or (parameter.grad == 0).all() for parameter in quantizer.parameters())
+    ids = with_empty_code(alone, name).eval()(latents(1), torch.ones(1, 4, 4, 4, dtype=torch.bool)).indices
+    torch.testing.assert_close(quantizer.lookup(ids), alone.lookup(ids - 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fit_asks_for_the_learned_codes(name):
+    asked = []
+
+    def first_ones(vectors, count):
+        asked.append(count)
+        return vectors[:count].clone()
+
+    plain = quantizer_of(name)
+    quantizer = with_empty_code(quantizer_of(name), name)
+    quantizer.fit(quantizer.to_vectors(latents()).flatten(0, -2), first_ones)
+    assert set(asked) <= {K} and len(asked) == (0 if name in GRIDS else quantizer.codes_per_token)
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in quantizer.state_dict().items())
+
+
+def test_occupied_tokens_must_be_told_with_an_empty_code_and_are_unused_without():
+    plain, z = quantizer_of("VectorQuantizer", [1, 1, 4]), latents(2)
+    quantizer = with_empty_code(plain, "VectorQuantizer")
+    with pytest.raises(ValueError, match=r"occupied must be \[2, 4, 4, 1\]; it is missing"):
+        quantizer(z)
+    with pytest.raises(ValueError, match=r"occupied must be \[2, 4, 4, 1\]; it is \[2, 4, 4, 4\]"):
+        quantizer(z, torch.ones(2, 4, 4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"occupied must be \[2, 4, 4, 1\]; it is \[2, 16\]"):
+        quantizer(z, torch.ones(2, 16, dtype=torch.bool))
+    some, none = plain(z, torch.zeros(2, 4, 4, 1, dtype=torch.bool)), plain(z)
+    assert torch.equal(some.codes, none.codes) and torch.equal(some.indices, none.indices)
+    assert plain.occupied(none.indices).all()
+
+
+def test_fixed_grids_have_one_id_more_than_points():
+    for name in GRIDS:
+        quantizer = with_empty_code(quantizer_of(name), name)
+        assert quantizer.table().shape == (K, C) and quantizer.points.shape[0] == K
+    fsq, lfq = (MODELS.get(name, "") for name in GRIDS)
+    for size in (K, K + 2):
+        message = rf"make 32 codes, but n_embed is {size}, of which one is the empty code; set n_embed to 33"
+        with pytest.raises(ValueError, match=message):
+            fsq(n_embed=size, levels=[8, 4], empty_code=True)
+        with pytest.raises(ValueError, match=f"n_embed {size} is not a power of two plus one for the empty code; use"):
+            lfq(n_embed=size, empty_code=True)
 
 
 # --- the layout of tokens -------------------------------------------------------------------------------------

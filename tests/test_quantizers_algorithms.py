@@ -38,7 +38,7 @@ def vectors_of(z: torch.Tensor) -> torch.Tensor:
 
 def filled(cls, **args):
     torch.manual_seed(0)
-    quantizer = cls(**SMALL, **args)
+    quantizer = cls(**{**SMALL, **args})
     quantizer.fit(torch.randn(200, 4), lambda vectors, count: vectors[:count].clone())
     return quantizer.train()
 
@@ -132,6 +132,19 @@ def _steps_over_ranks(rank: int, ranks: int) -> dict[str, torch.Tensor]:
         for step in range(3):
             quantizer(latents(seed=step).chunk(ranks)[rank])
         results |= {f"ema.{cls.__name__}.{key}": value for key, value in quantizer.state_dict().items()}
+    occupied = torch.rand(3, 4, 2, 2, 2, generator=torch.Generator().manual_seed(7)) < 0.5
+    occupied[1, 2:] = False  # a rank without a vector must not let the other one wait
+    sizes = {"n_embed": 17, "empty_code": True}
+    for cls in (EMAVectorQuantizer, ResidualVectorQuantizer, ProductVectorQuantizer):
+        quantizer = filled(cls, decay=0.8, **sizes)
+        for step in range(3):
+            share = (whole.chunk(ranks)[rank] for whole in (latents(seed=step), occupied[step]))
+            quantizer(*share)
+        results |= {f"ema.{cls.__name__}.empty.{key}": value for key, value in quantizer.state_dict().items()}
+    for cls in (LookupFreeQuantizer, IndexBackpropagationQuantizer):
+        quantizer = filled(cls, **sizes)
+        share = (whole.chunk(ranks)[rank] for whole in (latents(), occupied[1]))
+        assert all(value.isfinite() for value in quantizer(*share).losses.values())
     for cls in (LookupFreeQuantizer, IndexBackpropagationQuantizer):
         quantizer = filled(cls)
         quantized = quantizer(latents().chunk(ranks)[rank])

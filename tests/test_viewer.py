@@ -117,14 +117,19 @@ def test_a_layer_and_the_lattice_say_which_token_is_where(backend):
     lattice, colors = (3, 4, 2), np.arange(72).reshape(24, 3)
     ids = np.arange(100, 124)[:, None]
     occupied = np.arange(24) % 5 == 0
-    tokens = figures.Tokens(lattice, ids, occupied, ~occupied, np.arange(24) == 7, np.arange(24) * 10, colors)
+    tokens = figures.Tokens(lattice, ids, 0, occupied, ~occupied, np.arange(24) == 7, np.arange(24) * 10, colors)
     heat, edited = figures.layer_figure(tokens, 1, chosen=7)["data"]
     want = np.arange(24).reshape(lattice)[:, :, 1].T
-    assert np.array_equal(array(heat["customdata"]), np.stack([want, want + 100, want * 10], -1))
+
+    def text(token: int) -> str:
+        return f"code {token + 100}<br>used {10 * token} times in the sample"
+
+    assert np.array_equal(array(heat["customdata"]), want[..., None])
+    assert heat["text"] == [[text(token) for token in row] for row in want]
     assert (edited["x"], edited["y"]) == ([0], [3])  # token 7 is x 0, y 3, z 1
     boxes = figures.lattice_figure(tokens, 24)["data"][0]
-    facts = array(boxes["customdata"]).reshape(-1, 8, 3)
-    assert np.array_equal(facts[:, :, 0], np.flatnonzero(occupied)[:, None].repeat(8, 1))
+    assert np.array_equal(array(boxes["customdata"])[:, 0], np.flatnonzero(occupied).repeat(8))
+    assert boxes["text"] == [text(token) for token in np.flatnonzero(occupied).repeat(8)]
     x = array(boxes["x"]).reshape(-1, 8)
     assert np.array_equal(np.floor(x.mean(1) / 8), np.flatnonzero(occupied) // 8)  # 8 voxels a token along x
 
@@ -210,11 +215,11 @@ def test_similar_codes_are_gone_through_by_distance(backend):
         edits.append([2, code])
 
 
-def test_code_repeated_is_the_decoder_s(backend):
+def test_a_token_repeated_is_the_decoder_s(backend):
     ids = backend.tokenizer.empty_ids.view(4, 4, 4).clone()
     ids[1:4, 1:4, 1:4] = 7
     want = (backend.tokenizer.decode(ids.flatten())[0, 0] > 0).numpy()[8:12, 8:12, 8:12]
-    assert want.any() and np.array_equal(backend.code_repeated(7), want)
+    assert want.any() and np.array_equal(backend.repeated(np.array([7])), want)
 
 
 def test_colors_of_codes_are_distinct_and_fit_any_quantizer(backend):

@@ -192,7 +192,8 @@ def test_a_visit(page, url, backend, tmp_path):
     grid = mesh_to_grid(path, RESOLUTION, "z")[0].numpy() > 0
     ids = backend.encode(grid)
     page.drop(path)
-    page.wait(lambda: page.text("caption-mesh") == "bracket.glb: 24 triangles", "the mesh is not shown")
+    caption = "bracket.glb: 24 triangles; says that y is up, but was taken as z-up"
+    page.wait(lambda: page.text("caption-mesh") == caption, "the mesh is not shown")
     page.wait(lambda: page.text("caption-voxels").startswith(f"{grid.sum():,} of "), "its voxels are not shown")
     before = backend.decode(ids)
     page.wait(lambda: page.text("caption-reconstruction") == f"{before.sum():,} voxels", "no reconstruction")

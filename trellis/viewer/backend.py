@@ -21,6 +21,8 @@ from ..datasets.metadata import common_setting, read_metadata
 from ..evaluation.metrics import distance_metrics, voxel_metrics
 from ..grids.placing import Axis
 from ..grids.voxels import pack_bits, packed_size, unpack_bits
+from ..tokens.octree import Octree
+from ..tokens.text import TokenFormat
 from ..utils.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,9 +57,16 @@ class Backend:
         self.tokenizer, self.dataset, self.run_dir, self.name = tokenizer, dataset, run_dir, name
         self.resolution, self.lattice = tokenizer.resolution, tokenizer.lattice
         self.codes_per_token, self.n_embed = tokenizer.codes_per_token, tokenizer.n_embed
+        self.empty_code, self.first_code = tokenizer.empty_code, tokenizer.quantizer.first_code
+        self.codebook_size = tokenizer.quantizer.codebook_size  # learned codes, whose ids begin at first_code
         self.num_tokens = tokenizer.num_tokens
         self.block = tuple(self.resolution // count for count in self.lattice)  # voxels per token
         self.hash = tokenizer.hash
+        # With an empty code, the octree form beside the ids as they are.
+        self.octree = Octree(self.lattice, self.n_embed, self.codes_per_token) if self.empty_code else None
+        self.formats = {"text": tokenizer.token_format()}  # of an object's texts
+        if self.octree is not None:
+            self.formats["octree"] = TokenFormat.at(0, self.n_embed, self.octree)
         self.empty_ids = tokenizer.empty_ids.numpy()
         self.compute = threading.Lock()  # one pass through the networks at a time, to bound memory
         self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
@@ -90,40 +99,44 @@ class Backend:
         scores = voxel_metrics(prediction, target) | distance_metrics(prediction, target)
         return {name: value.item() for name, value in scores.items()}
 
-    def empties(self, ids: np.ndarray) -> int:
-        """Return how many ids equal those of an empty grid at the same index."""
-        return int((ids == self.empty_ids).sum())
+    def of_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Return ids [T] as those of the L tokens, [L, Q]."""
+        return ids.reshape(-1, self.codes_per_token)
 
-    def code_repeated(self, code: int, part: int = 0) -> np.ndarray:
-        """Return the block, bool, that a code decodes to amid 3³ tokens with it as code number `part`, in empty space.
+    def empty(self, ids: np.ndarray) -> np.ndarray:
+        """Return which tokens have the ids of an empty grid at the same place, [L] bool; all 0 with an empty code."""
+        return np.all(self.of_tokens(ids == self.empty_ids), axis=1)
+
+    def repeated(self, codes: np.ndarray) -> np.ndarray:
+        """Return the block, bool, that a token with these codes [Q] decodes to amid 26 copies of it, in empty space.
 
         A single such token often decodes to nothing, since its neighbors are empty.
         """
         ids = self.empty_ids.reshape(*self.lattice, self.codes_per_token).copy()
         middle = [count // 2 for count in self.lattice]
         x, y, z = (slice(max(0, at - 1), at + 2) for at in middle)
-        ids[x, y, z, part] = code
+        ids[x, y, z] = codes
         grid = self.decode(ids.reshape(-1))
         return grid[tuple(slice(at * size, (at + 1) * size) for at, size in zip(middle, self.block, strict=True))]
 
     def neighbors(self, code: int, number: int) -> list[int]:
-        """Return the codes nearest to a code, the nearest first; none if the quantizer has no single codebook."""
-        table = self.tokenizer.quantizer.table()
+        """Return the codes nearest to a learned code, the nearest first; none without a single codebook."""
+        table, row = self.tokenizer.quantizer.table(), code - self.first_code
         if table is None:
             return []
-        distances = (table - table[code]).square().sum(1)
-        distances[code] = -1
-        return distances.argsort()[1 : number + 1].tolist()
+        distances = (table - table[row]).square().sum(1)
+        distances[row] = -1
+        return (distances.argsort()[1 : number + 1] + self.first_code).tolist()
 
     def colors(self) -> np.ndarray:
-        """Return a color for each code, [K, 3] uint8; similar codes have similar colors.
+        """Return a color for each learned code, [codebook_size, 3] uint8; similar codes have similar colors.
 
         The ranks along the first three principal components of the codebook become blue to yellow, green to red, and
         brightness. Without a single codebook, or with fewer components, hues are spread by number.
         """
         table = self.tokenizer.quantizer.table()
         if table is None or table.shape[1] < 3 or len(table) < 4:
-            turns = np.arange(self.n_embed) * 0.618034 % 1.0  # golden ratio: neighbors far apart
+            turns = np.arange(self.codebook_size) * 0.618034 % 1.0  # golden ratio: neighbors far apart
             hue = 2 * math.pi * (turns[:, None] + np.array([0, 1 / 3, 2 / 3]))
             return (150 + 90 * np.cos(hue)).astype(np.uint8)
         vectors = table.detach().double().cpu()

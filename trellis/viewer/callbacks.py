@@ -25,6 +25,7 @@ from .uploads import Opener
 
 LISTED = 60  # objects in the list at once; typing finds the others
 WRITTEN = {"y": "y", "z": "auto", "keep": "keep"}  # `up_axis` of a downloaded mesh by the object's axis
+NO_OBJECT = "there is no object yet: drop a mesh or pick an object first"
 NEARBY = 32  # codes that "a similar code" steps through
 
 
@@ -135,17 +136,18 @@ def add_drawing(app: Dash, backend: Backend, usage: UsageCounter) -> None:
     colors = backend.colors()
 
     def tokens_of(shown: EditedObject) -> figures.Tokens:
-        shape = (-1, backend.codes_per_token)
-        ids = shown.ids.reshape(shape)
+        ids = backend.of_tokens(shown.ids)
+        rows = np.maximum(ids[:, 0] - backend.first_code, 0)  # what empty tokens get is not shown
         occupied = occupied_blocks(torch.from_numpy(backend.decode(shown.ids))[None, None], backend.lattice)
         return figures.Tokens(
             backend.lattice,
             ids,
+            backend.first_code,
             occupied.flatten().numpy(),
-            (shown.ids == backend.empty_ids).reshape(shape).all(1),
-            (shown.ids != shown.before).reshape(shape).any(1),
-            usage.counts(0)[ids[:, 0]] if usage.done == usage.sampled > 0 else None,
-            colors[ids[:, 0]],
+            backend.empty(shown.ids),
+            np.any(backend.of_tokens(shown.ids != shown.before), axis=1),
+            usage.counts(0)[rows] if usage.done == usage.sampled > 0 else None,
+            colors[rows],
         )
 
     @app.callback(
@@ -203,13 +205,14 @@ def add_drawing(app: Dash, backend: Backend, usage: UsageCounter) -> None:
         if state is None:
             return (no_update,) * 4
         tokens = tokens_of(open_object(backend, state, edits))
-        caption = f"{tokens.occupied.sum():,} of {len(tokens.ids):,} have voxels"
+        what = "are not empty" if backend.empty_code else "have voxels"
+        caption = f"{tokens.boxed.sum():,} of {len(tokens.ids):,} {what}"
         figure = figures.lattice_figure(tokens, backend.resolution)
         fresh = any(cause["prop_id"] == "object.data" for cause in ctx.triggered) or chosen is None
-        if not fresh or not tokens.occupied.any():
+        if not fresh or not tokens.boxed.any():
             return figure, caption, no_update, no_update
-        # Choose a token with voxels: the one chosen in the previous object may be empty here.
-        chosen = int(np.flatnonzero(tokens.occupied)[tokens.occupied.sum() // 2])
+        # Choose a token that is shown: the one chosen in the previous object may be empty here.
+        chosen = int(np.flatnonzero(tokens.boxed)[tokens.boxed.sum() // 2])
         return figure, caption, chosen, chosen % backend.lattice[2]
 
     @app.callback(
@@ -289,6 +292,8 @@ def add_editing(app: Dash, backend: Backend) -> None:
 
 def similar_code(backend: Backend, shown: EditedObject, index: int) -> int:
     """Return the next code in order of distance from the encoder's, so that each call goes one code farther."""
+    if shown.before[index] < backend.first_code:
+        raise DataError("the encoder found this token empty, so no code is similar to its own. Type a code")
     near = [int(shown.before[index]), *backend.neighbors(int(shown.before[index]), NEARBY)]
     if len(near) == 1:
         raise DataError("this quantizer has no single codebook, so no codes are similar. Type a code")
@@ -297,7 +302,21 @@ def similar_code(backend: Backend, shown: EditedObject, index: int) -> int:
 
 
 def add_downloads(app: Dash, backend: Backend) -> None:
-    """Add the buttons that save files."""
+    """Add the buttons that save files, and those that copy texts."""
+    for form in backend.formats:
+
+        @app.callback(
+            Output(f"copy-{form}", "content"),
+            Input(f"copy-{form}", "n_clicks"),
+            State("object", "data"),
+            State("edits", "data"),
+            prevent_initial_call=True,
+        )
+        def copy(_, state: dict | None, edits: dict | None, form=form):
+            if state is None:
+                raise DataError(NO_OBJECT)
+            return backend.formats[form].to_text(torch.from_numpy(open_object(backend, state, edits).ids))
+
     kinds = ("glb", "ply", "voxels", "tokens")
 
     @app.callback(
@@ -310,7 +329,7 @@ def add_downloads(app: Dash, backend: Backend) -> None:
     def download(*args):
         state, edits = args[-2:]
         if state is None:
-            raise DataError("there is no object yet: drop a mesh or pick an object first")
+            raise DataError(NO_OBJECT)
         shown = open_object(backend, state, edits)
         name, content = saved(backend, shown, ctx.triggered_id.removeprefix("save-"))
         return {"filename": name, "content": base64.b64encode(content).decode(), "base64": True}
@@ -329,7 +348,8 @@ def saved(backend: Backend, shown: EditedObject, kind: str) -> tuple[str, bytes]
             "tokenizer_hash": backend.hash, "source": shown.name, "resolution": backend.resolution,
             "normalization": tokenizer.normalization, "up_axis": tokenizer.up_axis, "lattice": backend.lattice,
             "axis": shown.axis, "codes_per_token": backend.codes_per_token, "n_embed": backend.n_embed,
-            "tokens": shown.ids.tolist(), "text": tokenizer.to_text(torch.from_numpy(shown.ids)),
+            "empty_code": backend.empty_code, "tokens": shown.ids.tolist(),
+            **{name: form.to_text(torch.from_numpy(shown.ids)) for name, form in backend.formats.items()},
         }  # fmt: skip
         return f"{stem}_tokens.json", (json.dumps(facts) + "\n").encode()
     name = f"{stem}_voxels.ply" if kind == "voxels" else f"{stem}_decoded.{kind}"

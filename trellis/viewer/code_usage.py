@@ -1,4 +1,4 @@
-"""How often each code occurs in a sample of the data, and what it decodes to there on average."""
+"""How often each learned code occurs in a sample of the data, and what it decodes to there on average."""
 
 import logging
 import threading
@@ -20,7 +20,7 @@ class CodeUsage(NamedTuple):
 
     tokens: int  # that have this code
     objects: int  # with such a token
-    share: float  # of all tokens
+    share: float  # of all tokens that are not empty; without an empty code, of all
     rank: int  # 1 for the most frequent code
     voxels: np.ndarray | None  # [bx, by, bz] in [0, 1], how often each voxel of its block is occupied; None if unused
 
@@ -40,8 +40,8 @@ class UsageCounter:
         self.indices = np.unique(np.linspace(0, size - 1, min(objects, size)).round().astype(int))
         self.sampled, self.done = len(self.indices), 0
         self.problem: str | None = None
-        parts = backend.codes_per_token, backend.n_embed
-        self._tokens = np.zeros(parts, dtype=np.int64)  # [Q, K]
+        parts = backend.codes_per_token, backend.codebook_size
+        self._tokens = np.zeros(parts, dtype=np.int64)  # [Q, codebook_size]: in row k, code k + first_code
         self._objects = np.zeros(parts, dtype=np.int64)
         self._voxels = np.zeros((*parts, int(np.prod(backend.block))), dtype=np.float32)
         self._lock = threading.Lock()
@@ -74,23 +74,27 @@ class UsageCounter:
         lattice, block = self.backend.lattice, self.backend.block
         split = [size for pair in zip(lattice, block, strict=True) for size in pair]
         blocks = reconstruction.reshape(split).transpose(0, 2, 4, 1, 3, 5).reshape(int(np.prod(lattice)), -1)
+        rows = self.backend.of_tokens(ids) - self.backend.first_code
+        learned = rows[:, 0] >= 0
+        blocks = blocks[learned]
         with self._lock:
-            for part, codes in enumerate(ids.reshape(-1, self.backend.codes_per_token).T):
+            for part, codes in enumerate(rows[learned].T):
                 np.add.at(self._tokens[part], codes, 1)
                 np.add.at(self._objects[part], np.unique(codes), 1)
                 np.add.at(self._voxels[part], codes, blocks)
             self.done += 1
 
     def of(self, code: int, part: int = 0) -> CodeUsage:
-        """Return how a code is used as a token's code number `part`."""
+        """Return how a learned code is used as a token's code number `part`."""
+        row = code - self.backend.first_code
         with self._lock:
             tokens = self._tokens[part]
-            count = int(tokens[code])
-            voxels = (self._voxels[part, code] / count).reshape(self.backend.block) if count else None
+            count = int(tokens[row])
+            voxels = (self._voxels[part, row] / count).reshape(self.backend.block) if count else None
             rank = int((tokens > count).sum()) + 1
-            return CodeUsage(count, int(self._objects[part, code]), count / max(1, int(tokens.sum())), rank, voxels)
+            return CodeUsage(count, int(self._objects[part, row]), count / max(1, int(tokens.sum())), rank, voxels)
 
     def counts(self, part: int) -> np.ndarray:
-        """Return how often each code occurs as a token's code number `part`, [K] int64."""
+        """Return how often each learned code occurs as a token's code number `part`, [codebook_size] int64."""
         with self._lock:
             return self._tokens[part].copy()

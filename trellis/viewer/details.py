@@ -39,16 +39,23 @@ def score_tiles(backend: Backend, shown: EditedObject) -> list:
         if abs(change) >= 5e-5:
             note, mood = f"{change:+.4f}", "good" if (change > 0) == upwards else "bad"
         tiles.append(tile(title, form.format(scores[key]), hint, note, mood))
-    empties, total = backend.empties(shown.ids), backend.num_tokens
+    empty = backend.empty(shown.ids)
+    codes = sum(len(np.unique(own[own >= backend.first_code])) for own in backend.of_tokens(shown.ids).T)
+    tiles.append(tile("ids", f"{backend.num_tokens:,}", "what a language model would read and write for this object"))
+    if backend.octree is not None:
+        masks, learned = backend.octree.lengths(shown.ids)
+        hint = (
+            "length as an octree: masks of the blocks that hold something, and codes of the tokens that are not empty"
+        )
+        tiles.append(tile("as octree", f"{masks + learned:,}", hint, f"{masks:,} + {learned:,}"))
     tiles += [
-        tile("ids", f"{total:,}", "what a language model would read and write for this object"),
         tile(
-            "empty ids",
-            f"{empties:,}",
-            "ids that an empty grid has at the same index",
-            f"{100 * empties / total:.0f} %",
+            "empty tokens",
+            f"{empty.sum():,}",
+            "tokens whose block has no voxel" if backend.empty_code else "tokens as an empty grid has at their place",
+            f"{100 * empty.mean():.0f} %",
         ),
-        tile("different codes", f"{len(np.unique(shown.ids)):,}", "in this object"),
+        tile("different codes", f"{codes:,}", "in this object"),
         tile("edited", str(len(shown.edits)), "ids that differ from the encoder's"),
     ]
     return tiles
@@ -61,22 +68,29 @@ def tile(title: str, value: str, hint: str, note: str = "", mood: str = "") -> A
 
 
 def token_card(backend: Backend, usage: UsageCounter, shown: EditedObject, token: int, part: int) -> list:
-    """Return facts and pictures of a token's code number `part`."""
+    """Return facts and pictures of a token's code number `part`; of an empty token, facts alone."""
     index = token * backend.codes_per_token + part
     code, before = int(shown.ids[index]), int(shown.before[index])
+    codes = backend.of_tokens(shown.ids)[token]
     at = np.unravel_index(token, backend.lattice)
-    used = usage.of(code, part)
     voxels = ", ".join(
         f"{axis} {cell * size}–{(cell + 1) * size - 1}"
         for axis, cell, size in zip("xyz", at, backend.block, strict=True)
     )
-    kind = "empty space" if code == backend.empty_ids[index] else "not empty space"
+    notes = [f"the encoder chose {code_name(backend, before)}"] if code != before else []
+    if not backend.empty_code:
+        notes.insert(0, "empty space" if code == backend.empty_ids[index] else "not empty space")
     facts: list[tuple[str, Any]] = [
-        ("code", [html.B(str(code)), f" ({kind}" + (f"; the encoder chose {before})" if code != before else ")")]),
+        ("code", [html.B(code_name(backend, code)), f" ({'; '.join(notes)})" if notes else ""]),
         ("stands for", f"voxels {voxels}"),
-        ("used", usage_text(usage, used)),
-    ]  # fmt: skip
-    repeated = backend.code_repeated(code, part)
+    ]
+    if code < backend.first_code:
+        return [html.Div(fact_table(facts), className="facts")]
+    if len(codes) > 1:
+        facts.insert(1, ("all its codes", ", ".join(map(str, codes))))
+    used = usage.of(code, part)
+    facts.append(("used", usage_text(usage, used)))
+    repeated = backend.repeated(codes)
     missing = "not in the sample" if used.voxels is None else "no voxels"
     pictures = [
         picture(
@@ -88,12 +102,21 @@ def token_card(backend: Backend, usage: UsageCounter, shown: EditedObject, token
         picture(
             drawn(repeated, repeated) if repeated.any() else None,
             "among 26 copies",
-            "its own block, with the same code in the 26 tokens around it and empty space beyond",
+            "its own block, with the same token at the 26 places around it and empty space beyond",
             "no voxels",
         ),
     ]
-    table = html.Table([html.Tr([html.Th(name), html.Td(value)]) for name, value in facts])
-    return [html.Div([table, html.Div(pictures, className="pictures")], className="facts")]
+    return [html.Div([fact_table(facts), html.Div(pictures, className="pictures")], className="facts")]
+
+
+def code_name(backend: Backend, code: int) -> str:
+    """Return what the page calls a code."""
+    return str(code) if code >= backend.first_code else "empty (id 0)"
+
+
+def fact_table(facts: list[tuple[str, Any]]) -> Any:
+    """Return a table of names and values."""
+    return html.Table([html.Tr([html.Th(name), html.Td(value)]) for name, value in facts])
 
 
 def progress_text(usage: UsageCounter) -> tuple[str, bool]:
@@ -111,9 +134,10 @@ def usage_text(usage: UsageCounter, used: CodeUsage) -> str:
         return "unknown: there is no data set to count over"
     if not used.tokens:
         return f"never in {usage.done} objects"
+    what = "the tokens that are not empty" if usage.backend.empty_code else "all tokens"
     return (
-        f"{used.tokens:,} times in {usage.done} objects ({100 * used.share:.2g} % of all tokens), in "
-        f"{used.objects} of them; rank {used.rank:,} of {usage.backend.n_embed:,}"
+        f"{used.tokens:,} times in {usage.done} objects ({100 * used.share:.2g} % of {what}), in "
+        f"{used.objects} of them; rank {used.rank:,} of {usage.backend.codebook_size:,}"
     )
 
 

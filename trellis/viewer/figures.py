@@ -17,8 +17,7 @@ CAMERA = {
     "eye": {"x": 1.18, "y": -1.5, "z": 0.78},
     "center": {"x": 0, "y": 0, "z": -0.07},
 }  # the view of grids/preview.py
-HOVER = "token %{customdata[0]}<br>code %{customdata[1]}"
-HOVER_USED = "<br>used %{customdata[2]} times in the sample"
+HOVER = "token %{customdata[0]}<br>%{text}<extra></extra>"
 BACKGROUND = "#fafafb"
 CUBE = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
 CUBE_TRIANGLES = np.array(
@@ -91,27 +90,44 @@ class Tokens(NamedTuple):
 
     lattice: tuple[int, int, int]
     ids: np.ndarray  # [L, Q]
+    first_code: int  # ids below it are empty codes
     occupied: np.ndarray  # [L] bool: its block has a voxel in the reconstruction
     empty: np.ndarray  # [L] bool: it has the ids of an empty grid
     edited: np.ndarray  # [L] bool
     uses: np.ndarray | None  # [L] int, how often its first code occurs in the sample; None until that is known
     colors: np.ndarray  # [L, 3] uint8, the color of its first code
 
+    @property
+    def boxed(self) -> np.ndarray:
+        """The tokens that the lattice shows, [L] bool: with an empty code the others, else those with voxels."""
+        return ~self.empty if self.first_code else self.occupied
+
     def facts(self, tokens: np.ndarray, copies: int = 1) -> dict[str, Any]:
-        """Return what hovering and clicks need: customdata int32 [..., 3], the token, its first code and its uses.
+        """Return what hovering and clicks need: customdata int32 [..., 1], the token, and text [...], its codes.
 
         tokens: of any shape.
         copies: rows for each token.
         """
-        uses = np.zeros(tokens.shape) if self.uses is None else self.uses[tokens]
-        rows = np.stack([tokens, self.ids[tokens, 0], uses], -1).astype(np.int32).repeat(copies, axis=0)
-        hover = HOVER if self.uses is None else HOVER + HOVER_USED
-        return {"customdata": typed(rows), "hovertemplate": hover + "<extra></extra>"}
+        text = np.array([self._text(token) for token in tokens.flat], dtype=object).reshape(tokens.shape)
+        return {
+            "customdata": typed(tokens[..., None].astype(np.int32).repeat(copies, axis=0)),
+            "text": text.repeat(copies, axis=0).tolist(),
+            "hovertemplate": HOVER,
+        }
+
+    def _text(self, token: int) -> str:
+        first, *others = codes = self.ids[token].tolist()
+        if first < self.first_code:
+            return "empty"
+        text = f"{'codes' if others else 'code'} {', '.join(map(str, codes))}"
+        if self.uses is None:
+            return text
+        return f"{text}<br>{'the first is ' if others else ''}used {self.uses[token]} times in the sample"
 
 
 def lattice_figure(tokens: Tokens, resolution: int) -> Figure:
-    """Return the tokens with voxels as colored boxes. `customdata` has the `facts` of each corner."""
-    shown = np.flatnonzero(tokens.occupied)
+    """Return the tokens that are `boxed` as colored boxes, with the `facts` of each corner."""
+    shown = np.flatnonzero(tokens.boxed)
     size = resolution / np.array(tokens.lattice)
     low = np.stack(np.unravel_index(shown, tokens.lattice), 1)
     corners = (low[:, None] + 0.06 + 0.88 * CUBE) * size  # [S, 8, 3]
@@ -125,7 +141,7 @@ def lattice_figure(tokens: Tokens, resolution: int) -> Figure:
 
 
 def layer_figure(tokens: Tokens, layer: int, chosen: int | None) -> Figure:
-    """Return one layer from above, x to the right and y upwards. `customdata` has the `facts` of each token."""
+    """Return one layer from above, x to the right and y upwards, with the `facts` of each token."""
     lattice = tokens.lattice
     shown = np.arange(len(tokens.ids)).reshape(lattice)[:, :, layer].T  # [Y', X'], a row of the picture each
     pale = tokens.colors + (255 - tokens.colors.astype(int)) * 0.72

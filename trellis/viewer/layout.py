@@ -6,11 +6,17 @@ from typing import Any
 from dash import dcc, html
 
 from ..grids.preview import CORRECT, EXTRA, MISSING
+from ..modules.attention import TransformerBlock
 from .backend import Backend
 from .figures import css
 from .uploads import MAX_BYTES, UPLOAD_SUFFIXES
 
 PANELS = {"mesh": "Mesh", "voxels": "Voxels", "reconstruction": "Reconstruction", "difference": "Missing and extra"}
+FORMS = {"dense": "every token has a code", "sparse": "only tokens whose block has a voxel have a code"}
+COPIED = {
+    "text": "the ids as words for a language model",
+    "octree": "the octree form of the ids, masks and codes, as words for a language model",
+}
 UP_AXES = {"auto": "as the file says", "y": "y up", "z": "z up", "keep": "as they are"}
 Component = Any  # of Dash, which has no common type for a part of a page
 BLANK = {"data": [], "layout": {"xaxis": {"visible": False}, "yaxis": {"visible": False}}}
@@ -58,13 +64,23 @@ def page(backend: Backend) -> Component:
 def about(backend: Backend) -> list:
     lattice = "×".join(map(str, backend.lattice))
     each = f" of {backend.codes_per_token} codes" if backend.codes_per_token > 1 else ""
-    return [
+    codes, form = f"{backend.n_embed} codes", "dense"
+    if backend.empty_code:
+        codes, form = f"{backend.codebook_size} codes and an empty one (id 0)", "sparse"
+    parts = [
         html.B(backend.name),
         html.Span(f"{backend.resolution}³ voxels"),
+        html.Span(form, title=FORMS[form]),
         html.Span(f"{lattice} tokens{each}"),
-        html.Span(f"{backend.n_embed} codes"),
+        html.Span(codes),
         html.Span(f"hash {backend.hash[:8]}", title=f"sha256 over weights and settings: {backend.hash}"),
     ]
+    if (transformer := backend.tokenizer.transformer) is not None:
+        stacks = (transformer.stacks[name].modules() for name in ("before", "after"))
+        layers = " + ".join(str(sum(isinstance(each, TransformerBlock) for each in stack)) for stack in stacks)
+        title = "layers of attention over the tokens, before and after the codebook"
+        parts.insert(-1, html.Span(f"transformer of {layers} layers", title=title))
+    return parts
 
 
 def object_tab(backend: Backend) -> Component:
@@ -116,6 +132,11 @@ def toolbar(backend: Backend) -> Component:
         )
     ]
     parts.append(labelled("download", html.Div(saves, className="buttons")))
+    copies = [
+        dcc.Clipboard(name, id=f"copy-{name}", copied_children="copied", title=COPIED[name], className="copy")
+        for name in backend.formats
+    ]
+    parts.append(labelled("copy", html.Div(copies, className="buttons")))
     return html.Div(parts, className="toolbar")
 
 
@@ -157,6 +178,8 @@ def chip(color: tuple[int, int, int], text: str) -> Component:
 
 def tokens(backend: Backend) -> Component:
     layers = backend.lattice[2]
+    boxed, empty = ("that are not empty", "empty") if backend.empty_code else ("with voxels", "empty id")
+    code = "their first code" if backend.codes_per_token > 1 else "code"
     slider = dcc.Slider(
         0, layers - 1, 1, value=layers // 2, id="layer-number", marks=None, updatemode="drag", allow_direct_input=False
     )
@@ -164,7 +187,7 @@ def tokens(backend: Backend) -> Component:
         [
             heading("Tokens", "lattice"),
             graph("panel-lattice"),
-            html.Div("Boxes: tokens with voxels, colored by code.", className="legend"),
+            html.Div(f"Boxes: tokens {boxed}, colored by {code}.", className="legend"),
         ],
         className="panel",
     )
@@ -173,7 +196,7 @@ def tokens(backend: Backend) -> Component:
             heading("One layer from above", "layer"),
             graph("layer", "graph layer", scrollZoom=False),
             html.Div(slider, className="slider"),
-            html.Div("Pale: without voxels; gray: empty id; ◇: edited.", className="legend"),
+            html.Div(f"Pale: without voxels; gray: {empty}; ◇: edited.", className="legend"),
         ],
         className="panel",
     )
@@ -199,6 +222,8 @@ def editor(backend: Backend) -> list:
     )
     number = dcc.Input(id="code", type="number", min=0, max=backend.n_embed - 1, step=1, className="number")
     several = {} if backend.codes_per_token > 1 else {"display": "none"}
+    empty = "no voxel here: id 0" if backend.empty_code else "the code that empty space has here"
+    whole = "; an empty one gets it for all of its codes" if backend.empty_code and backend.codes_per_token > 1 else ""
     return [
         labelled("which of its codes", part, **several),
         html.Label([html.Span("set the code to", className="label"), number], className="labelled"),
@@ -206,9 +231,9 @@ def editor(backend: Backend) -> list:
             [
                 html.Button(text, id=f"edit-{name}", n_clicks=0, title=title, className=style)
                 for name, text, title, style in (
-                    ("set", "set", "give the token this code", "main"),
+                    ("set", "set", "give the token this code" + whole, "main"),
                     ("similar", "a similar code", "the next code by distance in the codebook", ""),
-                    ("empty", "empty", "the code that empty space has here", ""),
+                    ("empty", "empty", empty, ""),
                     ("undo", "undo", "take the last edit back", ""),
                     ("reset", "reset all", "take all edits back", ""),
                 )

@@ -41,11 +41,14 @@ def open_object(backend: Backend, state: dict[str, Any], edits: dict[str, Any] |
     """Return an object with those of the edits that belong to it. Raise DataError for what the page would not send."""
     grid = unpack_grid(state["grid"], backend.resolution)
     before = unpack_ids(state["ids"], backend.num_tokens, backend.n_embed)
+    zeros = backend.of_tokens(before < backend.first_code)
+    if (zeros.any(1) != zeros.all(1)).any():
+        raise DataError("a token has the empty id 0 beside codes: reload the page")
     ids = before.copy()
     for index, code in edits_of(state, edits):
         if not 0 <= index < backend.num_tokens:
             raise DataError(f"token index {index}: there are {backend.num_tokens}. Reload the page")
-        ids[index] = check_code(backend, code)
+        change(backend, ids, index, check_code(backend, code))
     changed = {int(index): int(ids[index]) for index in np.flatnonzero(ids != before)}
     axis: Any = state.get("axis")
     if axis not in get_args(Axis):
@@ -58,11 +61,24 @@ def edits_of(state: dict[str, Any], edits: dict[str, Any] | None) -> list[list[i
     return edits["list"] if edits and edits["of"] == state["key"] else []
 
 
+def change(backend: Backend, ids: np.ndarray, index: int, code: int) -> None:
+    """Set an id of ids [T] to a code.
+
+    A token is empty as a whole: one that gets the empty code gets it for all of its codes, and an empty one that gets
+    another code gets that for all of them.
+    """
+    token = backend.of_tokens(ids)[index // backend.codes_per_token]
+    if code < backend.first_code or token[0] < backend.first_code:
+        token[:] = code
+    else:
+        ids[index] = code
+
+
 def check_code(backend: Backend, code: int | float | None) -> int:
     """Return the code as an int. Raise DataError for a number that is not a code."""
     if not isinstance(code, (int, float)) or code != int(code) or not 0 <= code < backend.n_embed:
-        what = "nothing" if code is None else code
-        raise DataError(f"the code is {what}; it must be a whole number from 0 to {backend.n_embed - 1}")
+        what, empty = "nothing" if code is None else code, " (empty)" if backend.empty_code else ""
+        raise DataError(f"the code is {what}; it must be a whole number from 0{empty} to {backend.n_embed - 1}")
     return int(code)
 
 

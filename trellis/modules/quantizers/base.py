@@ -127,14 +127,12 @@ class Quantizer(Model):
         flat = vectors.flatten(0, -2)
         chosen = occupied.flatten().nonzero()[:, 0]
         several = (self.codes_per_token,) if self.codes_per_token > 1 else ()
-        codes = torch.zeros_like(flat)
-        ids = chosen.new_zeros(len(flat), *several)
-        if len(chosen):
-            found, rows, losses = self.quantize(flat[chosen])
-            codes = codes.index_copy(0, chosen, found)
-            ids = ids.index_copy(0, chosen, rows + self.first_code)
-        else:
-            losses = {name: codes.new_zeros(()) for name in self.losses}
+        # Also if there is no vector: other ranks may wait for this one's sums.
+        found, rows, losses = self.quantize(flat[chosen])
+        if not len(chosen):  # means over nothing
+            losses = dict.fromkeys(losses, found.sum())
+        codes = torch.zeros_like(flat).index_copy(0, chosen, found)
+        ids = chosen.new_zeros(len(flat), *several).index_copy(0, chosen, rows + self.first_code)
         return codes.view_as(vectors), ids.view(*occupied.shape, *several), losses
 
     def lookup(self, indices: Tensor) -> Tensor:

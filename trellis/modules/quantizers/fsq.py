@@ -22,7 +22,10 @@ LEVELS = [8, 8, 8, 4, 4]
 
 
 class FiniteScalarQuantizer(GridQuantizer):
-    """A grid of `n_embed` points, the product of the levels. Raise ValueError if the levels make another number."""
+    """A grid with a point for each learned code, the product of the levels.
+
+    Raise ValueError if the levels make another number.
+    """
 
     reach: Tensor  # this and the others: [d], one per dimension
     offset: Tensor

@@ -60,7 +60,8 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
             for part in flat.split(rows)
         ]
         soft, share, own = zip(*parts, strict=True)
-        losses["entropy"] = entropy_loss(sum(own) / len(flat), sum(share) / len(flat), over_ranks=self.training)
+        count = max(1, len(flat))
+        losses["entropy"] = entropy_loss(sum(own) / count, sum(share) / count, over_ranks=self.training)
         return straight_through(codes, torch.cat(soft).view_as(vectors)), indices, losses
 
 

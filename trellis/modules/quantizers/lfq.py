@@ -23,7 +23,7 @@ from .grid import GridQuantizer
 
 
 class LookupFreeQuantizer(GridQuantizer):
-    """The signs of log2 `n_embed` numbers. Raise ValueError if n_embed is not a power of two."""
+    """The signs of log2 K numbers, for K learned codes. Raise ValueError if K is not a power of two."""
 
     strides: Tensor  # [d], of each bit in the id
 
@@ -63,7 +63,7 @@ class LookupFreeQuantizer(GridQuantizer):
         # In this form the gradient stays finite when a probability rounds to 0 or 1.
         own = (one * F.softplus(-logits) + (1 - one) * F.softplus(logits)).sum(1).mean()
         low, high = (_joint(part) for part in (one[:, : one.shape[1] // 2], one[:, one.shape[1] // 2 :]))
-        share = (high.T @ low).flatten() / len(one)  # [K], the id's low bits fastest
+        share = (high.T @ low).flatten() / max(1, len(one))  # [K], the id's low bits fastest
         return {"commit": F.mse_loss(u, points), "entropy": entropy_loss(own, share, over_ranks=self.training)}
 
 

@@ -14,7 +14,7 @@ from .ema_vq import follow_average
 
 
 class SeveralCodebooks(Quantizer):
-    """Q codebooks of `n_embed` codes of `code_channels`; a token has one code from each.
+    """Q codebooks of K codes of `code_channels`, with ids up to `n_embed`; a token has one code from each.
 
     With a `decay`, codebooks have no gradient. In training mode every forward moves them, equally on all ranks, and
     returns the codes from before. An algorithm implements `quantize`, `decode`, `parts` and `fit`, and `code_channels`

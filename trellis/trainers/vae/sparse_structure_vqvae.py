@@ -176,7 +176,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         terms.loss = sum(self.weights[name] * value for name, value in terms.items())
 
         counts = dist_utils.all_sum(self.vqvae.counts(quantized.indices)).view(self.quantizer.codes_per_token, -1)
-        share = counts / counts.sum(1, keepdim=True)
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
         entropy = torch.special.entr(share).sum(1).mean()
         if self.watch is not None:
             # Without a reconstruction loss a cached run may have no grids, and one without the cache must not differ.
@@ -197,7 +197,8 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         if occupied is not None:  # the others have no error
             error = error / occupied.flatten(1).float().mean(1).clamp(min=1 / occupied[0].numel())
         logits = vqvae.decode(quantized.codes, occupied)
-        return Reconstruction(logits, quantized.indices, vqvae.counts(quantized.indices), error)
+        counts, first = vqvae.counts(quantized.indices), vqvae.quantizer.first_code
+        return Reconstruction(logits, quantized.indices, counts, error, first_code=first)
 
     def facts(self) -> list[str]:
         lines, quantizer = super().facts(), self.quantizer

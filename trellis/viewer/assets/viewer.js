@@ -85,7 +85,7 @@
 
   // --- the chosen token ---
 
-  // Of a click in the lattice or the layer; customdata are the token, its code and how often that is used.
+  // Of a click in the lattice or the layer; customdata is the token.
   function choose(event) {
     const point = event.points.find((each) => each.customdata);
     if (!point) return;

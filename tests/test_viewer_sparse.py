@@ -19,7 +19,6 @@ from trellis.viewer.callbacks import saved, similar_code
 from trellis.viewer.code_usage import UsageCounter
 from trellis.viewer.uploads import Opener
 
-pytest.importorskip("dash")
 K = 16
 FORMS = {  # quantizer, and whether there is a transformer
     "one code": ({"name": "VectorQuantizer", "args": {"embed_dim": 4}}, False),

@@ -535,7 +535,8 @@ def test_id_text_id_file_id(tmp_path):
     (tmp_path / "objects.txt").write_text("\n".join(tokenizer.to_text(ids)))
     assert torch.equal(tokenizer.from_text((tmp_path / "objects.txt").read_text().splitlines()), ids)
     assert torch.equal(tokenizer.from_text(tokenizer.to_text(ids[2])), ids[2])
-    assert SHAPELLM == SparseStructureTokenizer.token_format(type("", (), {"n_embed": 8192}), first_id=151665)
+    large = make(name="VectorQuantizer", args={**QUANTIZERS["one"]["args"], "n_embed": 8192})
+    assert SHAPELLM == large.token_format(first_id=151665)
     with pytest.raises(DataError):
         tokenizer.from_text("<mesh-start><mesh0><mesh-end>")
     with pytest.warns(UserWarning, match="text 0 is repaired"):

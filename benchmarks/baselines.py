@@ -84,7 +84,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def coded_bits(fitted: Baselines, dataset: SparseStructure) -> float:
     """Return the mean bits of grids as the arithmetic coder writes them. Read the first ones back, bit by bit."""
-    lengths = []
+    lengths: list[int] = []
     for grids in grid_batches(dataset, range(len(dataset))):
         for grid in grids:
             code = fitted.model.compress(grid)

@@ -176,7 +176,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         terms.loss = sum(self.weights[name] * value for name, value in terms.items())
 
         counts = dist_utils.all_sum(self.vqvae.counts(quantized.indices)).view(self.quantizer.codes_per_token, -1)
-        share = counts / counts.sum(1, keepdim=True)
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
         entropy = torch.special.entr(share).sum(1).mean()
         if self.watch is not None:
             # Without a reconstruction loss a cached run may have no grids, and one without the cache must not differ.

@@ -9,7 +9,6 @@ rate_distortion.py draws the results beside those of tokenizers.
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,7 +19,7 @@ import torch
 from benchmarks.report import Column, Report, Table
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.evaluation.baselines import Baselines, Lattice, grid_batches
-from trellis.evaluation.summary import read_kinds, summarize, summarize_bits
+from trellis.evaluation.summary import NARROW_CLASSES, read_kinds, summarize, summarize_bits
 from trellis.utils.command import run_command
 from trellis.utils.errors import ConfigError
 
@@ -38,14 +37,12 @@ COLUMNS = (
 )
 NARROW_COLUMNS = (
     Column("grids", "key"),
-    Column("narrow gaps per voxel", "key"),
     Column("baseline", "key"),
-    Column("objects"),
-    Column("IoU", format=".4f"),
-    Column("5 %", format=".4f"),
+    *(Column(name, format=".4f") for name in NARROW_CLASSES),
 )
 # Blocks along an axis, and ids.
 TABLES = ((16, 8192), (16, 65536), (8, 8192), (8, 65536))
+NARROW_TITLE = "IoU by narrow gaps per occupied voxel"
 DECODED = 5  # grids of each set that are read back
 
 
@@ -104,10 +101,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ConfigError(f"--table {lattice}: {args.resolution} voxels do not divide into so many blocks")
     work = {"resolution": args.resolution, "training grids": len(training)}
     report = Report("Baselines without a network", __file__, argv, torch.device("cpu"), args.output, work)
-    started = time.perf_counter()
     fitted = Baselines.fit(training, range(len(training)), args.table)
     notes = [
-        f"Fitted to {len(training)} training grids in {time.perf_counter() - started:.0f} s. An id of a table is a "
+        f"Fitted to the {len(training)} training grids of {args.data_dir}. An id of a table is a "
         "pattern of a block's voxels, the nearest one by Hamming distance; id 0 is the empty block. LM tokens are the "
         "codes of blocks that hold something, and the masks of the octree that says which. kbit: per object, each code "
         "and mask at a fixed length; used: by the entropy of single codes and masks. Lossless: the ideal code length "
@@ -127,10 +123,10 @@ def main(argv: list[str] | None = None) -> None:
         for baseline, found in tables.items():
             rows.append([name, baseline, *table_row(found)])
             rows += [[f"{name}, {kind}", baseline, *group_row(part)] for kind, part in found["kinds"].items()]
-            narrow += [
-                [name, label.partition(": ")[2], baseline, part["objects"], part["iou"], part["iou_p5"]]
-                for label, part in found["narrow"].items()
-            ]
+            classes = [found["narrow"].get(label, {"objects": 0, "iou": None}) for label in NARROW_CLASSES]
+            if baseline == next(iter(tables)):
+                narrow.append([name, "number of objects", *(part["objects"] for part in classes)])
+            narrow.append([name, baseline, *(part["iou"] for part in classes)])
         for baseline, values in bits.items():
             found = summarize_bits(values, sources, kinds)
             written = coded_bits(fitted, dataset) if baseline == "lossless" else found["bits_per_object"]
@@ -140,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
                 [f"{name}, {kind}", baseline, part["objects"], *lossless(None, part["bits_per_object"])]
                 for kind, part in found["kinds"].items()
             ]
-        text = report.write(*notes, Table(COLUMNS, rows), Table(NARROW_COLUMNS, narrow, "By narrow gaps"))
+        text = report.write(*notes, Table(COLUMNS, rows), Table(NARROW_COLUMNS, narrow, NARROW_TITLE))
     print(text)
 
 

@@ -360,7 +360,14 @@ def test_the_benchmark_reports_each_baseline_on_each_kind(measured):
     written = np.mean([8 * len(fitted.model.compress(grid)) for grid in val]) / 1e3
     ideal = fitted.model.bits(val).mean() / 1e3
     assert rows["val", "lossless"] == pytest.approx([4, 1.0, None, None, None, None, written, ideal])
-    assert 0 < sum(row[3] for row in result["tables"][1]["rows"]) == 4 * 2
+    classes = {row[1]: row[2:] for row in result["tables"][1]["rows"]}
+    numbers = classes.pop("number of objects")
+    assert sum(numbers) == 4 and classes.keys() == fitted.tables.keys()
+    for name, ious in classes.items():
+        assert sum(n * iou for n, iou in zip(numbers, ious, strict=True) if n) == pytest.approx(
+            4 * rows["val", name][1]
+        )
+        assert [iou is None for iou in ious] == [n == 0 for n in numbers]
     assert str(folder) not in json.dumps(result["tables"]) + json.dumps(result["notes"])
 
 

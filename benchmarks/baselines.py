@@ -102,8 +102,9 @@ def main(argv: list[str] | None = None) -> None:
     work = {"resolution": args.resolution, "training grids": len(training)}
     report = Report("Baselines without a network", __file__, argv, torch.device("cpu"), args.output, work)
     fitted = Baselines.fit(training, range(len(training)), args.table)
+    trained = " and ".join(Path(root).stem for root in training.roots)
     notes = [
-        f"Fitted to the {len(training)} training grids of {args.data_dir}. An id of a table is a "
+        f"Fitted to the {len(training)} training grids of {trained}. An id of a table is a "
         "pattern of a block's voxels, the nearest one by Hamming distance; id 0 is the empty block. LM tokens are the "
         "codes of blocks that hold something, and the masks of the octree that says which. kbit: per object, each code "
         "and mask at a fixed length; used: by the entropy of single codes and masks. Lossless: the ideal code length "

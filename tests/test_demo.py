@@ -94,7 +94,9 @@ def test_the_up_axis_of_meshes_is_passed_on_and_remembered(tmp_path, monkeypatch
 
 
 def test_a_mesh_goes_through_the_ready_tokenizer(tmp_path, monkeypatch, capsys):
-    tokenizer = make_tokenizer(name="VectorQuantizer", args={"n_embed": 32, "embed_dim": 4, "latent_channels": 4, "empty_code": True})
+    tokenizer = make_tokenizer(
+        name="VectorQuantizer", args={"n_embed": 32, "embed_dim": 4, "latent_channels": 4, "empty_code": True}
+    )
     tokenizer.save_pretrained(tmp_path / "base")
     monkeypatch.setattr(demo, "BASE", tmp_path / "base")
     (tmp_path / "eval" / "base").mkdir(parents=True)

@@ -13,8 +13,12 @@ from helpers import VQ, run, solid_grids, tiny_config
 from PIL import Image
 
 from scripts import evaluate as script
+from trellis import SparseStructureTokenizer
+from trellis.evaluation.baselines import Baselines, NeighborCounts, PatternCounts, deflated_bits
 from trellis.models import build
+from trellis.modules.quantizers import ResidualVectorQuantizer
 from trellis.runs.checkpoint import Checkpoints, model_file
+from trellis.tokens.octree import Octree
 from trellis.utils.random_utils import derive_seed
 
 SOURCES = ["chairs", "tables", "chairs", "", "tables", "chairs", "lamps"]  # "": unknown
@@ -137,6 +141,7 @@ def by_hand(run: Path, data: Path, rate: float | None, split: str = "val") -> di
                     inside = [code for occupied, code in own if occupied]
                     rows[start + b] |= {
                         "quantization_error": ((latent[b] - quantized[b]) ** 2).mean(),
+                        "tokens": len(own),
                         "tokens_occupied": len(inside),
                         "object_usage": len({code for _, code in own}) / len(codebook),
                         "object_perplexity": 2 ** entropy_of([code for _, code in own]),
@@ -168,6 +173,10 @@ def by_hand(run: Path, data: Path, rate: float | None, split: str = "val") -> di
 
     for number, grid in enumerate(grids):
         rows[number] |= compare(predicted[number], grid)
+        gaps = np.zeros_like(grid)
+        for turned, lines in zip((gaps, gaps.swapaxes(0, 1), gaps.T), (grid, grid.swapaxes(0, 1), grid.T), strict=True):
+            turned[1:-1] |= lines[:-2] & ~lines[1:-1] & lines[2:]
+        rows[number]["narrow_gaps"] = gaps.sum() / grid.sum()
         if sampled:
             rows[number] |= {f"sampled_{key}": value for key, value in compare(sampled[number], grid).items()}
 
@@ -180,7 +189,7 @@ def by_hand(run: Path, data: Path, rate: float | None, split: str = "val") -> di
         result[f"{key}_median"] = np.median([row[key] for row in rows])
         result[f"{key}_p5"] = percentile_5([row[key] for row in rows])
     if used:
-        result["tokens"] = len(used) // len(rows)
+        result["codes_per_object"] = result["lm_tokens"] = result["tokens"]
         result["bits_per_object"] = result["tokens"] * math.log2(len(codebook))
         for suffix, kinds in (("", (True, False)), ("_occupied", (True,)), ("_empty", (False,))):
             codes = [code for occupied, code in used if occupied in kinds]
@@ -201,14 +210,18 @@ def by_hand(run: Path, data: Path, rate: float | None, split: str = "val") -> di
                 f"kl_bits_per_group{suffix}": np.mean(kl),
             }
     sources = SOURCES if split == "val" and size == 16 else [""] * len(rows)
-    result["sources"] = {}
-    for source in sorted(set(sources) - {""}):
-        chosen = [row for row, other in zip(rows, sources, strict=True) if other == source]
-        result["sources"][source] = {
-            "objects": len(chosen),
-            **{key: mean_of(key, chosen) for key in (*ious, "f_score", "chamfer")},
-            **{f"{key}_p5": percentile_5([row[key] for row in chosen]) for key in ious},
-        }
+    result["kinds"] = {}
+    thinness = [sum(row["narrow_gaps"] >= least for least in (0.002, 0.015, 0.05)) for row in rows]
+    names = ["0: below 0.002", "1: from 0.002", "2: from 0.015", "3: from 0.05"]
+    for title, labels in (("sources", sources), ("narrow", [names[number] for number in thinness])):
+        result[title] = {}
+        for label in sorted(set(labels) - {""}):
+            chosen = [row for row, other in zip(rows, labels, strict=True) if other == label]
+            result[title][label] = {
+                "objects": len(chosen),
+                **{key: mean_of(key, chosen) for key in (*ious, "f_score", "chamfer")},
+                **{f"{key}_p5": percentile_5([row[key] for row in chosen]) for key in ious},
+            }
     result["rows"] = rows
     return result
 
@@ -218,10 +231,12 @@ def assert_same(got: dict, want: dict) -> None:
     want = {key: value for key, value in want.items() if key != "rows"}
     assert got.keys() - {"per_object"} == want.keys()
     for key, value in want.items():
-        if key == "sources":
+        if key in ("sources", "kinds", "narrow"):
             assert got[key].keys() == value.keys()
-            for source, numbers in value.items():
-                assert got[key][source] == pytest.approx(numbers, rel=1e-5), source
+            for label, numbers in value.items():
+                numbers = {name: number for name, number in numbers.items() if number is not None}
+                found = {name: number for name, number in got[key][label].items() if name in numbers}
+                assert found == pytest.approx(numbers, rel=1e-5), label
         elif value is not None:
             assert got[key] == pytest.approx(value, rel=1e-5), key
 
@@ -309,7 +324,9 @@ def test_the_report_says_what_was_scored_and_the_sheet_is_a_picture(vae_run, sou
 
 def test_the_codebook_is_printed_with_and_without_empty_tokens(vq_run, tmp_path, capsys):
     scores = score(vq_run, tmp_path)["weights"]["raw"]
-    printed = table(capsys.readouterr().out.splitlines(), "codebook, over all objects and within one")
+    lines = capsys.readouterr().out.splitlines()
+    assert list(table(lines, "written for an object")) == ["ema0.9999", "raw"]
+    printed = table(lines, "codebook, over all objects and within one")
     assert list(printed) == [
         f"{label}{kind}" for label in ("ema0.9999", "raw") for kind in ("", ", occupied", ", empty")
     ]
@@ -406,6 +423,7 @@ def test_grids_made_in_another_way_than_those_of_the_run_are_named(sourced_data,
         (["--run", "{tmp}"], "--run {tmp} has no complete checkpoint in {tmp}/ckpts; give a run folder"),
         (["--ckpt", "3"], "no complete checkpoint for --ckpt 3; complete steps: 0, 2, 4"),
         (["--data_dir", "{tmp}/gone"], "{tmp}/gone: does not exist"),
+        (["--kinds", "{tmp}/gone.csv"], "--kinds {tmp}/gone.csv: cannot be read"),
         (["--data_dir", "{tmp}/train.npz"], "no object is in split 'val'"),
         (["--data_dir", "{tmp}/coarse_val.npz"], "hold grids of resolution 8, but resolution is 16"),
     ],
@@ -444,6 +462,158 @@ def test_damaged_weights_are_one_clear_error(vq_run, tmp_path, capsys):
     decoder.write_bytes(bytes(decoder.stat().st_size))
     assert script.main(["--run", str(run), "--device", "cpu"]) == 1
     assert f"error: {decoder}: not a readable weights file" in capsys.readouterr().err
+
+
+# --- an empty code ---
+
+
+def test_numbers_of_an_empty_code_are_those_of_the_ids_that_the_tokenizer_writes(
+    vae_run, sourced_data, tmp_path, capsys
+):
+    """With two codes for each token; every code and mask is counted by itself."""
+    config = tiny_config(VQ, freeze=["encoder", "decoder"], max_steps=2, i_save=2, i_eval=2)
+    arguments = {"n_embed": 9, "embed_dim": 4, "latent_channels": 4, "num_codes": 2}
+    config["models"]["quantizer"] = {"name": "ResidualVectorQuantizer", "args": {**arguments, "empty_code": True}}
+    folder = trained(tmp_path, sourced_data, config, "--load_dir", vae_run)
+    scores = score(folder, tmp_path / "out")["weights"]["ema0.9999"]
+
+    tokenizer = SparseStructureTokenizer.from_run(str(folder))
+    grids = torch.from_numpy(val_grids(sourced_data))[:, None]
+    ids = tokenizer.encode(grids)  # [7, 128]
+    octree = Octree((4, 4, 4), 9, 2)
+    values = [octree.to_values(own).tolist() for own in ids]
+    masks = [value for own in values for value in own if octree.mask(value)]
+    codes = [[code for code in ids[:, q::2].flatten().tolist() if code] for q in range(2)]
+    tokens = len(codes[0]) / 7
+    want = {
+        "tokens": tokens,
+        "masks": len(masks) / 7,
+        "codes_per_object": 2 * tokens,
+        "lm_tokens": sum(map(len, values)) / 7,
+        "bits_per_object": 2 * tokens * 3 + len(masks) / 7 * math.log2(255),
+        "entropy_bits_per_object": tokens * sum(map(entropy_of, codes)) + len(masks) / 7 * entropy_of(masks),
+        "codebook_usage": sum(len(set(own)) for own in codes) / 16,
+        "codebook_perplexity": 2 ** (sum(map(entropy_of, codes)) / 2),
+    }
+    assert {name: scores[name] for name in want} == pytest.approx(want)
+    assert 0 < tokens < 64 and not any(name.endswith(("_occupied", "_empty")) for name in scores)
+    decoded = (tokenizer.decode(ids)[:, 0] > 0).cpu().numpy()
+    iou = [compare(own, grid)["iou"] for own, grid in zip(decoded, grids[:, 0].numpy(), strict=True)]
+    assert scores["iou"] == pytest.approx(np.mean(iou), rel=1e-5)
+    written = table(capsys.readouterr().out.splitlines(), "written for an object")
+    assert list(written) == ["ema0.9999", "raw"]
+    assert float(written["ema0.9999"]["LM tokens"]) == pytest.approx(want["lm_tokens"], rel=1e-2)
+
+
+# --- kinds and baselines ---
+
+
+def val_grids(data: Path, split: str = "val") -> np.ndarray:
+    bits = np.load(data / f"shapes_{split}.npz")["bits"]
+    return np.unpackbits(bits, axis=1).reshape(-1, 16, 16, 16).astype(bool)
+
+
+def test_scores_by_kind_are_means_over_their_sources(vq_run, tmp_path, capsys):
+    (tmp_path / "kinds.csv").write_text("source,kind\nchairs,furniture\ntables,furniture\nshoes,clothes\n")
+    scores = score(vq_run, tmp_path / "out", "--kinds", tmp_path / "kinds.csv")["weights"]["ema0.9999"]
+    printed = capsys.readouterr().out
+    assert "kinds.csv has no kind for 2 of 7 objects, from 2 sources such as (no source)" in printed
+    rows = [
+        row
+        for row, source in zip(scores["per_object"].values(), SOURCES, strict=True)
+        if source in ("chairs", "tables")
+    ]
+    want = {key: np.mean([row[key] for row in rows]) for key in ("iou", "f_score", "chamfer")}
+    want |= {"objects": 5, "iou_p5": percentile_5([row["iou"] for row in rows])}
+    assert scores["kinds"].keys() == {"furniture"} and scores["kinds"]["furniture"] == pytest.approx(want)
+    lines = printed.splitlines()
+    assert table(lines, "kinds, ema0.9999")["furniture"]["IoU"] == f"{want['iou']:.4f}"
+    classes = table(lines, "narrow gaps per occupied voxel, ema0.9999")
+    assert {label: int(row["objects"]) for label, row in classes.items()} == {
+        label: part["objects"] for label, part in scores["narrow"].items()
+    }
+
+
+def test_the_twenty_worst_objects_have_a_sheet(vq_run, sourced_data, tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(script, "contact_sheet", lambda rows: sheets.append(rows) or np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(script, "WORST", 4)
+    flags = ["--run", str(vq_run), "--output_dir", str(tmp_path), "--device", "cpu"]
+    assert script.main(flags) == 0
+    assert (tmp_path / "val_step0000004_worst.png").is_file()
+    (report,) = tmp_path.glob("*.json")
+    objects = json.loads(report.read_text())["weights"]["ema0.9999"]["per_object"].values()
+    ious = sorted(row["iou"] for row in objects)[:4]
+    grids = list(val_grids(sourced_data))
+    names = {row["name"]: grid for row, grid in zip(objects, grids, strict=True)}
+    assert [caption for *_, caption in sheets[1]] == [
+        f"worst: {row['name']}, IoU {row['iou']:.3f}" for row in sorted(objects, key=lambda row: row["iou"])[:4]
+    ]
+    for (target, decoded, caption), iou in zip(sheets[1], ious, strict=True):
+        assert np.array_equal(target, names[caption.split(": ")[1].split(",")[0]])
+        assert (target & decoded).sum() / (target | decoded).sum() == pytest.approx(iou, abs=2e-3)
+
+
+def fitted(training: np.ndarray, lattice: tuple[int, int, int], n_embed: int):
+    patterns, neighbors = PatternCounts(lattice), NeighborCounts()
+    patterns.add(training)
+    neighbors.add(training)
+    return patterns.table(n_embed), neighbors.model()
+
+
+@pytest.mark.parametrize("from_the_run", [True, False])
+def test_baselines_have_the_tokens_of_the_models_and_their_training_grids(
+    from_the_run, vq_run, sourced_data, tmp_path, capsys
+):
+    flags = [] if from_the_run else ["--data_dir", sourced_data / "shapes_val.npz"]
+    report = score(vq_run, tmp_path, "--baselines", *flags)
+    found, grids = report["baselines"], val_grids(sourced_data)
+    patterns, model = fitted(val_grids(sourced_data, "train"), (4, 4, 2), 32)
+    assert list(found) == ["patterns 4×4×2, 32 ids", "lossless", "deflate"]
+    assert {part["training_grids"] for part in found.values()} == {12}
+    name, decoded = "patterns 4×4×2, 32 ids", patterns.decode(patterns.encode(grids))
+    iou = [compare(predicted, grid)["iou"] for predicted, grid in zip(decoded, grids, strict=True)]
+    assert (found[name]["iou"], found[name]["iou_p5"]) == pytest.approx((np.mean(iou), percentile_5(iou)))
+    chairs = [value for value, source in zip(iou, SOURCES, strict=True) if source == "chairs"]
+    assert found[name]["sources"]["chairs"]["iou"] == pytest.approx(np.mean(chairs))
+    assert found["lossless"]["bits_per_object"] == pytest.approx(model.bits(grids).mean())
+    assert found["deflate"]["bits_per_object"] == deflated_bits(grids).mean()
+    lines = capsys.readouterr().out.splitlines()
+    assert table(lines, "reconstruction")[name]["IoU"] == f"{np.mean(iou):.4f}"
+    written = table(lines, "written for an object")
+    assert written[name]["LM tokens"] == f"{found[name]['lm_tokens']:.1f}" and written["lossless"]["codes"] == "-"
+    assert float(written["deflate"]["bits"]) == pytest.approx(found["deflate"]["bits_per_object"], rel=1e-2)
+
+
+def test_models_without_one_code_per_token_have_tables_too(vae_run, tmp_path):
+    assert list(score(vae_run, tmp_path, "--baselines")["baselines"])[:-2] == ["patterns 4×4×4, 8192 ids"]
+    encoder = build(tiny_config()["models"]["encoder"])
+    several = ResidualVectorQuantizer(n_embed=16, embed_dim=32, latent_channels=4, group=[2, 2, 2], num_codes=2)
+    models = {"encoder": encoder, "quantizer": several}
+    assert script.tables_of_patterns(models, 16) == [((2, 2, 2), 16), ((4, 4, 4), 16)]
+
+
+def test_baselines_are_fitted_to_grids_from_all_parts_of_a_large_training_set(vq_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "MOST_TRAINING_GRIDS", 3)
+    seen = []
+    fit = Baselines.fit
+    monkeypatch.setattr(Baselines, "fit", lambda dataset, rows, *rest: seen.append(rows) or fit(dataset, rows, *rest))
+    found = score(vq_run, tmp_path, "--baselines")["baselines"]
+    assert seen == [[0, 6, 11]] and found["lossless"]["training_grids"] == 3
+
+
+def test_baselines_without_training_grids_are_refused_before_anything_is_scored(
+    vae_run, sourced_data, tmp_path, capsys
+):
+    from scripts import export_pretrained
+
+    assert export_pretrained.main(["--run", str(vae_run), "--output_dir", str(tmp_path / "models")]) == 0
+    flags = ["--pretrained", str(tmp_path / "models"), "--data_dir", str(sourced_data / "shapes_val.npz")]
+    flags += ["--output_dir", str(tmp_path / "out"), "--resolution", "16", "--device", "cpu", "--baselines"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "evaluate", None)
+        assert script.main(flags) == 1
+    assert "no object is in split 'train'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # --- the parts ---

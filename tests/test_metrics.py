@@ -12,14 +12,17 @@ from trellis.evaluation.metrics import (
     distance_metrics,
     entropy_bits,
     gaussian_kl_bits,
+    narrow_gaps,
     object_counts,
     occupied_blocks,
+    octree_masks,
     perplexity,
     usage,
     voxel_metrics,
 )
 from trellis.models import build
 from trellis.modules.quantizers.vq import VectorQuantizer
+from trellis.tokens.octree import Octree
 from trellis.trainers import SparseStructureVaeTrainer
 
 
@@ -291,6 +294,8 @@ def test_validation_measures_nothing_that_only_the_report_needs():
         "quantization_error": 0,
         "codebook_usage": 0.5,
         "codebook_perplexity": 1,
+        "codes_per_object": 4,
+        "lm_tokens": 4,
         "bits_per_object": 4,
         "entropy_bits_per_object": 0,
     }
@@ -319,7 +324,8 @@ def test_tokens_of_several_codes_with_and_without_empty_ones():
         return Reconstruction(grids.float() - 0.5, codes[list(rows)], batches[rows[0]], torch.zeros(1))
 
     scores = evaluate(reconstruct, Grids(ss), range(2), batch_size=1, device=torch.device("cpu"), detailed=True)
-    assert scores.tokens == 4
+    assert scores.masks is None and "masks" not in scores.objects
+    assert scores.objects["tokens"].tolist() == [4, 4]
     assert scores.counts.tolist() == [[3, 1, 4], [0, 1, 7]]
     assert scores.counts_occupied.tolist() == [[3, 0, 0], [0, 1, 2]]
     objects = {name: value.tolist() for name, value in scores.objects.items()}
@@ -333,7 +339,6 @@ def test_tokens_of_several_codes_with_and_without_empty_ones():
     fifth = math.log2(5) - 0.8 * 2  # of 1/5 and 4/5
     assert occupancy_scores(scores) == pytest.approx(
         {
-            "tokens": 4,
             "tokens_occupied": 1.5,
             "tokens_empty": 2.5,
             "codebook_usage_occupied": 3 / 6,
@@ -345,7 +350,74 @@ def test_tokens_of_several_codes_with_and_without_empty_ones():
         }
     )
     assert scores.means()["bits_per_object"] == pytest.approx(4 * 2 * math.log2(3))
+    assert scores.means()["codes_per_object"] == scores.means()["lm_tokens"] == 8
     assert scores.means()["codebook_usage"] == pytest.approx(5 / 6)
+
+
+def test_with_an_empty_code_learned_codes_alone_count_and_masks_are_written():
+    """Two objects, batch by batch, of 2·1·2 tokens with two of four ids each, 0 for empty ones."""
+    ss = torch.zeros(2, 1, 4, 4, 4, dtype=torch.bool)
+    ss[0, 0, 0, 3, 0] = ss[0, 0, 3, 0, 1] = ss[1, 0, 2, 2, 2] = True  # tokens 0 and 2; token 3
+    ids = torch.tensor([[[1, 2], [0, 0], [1, 3], [0, 0]], [[0, 0], [0, 0], [0, 0], [1, 3]]]).view(2, 2, 1, 2, 2)
+    batches = [torch.tensor([[2, 0, 0], [0, 1, 1]]), torch.tensor([[1, 0, 0], [0, 0, 1]])]
+
+    def reconstruct(grids, rows):
+        return Reconstruction(grids.float() - 0.5, ids[list(rows)], batches[rows[0]], torch.zeros(1), first_code=1)
+
+    brief, scores = (
+        evaluate(reconstruct, Grids(ss), range(2), batch_size=1, device=torch.device("cpu"), detailed=detailed)
+        for detailed in (False, True)
+    )
+    assert scores.counts.tolist() == [[3, 0, 0], [0, 1, 2]] and scores.counts_occupied is None
+    objects = {name: value.tolist() for name, value in scores.objects.items()}
+    assert objects["tokens"] == [2, 1] and objects["masks"] == [1, 1]
+    assert objects["object_usage"] == pytest.approx([3 / 6, 2 / 6])
+    assert objects["object_perplexity"] == pytest.approx([2**0.5, 1])
+    third = math.log2(3) - 2 / 3  # the entropy of shares 1/3 and 2/3
+    # The tokens are children 000 and 100 of the root in the first object, 101 in the second.
+    assert scores.masks.nonzero()[:, 0].tolist() == [(1 << 0b000 | 1 << 0b100) - 1, (1 << 0b101) - 1]
+    want = {
+        "tokens": 1.5,
+        "masks": 1,
+        "codebook_usage": 3 / 6,
+        "codebook_perplexity": 2 ** (third / 2),
+        "codes_per_object": 3,
+        "lm_tokens": 4,
+        "bits_per_object": 3 * math.log2(3) + math.log2(255),
+        "entropy_bits_per_object": 1.5 * third + 1,
+    }
+    for means in (brief.means(), scores.means()):
+        assert {name: means[name] for name in want} == pytest.approx(want)
+    assert not [name for name in scores.means() if name.endswith(("_occupied", "_empty"))]
+    doubled = scores.means(lambda tensor: 2 * tensor)  # as of two ranks with the same objects
+    assert {name: doubled[name] for name in want} == pytest.approx(want)
+    with pytest.raises(ValueError, match="no empty code"):
+        occupancy_scores(scores)
+
+
+@pytest.mark.parametrize("lattice", [(4, 4, 4), (8, 8, 2), (6, 5, 3), (1, 1, 7), (2, 1, 1), (1, 1, 1)])
+def test_masks_are_those_of_the_octree_form(lattice):
+    generator = torch.Generator().manual_seed(sum(lattice))
+    occupied = torch.rand(12, *lattice, generator=generator) < torch.linspace(0, 1, 12).view(-1, 1, 1, 1)
+    octree = Octree(lattice, n_embed=2)
+    for own, counts in zip(occupied, octree_masks(occupied), strict=True):
+        masks = [octree.mask(value) for value in octree.to_values(own.long().flatten()).tolist()]
+        assert torch.equal(counts, torch.bincount(torch.tensor([m for m in masks if m]).long(), minlength=256)[1:])
+
+
+def test_narrow_gaps_are_empty_voxels_between_two_occupied_ones():
+    generator = torch.Generator().manual_seed(0)
+    ss = (torch.rand(6, 1, 5, 4, 7, generator=generator) < torch.linspace(0, 1, 6).view(-1, 1, 1, 1, 1)).to(torch.uint8)
+    for grid, found in zip(ss[:, 0].numpy(), narrow_gaps(ss).tolist(), strict=True):
+        gaps = 0
+        for place in np.ndindex(grid.shape):
+            lines = [np.moveaxis(grid, axis, -1)[tuple(np.delete(place, axis))] for axis in range(3)]
+            sides = [line[max(n - 1, 0) : n + 2].tolist() for line, n in zip(lines, place, strict=True)]
+            gaps += [1, 0, 1] in sides
+        assert found == pytest.approx(gaps / max(1, grid.sum()))
+    plate = torch.zeros(1, 1, 9, 9, 9)
+    plate[0, 0, 2:7, 2:7, [3, 5]] = 1  # two walls of 5² voxels, one voxel apart
+    assert narrow_gaps(plate).item() == 0.5
 
 
 def test_kl_rates_of_groups_with_and_without_voxels():

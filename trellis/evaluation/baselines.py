@@ -22,7 +22,7 @@ ENTRIES_AT_ONCE = 2**24
 BYTES_AT_ONCE = 2**28  # of blocks that wait to be counted
 
 
-Lattice = tuple[int, int, int]
+Lattice = tuple[int, int, int]  # blocks, or voxels of one, along x, y and z
 # Grids that are counted or coded together. Those of a table are more, since blocks that repeat are looked up once.
 GRIDS_AT_ONCE, GRIDS_OF_TABLE_AT_ONCE = 32, 128
 
@@ -105,14 +105,15 @@ class PatternCounts:
 
     def __init__(self, lattice: Lattice):
         self.lattice = lattice
-        self.block: tuple[int, ...] = ()  # voxels of a block along x, y and z
+        self.block = (0, 0, 0)  # voxels of a block along x, y and z
         self._new: list[np.ndarray] = []
         self._patterns: np.ndarray | None = None  # [n] distinct, as bytes of packed bits
         self._counts = np.zeros(0, dtype=np.int64)
 
     def add(self, grids: np.ndarray) -> None:
         """Count the blocks of grids [B, R, R, R] bool."""
-        self.block = tuple(size // blocks for size, blocks in zip(grids.shape[1:], self.lattice, strict=True))
+        x, y, z = (size // blocks for size, blocks in zip(grids.shape[1:], self.lattice, strict=True))
+        self.block = x, y, z
         patterns = _patterns(_blocks(grids, self.lattice))
         self._new.append(patterns[patterns != b""])
         if sum(new.nbytes for new in self._new) > BYTES_AT_ONCE:
@@ -133,7 +134,7 @@ class PatternCounts:
         self._merge()
         assert self._patterns is not None
         order = np.argsort(-self._counts, kind="stable")[: n_embed - 1]
-        return PatternTable(self.lattice, _bits(self._patterns[order], self.block), n_embed)
+        return PatternTable(self.lattice, self.block, _bits(self._patterns[order], self.block), n_embed)
 
 
 class PatternTable:
@@ -143,20 +144,20 @@ class PatternTable:
     pattern at the smallest Hamming distance; of several, the first.
 
     lattice: (X', Y', Z').
+    block: voxels of a block along x, y and z.
     patterns: [n, P] bool, none without a voxel.
     n_embed: ids in all, at least n + 1.
     """
 
-    def __init__(self, lattice: Lattice, patterns: np.ndarray, n_embed: int):
-        self.lattice, self.patterns, self.n_embed = lattice, patterns, n_embed
+    def __init__(self, lattice: Lattice, block: Lattice, patterns: np.ndarray, n_embed: int):
+        self.lattice, self.block, self.patterns, self.n_embed = lattice, block, patterns, n_embed
         self._doubled = np.ascontiguousarray(2 * patterns.T.astype(np.float32))  # [P, n]
         self._sizes = patterns.sum(1, dtype=np.float32)
 
     def encode(self, grids: np.ndarray) -> np.ndarray:
         """Return the ids of grids [B, R, R, R] bool, [B, X', Y', Z'] int64."""
         distinct, inverse = np.unique(_patterns(_blocks(grids, self.lattice)), return_inverse=True)
-        block = [size // count for size, count in zip(grids.shape[1:], self.lattice, strict=True)]
-        return self._nearest(_bits(distinct, block))[inverse].reshape(len(grids), *self.lattice)
+        return self._nearest(_bits(distinct, self.block))[inverse].reshape(len(grids), *self.lattice)
 
     def _nearest(self, blocks: np.ndarray) -> np.ndarray:
         """Return the ids of blocks [n, P] bool, [n] int64."""
@@ -171,18 +172,17 @@ class PatternTable:
             ids[rows] = 1 + similarity.argmax(1)  # the first of equal ones
         return ids
 
-    def decode(self, ids: np.ndarray, resolution: int) -> np.ndarray:
+    def decode(self, ids: np.ndarray) -> np.ndarray:
         """Return the grids of ids [B, X', Y', Z'] int64, [B, R, R, R] bool."""
         patterns = np.concatenate([np.zeros_like(self.patterns[:1]), self.patterns])
-        block = [resolution // count for count in self.lattice]
-        grids = patterns[ids].reshape(*ids.shape, *block).transpose(0, 1, 4, 2, 5, 3, 6)
-        return grids.reshape(len(ids), resolution, resolution, resolution)
+        grids = patterns[ids].reshape(*ids.shape, *self.block).transpose(0, 1, 4, 2, 5, 3, 6)
+        return grids.reshape(len(ids), *(n * size for n, size in zip(self.lattice, self.block, strict=True)))
 
     def reconstruct(self, ss: Tensor, indices: Sequence[int] = ()) -> Reconstruction:
         """Reconstruct grids [B, 1, R, R, R], as `evaluate` asks. The quantization error is a share of wrong voxels."""
         grids = ss[:, 0].numpy() > 0
         ids = self.encode(grids)
-        decoded = self.decode(ids, grids.shape[-1])
+        decoded = self.decode(ids)
         error = torch.from_numpy((decoded != grids).reshape(len(grids), -1).mean(1))
         tokens = torch.from_numpy(ids)
         counts = codebook_counts(tokens, self.n_embed)[1:]

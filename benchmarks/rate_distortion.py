@@ -1,18 +1,26 @@
-"""Rate against distortion: the bits that an object's ids use, and the IoU of the decoded grids.
+"""What an object costs against the IoU of the decoded grids: in bits, and in tokens that a language model writes.
 
     python benchmarks/rate_distortion.py --ablation outputs/ablation --quality outputs/quality --output outputs/rate.png
+    python benchmarks/rate_distortion.py --report "sparse=outputs/sparse/eval/val_step0002800.json" \\
+        --baselines benchmarks/results/baselines.json --output outputs/forms.png
 
-Draws the results in output folders of ablation.py and quality.py, and writes the points beside the picture as Markdown
-and JSON. Bits are the entropy of single ids over all validation objects times the ids of an object, which is an upper
-bound of their information. A VAE without a codebook is shown at its KL and the IoU of a sample of its posterior, since
-that many bits can transmit such a sample.
+The first draws the results in output folders of ablation.py and quality.py by their bits. The second draws forms of
+tokens, of which evaluate.py wrote the reports, beside what takes no network (baselines.py) and beside published
+figures: once by tokens, once by bits. Both may be in one picture. The points are written beside it as Markdown and
+JSON.
+
+Bits are the entropy of single ids over all validation objects times the ids of an object, which is an upper bound of
+their information; masks of an octree count likewise. A VAE without a codebook is shown at its KL and the IoU of a
+sample of its posterior, since that many bits can transmit such a sample.
 """
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -22,14 +30,54 @@ from benchmarks import ablation, quality
 from benchmarks.report import Column, Report, Table
 from trellis.tokens.stats_report import require_matplotlib
 from trellis.utils.command import run_command
+from trellis.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLUMNS = (Column("variant", "key"), Column("kbit used"), Column("IoU", format=".4f"))
+FORM_COLUMNS = (
+    Column("form", "key"),
+    Column("origin"),
+    Column("LM tokens", format=".1f"),
+    Column("kbit", format=".2f"),
+    Column("kbit used", format=".2f"),
+    Column("IoU", format=".4f"),
+)
+ORIGINS = {"tokenizer": "#3a5a8c", "baseline": "#8a8f98", "published": "#b0522e"}  # and the colors of their points
 
 
 class Point(NamedTuple):
     name: str
     kbit: float  # per object
     iou: float
+
+
+class Form(NamedTuple):
+    """A form of tokens. Means over objects; None if unknown or if there is no such thing."""
+
+    name: str
+    origin: str  # one of ORIGINS
+    tokens: float | None  # that a language model writes
+    kbit: float | None  # each token at a fixed length
+    kbit_used: float | None  # by the entropy of single tokens
+    iou: float
+
+
+# What others state, and why it does not compare. Not measured here.
+PUBLISHED = (
+    (
+        Form("SuperVoxelGPT, stage 1", "published", 512, 512 * math.log2(5625) / 1e3, None, 0.9996 / (2 - 0.9996)),
+        "SuperVoxelGPT (arXiv:2605.29655): its repository states 512 tokens of 5625 codes and a dice of 0.9996 for the "
+        "occupancy of 64³ grids, shown as the IoU of a grid with that dice. Other grids (closed surfaces made from "
+        "19,000 shapes of one collection), tokens that carry a second field as well, and weights that are not public: "
+        "not checked and not comparable.",
+    ),
+)
+NOT_PUBLISHED = (
+    "ShapeLLM-Omni (arXiv:2506.01853), whose layout of 1024 ids of 8192 codes the drop-in form has, states no "
+    "reconstruction score."
+)
 
 
 def of_ablation(folder: Path) -> list[Point]:
@@ -57,12 +105,80 @@ def of_quality(folder: Path) -> list[Point]:
     return points
 
 
-def draw(panels: dict[str, list[Point]], path: Path) -> None:
-    """Draw a panel for each list of points. Their names stand beside it, the best first, with a line to each point."""
+def of_report(text: str) -> Form:
+    """Return the form that a report of evaluate.py scored, from NAME=FILE. Raise ConfigError."""
+    name, _, path = text.partition("=")
+    try:
+        found = next(iter(json.loads(Path(path).read_text(encoding="utf-8"))["weights"].values()))
+        sizes = found["lm_tokens"], found["bits_per_object"] / 1e3, found["entropy_bits_per_object"] / 1e3
+        return Form(name, "tokenizer", *sizes, found["iou"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise ConfigError(
+            f"--report {text}: give NAME=FILE with a JSON file that evaluate.py wrote for models with a codebook "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def of_baselines(path: Path, grids: str) -> list[Form]:
+    """Return the baselines on a set of grids, from the JSON file of baselines.py. Raise ConfigError."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))["tables"][0]
+        names = [column["name"] for column in table["columns"]]
+        rows = [dict(zip(names, row, strict=True)) for row in table["rows"]]
+        forms = [
+            Form(row["baseline"], "baseline", row["LM tokens"], row["kbit"], row["kbit used"], row["IoU"])
+            for row in rows
+            if row["grids"] == grids
+        ]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError(
+            f"--baselines {path}: is no JSON file of baselines.py ({type(error).__name__}: {error})"
+        ) from error
+    if not forms:
+        known = ", ".join(sorted({str(row["grids"]) for row in rows}))
+        raise ConfigError(f"--grids {grids}: {path} has no such grids, only {known}")
+    return forms
+
+
+def draw_forms(forms: list[Form], axes: Sequence["Axes"]) -> None:
+    """Draw forms by their tokens and by their bits, each with its name at the point."""
+    for panel, title, sizes in (
+        (axes[0], "tokens that a language model writes for an object, mean", [form.tokens for form in forms]),
+        (
+            axes[1],
+            "kbit per object, by the entropy of single tokens (×: fixed length)",
+            [form.kbit_used for form in forms],
+        ),
+    ):
+        panel.set(xlabel=title, ylabel="mean IoU", xscale="log")
+        panel.grid(alpha=0.3, which="both")
+        for form, size in zip(forms, sizes, strict=True):
+            marker = "o"
+            if size is None and panel is axes[1]:
+                size, marker = form.kbit, "x"
+            if size is None:
+                continue
+            color = ORIGINS[form.origin]
+            panel.plot(size, form.iou, marker, color=color, markersize=5)
+            panel.annotate(
+                form.name, (size, form.iou), xytext=(5, 4), textcoords="offset points", fontsize=7, color=color
+            )
+        panel.margins(x=0.25, y=0.08)
+
+
+def draw(panels: dict[str, list[Point]], forms: list[Form], path: Path) -> None:
+    """Draw a panel for each list of points, and two for forms if there are any.
+
+    The names of points stand beside their panel, the best first, with a line to each point.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9 * len(panels), 6), layout="constrained")
-    for axes, (title, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    number = len(panels) + (2 if forms else 0)
+    figure = Figure(figsize=(9 * number, 6), layout="constrained")
+    all_axes = figure.subplots(1, number, squeeze=False)[0]
+    if forms:
+        draw_forms(forms, all_axes[len(panels) :])
+    for axes, (title, points) in zip(all_axes, panels.items(), strict=False):
         axes.set(title=title, xlabel="kbit per object, by the entropy of single ids", ylabel="mean IoU, validation")
         axes.margins(x=0.08)
         axes.grid(alpha=0.3)
@@ -88,6 +204,15 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--ablation", type=Path, help="output folder of ablation.py")
     flags.add_argument("--quality", type=Path, help="output folder of quality.py")
     flags.add_argument(
+        "--report",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="JSON file of evaluate.py, by the name that the picture shows; may be repeated",
+    )
+    flags.add_argument("--baselines", type=Path, help="JSON file of baselines.py")
+    flags.add_argument("--grids", default="val", help="the set in --baselines that the reports scored (default: val)")
+    flags.add_argument(
         "--output", type=Path, required=True, help="picture to write, .png; the points go to .md and .json beside it"
     )
     options = flags.parse_args(argv)
@@ -103,12 +228,19 @@ def main(argv: list[str] | None = None) -> None:
             panels[title] = read(folder)
             if not panels[title]:
                 flags.error(f"{folder} has no finished result of {script}; give the --output_dir of that command")
-    if not panels:
-        flags.error("give --ablation, --quality or both")
-    draw(panels, options.output)
-    points = [point for found in panels.values() for point in found]
+    forms = [of_report(text) for text in options.report]
+    forms += of_baselines(options.baselines, options.grids) if options.baselines else []
+    parts: list[str | Table] = []
+    if panels:
+        parts.append(Table(COLUMNS, [point for found in panels.values() for point in found]))
+    if forms:
+        forms += [form for form, _ in PUBLISHED]
+        parts += [Table(FORM_COLUMNS, forms, "Forms of tokens"), *(note for _, note in PUBLISHED), NOT_PUBLISHED]
+    if not parts:
+        flags.error("give --ablation, --quality, --report or --baselines")
+    draw(panels, forms, options.output)
     report = Report("Rate and distortion", __file__, argv, torch.device("cpu"), options.output.with_suffix(".md"))
-    print(report.write(Table(COLUMNS, points)))
+    print(report.write(*parts))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ MOST_TRAINING_GRIDS = 10_000  # that baselines are fitted to; more take their ti
 # Ids of the table of patterns beside models without a codebook.
 IDS_WITHOUT_CODEBOOK = 8192
 
+WRITTEN = "written for an object"
 # {title: {column: key of the scores}}
 TABLES = {
     "reconstruction": {
@@ -80,7 +81,7 @@ TABLES = {
         "entropy bits/object": "entropy_bits_per_object",
         "quant. error": "quantization_error",
     },
-    "written for an object": {
+    WRITTEN: {
         "codes": "codes_per_object",
         "masks": "masks",
         "LM tokens": "lm_tokens",
@@ -193,7 +194,7 @@ def format_report(results: dict[str, dict], baselines: dict[str, dict]) -> str:
     "sampled" rows: from a sample of the posterior. "occupied" and "empty" rows: over the tokens, or groups of latent
     cells, with and without occupied voxels.
     """
-    rows = {}
+    whole, rows = {**results, **baselines}, {}
     for label, result in results.items():
         rows[label] = result
         sampled = {key.removeprefix("sampled_"): value for key, value in result.items() if key.startswith("sampled_")}
@@ -203,13 +204,13 @@ def format_report(results: dict[str, dict], baselines: dict[str, dict]) -> str:
             part = {key.removesuffix(suffix): value for key, value in result.items() if key.endswith(suffix)}
             rows[f"{label}, {kind}"] = part
     rows |= baselines
-    tables = [format_table(title, columns, rows) for title, columns in TABLES.items()]
+    tables = [format_table(title, columns, whole if title == WRITTEN else rows) for title, columns in TABLES.items()]
     label, first = next(iter(results.items()))
     columns = {name: TABLES["reconstruction"][name] for name in ("objects", "IoU", "5 %", "F-score", "chamfer, voxels")}
     if "sampled_iou" in first:
         columns |= {"sampled IoU": "sampled_iou"}
     if "masks" in first:
-        columns |= {"codes' tokens": "tokens", "masks": "masks"}
+        columns |= {"tokens": "tokens", "masks": "masks"}
     for key, title in (("sources", "sources"), ("kinds", "kinds"), ("narrow", "narrow gaps per occupied voxel")):
         tables.append(format_table(f"{title}, {label}", columns, first[key]))
     return "\n\n".join(table for table in tables if table)

@@ -1,16 +1,22 @@
 """Tables of patterns, the lossless code and summaries, against counts in plain Python."""
 
 import itertools
+import json
 import math
+import re
 import zlib
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import TEST_DATA, needs_test_data, solid_grids
+from PIL import Image
 
+from benchmarks import baselines as benchmark
+from benchmarks import rate_distortion
 from trellis.evaluation import baselines
 from trellis.evaluation.baselines import (
     NEIGHBORS,
@@ -318,6 +324,79 @@ def test_a_wrong_table_of_kinds_is_one_clear_error(text, message, tmp_path):
     with pytest.raises(ConfigError) as error:
         read_kinds(str(path))
     assert str(error.value).startswith(f"--kinds {path}: ") and message in str(error.value)
+
+
+# --- the benchmark and the picture ---
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[Path, dict]:
+    """The folder of a run of the benchmark on 16³ grids, and its JSON file."""
+    folder = tmp_path_factory.mktemp("measured")
+    for split, number in (("train", 9), ("val", 4)):
+        bits = np.packbits(solid_grids(number, 16, number).reshape(number, -1), axis=1)
+        np.savez(folder / f"shapes_{split}.npz", bits=bits, source=np.array(["a", "b", "a", "c", "a"] * 2)[:number])
+    (folder / "kinds.csv").write_text("source,kind\na,bones\nb,tools\n")
+    flags = ["--data_dir", str(folder / "shapes_train.npz"), "--eval_dir", f"val={folder / 'shapes_val.npz'}"]
+    flags += ["--kinds", str(folder / "kinds.csv"), "--table", "4:16", "--table", "2,4,8:64", "--resolution", "16"]
+    benchmark.main([*flags, "--output", str(folder / "baselines.md")])
+    return folder, json.loads((folder / "baselines.json").read_text())
+
+
+def test_the_benchmark_reports_each_baseline_on_each_kind(measured):
+    folder, result = measured
+    grids = {split: np.load(folder / f"shapes_{split}.npz")["bits"] for split in ("train", "val")}
+    train, val = (np.unpackbits(bits, axis=1).reshape(-1, 16, 16, 16).astype(bool) for bits in grids.values())
+    fitted = Baselines.fit(Grids(train), range(9), [((4, 4, 4), 16), ((2, 4, 8), 64)])
+    names = [*fitted.tables, "lossless", "deflate"]
+    rows = {(row[0], row[1]): row[2:] for row in result["tables"][0]["rows"]}
+    assert list(rows) == [(f"val{kind}", name) for name in names for kind in ("", ", bones", ", tools")]
+    for name, scores in fitted.scores(Grids(val), range(4)).items():
+        found = summarize(scores, [])
+        keys = ("objects", "iou", "iou_median", "iou_p5", "codes_per_object", "lm_tokens")
+        bits = [found[key] / 1e3 for key in ("bits_per_object", "entropy_bits_per_object")]
+        assert rows["val", name] == pytest.approx([*(found[key] for key in keys), *bits])
+        assert rows["val, bones", name][:2] == pytest.approx([2, scores.objects["iou"][[0, 2]].mean().item()])
+    written = np.mean([8 * len(fitted.model.compress(grid)) for grid in val]) / 1e3
+    ideal = fitted.model.bits(val).mean() / 1e3
+    assert rows["val", "lossless"] == pytest.approx([4, 1.0, None, None, None, None, written, ideal])
+    classes = {row[1]: row[2:] for row in result["tables"][1]["rows"]}
+    numbers = classes.pop("number of objects")
+    assert sum(numbers) == 4 and classes.keys() == fitted.tables.keys()
+    for name, ious in classes.items():
+        assert sum(n * iou for n, iou in zip(numbers, ious, strict=True) if n) == pytest.approx(
+            4 * rows["val", name][1]
+        )
+        assert [iou is None for iou in ious] == [n == 0 for n in numbers]
+    assert str(folder) not in json.dumps(result["tables"]) + json.dumps(result["notes"])
+
+
+def test_forms_of_tokens_are_drawn_beside_baselines_and_published_figures(measured, tmp_path, capsys):
+    folder, result = measured
+    scores = {"iou": 0.9, "lm_tokens": 20.0, "bits_per_object": 2e3, "entropy_bits_per_object": 1e3}
+    report = {"weights": {"averaged": scores, "raw": {**scores, "iou": 0.1}}}
+    (tmp_path / "val.json").write_text(json.dumps(report))
+    flags = ["--report", f"new={tmp_path / 'val.json'}", "--baselines", str(folder / "baselines.json")]
+    rate_distortion.main([*flags, "--output", str(tmp_path / "forms.png")])
+    drawn = json.loads((tmp_path / "forms.json").read_text())
+    rows = {row[0]: row[1:] for row in drawn["tables"][0]["rows"]}
+    assert rows["new"] == ["tokenizer", 20, 2, 1, 0.9]
+    baselines = {row[1]: row for row in result["tables"][0]["rows"] if row[0] == "val"}
+    for name, row in baselines.items():
+        assert rows[name] == ["baseline", *row[7:], row[3]]
+    assert rows["SuperVoxelGPT, stage 1"][0] == "published" and len(rows) == 1 + len(baselines) + 1
+    assert "not comparable" in " ".join(drawn["notes"])
+    with Image.open(tmp_path / "forms.png") as picture:
+        assert picture.size == (1800, 600)
+    for flags, message in (
+        (["--report", "new"], "--report new: give NAME=FILE with a JSON file that evaluate.py wrote"),
+        (["--report", f"x={folder / 'baselines.json'}"], "baselines.json: give NAME=FILE"),
+        (["--baselines", str(tmp_path / "val.json")], "val.json: is no JSON file of baselines.py"),
+        (["--baselines", str(folder / "baselines.json"), "--grids", "x"], "has no such grids, only val, val, bones"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            rate_distortion.main([*flags, "--output", str(tmp_path / "other.png")])
+    assert not (tmp_path / "other.png").exists()
 
 
 # --- real grids ---

@@ -13,10 +13,12 @@ from helpers import VQ, run, solid_grids, tiny_config
 from PIL import Image
 
 from scripts import evaluate as script
+from trellis import SparseStructureTokenizer
 from trellis.evaluation.baselines import Baselines, NeighborCounts, PatternCounts, deflated_bits
 from trellis.models import build
 from trellis.modules.quantizers import ResidualVectorQuantizer
 from trellis.runs.checkpoint import Checkpoints, model_file
+from trellis.tokens.octree import Octree
 from trellis.utils.random_utils import derive_seed
 
 SOURCES = ["chairs", "tables", "chairs", "", "tables", "chairs", "lamps"]  # "": unknown
@@ -322,7 +324,9 @@ def test_the_report_says_what_was_scored_and_the_sheet_is_a_picture(vae_run, sou
 
 def test_the_codebook_is_printed_with_and_without_empty_tokens(vq_run, tmp_path, capsys):
     scores = score(vq_run, tmp_path)["weights"]["raw"]
-    printed = table(capsys.readouterr().out.splitlines(), "codebook, over all objects and within one")
+    lines = capsys.readouterr().out.splitlines()
+    assert list(table(lines, "written for an object")) == ["ema0.9999", "raw"]
+    printed = table(lines, "codebook, over all objects and within one")
     assert list(printed) == [
         f"{label}{kind}" for label in ("ema0.9999", "raw") for kind in ("", ", occupied", ", empty")
     ]
@@ -458,6 +462,47 @@ def test_damaged_weights_are_one_clear_error(vq_run, tmp_path, capsys):
     decoder.write_bytes(bytes(decoder.stat().st_size))
     assert script.main(["--run", str(run), "--device", "cpu"]) == 1
     assert f"error: {decoder}: not a readable weights file" in capsys.readouterr().err
+
+
+# --- an empty code ---
+
+
+def test_numbers_of_an_empty_code_are_those_of_the_ids_that_the_tokenizer_writes(
+    vae_run, sourced_data, tmp_path, capsys
+):
+    """With two codes for each token; every code and mask is counted by itself."""
+    config = tiny_config(VQ, freeze=["encoder", "decoder"], max_steps=2, i_save=2, i_eval=2)
+    arguments = {"n_embed": 9, "embed_dim": 4, "latent_channels": 4, "num_codes": 2}
+    config["models"]["quantizer"] = {"name": "ResidualVectorQuantizer", "args": {**arguments, "empty_code": True}}
+    folder = trained(tmp_path, sourced_data, config, "--load_dir", vae_run)
+    scores = score(folder, tmp_path / "out")["weights"]["ema0.9999"]
+
+    tokenizer = SparseStructureTokenizer.from_run(str(folder))
+    grids = torch.from_numpy(val_grids(sourced_data))[:, None]
+    ids = tokenizer.encode(grids)  # [7, 128]
+    octree = Octree((4, 4, 4), 9, 2)
+    values = [octree.to_values(own).tolist() for own in ids]
+    masks = [value for own in values for value in own if octree.mask(value)]
+    codes = [[code for code in ids[:, q::2].flatten().tolist() if code] for q in range(2)]
+    tokens = len(codes[0]) / 7
+    want = {
+        "tokens": tokens,
+        "masks": len(masks) / 7,
+        "codes_per_object": 2 * tokens,
+        "lm_tokens": sum(map(len, values)) / 7,
+        "bits_per_object": 2 * tokens * 3 + len(masks) / 7 * math.log2(255),
+        "entropy_bits_per_object": tokens * sum(map(entropy_of, codes)) + len(masks) / 7 * entropy_of(masks),
+        "codebook_usage": sum(len(set(own)) for own in codes) / 16,
+        "codebook_perplexity": 2 ** (sum(map(entropy_of, codes)) / 2),
+    }
+    assert {name: scores[name] for name in want} == pytest.approx(want)
+    assert 0 < tokens < 64 and not any(name.endswith(("_occupied", "_empty")) for name in scores)
+    decoded = (tokenizer.decode(ids)[:, 0] > 0).cpu().numpy()
+    iou = [compare(own, grid)["iou"] for own, grid in zip(decoded, grids[:, 0].numpy(), strict=True)]
+    assert scores["iou"] == pytest.approx(np.mean(iou), rel=1e-5)
+    written = table(capsys.readouterr().out.splitlines(), "written for an object")
+    assert list(written) == ["ema0.9999", "raw"]
+    assert float(written["ema0.9999"]["LM tokens"]) == pytest.approx(want["lm_tokens"], rel=1e-2)
 
 
 # --- kinds and baselines ---

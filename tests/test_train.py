@@ -352,7 +352,7 @@ def test_a_damaged_item_is_one_clear_error(ranks, write_config, tmp_path):
         ('trainer.args.max_steps="many"', 'trainer.args.max_steps is "many"; it must be integer >= 1'),
         ("trainer.args.batch_split=3", "batch_split is 3, which does not divide the 4 samples"),
         ("trainer.args.batch_size_per_gpu=4", "give either batch_size"),
-        ("trainer.args.optimizer.name=AdamX", "'AdamX', which is neither in torch.optim nor ConvMuon; did you mean"),
+        ("trainer.args.optimizer.name=AdamX", "'AdamX', which is neither in torch.optim nor Muon; did you mean"),
         ("trainer.args.optimizer.args.learning_rate=1", "learning_rate is unknown to AdamW"),
         ("trainer.args.optimizer.args.lr=-1", "lr is -1; it must be a number > 0"),
         ('trainer.args.lr_scheduler={"name": "ExponentialLR"}', "lr_scheduler.args does not build ExponentialLR"),

@@ -12,7 +12,6 @@ from trellis import SparseStructureTokenizer
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.evaluation.metrics import occupied_blocks
 from trellis.tokens.octree import Octree
-from trellis.tokens.text import TokenFormat
 from trellis.utils.errors import DataError
 from trellis.viewer import details, figures, page_state
 from trellis.viewer.backend import Backend, pack_ids
@@ -20,7 +19,6 @@ from trellis.viewer.callbacks import saved, similar_code
 from trellis.viewer.code_usage import UsageCounter
 from trellis.viewer.uploads import Opener
 
-pytest.importorskip("dash")
 K = 16
 FORMS = {  # quantizer, and whether there is a transformer
     "one code": ({"name": "VectorQuantizer", "args": {"embed_dim": 4}}, False),
@@ -189,12 +187,13 @@ def test_the_page_says_what_the_tokenizer_is(sparse, client):
     from trellis.viewer.layout import about, editor, tokens
 
     said = texts(about(sparse))
-    assert "sparse" in said and "15 codes and an empty one (id 0)" in said
+    assert "sparse" in said and "15 codes + empty (id 0)" in said
     several = sparse.codes_per_token > 1
     assert ("4×4×2 tokens of 2 codes" if several else "4×4×4 tokens") in said
-    assert ("transformer of 1 + 2 layers" in said) == several
+    assert ("transformer, 1 + 2 layers" in said) == several
     said = texts([tokens(sparse)])
-    assert "tokens that are not empty" in said and "gray: empty;" in said
+    assert "Boxes: non-empty tokens" in said and "gray: empty;" in said
+    assert ("by first code" in said) == several
     titles = {part.id: part.title for each in editor(sparse) for _, part in walk(each) if hasattr(part, "title")}
     assert titles["edit-empty"] == "no voxel here: id 0"
     assert titles["edit-set"].endswith("for all of its codes") == several
@@ -246,13 +245,13 @@ def test_the_card_of_an_empty_token_says_so_and_that_of_another_shows_it(sparse,
     full, empty = (int(tokens_of(sparse, shown, kind)[0]) for kind in (False, True))
     usage = UsageCounter(sparse, 2)
     said = texts(details.token_card(sparse, usage, shown, empty, Q - 1))
-    assert "empty (id 0)" in said and "used" not in said and "encoder" not in said
+    assert "empty, id 0" in said and "used" not in said and "encoder" not in said
     emptied = opened(sparse, [full * Q, 0])
     said = texts(details.token_card(sparse, usage, emptied, full, Q - 1))
-    assert "empty (id 0)" in said and f"the encoder chose {shown.ids[full * Q + Q - 1]}" in said
+    assert "empty, id 0" in said and f"the encoder chose {shown.ids[full * Q + Q - 1]}" in said
     filled = opened(sparse, [empty * Q, 5])
     said = texts(details.token_card(sparse, usage, filled, empty, Q - 1))
-    assert "the encoder chose empty (id 0)" in said
+    assert "the encoder chose empty, id 0" in said
     assert ("all its codes" in said) == (Q > 1)
     answer = client("token.children", {"object.data": state_of(sparse), "edits.data": None, "chosen.data": empty,
                                        "part.value": str(Q - 1)})["response"]  # fmt: skip
@@ -284,14 +283,14 @@ def test_texts_are_copied_and_downloaded_as_they_are_shown(sparse, client):
     Q, shown = sparse.codes_per_token, opened(sparse)
     edit = [int(tokens_of(sparse, shown, empty=False)[0]) * Q, 0]
     ids = opened(sparse, edit).ids
-    facts = json.loads(saved(sparse, opened(sparse, edit), "tokens")[1])
-    assert facts["tokens"] == ids.tolist() and facts["empty_code"] is True
-    octree = TokenFormat.at(0, K, Octree(sparse.lattice, K, Q))
-    for name, form in (("text", sparse.tokenizer.token_format()), ("octree", octree)):
-        values = {"object.data": state_of(sparse), "edits.data": {"of": "k", "list": [edit]}}
-        text = client(f"copy-{name}.content", {f"copy-{name}.n_clicks": 1, **values})["response"][f"copy-{name}"][
+    values = {"object.data": state_of(sparse), "edits.data": {"of": "k", "list": [edit]}}
+    for form in ("dense", "octree"):
+        text = client(f"copy-{form}.content", {f"copy-{form}.n_clicks": 1, **values})["response"][f"copy-{form}"][
             "content"
         ]
-        assert text == facts[name] and np.array_equal(form.from_text(text, sparse.num_tokens).ids, ids)
-    said = client("copy-text.content", {"copy-text.n_clicks": 1})["sideUpdate"]["message"]["children"]
+        assert np.array_equal(sparse.tokenizer.from_text(text, form=form), ids)
+    facts = json.loads(saved(sparse, opened(sparse, edit), "tokens")[1])
+    assert facts["tokens"] == ids.tolist() and facts["empty_code"] is True
+    assert facts["form"] == "octree" and facts["text"] == text
+    said = client("copy-octree.content", {"copy-octree.n_clicks": 1})["sideUpdate"]["message"]["children"]
     assert said.startswith("there is no object yet")

@@ -13,6 +13,7 @@ from .evaluate import Scores, codebook_scores, kl_scores, occupancy_scores
 ID_BITS = 13.0
 # Narrow gaps per occupied voxel from which on an object counts as thinner; about the quartiles of public meshes at 64³.
 THINNER = (0.0, 0.002, 0.015, 0.05)
+NARROW_CLASSES = ("0: below 0.002", "1: from 0.002", "2: from 0.015", "3: from 0.05")
 
 Labels = Sequence[str | None]  # of each object; None if unknown
 
@@ -38,13 +39,12 @@ def summarize(scores: Scores, sources: Labels, kinds: Labels = ()) -> dict:
 
     gaps = scores.objects["narrow_gaps"].tolist()
     thinness = [max(number for number, least in enumerate(THINNER) if gap >= least) for gap in gaps]
-    ranges = [f"below {THINNER[1]}", *(f"from {least}" for least in THINNER[1:])]
     names = [name for name in (*ious, "f_score", "chamfer") if name in scores.objects]
     names += ["tokens", "masks"] if scores.masks is not None else []
     for title, groups in (
         ("sources", _groups(sources)),
         ("kinds", _groups(kinds)),
-        ("narrow", _groups([f"{number}: {ranges[number]}" for number in thinness])),
+        ("narrow", _groups([NARROW_CLASSES[number] for number in thinness])),
     ):
         summary[title] = {}
         for label, rows in groups.items():

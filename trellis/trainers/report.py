@@ -50,7 +50,8 @@ def _notes_on_weights(trainer: BasicTrainer) -> list[str]:
     ]
     notes += trainer.plan.notes
     origins = trainer.plan.origin.items()
-    random = [name for name, origin in origins if origin == "initialized" and name != "quantizer"]
+    fresh = ("quantizer", *trainer.optional_models)  # made for what the others have learned
+    random = [name for name, origin in origins if origin == "initialized" and name not in fresh]
     if random and trainer.plan.resume is None:
         notes.append(f"{', '.join(random)} start from random weights; give --load_dir to start from a trained run")
     return notes

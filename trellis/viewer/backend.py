@@ -21,8 +21,7 @@ from ..datasets.metadata import common_setting, read_metadata
 from ..evaluation.metrics import distance_metrics, voxel_metrics
 from ..grids.placing import Axis
 from ..grids.voxels import pack_bits, packed_size, unpack_bits
-from ..tokens.octree import Octree
-from ..tokens.text import TokenFormat
+from ..tokens.forms import Form
 from ..utils.errors import DataError
 
 if TYPE_CHECKING:
@@ -62,11 +61,8 @@ class Backend:
         self.num_tokens = tokenizer.num_tokens
         self.block = tuple(self.resolution // count for count in self.lattice)  # voxels per token
         self.hash = tokenizer.hash
-        # With an empty code, the octree form beside the ids as they are.
-        self.octree = Octree(self.lattice, self.n_embed, self.codes_per_token) if self.empty_code else None
-        self.formats = {"text": tokenizer.token_format()}  # of an object's texts
-        if self.octree is not None:
-            self.formats["octree"] = TokenFormat.at(0, self.n_embed, self.octree)
+        self.forms: tuple[Form, ...] = ("dense", "octree") if self.empty_code else ("dense",)  # of texts
+        self.octree = tokenizer.token_format(form=self.forms[-1]).octree
         self.empty_ids = tokenizer.empty_ids.numpy()
         self.compute = threading.Lock()  # one pass through the networks at a time, to bound memory
         self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()

@@ -303,7 +303,7 @@ def similar_code(backend: Backend, shown: EditedObject, index: int) -> int:
 
 def add_downloads(app: Dash, backend: Backend) -> None:
     """Add the buttons that save files, and those that copy texts."""
-    for form in backend.formats:
+    for form in backend.forms:
 
         @app.callback(
             Output(f"copy-{form}", "content"),
@@ -315,7 +315,7 @@ def add_downloads(app: Dash, backend: Backend) -> None:
         def copy(_, state: dict | None, edits: dict | None, form=form):
             if state is None:
                 raise DataError(NO_OBJECT)
-            return backend.formats[form].to_text(torch.from_numpy(open_object(backend, state, edits).ids))
+            return backend.tokenizer.to_text(torch.from_numpy(open_object(backend, state, edits).ids), form)
 
     kinds = ("glb", "ply", "voxels", "tokens")
 
@@ -349,7 +349,7 @@ def saved(backend: Backend, shown: EditedObject, kind: str) -> tuple[str, bytes]
             "normalization": tokenizer.normalization, "up_axis": tokenizer.up_axis, "lattice": backend.lattice,
             "axis": shown.axis, "codes_per_token": backend.codes_per_token, "n_embed": backend.n_embed,
             "empty_code": backend.empty_code, "tokens": shown.ids.tolist(),
-            **{name: form.to_text(torch.from_numpy(shown.ids)) for name, form in backend.formats.items()},
+            "form": backend.forms[-1], "text": tokenizer.to_text(torch.from_numpy(shown.ids), backend.forms[-1]),
         }  # fmt: skip
         return f"{stem}_tokens.json", (json.dumps(facts) + "\n").encode()
     name = f"{stem}_voxels.ply" if kind == "voxels" else f"{stem}_decoded.{kind}"

@@ -111,7 +111,7 @@ def token_card(backend: Backend, usage: UsageCounter, shown: EditedObject, token
 
 def code_name(backend: Backend, code: int) -> str:
     """Return what the page calls a code."""
-    return str(code) if code >= backend.first_code else "empty (id 0)"
+    return str(code) if code >= backend.first_code else "empty, id 0"
 
 
 def fact_table(facts: list[tuple[str, Any]]) -> Any:

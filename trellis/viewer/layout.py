@@ -14,8 +14,8 @@ from .uploads import MAX_BYTES, UPLOAD_SUFFIXES
 PANELS = {"mesh": "Mesh", "voxels": "Voxels", "reconstruction": "Reconstruction", "difference": "Missing and extra"}
 FORMS = {"dense": "every token has a code", "sparse": "only tokens whose block has a voxel have a code"}
 COPIED = {
-    "text": "the ids as words for a language model",
-    "octree": "the octree form of the ids, masks and codes, as words for a language model",
+    "dense": "all ids, as words for a language model",
+    "octree": "masks of the blocks that hold something, and the codes there, as words for a language model",
 }
 UP_AXES = {"auto": "as the file says", "y": "y up", "z": "z up", "keep": "as they are"}
 Component = Any  # of Dash, which has no common type for a part of a page
@@ -66,7 +66,7 @@ def about(backend: Backend) -> list:
     each = f" of {backend.codes_per_token} codes" if backend.codes_per_token > 1 else ""
     codes, form = f"{backend.n_embed} codes", "dense"
     if backend.empty_code:
-        codes, form = f"{backend.codebook_size} codes and an empty one (id 0)", "sparse"
+        codes, form = f"{backend.codebook_size} codes + empty (id 0)", "sparse"
     parts = [
         html.B(backend.name),
         html.Span(f"{backend.resolution}³ voxels"),
@@ -79,7 +79,7 @@ def about(backend: Backend) -> list:
         stacks = (transformer.stacks[name].modules() for name in ("before", "after"))
         layers = " + ".join(str(sum(isinstance(each, TransformerBlock) for each in stack)) for stack in stacks)
         title = "layers of attention over the tokens, before and after the codebook"
-        parts.insert(-1, html.Span(f"transformer of {layers} layers", title=title))
+        parts.insert(-1, html.Span(f"transformer, {layers} layers", title=title))
     return parts
 
 
@@ -133,10 +133,10 @@ def toolbar(backend: Backend) -> Component:
     ]
     parts.append(labelled("download", html.Div(saves, className="buttons")))
     copies = [
-        dcc.Clipboard(name, id=f"copy-{name}", copied_children="copied", title=COPIED[name], className="copy")
-        for name in backend.formats
+        dcc.Clipboard(form, id=f"copy-{form}", copied_children="copied", title=COPIED[form], className="copy")
+        for form in backend.forms
     ]
-    parts.append(labelled("copy", html.Div(copies, className="buttons")))
+    parts.append(labelled("copy text", html.Div(copies, className="buttons")))
     return html.Div(parts, className="toolbar")
 
 
@@ -178,8 +178,8 @@ def chip(color: tuple[int, int, int], text: str) -> Component:
 
 def tokens(backend: Backend) -> Component:
     layers = backend.lattice[2]
-    boxed, empty = ("that are not empty", "empty") if backend.empty_code else ("with voxels", "empty id")
-    code = "their first code" if backend.codes_per_token > 1 else "code"
+    boxed, empty = ("non-empty tokens", "empty") if backend.empty_code else ("tokens with voxels", "empty id")
+    code = "first code" if backend.codes_per_token > 1 else "code"
     slider = dcc.Slider(
         0, layers - 1, 1, value=layers // 2, id="layer-number", marks=None, updatemode="drag", allow_direct_input=False
     )
@@ -187,7 +187,7 @@ def tokens(backend: Backend) -> Component:
         [
             heading("Tokens", "lattice"),
             graph("panel-lattice"),
-            html.Div(f"Boxes: tokens {boxed}, colored by {code}.", className="legend"),
+            html.Div(f"Boxes: {boxed}, colored by {code}.", className="legend"),
         ],
         className="panel",
     )

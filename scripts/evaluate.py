@@ -9,7 +9,8 @@ without a codebook is scored from the mean of its posterior and from a sample. t
 Chamfer distance and F-score (`distance_metrics`) and narrow gaps, by which thin structure has scores of its own.
 --baselines adds what takes no network (trellis/evaluation/baselines.py), fitted to the training grids: a table of
 patterns with as many ids and tokens, a lossless code, and deflate. It takes a minute or more.
---kinds adds scores by kind, from a CSV table that says which kind of objects each source has:
+Scores by kind are those of objects whose data root has a column `kind`, such as "anatomy". --kinds adds kinds, or puts
+others in their place, by a CSV table that says which kind of objects each source has:
 
     source,kind
     bones,anatomy
@@ -347,7 +348,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     for note in (*dataset.notes, *differing):
         print(f"note: {note}")
     sources = [dataset.source(i) for i in range(len(dataset))]
-    kinds = [kind_of.get(source or "") for source in sources]
+    kinds = [kind_of.get(source or "") or dataset.kind(i) for i, source in enumerate(sources)]
     if args.kinds and None in kinds:
         unknown = sorted({source or "(no source)" for source, kind in zip(sources, kinds, strict=True) if kind is None})
         print(

@@ -218,7 +218,7 @@ def format_report(results: dict[str, dict], baselines: dict[str, dict]) -> str:
 
 
 def format_table(title: str, columns: dict[str, str], rows: dict[str, dict]) -> str:
-    """Return a table, without rows that have none of the keys; "" if no row is left.
+    """Return a table, without rows that have none of the keys but "objects"; "" if no row is left.
 
     columns: {heading: key}.
     rows: {label: {key: number}}.
@@ -233,7 +233,7 @@ def format_table(title: str, columns: dict[str, str], rows: dict[str, dict]) -> 
 
     lines = [["", *columns]]
     for label, row in rows.items():
-        if any(row.get(key) is not None for key in columns.values()):
+        if any(row.get(key) is not None for key in columns.values() if key != "objects"):
             lines.append([label, *(cell(row.get(key)) for key in columns.values())])
     if len(lines) == 1:
         return ""

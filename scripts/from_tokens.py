@@ -36,6 +36,7 @@ from trellis.grids.placing import UP_AXES, axis_to_write
 from trellis.grids.surface import save_mesh, surface_mesh
 from trellis.grids.volumes import Frame, write_nifti
 from trellis.grids.voxels import voxel_centers, write_ply
+from trellis.tokens.forms import FORMS, form_of
 from trellis.utils.command import DEVICES, available_cores, pick_device, run_command
 from trellis.utils.errors import DataError
 from trellis.utils.files import atomic_write, remove_leftovers
@@ -105,6 +106,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="axes of the meshes: auto for those of the format (a GLB is y-up, the others z-up as the grid), y, z, or "
         "keep for the grid's (default: the setting that --tokens were made with, else the tokenizer's)",
     )
+    parser.add_argument(
+        "--form",
+        choices=FORMS,
+        help="of the answers in --text, as to_tokens.py's flag (default: octree if the tokenizer has an empty code, "
+        "else dense)",
+    )
     parser.add_argument("--repair", action="store_true", help="repair damaged answers of --text")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
@@ -120,6 +127,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--format nifti goes with --tokens: an answer does not say which scan it belongs to")
     if args.repair and not args.text:
         parser.error("--repair goes with --text")
+    if args.form and not args.text:
+        parser.error("--form goes with --text: the files of --tokens say their form")
     if args.up_axis and args.format in ("voxels", "nifti"):
         parser.error("--up_axis goes with meshes: voxels have the axes of the grid")
     return args
@@ -175,7 +184,9 @@ def plan_objects(args: argparse.Namespace, tokenizer: "SparseStructureTokenizer"
     else:
         objects = id_sources.objects_of_text(args.text)
         digest = hashlib.sha256(Path(args.text).read_bytes()).hexdigest()
-        settings |= {"answers": digest, "repair": args.repair}
+        form = form_of(args.form, tokenizer.empty_code)
+        words = tokenizer.token_format(form=form)
+        settings |= {"answers": digest, "form": form, "repair": args.repair}
     mesh = args.format not in ("voxels", "nifti")
     to_y_up = mesh and axis_to_write(up_axis, FORMATS[args.format], tokenizer.normalization) == "y"
     if mesh:
@@ -183,8 +194,8 @@ def plan_objects(args: argparse.Namespace, tokenizer: "SparseStructureTokenizer"
 
     def readers() -> "Iterator[Reader]":
         if args.tokens:
-            return id_sources.ids_of_parquet(args.tokens)
-        return id_sources.ids_of_text(args.text, tokenizer, args.repair)
+            return id_sources.ids_of_parquet(args.tokens, tokenizer)
+        return id_sources.ids_of_text(args.text, words, tokenizer, args.repair)
 
     return Plan(objects, readers, settings, to_y_up)
 

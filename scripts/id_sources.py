@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet
+from trellis.tokens.text import TokenFormat
 from trellis.utils.errors import DataError
 
 ANSWERS = ("predict", "output", "response", "text")
@@ -65,10 +66,11 @@ def objects_of_parquet(path: str) -> list[IdObject]:
     return objects
 
 
-def ids_of_parquet(path: str) -> Iterator[Reader]:
-    """Yield a reader for each object, in the order of `objects_of_parquet`."""
+def ids_of_parquet(path: str, tokenizer: SparseStructureTokenizer) -> Iterator[Reader]:
+    """Yield a reader for each object, in the order of `objects_of_parquet`, which raises DataError for ids that are no
+    object's."""
     for row in parquet.read_shards(path):
-        yield partial(_of_row, row)
+        yield partial(_of_row, row, tokenizer)
 
 
 def check_tokenizer(path: str, info: parquet.TokenInfo, tokenizer: SparseStructureTokenizer) -> None:
@@ -88,8 +90,17 @@ def _settings_that_differ(info: parquet.TokenInfo, tokenizer: SparseStructureTok
     return f", with {differing}" if differing else ""
 
 
-def _of_row(row: dict[str, Any]) -> tuple[Tensor, str | None]:
-    return torch.from_numpy(row["tokens"]), row.get("frame")
+def _of_row(row: dict[str, Any], tokenizer: SparseStructureTokenizer) -> tuple[Tensor, str | None]:
+    return _checked(torch.from_numpy(row["tokens"]), tokenizer), row.get("frame")
+
+
+def _checked(ids: Tensor, tokenizer: SparseStructureTokenizer) -> Tensor:
+    """Return ids [T]. Raise DataError for a token of which only some are 0, if 0 is the empty code."""
+    try:
+        tokenizer.check_ids(ids)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return ids
 
 
 def read_lines(path: str) -> dict[int, str]:
@@ -111,16 +122,17 @@ def objects_of_text(path: str) -> list[IdObject]:
     return [IdObject(f"line{number:06d}") for number in read_lines(path)]
 
 
-def ids_of_text(path: str, tokenizer: SparseStructureTokenizer, repair: bool) -> Iterator[Reader]:
-    """Yield a reader for each answer, which raises DataError for a damaged one."""
-    words, fill = tokenizer.token_format(), tokenizer.empty_ids if repair else None
+def ids_of_text(path: str, words: TokenFormat, tokenizer: SparseStructureTokenizer, repair: bool) -> Iterator[Reader]:
+    """Yield a reader for each answer, which raises DataError for a damaged one. words: of the answers."""
+    num_tokens = tokenizer.num_tokens if words.octree is None else None
+    fill = tokenizer.empty_ids if repair and words.octree is None else None
 
     def read(line: str, name: str) -> tuple[Tensor, None]:
         answer = answer_of(line, words.start) if path.lower().endswith(".jsonl") else line
-        parsed = words.from_text(answer, tokenizer.num_tokens, strict=not repair, fill=fill)
+        parsed = words.from_text(answer, num_tokens, strict=not repair, fill=fill)
         for problem in parsed.problems:
             tqdm.write(f"repaired: {name}: {problem}")
-        return parsed.ids, None
+        return _checked(parsed.ids, tokenizer), None
 
     for number, line in read_lines(path).items():
         yield partial(read, line, f"line{number:06d}")

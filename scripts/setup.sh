@@ -1,14 +1,16 @@
 # Sourced by the shell scripts beside it: makes the environment once and leaves its Python in $PYTHON.
-# TRELLIS_VENV chooses another place than .venv for it, TRELLIS_CONSTRAINTS another file of pins than constraints.txt.
+# TRELLIS_VENV chooses another place than .venv for it, TRELLIS_CONSTRAINTS another file of pins than constraints.txt,
+# TRELLIS_EXTRAS other optional packages.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${TRELLIS_VENV:-$ROOT/.venv}"
 PYTHON="$VENV/bin/python"
 PINS="$ROOT/${TRELLIS_CONSTRAINTS:-constraints.txt}"
+EXTRAS="${TRELLIS_EXTRAS:-meshes,tokens,viewer,llm,test}"
 
 set_up() {
     local wanted stamp="$VENV/installed"
-    wanted="$(cat "$ROOT/pyproject.toml" "$PINS" | cksum)"
+    wanted="$(echo "$EXTRAS" | cat "$ROOT/pyproject.toml" "$PINS" - | cksum)"
     if [ ! -x "$PYTHON" ]; then
         local base
         base="$(command -v python3 || command -v python)" || { echo "error: no python3 found; install Python 3.11 or newer" >&2; return 1; }
@@ -20,7 +22,7 @@ set_up() {
     fi
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "Installing what $(basename "$PINS") pins (some minutes the first time)"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$PINS" -e "$ROOT[meshes,tokens,viewer,test]" || return 1
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$PINS" -e "$ROOT[$EXTRAS]" || return 1
         echo "$wanted" > "$stamp"
     fi
 }

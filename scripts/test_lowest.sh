@@ -6,6 +6,7 @@ set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 TRELLIS_VENV="${TRELLIS_VENV_LOWEST:-$HERE/../.venv_lowest}"
 TRELLIS_CONSTRAINTS=constraints_lowest.txt
+TRELLIS_EXTRAS=meshes,tokens,viewer,test  # those of llm need younger versions of what we need
 source "$HERE/setup.sh"
 set_up
 check_open3d

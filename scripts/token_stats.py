@@ -5,10 +5,10 @@
         --output_dir outputs/token_stats
     python scripts/token_stats.py --tokenizer TOKENIZER --data_dir data/voxels --output_dir outputs/token_stats
 
---tokens is a folder of scripts/to_tokens.py; without it, grids are encoded here, in fp32. The tokenizer is needed for
-statistics of empty tokens and of the sparse form, the grids for statistics of occupied positions and for the size of
-grids themselves. Writes stats.json (keys: trellis/tokens/stats.py), stats.md, which says the same in words, and
-pictures.
+--tokens is a folder of scripts/to_tokens.py, in any form; without it, grids are encoded here, in fp32. The tokenizer is
+needed for statistics of empty tokens and of the sparse form (not for ids with an empty code), the grids for statistics
+of occupied positions and for the size of grids themselves. Writes stats.json (keys: trellis/tokens/stats.py), stats.md,
+which says the same in words, and pictures.
 """
 
 import sys
@@ -114,13 +114,17 @@ def read_tokens(
         for i, row in enumerate(parquet.read_shards(args.tokens))
         if i in wanted
     ]
+    empty_ids = None if tokenizer is None else tokenizer.empty_ids.numpy()
+    if info.empty_code:
+        empty_ids = np.zeros(info.num_tokens, dtype=np.int64)
     tokens = TokenSet(
         np.stack([ids for _, ids in rows]),
         np.array([sha256 for sha256, _ in rows]),
         info.lattice,
         info.codes_per_token,
         info.n_embed,
-        None if tokenizer is None else tokenizer.empty_ids.numpy(),
+        empty_ids,
+        info.empty_code,
     )
     about = {"tokens": args.tokens, "tokenizer_hash": info.tokenizer_hash, "precision": info.precision}
     return Subject(tokens, info.resolution, total, about)
@@ -144,6 +148,7 @@ def encode_grids(
         tokenizer.codes_per_token,
         tokenizer.n_embed,
         empty_ids,
+        tokenizer.empty_code,
     )
     about = {"tokenizer": args.tokenizer, "tokenizer_hash": tokenizer.hash, "precision": "fp32"}
     return Subject(tokens, tokenizer.resolution, len(dataset), about)
@@ -202,7 +207,7 @@ def measure(args: argparse.Namespace) -> dict:
         "codebook": stats.codebook_stats(tokens),
         "entropy": stats.conditional_entropies(tokens),
         "runs": stats.run_stats(tokens),
-        "empty": None, "sparse": None,
+        "empty": None, "sparse": None, "octree": stats.octree_stats(tokens) if tokens.empty_code else None,
         "bytes": {"ids": stats.id_sizes(tokens), "grid": None},
     }  # fmt: skip
     if tokens.empty_ids is not None:

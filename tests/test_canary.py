@@ -239,4 +239,4 @@ def test_print_says_what_it_is():
         assert fact in text
     assert "empty" not in text and "transformer" not in text
     text = str(make("empty", transformer=True))
-    assert "0 of them for empty blocks" in text and "transformer" in text
+    assert "id 0 for blocks without a voxel" in text and "transformer" in text

@@ -263,6 +263,7 @@ def check_what_the_recipes_made() -> None:
     # Way back: each grid, as it is, covers its organ in the scan; what the tokenizer makes of it has the scan's space.
     organs = SparseStructure("data/organs", split="all")
     scans = {Path(name).name: scan for name, scan in make_scans().items()}
+    files = {row["sha256"]: row["file"] for row in rows_of(Path("outputs/organ_maps/names.csv"))}
     for entry, item in zip(organs.entries, organs, strict=True):
         row = next(row for row in metadata if row["sha256"] == entry.sha256)
         case, _, organ = Path(row["file"]).name.partition("#")
@@ -276,7 +277,7 @@ def check_what_the_recipes_made() -> None:
             < float(row["mm_per_cell"]) * 64 / np.ptp(np.argwhere(truth) @ scan.affine[:3, :3].T, axis=0).max()
             < 1.5
         )
-        made = nibabel.load(f"outputs/organ_maps/{entry.sha256}.nii.gz")
+        made = nibabel.load(Path("outputs/organ_maps", files[entry.sha256]))
         assert made.shape == scan.shape and np.allclose(made.affine, scan.affine, atol=1e-5)
     assert len(list(Path("outputs/organ_meshes").glob("*.glb"))) == 3
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import save_tokenizer, solid_grids
+from helpers import VQ, save_tokenizer, solid_grids, tiny_config
 
 pytest.importorskip("pyarrow")
 
@@ -431,3 +431,57 @@ def test_an_object_without_voxels_is_listed(base, tokenizer, ids, tmp_path, caps
     file.write_text("\n".join(empty.to_text(ids[:2])))
     assert run(base, tmp_path / "out", "--tokenizer", tmp_path / "empty", "--text", file, "--format", "voxels") == 1
     assert "left out: line000002: decodes to no voxel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["dense", "octree", "octree-depth"])
+def test_files_and_answers_of_every_form(base, tmp_path, form, capsys):
+    models = tiny_config(VQ)["models"]
+    models["quantizer"]["args"]["empty_code"] = True
+    torch.manual_seed(0)
+    tokenizer = SparseStructureTokenizer(models, 16)
+    tokenizer.quantizer.embeddings.weight.data.normal_()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    ids = tokenizer.encode(torch.from_numpy(solid_grids(OBJECTS, 16, 0))[:, None])
+    names = [f"{i:064x}" for i in range(OBJECTS)]
+    file, answers = tmp_path / "a.parquet", tmp_path / "answers.txt"
+    info = tokenizer.token_info("fp32", form)
+    parquet.write_shard(file, info, names, names, [None] * OBJECTS, ids.numpy(), np.ones(OBJECTS))
+    texts = tokenizer.to_text(ids, form)
+    answers.write_text("\n".join(texts))
+    given = [] if form == "octree" else ["--form", form]  # the default
+    more = ("--tokenizer", tmp_path / "tokenizer", "--format", "voxels")
+    assert run(base, tmp_path / "files", *more, "--tokens", file) == 0
+    assert run(base, tmp_path / "text", *more, "--text", answers, *given) == 0
+    for folder in ("files", "text"):
+        voxels = [path for path in made(tmp_path / folder) if path.suffix == ".ply"]
+        for path, want in zip(voxels, tokenizer.decode(ids) > 0, strict=True):
+            assert torch.equal(read_voxels(path), want[0])
+    answers.write_text(texts[0].replace("<mesh-end>", ""))
+    assert run(base, tmp_path / "cut", *more, "--text", answers, *given) == 1
+    assert "left out: line000001: the object has no end" in capsys.readouterr().out
+    assert run(base, tmp_path / "repaired", *more, "--text", answers, *given, "--repair") == 0
+    assert torch.equal(read_voxels(tmp_path / "repaired" / "line000001.ply"), tokenizer.decode(ids[:1])[0, 0] > 0)
+
+
+def test_tokens_that_are_empty_in_part_are_listed(base, tmp_path, capsys):
+    args = {"n_embed": 32, "embed_dim": 8, "latent_channels": 4, "empty_code": True}
+    models = tiny_config(VQ)["models"] | {"quantizer": {"name": "ResidualVectorQuantizer", "args": args}}
+    tokenizer = SparseStructureTokenizer(models, 16)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    ids = np.ones((2, tokenizer.num_tokens), dtype=int)
+    ids[1, 3] = 0
+    file = tmp_path / "a.parquet"
+    parquet.write_shard(file, tokenizer.token_info(), ["a", "b"], ["a", "b"], [None] * 2, ids, np.ones(2))
+    more = ("--tokenizer", tmp_path / "tokenizer", "--tokens", file, "--format", "voxels")
+    assert run(base, tmp_path / "out", *more) == 1
+    assert "left out: b: ids 2 to 3 of object 0 are of one token" in capsys.readouterr().out
+
+
+def test_the_form_of_files_is_their_own(base, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(base, tmp_path, "--tokens", base / "tokens", "--form", "dense")
+    assert "--form goes with --text" in capsys.readouterr().err
+    answers = tmp_path / "answers.txt"
+    answers.write_text("<mesh-start><mesh-end>")
+    assert run(base, tmp_path / "out", "--text", answers, "--form", "octree") == 1
+    assert "no id for empty blocks" in capsys.readouterr().err and not (tmp_path / "out").exists()

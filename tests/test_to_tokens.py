@@ -7,13 +7,13 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, save_tokenizer, solid_grids
+from helpers import ROOT, VQ, save_tokenizer, solid_grids, tiny_config
 
 pytest.importorskip("pyarrow")
 import pyarrow as pa
@@ -429,6 +429,89 @@ def test_damaged_files_are_refused(tmp_path, damage):
     }[damage]
     with pytest.raises(DataError, match=want):
         list(parquet.read_shards(source))
+
+
+# --- forms ---
+
+
+@pytest.fixture(scope="module", params=["one", "two"])
+def sparse(request, base) -> Path:
+    """A tokenizer with an empty code and one or two codes a token."""
+    models = tiny_config(VQ)["models"]
+    models["quantizer"]["args"]["empty_code"] = True
+    if request.param == "two":
+        args = {"n_embed": 32, "embed_dim": 8, "latent_channels": 4, "empty_code": True}
+        models["quantizer"] = {"name": "ResidualVectorQuantizer", "args": args}
+    torch.manual_seed(0)
+    tokenizer = SparseStructureTokenizer(models, 16)
+    for name, value in tokenizer.quantizer.named_parameters():
+        if name.startswith("embeddings"):
+            value.data.normal_()
+    tokenizer.save_pretrained(base / request.param)
+    return base / request.param
+
+
+def test_files_of_every_form_hold_the_same_ids(base, sparse, tmp_path, capsys):
+    tokenizer = SparseStructureTokenizer.load(sparse)
+    with np.load(base / "objects.npz") as file:
+        grids = np.unpackbits(file["bits"], axis=1).reshape(-1, 1, 16, 16, 16)
+    ids = tokenizer.encode(torch.from_numpy(grids)).numpy()
+    assert 0.1 < (ids == 0).mean() < 0.9
+    for form, flag in (("octree", ()), ("dense", ("--form", "dense")), ("octree-depth", ("--form", "octree-depth"))):
+        out = tmp_path / form
+        more = ("--tokenizer", sparse, *flag, "--sharegpt", "--verify", OBJECTS)
+        assert script.main(flags(base, out, *more)) == 0
+        assert "100.00% of the ids equal" in capsys.readouterr().out
+        assert np.array_equal(np.stack([row["tokens"] for row in parquet.read_shards(out)]), ids)
+        info = parquet.read_info(out)
+        assert info == tokenizer.token_info("fp32", form) and info.empty_code
+        words = tokenizer.token_format(form=form)
+        stored = [row for path in sorted(out.glob("*.parquet")) for row in pq.read_table(path)["tokens"].to_pylist()]
+        octree = words.octree
+        assert stored == [row.tolist() if octree is None else octree.to_values(row).tolist() for row in ids]
+        version = pq.read_schema(out / "shard-00000-of-00004.parquet").metadata[b"format_version"]
+        assert version == (b"1" if form == "dense" else b"2")
+        answers = [record["conversations"][1]["value"] for record in read_jsonl(tmp_path / f"{form}_sharegpt")]
+        assert answers == tokenizer.to_text(torch.from_numpy(ids), form)
+    assert script.main(flags(base, tmp_path / "octree", "--tokenizer", sparse, "--form", "dense")) == 1
+    assert "has other values of form" in capsys.readouterr().err
+
+
+def test_an_octree_needs_an_empty_code(base, tmp_path, capsys):
+    assert script.main(flags(base, tmp_path / "out", "--form", "octree")) == 1
+    assert "form is 'octree', but the tokenizer has no id for empty blocks" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "code", "null", "form"])
+def test_damaged_sequences_are_refused(tmp_path, damage):
+    path = tmp_path / "shard-00000-of-00001.parquet"
+    octree = replace(info(), form="octree", empty_code=True)
+    tokens = np.array([[0, 0, 0, 0], [1, 2, 0, 0], [3, 4, 5, 6]])
+    write(path, octree, tokens)
+    assert np.array_equal(np.stack([row["tokens"] for row in parquet.read_shards(path)]), tokens)
+    table = pq.read_table(path)
+    rows = table["tokens"].to_pylist()
+    assert rows[0] == [] and len(rows[2]) == 5
+    metadata = dict(table.schema.metadata)
+    if damage == "form":
+        metadata[b"form"] = b"spiral"
+    else:
+        rows[2] = {"short": rows[2][:-1], "long": [*rows[2], 1], "code": [1, *rows[2][1:]], "null": None}[damage]
+    changed = table.set_column(3, "tokens", pa.array(rows, table.schema.field("tokens").type))
+    pq.write_table(changed.replace_schema_metadata(metadata), path)
+    where = re.escape(str(path)) if damage == "form" else re.escape(f"{path}: {2:064x}: ")
+    want = {"short": "ends after 4 values", "long": "value 5 is code 1", "code": "value 0 is code 1"}
+    with pytest.raises(DataError, match=f"{where}.*{want.get(damage, 'missing' if damage == 'null' else 'spiral')}"):
+        list(parquet.read_shards(path))
+
+
+def test_masks_count_among_the_numbers_that_files_can_hold(tmp_path):
+    for n_embed, kind in ((2**16 - 255, pa.uint16()), (2**16 - 254, pa.int32())):
+        path = tmp_path / f"{n_embed}.parquet"
+        write(path, replace(info(n_embed), form="octree", empty_code=True), np.array([[n_embed - 1] * 4]))
+        assert pq.read_schema(path).field("tokens").type.value_type == kind
+        assert [row["tokens"].tolist() for row in parquet.read_shards(path)] == [[n_embed - 1] * 4]
 
 
 # --- meshes ---------------------------------------------------------------------------------------------------

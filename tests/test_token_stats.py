@@ -19,6 +19,7 @@ from helpers import ROOT, tiny_config
 
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import stats
+from trellis.tokens.octree import Octree
 from trellis.tokens.sparse import morton_order, to_sparse
 from trellis.tokens.stats import TokenSet
 from trellis.tokens.stats_report import CONTEXTS
@@ -477,3 +478,55 @@ def test_the_script_starts_beside_one_named_as_a_module_of_python():
         [sys.executable, str(ROOT / "scripts" / "token_stats.py"), "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0 and "--max_objects" in done.stdout, done.stderr
+
+
+# --- the octree form ---
+
+
+def test_octree_statistics_are_those_of_plain_counting():
+    rng = np.random.default_rng(0)
+    octree = Octree((4, 3, 5), 16, 2)
+    rows = rng.integers(1, 16, (20, 60, 2)) * (rng.random((20, 60, 1)) < 0.2)
+    rows[3] = 0
+    tokens = token_set(rows.reshape(20, 120), (4, 3, 5), 16, codes=2)
+    sequences = [octree.to_values(row).tolist() for row in tokens.ids]
+    masks = Counter(value for row in sequences for value in row if value >= 16)
+    codes = [Counter(code for code in rows[..., q].ravel().tolist() if code) for q in range(2)]
+
+    def bits(counts: Counter) -> float:
+        return -sum(n / counts.total() * math.log2(n / counts.total()) for n in counts.values())
+
+    result = stats.octree_stats(tokens)
+    assert result["mask_entropy"] == pytest.approx(bits(masks))
+    assert result["code_entropy"] == pytest.approx((bits(codes[0]) + bits(codes[1])) / 2)
+    assert result["values"] == pytest.approx(stats.summary(np.array([len(row) for row in sequences])))
+    number = np.array([sum(value < 16 for value in row) for row in sequences])
+    assert result["codes"] == pytest.approx(stats.summary(number)) and number[3] == 0
+    want = (masks.total() * result["mask_entropy"] + number.sum() * result["code_entropy"]) / 20
+    assert result["bits_per_object"] == pytest.approx(want)
+
+
+@needs_plots
+@needs_pyarrow
+@pytest.mark.parametrize("form", ["dense", "octree", "octree-depth"])
+def test_files_of_every_form_have_the_same_statistics(run_script, data_dir, tmp_path, form):
+    from scripts import to_tokens
+
+    torch.manual_seed(0)
+    models = tiny_config("SparseStructureVqVaeTrainer")["models"]
+    models["quantizer"]["args"]["empty_code"] = True
+    tokenizer = SparseStructureTokenizer(models, resolution=16)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    flags = ["--tokenizer", tmp_path / "tokenizer", "--data_dir", data_dir, "--output_dir", tmp_path / "tokens"]
+    assert to_tokens.main([*map(str, flags), "--form", form, "--device", "cpu"]) == 0
+    results = []
+    for name, source in (("read", ("--tokens", tmp_path / "tokens")), ("encoded", flags[:4])):
+        code, printed, errors = run_script(*source, "--output_dir", tmp_path / name)
+        assert code == 0, errors
+        assert "The octree form has" in printed and "id 0" not in printed
+        results.append(json.loads((tmp_path / name / "stats.json").read_text()))
+    for key in ("empty", "sparse", "octree", "entropy", "codebook", "runs"):
+        first, second = (result[key] for result in results)
+        if key == "empty":  # with grids also
+            second = {name: second[name] for name in first}
+        assert first == second and first is not None

@@ -268,6 +268,31 @@ def test_an_exported_folder_of_an_earlier_version(tmp_path):
     assert SparseStructureTokenizer.load(tmp_path).hash == make().hash
 
 
+@pytest.mark.parametrize("form", [None, "dense", "octree", "octree-depth"])
+@pytest.mark.parametrize("kind", ["one", "two codes", "blocks"])
+def test_text_of_every_form_gives_the_ids_back(kind, form):
+    quantizer = {**QUANTIZERS[kind], "args": {**QUANTIZERS[kind]["args"], "empty_code": True}}
+    tokenizer = make(**quantizer)
+    ids = tokenizer.encode(grids())
+    texts = tokenizer.to_text(ids, form)
+    assert torch.equal(tokenizer.from_text(texts, form=form), ids)
+    assert torch.equal(tokenizer.from_text(tokenizer.to_text(ids[0], form), form=form), ids[0])
+    assert ("<octree" in texts[0]) == (form != "dense")
+    cut = texts[0].removesuffix("<mesh-end>")
+    with pytest.raises(DataError, match="has no end"):
+        tokenizer.from_text(cut, form=form)
+    with pytest.warns(UserWarning, match="has no end"):
+        assert torch.equal(tokenizer.from_text(cut, strict=False, form=form), ids[0])
+
+
+def test_forms_that_a_tokenizer_does_not_have():
+    tokenizer = make()
+    assert tokenizer.token_format() == tokenizer.token_format(form="dense")
+    for form, message in (("octree", "no id for empty blocks"), ("spiral", "must be dense, octree, octree-depth")):
+        with pytest.raises(ConfigError, match=message):
+            tokenizer.to_text(torch.zeros(tokenizer.num_tokens, dtype=torch.int64), form)
+
+
 # --- ShapeLLM-Omni's layout ---
 
 
@@ -510,7 +535,8 @@ def test_id_text_id_file_id(tmp_path):
     (tmp_path / "objects.txt").write_text("\n".join(tokenizer.to_text(ids)))
     assert torch.equal(tokenizer.from_text((tmp_path / "objects.txt").read_text().splitlines()), ids)
     assert torch.equal(tokenizer.from_text(tokenizer.to_text(ids[2])), ids[2])
-    assert SHAPELLM == SparseStructureTokenizer.token_format(type("", (), {"n_embed": 8192}), first_id=151665)
+    large = make(name="VectorQuantizer", args={**QUANTIZERS["one"]["args"], "n_embed": 8192})
+    assert SHAPELLM == large.token_format(first_id=151665)
     with pytest.raises(DataError):
         tokenizer.from_text("<mesh-start><mesh0><mesh-end>")
     with pytest.warns(UserWarning, match="text 0 is repaired"):

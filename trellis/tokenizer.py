@@ -238,7 +238,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         Raise ValueError for another shape, for an id outside [0, K), and with an empty code for a token that has id 0
         beside others.
         """
-        ids = self._check_ids(ids).to(self.device)
+        ids = self.check_ids(ids).to(self.device)
         parts = []
         for part, number in self._parts(ids):
             with self._arithmetic(precision):
@@ -307,7 +307,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         form: as for `token_format`.
         """
         words = self.token_format(form=form)
-        texts = [words.to_text(row) for row in self._check_ids(ids)]
+        texts = [words.to_text(row) for row in self.check_ids(ids)]
         return texts if ids.ndim == 2 else texts[0]
 
     def from_text(self, text: str | list[str], strict: bool = True, form: Form | None = None) -> Tensor:
@@ -610,7 +610,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             return points_to_occupancy(read_ply(path), self.resolution, name=str(path))
         return mesh_to_grid(path, self.resolution, up_axis or self.up_axis, self.normalization)
 
-    def _check_ids(self, ids: Tensor) -> Tensor:
+    def check_ids(self, ids: Tensor) -> Tensor:
         """Return ids as [B, T]. Raise ValueError for another shape and for an id outside [0, K)."""
         ids = torch.as_tensor(ids)
         if ids.ndim not in (1, 2) or ids.shape[-1] != self.num_tokens or ids.is_floating_point() or not ids.numel():

@@ -27,7 +27,7 @@ def model_card(tokens: TokenInfo, sections: dict[str, Any], **data) -> ModelCard
     lattice = " × ".join(map(str, tokens.lattice))
     facts = {
         "tokens of an object": f"{tokens.num_tokens} on a lattice of {lattice}",
-        "codes": tokens.n_embed,
+        "codes": f"{tokens.n_embed}, of which 0 stands for an empty block" if tokens.empty_code else tokens.n_embed,
         "grid": f"{tokens.resolution}³",
         "normalization": tokens.normalization,
         "up axis": tokens.up_axis,

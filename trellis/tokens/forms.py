@@ -7,10 +7,12 @@
 The octree forms need a tokenizer with an empty code. All are exact: each gives the same ids back.
 """
 
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from ..utils.errors import ConfigError
-from .octree import Octree
+
+if TYPE_CHECKING:
+    from .octree import Octree
 
 Form = Literal["dense", "octree", "octree-depth"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -32,8 +34,10 @@ def form_of(wanted: str | None, empty_code: bool) -> Form:
     return cast(Form, wanted)
 
 
-def octree_of(form: Form, lattice: tuple[int, int, int], n_embed: int, codes_per_token: int) -> Octree | None:
+def octree_of(form: Form, lattice: tuple[int, int, int], n_embed: int, codes_per_token: int) -> "Octree | None":
     """Return what writes and reads an octree form, None for the dense one."""
     if form == "dense":
         return None
+    from .octree import Octree  # with torch, which programs that only list FORMS do without
+
     return Octree(lattice, n_embed, codes_per_token, "depth" if form == "octree-depth" else "breadth")

@@ -35,6 +35,7 @@ from ..utils.files import atomic_write
 from ..utils.formats import check_version
 from .forms import form_of, octree_of
 from .octree import Octree
+from .text import MASKS
 
 if TYPE_CHECKING:
     import pyarrow
@@ -70,7 +71,7 @@ class TokenInfo:
     @property
     def num_values(self) -> int:
         """How many different numbers files may have in place of ids: K, or with an octree K + 255."""
-        return self.n_embed if self.octree is None else self.octree.num_values
+        return self.n_embed + (0 if self.octree is None else MASKS)
 
     @property
     def num_tokens(self) -> int:

@@ -16,7 +16,9 @@ import pandas as pd
 import torch
 
 from ..evaluation.metrics import code_entropy, object_counts, usage
+from .octree import Octree
 from .sparse import morton_order
+from .text import MASKS
 
 FOLDS = 5
 OBJECTS_AT_ONCE = 64
@@ -33,6 +35,7 @@ class TokenSet:
     codes_per_token: int  # Q
     n_embed: int  # K
     empty_ids: np.ndarray | None = None  # [T], ids of an empty grid; None if unknown
+    empty_code: bool = False  # whether id 0 stands for a token whose block has no voxel
 
     def order(self, name: str) -> np.ndarray:
         """Return the permutation [T] from raster order into one of ORDERS."""
@@ -279,6 +282,34 @@ def sparse_lengths(tokens: TokenSet, order: str) -> np.ndarray:
     first_of_run = ~kept
     first_of_run[:, 1:] &= kept[:, :-1]
     return kept.sum(1) + first_of_run.sum(1)
+
+
+def octree_stats(tokens: TokenSet) -> dict:
+    """Return statistics of the octree form (tokens/octree.py) of ids with an empty code.
+
+    "masks", "codes", "values": summaries over objects of its masks, codes, and both together.
+    "mask_entropy", "code_entropy": bits of a mask, and of a code that is not the empty one, over all objects; without
+        any, 0.
+    "bits_per_object": what they come to in the mean object.
+    """
+    octree = Octree(tokens.lattice, tokens.n_embed, tokens.codes_per_token)
+    lengths = octree.lengths(tokens.ids)
+    masks, codes = np.zeros(MASKS), np.zeros((tokens.codes_per_token, tokens.n_embed))
+    for row in tokens.ids:
+        values = octree.to_values(row).numpy()
+        masks += np.bincount(values[values >= tokens.n_embed] - tokens.n_embed, minlength=MASKS)
+        for counts, column in zip(codes, row.reshape(-1, tokens.codes_per_token).T, strict=True):
+            counts += np.bincount(column[column > 0], minlength=tokens.n_embed)
+    mask_bits = code_entropy(torch.from_numpy(masks)).item()
+    code_bits = code_entropy(torch.from_numpy(codes)).mean().item()
+    return {
+        "masks": summary(lengths.masks),
+        "codes": summary(lengths.codes),
+        "values": summary(lengths.masks + lengths.codes),
+        "mask_entropy": mask_bits,
+        "code_entropy": code_bits,
+        "bits_per_object": float(lengths.masks.mean() * mask_bits + lengths.codes.mean() * code_bits),
+    }
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..utils.errors import ConfigError
 from ..utils.files import atomic_write
 from .stats import COMPRESSORS, FOLDS, ORDERS
+from .text import MASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -208,6 +209,14 @@ def _lengths(result: dict) -> str:
         _compare("As runs of equal tokens an object has", numbers, "runs", whole=True)
         + f" The longest has {max(runs['longest'] for runs in equal)} tokens."
     ]
+    if octree := result["octree"]:
+        values = octree["values"]
+        text.append(
+            f"The octree form has {octree['masks']['mean']:.0f} masks and {octree['codes']['mean']:.0f} codes in the "
+            f"mean object, {values['mean']:.0f} values in all ({values['p5']:.0f} to {values['p95']:.0f} for 5 to 95 % "
+            f"of objects), out of {result['n_embed'] + MASKS}. Single masks carry {octree['mask_entropy']:.2f} bits, "
+            f"single codes {octree['code_entropy']:.2f}: {octree['bits_per_object']:.0f} bits an object."
+        )
     if empty is None:
         text.append("Empty tokens and the sparse form were not measured: --tokenizer tells what is empty.\n")
         return "\n".join(text)

@@ -176,7 +176,6 @@ def round_trip(args: argparse.Namespace, folder: Path) -> dict:
     from trellis import SparseStructureTokenizer
     from trellis.evaluation.metrics import voxel_metrics
     from trellis.grids.preview import contact_sheet, save_png
-    from trellis.tokens.octree import Octree
 
     output = folder / "eval" / "base"
     text, back, sheet = (output / f"{MESH.stem}{end}" for end in ("_tokens.txt", "_back.glb", ".png"))
@@ -192,9 +191,7 @@ def round_trip(args: argparse.Namespace, folder: Path) -> dict:
     tokenizer.save_mesh(ids, back)
 
     scores = {name: value.item() for name, value in voxel_metrics(made, grid[None]).items()}
-    octree = Octree(tokenizer.lattice, tokenizer.n_embed, tokenizer.codes_per_token)
-    masks, codes = map(int, octree.lengths(ids[0]))
-    scores |= {"lm_tokens": masks + codes}
+    scores["lm_tokens"] = len(tokenizer.token_format().to_vocabulary(ids[0])) - 2  # without start and end
     save_png(sheet, contact_sheet([(grid[0].numpy(), made[0, 0].numpy(), f"{MESH.name}, IoU {scores['iou']:.3f}")]))
     print(f"encoded in {encoded - started:.1f} s, decoded in {decoded - encoded:.1f} s; written:", *(text, back, sheet))
     return scores | {"sheet": sheet}

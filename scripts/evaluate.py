@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -256,18 +256,12 @@ def pick_examples(iou: torch.Tensor) -> list[tuple[str, int]]:
 
 
 def example(
-    dataset: StandardDatasetBase,
-    caption: str,
-    number: int,
-    iou: torch.Tensor,
-    reconstruct: Callable[[torch.Tensor], Reconstruction],
-    device: torch.device,
+    dataset: StandardDatasetBase, kind: str, number: int, iou: torch.Tensor, reconstruction: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return an object's row of a contact sheet. iou: of all objects, [n]."""
-    ss = dataset[number]["ss"][None].to(device)
-    with torch.no_grad():
-        decoded = reconstruct(ss).logits[0, 0] > 0
-    return ss[0, 0].bool().cpu().numpy(), decoded.cpu().numpy(), f"{caption}, IoU {iou[number].item():.3f}"
+    """Return an object's row of a contact sheet. iou: of all objects, [n]. reconstruction: its grid in bits."""
+    grid = dataset[number]["ss"][0].bool().numpy()
+    made = np.unpackbits(reconstruction, count=grid.size).reshape(grid.shape)
+    return grid, made, f"{kind}: {Path(dataset.name(number)).name}, IoU {iou[number].item():.3f}"
 
 
 def tables_of_patterns(models: dict, resolution: int) -> list[tuple[Lattice, int]]:
@@ -366,15 +360,23 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
 
     results: dict[str, dict] = {}
     sheets: list[list[tuple[np.ndarray, np.ndarray, str]]] = []
+    reconstructions: dict[int, np.ndarray] = {}  # of the first set, in bits: 32 KiB for 64³
     # Seeds the sample of each object, independent of the other objects.
     sample_ids = torch.tensor([int(dataset.sha256(i)[:15], 16) for i in range(len(dataset))])
+
+    def reconstruct_and_keep(ss: torch.Tensor, numbers: Sequence[int]) -> Reconstruction:
+        result = reconstruct(models, ss, sample_ids[list(numbers)])
+        for number, logits in zip(numbers, result.logits, strict=True):
+            reconstructions.setdefault(number, np.packbits((logits > 0).cpu().numpy()))
+        return result
+
     sets = list(subject.sets.items())
     for label, files in sets if args.weights == "all" else sets[:1]:
         for name, model in models.items():
             load_own(model, name, files[name])
         with tqdm(total=len(dataset), desc=label, unit="object", disable=not sys.stderr.isatty()) as bar:
             scores = evaluate(
-                lambda ss, rows: reconstruct(models, ss, sample_ids[list(rows)]),
+                reconstruct_and_keep,
                 dataset,
                 range(len(dataset)),
                 batch_size=args.batch_size,
@@ -391,8 +393,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
             iou = scores.objects["iou"]
             worst = [("worst", number) for number in iou.argsort()[:WORST].tolist()]
             for chosen in (pick_examples(iou), worst):
-                rows = [(f"{kind}: {Path(dataset.name(number)).name}", number) for kind, number in chosen]
-                sheets.append([example(dataset, *row, iou, lambda ss: reconstruct(models, ss), device) for row in rows])
+                sheets.append([example(dataset, kind, i, iou, reconstructions[i]) for kind, i in chosen])
     baselines = {}
     if training is not None:
         tables = tables_of_patterns(models, dataset[0]["ss"].shape[-1])

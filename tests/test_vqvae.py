@@ -143,6 +143,21 @@ def test_the_layout_of_shapellm_has_no_place_for_either(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizers_grammar_lets_its_objects_through(tokenizer, grids):
+    """In every form; and the end follows nothing but the last id."""
+    ids = tokenizer.encode(grids)
+    for form in ("dense", "octree", "octree-depth"):
+        words = tokenizer.token_format(first_id=3, form=form)
+        grammar = tokenizer.grammar(3, form, eos_id=1)
+        for row in ids:
+            written = words.to_vocabulary(row)
+            for length in range(1, len(written)):
+                scores = grammar(torch.tensor([written[:length]]), torch.zeros(1, 400))[0]
+                assert scores[written[length]] == 0
+                if length > 1:
+                    assert (scores[words.end_id] == 0) == (length + 1 == len(written))
+
+
 # --- training ---
 
 

@@ -216,17 +216,8 @@ def test_training_goes_on_from_a_saved_tokenizer(data_dir, write_config, tmp_pat
     tokenizer.save_pretrained(tmp_path / "saved", dtype=torch.float16)
     saved = SparseStructureTokenizer.load(tmp_path / "saved")
     config = write_config(stage("sparse", True, max_steps=1))
-    flags = (
-        "--config",
-        config,
-        "--data_dir",
-        data_dir,
-        "--output_dir",
-        tmp_path / "run",
-        "--load_dir",
-        tmp_path / "saved",
-    )
-    assert run(*flags) == 0
+    data, source = ("--data_dir", data_dir), ("--load_dir", tmp_path / "saved")
+    assert run("--config", config, *data, *source, "--output_dir", tmp_path / "run") == 0
     assert "has no transformer" in capsys.readouterr().out
     before = checkpoint(tmp_path / "run", 0)
     for name in ("encoder", "quantizer", "decoder"):

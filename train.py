@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="JSON file with models, dataset and trainer")
     parser.add_argument("--output_dir", required=True, help="run folder; a run found there is continued")
     parser.add_argument("--data_dir", required=True, help="data roots, separated by commas")
-    parser.add_argument("--load_dir", help="run folder to take weights from, such as stage 1's")
+    parser.add_argument("--load_dir", help="run folder to take weights from, such as stage 1's, or a saved tokenizer")
     parser.add_argument(
         "--ckpt",
         default="latest",

@@ -27,7 +27,7 @@ COLUMNS = (
     Column("grids", "key"),
     Column("baseline", "key"),
     Column("objects"),
-    Column("IoU", format=".4f"),
+    Column("IoU", "ratio", format=".4f"),
     Column("median", format=".4f"),
     Column("5 %", format=".4f"),
     Column("codes", format=".1f"),

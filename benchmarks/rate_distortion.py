@@ -18,9 +18,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -31,9 +30,6 @@ from benchmarks.report import Column, Report, Table
 from trellis.tokens.stats_report import require_matplotlib
 from trellis.utils.command import run_command
 from trellis.utils.errors import ConfigError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 COLUMNS = (Column("variant", "key"), Column("kbit used"), Column("IoU", format=".4f"))
 FORM_COLUMNS = (
@@ -67,11 +63,18 @@ class Form(NamedTuple):
 # What others state, and why it does not compare. Not measured here.
 PUBLISHED = (
     (
-        Form("SuperVoxelGPT, stage 1", "published", 512, 512 * math.log2(5625) / 1e3, None, 0.9996 / (2 - 0.9996)),
-        "SuperVoxelGPT (arXiv:2605.29655): its repository states 512 tokens of 5625 codes and a dice of 0.9996 for the "
-        "occupancy of 64³ grids, shown as the IoU of a grid with that dice. Other grids (closed surfaces made from "
-        "19,000 shapes of one collection), tokens that carry a second field as well, and weights that are not public: "
-        "not checked and not comparable.",
+        Form(
+            "SuperVoxelGPT, as stated, other grids",
+            "published",
+            512,
+            512 * math.log2(5625) / 1e3,
+            None,
+            0.9996 / (2 - 0.9996),
+        ),
+        "SuperVoxelGPT (arXiv:2605.29655): its repository states 512 tokens of 5625 codes and an occupancy dice of "
+        "0.9996 for the stage that writes 64³ grids, without saying on which shapes. It is shown as the IoU of a grid "
+        "with that dice. Other grids (closed surfaces of 20,000 shapes of one collection), tokens that carry a second "
+        "field as well, and weights that are not public: not checked and not comparable.",
     ),
 )
 NOT_PUBLISHED = (
@@ -140,60 +143,59 @@ def of_baselines(path: Path, grids: str) -> list[Form]:
     return forms
 
 
-def draw_forms(forms: list[Form], axes: Sequence["Axes"]) -> None:
-    """Draw forms by their tokens and by their bits, each with its name at the point."""
-    for panel, title, sizes in (
-        (axes[0], "tokens that a language model writes for an object, mean", [form.tokens for form in forms]),
-        (
-            axes[1],
-            "kbit per object, by the entropy of single tokens (×: fixed length)",
-            [form.kbit_used for form in forms],
-        ),
-    ):
-        panel.set(xlabel=title, ylabel="mean IoU", xscale="log")
-        panel.grid(alpha=0.3, which="both")
-        for form, size in zip(forms, sizes, strict=True):
-            marker = "o"
-            if size is None and panel is axes[1]:
-                size, marker = form.kbit, "x"
-            if size is None:
-                continue
-            color = ORIGINS[form.origin]
-            panel.plot(size, form.iou, marker, color=color, markersize=5)
-            panel.annotate(
-                form.name, (size, form.iou), xytext=(5, 4), textcoords="offset points", fontsize=7, color=color
-            )
-        panel.margins(x=0.25, y=0.08)
+class Panel(NamedTuple):
+    title: str
+    size: str  # what the horizontal axis shows
+    marks: list[tuple[str, float, float, str]]  # name, size, IoU, origin
 
 
-def draw(panels: dict[str, list[Point]], forms: list[Form], path: Path) -> None:
-    """Draw a panel for each list of points, and two for forms if there are any.
+def panels_of_points(panels: dict[str, list[Point]]) -> list[Panel]:
+    return [
+        Panel(title, "kbit per object, by the entropy of single ids", [(*point, "tokenizer") for point in points])
+        for title, points in panels.items()
+    ]
 
-    The names of points stand beside their panel, the best first, with a line to each point.
+
+def panels_of_forms(forms: list[Form]) -> list[Panel]:
+    """Return forms by their tokens and by their bits; where the entropy is not known, at a fixed length."""
+    tokens = [(form.name, form.tokens, form.iou, form.origin) for form in forms if form.tokens is not None]
+    bits = []
+    for form in forms:
+        if form.kbit_used is not None:
+            bits.append((form.name, form.kbit_used, form.iou, form.origin))
+        elif form.kbit is not None:
+            bits.append((f"{form.name} (fixed length)", form.kbit, form.iou, form.origin))
+    return [
+        Panel("Tokens of a language model", "tokens per object, mean", tokens),
+        Panel("Bits", "kbit per object, by the entropy of single tokens", bits),
+    ]
+
+
+def draw(panels: list[Panel], path: Path) -> None:
+    """Draw the panels. The names of points stand beside theirs, the best first, with a line to each point.
+
+    Points of published figures are hollow.
     """
     from matplotlib.figure import Figure
 
-    number = len(panels) + (2 if forms else 0)
-    figure = Figure(figsize=(9 * number, 6), layout="constrained")
-    all_axes = figure.subplots(1, number, squeeze=False)[0]
-    if forms:
-        draw_forms(forms, all_axes[len(panels) :])
-    for axes, (title, points) in zip(all_axes, panels.items(), strict=False):
-        axes.set(title=title, xlabel="kbit per object, by the entropy of single ids", ylabel="mean IoU, validation")
+    figure = Figure(figsize=(9 * len(panels), 6), layout="constrained")
+    for axes, (title, size_label, marks) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.set(title=title, xlabel=size_label, ylabel="mean IoU, validation")
         axes.margins(x=0.08)
         axes.grid(alpha=0.3)
-        points = sorted(points, key=lambda point: -point.iou)
-        for number, (name, kbit, iou) in enumerate(points):
-            axes.plot(kbit, iou, "o", color="#3a5a8c", markersize=4)
-            line = {"arrowstyle": "-", "color": "#9eb2ce", "lw": 0.5, "relpos": (0, 0.5)}
+        marks = sorted(marks, key=lambda mark: -mark[2])
+        for number, (name, size, iou, origin) in enumerate(marks):
+            color = ORIGINS[origin]
+            axes.plot(size, iou, "o", color=color, mfc="none" if origin == "published" else color, markersize=4)
             axes.annotate(
                 name,
-                (kbit, iou),
-                xytext=(1.03, 1 - (number + 0.5) / len(points)),
+                (size, iou),
+                xytext=(1.03, 1 - (number + 0.5) / len(marks)),
                 va="center",
                 fontsize=7,
+                color=color if origin != "tokenizer" else "black",
                 textcoords="axes fraction",
-                arrowprops=line,
+                arrowprops={"arrowstyle": "-", "color": "#9eb2ce", "lw": 0.5, "relpos": (0, 0.5)},
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=100)
@@ -238,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
         parts += [Table(FORM_COLUMNS, forms, "Forms of tokens"), *(note for _, note in PUBLISHED), NOT_PUBLISHED]
     if not parts:
         flags.error("give --ablation, --quality, --report or --baselines")
-    draw(panels, forms, options.output)
+    drawn = panels_of_points(panels) + (panels_of_forms(forms) if forms else [])
+    draw(drawn, options.output)
     report = Report("Rate and distortion", __file__, argv, torch.device("cpu"), options.output.with_suffix(".md"))
     print(report.write(*parts))
 

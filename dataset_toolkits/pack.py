@@ -26,7 +26,7 @@ from trellis.grids.voxels import occupancy_to_points, pack_bits, packed_size, wr
 from trellis.utils.command import run_command
 from trellis.utils.errors import DataError
 
-KEPT = ("up_axis", "normalization", "fill", "mm_per_cell", "frame")  # columns of metadata.csv
+KEPT = ("kind", "up_axis", "normalization", "fill", "mm_per_cell", "frame")  # columns of metadata.csv
 
 
 def pack(root: str, output: Path, resolution: int) -> int:

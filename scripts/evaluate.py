@@ -9,7 +9,8 @@ without a codebook is scored from the mean of its posterior and from a sample. t
 Chamfer distance and F-score (`distance_metrics`) and narrow gaps, by which thin structure has scores of its own.
 --baselines adds what takes no network (trellis/evaluation/baselines.py), fitted to the training grids: a table of
 patterns with as many ids and tokens, a lossless code, and deflate. It takes a minute or more.
---kinds adds scores by kind, from a CSV table that says which kind of objects each source has:
+Scores by kind are those of objects whose data root has a column `kind`, such as "anatomy". --kinds adds kinds, or puts
+others in their place, by a CSV table that says which kind of objects each source has:
 
     source,kind
     bones,anatomy
@@ -217,7 +218,7 @@ def format_report(results: dict[str, dict], baselines: dict[str, dict]) -> str:
 
 
 def format_table(title: str, columns: dict[str, str], rows: dict[str, dict]) -> str:
-    """Return a table, without rows that have none of the keys; "" if no row is left.
+    """Return a table, without rows that have none of the keys but "objects"; "" if no row is left.
 
     columns: {heading: key}.
     rows: {label: {key: number}}.
@@ -232,7 +233,7 @@ def format_table(title: str, columns: dict[str, str], rows: dict[str, dict]) -> 
 
     lines = [["", *columns]]
     for label, row in rows.items():
-        if any(row.get(key) is not None for key in columns.values()):
+        if any(row.get(key) is not None for key in columns.values() if key != "objects"):
             lines.append([label, *(cell(row.get(key)) for key in columns.values())])
     if len(lines) == 1:
         return ""
@@ -341,7 +342,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     for note in (*dataset.notes, *differing):
         print(f"note: {note}")
     sources = [dataset.source(i) for i in range(len(dataset))]
-    kinds = [kind_of.get(source or "") for source in sources]
+    kinds = [kind_of.get(source or "") or dataset.kind(i) for i, source in enumerate(sources)]
     if args.kinds and None in kinds:
         unknown = sorted({source or "(no source)" for source, kind in zip(sources, kinds, strict=True) if kind is None})
         print(

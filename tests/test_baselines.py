@@ -384,7 +384,7 @@ def test_forms_of_tokens_are_drawn_beside_baselines_and_published_figures(measur
     baselines = {row[1]: row for row in result["tables"][0]["rows"] if row[0] == "val"}
     for name, row in baselines.items():
         assert rows[name] == ["baseline", *row[7:], row[3]]
-    assert rows["SuperVoxelGPT, stage 1"][0] == "published" and len(rows) == 1 + len(baselines) + 1
+    assert rows["SuperVoxelGPT, as stated, other grids"][0] == "published" and len(rows) == 1 + len(baselines) + 1
     assert "not comparable" in " ".join(drawn["notes"])
     with Image.open(tmp_path / "forms.png") as picture:
         assert picture.size == (1800, 600)

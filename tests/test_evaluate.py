@@ -534,6 +534,17 @@ def test_scores_by_kind_are_means_over_their_sources(vq_run, tmp_path, capsys):
     }
 
 
+def test_kinds_of_the_data_are_scored_and_a_table_comes_before_them(vq_run, sourced_data, tmp_path):
+    arrays = dict(np.load(sourced_data / "shapes_val.npz"))
+    np.savez(tmp_path / "val.npz", **arrays, kind=np.array(["bones", "", "tools", "bones", "", "bones", "tools"]))
+    (tmp_path / "kinds.csv").write_text("source,kind\nchairs,seats\n")
+    flags = ["--data_dir", tmp_path / "val.npz"]
+    alone = score(vq_run, tmp_path / "alone", *flags)["weights"]["ema0.9999"]
+    both = score(vq_run, tmp_path / "both", *flags, "--kinds", tmp_path / "kinds.csv")["weights"]["ema0.9999"]
+    assert {kind: part["objects"] for kind, part in alone["kinds"].items()} == {"bones": 3, "tools": 2}
+    assert {kind: part["objects"] for kind, part in both["kinds"].items()} == {"bones": 1, "seats": 3, "tools": 1}
+
+
 def test_the_twenty_worst_objects_have_a_sheet(vq_run, sourced_data, tmp_path, monkeypatch):
     sheets = []
     monkeypatch.setattr(script, "contact_sheet", lambda rows: sheets.append(rows) or np.zeros((8, 8, 3), np.uint8))

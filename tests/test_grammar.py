@@ -208,3 +208,15 @@ def test_each_id_is_looked_at_once(model, monkeypatch, words, number):
         generate(model, [[words.start_id], [5, words.start_id]], [grammar], **options)
         assert len(replayed) == 2 * options.get("num_beams", 1)
         replayed.clear()
+
+
+def test_the_codes_of_a_dense_token_are_all_empty_or_none_is():
+    """After a token's first code the others are decided as far: 0 after 0, and no 0 after another."""
+    grammar = Grammar(DENSE, 6, codes_per_token=3)
+    allowed = {(): range(K), (0,): [0], (0, 0): [0], (0, 0, 0): range(K), (5,): range(1, K), (5, 1): range(1, K)}
+    for codes, wanted in allowed.items():
+        row = torch.tensor([[DENSE.start_id, *(FIRST + code for code in codes)]])
+        scores = grammar(row, torch.zeros(1, V))
+        assert scores.isfinite().nonzero()[:, 1].tolist() == [FIRST + code for code in wanted]
+    with pytest.raises(DataError, match="id 1 behind the start is 20, but a code from 1 to 11 must stand there"):
+        Grammar(DENSE, 6, codes_per_token=3)(torch.tensor([[DENSE.start_id, FIRST + 5, FIRST]]), torch.zeros(1, V))

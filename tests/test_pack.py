@@ -90,11 +90,14 @@ def test_each_object_keeps_what_its_root_says_of_it(packed, tmp_path):
         if root != "c":
             rows = rows.assign(up_axis={"a": "y", "b": "auto"}[root])
         if root == "b":
-            rows = rows.assign(mm_per_cell="0.5", frame=[f'{{"center":[{i},0,0]}}' for i in range(len(rows))])
+            rows = rows.assign(
+                kind="bones", mm_per_cell="0.5", frame=[f'{{"center":[{i},0,0]}}' for i in range(len(rows))]
+            )
         rows.to_csv(tmp_path / root / "metadata.csv", index=False)
     assert pack(",".join(str(tmp_path / root) for root in "abc"), tmp_path / "all.npz", R) == 7
     arrays = load_packed(tmp_path / "all.npz")
     assert arrays["up_axis"].tolist() == ["y"] * 3 + ["auto"] * 2 + [""] * 2
+    assert arrays["kind"].tolist() == [""] * 3 + ["bones"] * 2 + [""] * 2
     assert arrays["mm_per_cell"].tolist() == [""] * 3 + ["0.5"] * 2 + [""] * 2
     assert arrays["frame"].tolist() == [""] * 3 + [f'{{"center":[{i},0,0]}}' for i in range(2)] + [""] * 2
     unpack(tmp_path / "all.npz", tmp_path / "again")

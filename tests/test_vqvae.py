@@ -143,6 +143,21 @@ def test_the_layout_of_shapellm_has_no_place_for_either(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizers_grammar_lets_its_objects_through(tokenizer, grids):
+    """In every form; and the end follows nothing but the last id."""
+    ids = tokenizer.encode(grids)
+    for form in ("dense", "octree", "octree-depth"):
+        words = tokenizer.token_format(first_id=3, form=form)
+        grammar = tokenizer.grammar(3, form, eos_id=1)
+        for row in ids:
+            written = words.to_vocabulary(row)
+            for length in range(1, len(written)):
+                scores = grammar(torch.tensor([written[:length]]), torch.zeros(1, 400))[0]
+                assert scores[written[length]] == 0
+                if length > 1:
+                    assert (scores[words.end_id] == 0) == (length + 1 == len(written))
+
+
 # --- training ---
 
 
@@ -190,3 +205,30 @@ def test_wrong_transformers_are_refused_before_anything_is_made(vae_run, data_di
     assert "it must be the tokens along x, y and z" in refused(lambda spec: spec["args"].update(lattice=[4, 4]))
     other = json.loads(json.dumps(tiny_models("sparse")["quantizer"]))
     assert "models.transformer.name is 'EMAVectorQuantizer'" in refused(lambda spec: spec.update(other))
+
+
+def test_training_goes_on_from_a_saved_tokenizer(data_dir, write_config, tmp_path, capsys):
+    """Its codes become averages; half precision comes back as its rounded values. It has no steps and no VAE's KL."""
+    torch.manual_seed(0)
+    models = tiny_models("sparse", transformer=False)
+    models["quantizer"]["name"] = "VectorQuantizer"
+    tokenizer = SparseStructureTokenizer(models, resolution=16)
+    tokenizer.save_pretrained(tmp_path / "saved", dtype=torch.float16)
+    saved = SparseStructureTokenizer.load(tmp_path / "saved")
+    config = write_config(stage("sparse", True, max_steps=1))
+    data, source = ("--data_dir", data_dir), ("--load_dir", tmp_path / "saved")
+    assert run("--config", config, *data, *source, "--output_dir", tmp_path / "run") == 0
+    assert "has no transformer" in capsys.readouterr().out
+    before = checkpoint(tmp_path / "run", 0)
+    for name in ("encoder", "quantizer", "decoder"):
+        state = before[f"{name}_step0000000.pt"]
+        assert_equal({key: state[key] for key in getattr(saved, name).state_dict()}, getattr(saved, name).state_dict())
+    assert before["quantizer_step0000000.pt"]["counts"].eq(1).all()
+
+    other = ("--output_dir", tmp_path / "other", "--ckpt", "3")
+    assert run("--config", config, *data, *source, *other) == 1
+    assert "is a saved tokenizer and has no steps" in capsys.readouterr().err
+    wrong = stage("sparse", False)
+    wrong["models"]["quantizer"]["args"]["n_embed"] = 8
+    assert run("--config", write_config(wrong), *data, *source, *other[:2]) == 1
+    assert "embeddings.weight is [15, 4] there and [7, 4] in the model" in capsys.readouterr().err

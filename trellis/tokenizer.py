@@ -38,6 +38,7 @@ from .tokens import sources
 from .tokens.canary import Canary
 from .tokens.card import model_card
 from .tokens.forms import Form, form_of, octree_of
+from .tokens.grammar import Grammar
 from .tokens.parquet import TokenInfo
 from .tokens.shapellm import read_shapellm, shapellm_state
 from .tokens.sources import CONFIG, FORMAT_VERSION, MODELS, OPTIONAL_MODELS, WEIGHTS
@@ -300,6 +301,18 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         form = form_of(form, self.empty_code)
         octree = octree_of(form, self.lattice, self.n_embed, self.codes_per_token)
         return TokenFormat.at(first_id, self.n_embed, octree)
+
+    def grammar(
+        self, first_id: int = 0, form: Form | None = None, *, eos_id: int | None = None, force_start: bool = False
+    ) -> Grammar:
+        """Return a logits processor for transformers' `generate`, under which a model writes whole objects alone.
+
+        first_id, form: as for `token_format`. eos_id, force_start: as for `Grammar`.
+        """
+        words = self.token_format(first_id, form)
+        number = self.num_tokens if words.octree is None else None
+        Q = self.codes_per_token if self.empty_code else 1
+        return Grammar(words, number, codes_per_token=Q, eos_id=eos_id, force_start=force_start)
 
     def to_text(self, ids: Tensor, form: Form | None = None) -> str | list[str]:
         """Return `<mesh-start><mesh0>…<mesh-end>`: one text for ids [T], a list of texts for [B, T].

@@ -198,6 +198,10 @@ class StandardDatasetBase(Dataset, ABC):
         """Return the collection an object comes from, None if the root does not say."""
         return self.entries[index].source
 
+    def kind(self, index: int) -> str | None:
+        """Return what an object is, such as "anatomy", None if the root does not say."""
+        return self.entries[index].kind
+
     def summary(self) -> str:
         """Return a line for the whole dataset, a line per root (counts, and what each filter removed), and notes."""
         total = len(self._all_entries)

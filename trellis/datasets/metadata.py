@@ -28,7 +28,7 @@ VAL_FRACTION = 0.05
 NAME_COLUMNS = ("name", "file", "file_identifier")  # packed files, voxelize.py, TRELLIS
 SETTINGS = ("up_axis", "normalization", "fill")
 Settings = dict[str, set[str | None]]  # {one of SETTINGS: values that objects have; None: some do not say}
-TEXT_COLUMNS = ("sha256", "source", "split", *NAME_COLUMNS)
+TEXT_COLUMNS = ("sha256", "source", "kind", "split", *NAME_COLUMNS)
 
 
 class Entry(NamedTuple):
@@ -39,6 +39,7 @@ class Entry(NamedTuple):
     name: str  # the mesh file if known, else the sha256
     source: str | None  # the collection it comes from, if known
     split: str
+    kind: str | None = None  # what it is, such as "anatomy", if known
     frame: str | None = None  # where it lies in its scan, see grids.volumes.Frame; None if it comes from no scan
 
 
@@ -268,10 +269,11 @@ def entries_of(root: str, where: str, metadata: "DataFrame") -> list[Entry]:
         return [None] * len(metadata)
 
     entries = []
-    for sha256, name, source, split, frame in zip(
-        metadata["sha256"], texts(*NAME_COLUMNS), texts("source"), texts("split"), texts("frame"), strict=True
+    columns = (texts(name) for name in ("source", "split", "kind", "frame"))
+    for sha256, name, source, split, kind, frame in zip(
+        metadata["sha256"], texts(*NAME_COLUMNS), *columns, strict=True
     ):
         if split not in (*SPLITS, None):
             raise DataError(f"{where}: split of {sha256} is {split!r}; it must be train, val or blank")
-        entries.append(Entry(root, sha256, name or sha256, source, split or split_of(sha256), frame))
+        entries.append(Entry(root, sha256, name or sha256, source, split or split_of(sha256), kind, frame))
     return entries

@@ -8,6 +8,7 @@ Arrays of a file with N grids of resolution R, an even number, so that R^3 divid
     sha256         text [N], optional: names of the objects; default: sha256 of each row of bits
     name           text [N], optional: mesh file
     source         text [N], optional: collection that an object comes from
+    kind           text [N], optional: what an object is, such as "anatomy", for scores by kind
     split          text [N], optional: "train" or "val"
     up_axis        text [N], optional: how mesh files were turned, see grids.placing
     normalization  text [N], optional: how meshes were scaled, see grids.placing
@@ -34,7 +35,7 @@ from ..utils.files import atomic_write
 from ..utils.formats import check_version
 
 FORMAT_VERSION = 1
-TEXT_ARRAYS = ("name", "source", "sha256", "split", "up_axis", "normalization", "fill", "mm_per_cell", "frame")
+TEXT_ARRAYS = ("name", "source", "kind", "sha256", "split", "up_axis", "normalization", "fill", "mm_per_cell", "frame")
 
 
 def load_packed(path: Path) -> dict[str, np.ndarray]:

@@ -111,9 +111,15 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: not a readable weights file ({reason})") from error
 
 
-def load_weights(model: Model, path: str | Path) -> None:
-    """Load a file of weights once the model has `completed` them. Raise CheckpointError if they do not fit."""
-    load_state(model, model.completed(read_weights(path)), path)
+def load_weights(model: Model, path: str | Path, part: str | None = None) -> None:
+    """Load a file of weights once the model has `completed` them. Raise CheckpointError if they do not fit.
+
+    part: the model's name, if the file has several and each key begins with one, as a saved tokenizer's.
+    """
+    state = read_weights(path)
+    if part is not None:
+        state = {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}
+    load_state(model, model.completed(state), path)
 
 
 def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:

@@ -25,19 +25,27 @@ class Grammar:
 
     words: the words of codes, and the form.
     num_tokens: T; None for the octree's, which knows it.
+    codes_per_token: Q of the dense form, if the tokenizer has an empty code: a token's ids are then all 0, or none is.
     eos_id: vocabulary id that must come right behind an object's end; None lets the model go on.
     force_start: whether a row without an open object must begin one at once.
     Raise ConfigError if T is missing or not the octree's.
     """
 
     def __init__(
-        self, words: TokenFormat, num_tokens: int | None = None, *, eos_id: int | None = None, force_start: bool = False
+        self,
+        words: TokenFormat,
+        num_tokens: int | None = None,
+        *,
+        codes_per_token: int = 1,
+        eos_id: int | None = None,
+        force_start: bool = False,
     ):
         if words.octree is not None and num_tokens not in (None, words.octree.num_tokens):
             raise ConfigError(f"num_tokens is {num_tokens}; the octree's objects have {words.octree.num_tokens} ids")
         if words.octree is None and (num_tokens is None or num_tokens < 1):
             raise ConfigError(f"num_tokens is {num_tokens}; the dense form needs the number of ids of an object")
-        self.words, self.num_tokens, self.eos_id, self.force_start = words, num_tokens, eos_id, force_start
+        self.words, self.num_tokens, self.codes_per_token = words, num_tokens, codes_per_token
+        self.eos_id, self.force_start = eos_id, force_start
         self._highest = max([*words.vocabulary.values(), eos_id or 0])
         # Where the rows' open objects stand, by their ids so far: beams exchange rows, so a row's number tells nothing.
         # None is a row that did not keep to the grammar: a beam of probability 0, or one that ended and is padded.
@@ -63,8 +71,8 @@ class Grammar:
 
     def _expected(
         self, row: np.ndarray, number: int, before: "dict[bytes, Walk | _DenseWalk | None]"
-    ) -> Expected | Literal["start", "eos"] | None:
-        """Return what must come next in a row [S]; None if anything may."""
+    ) -> Expected | range | Literal["start", "eos"] | None:
+        """Return what must come next in a row [S], codes of the dense form as a range; None if anything may."""
         starts = np.flatnonzero(row == self.words.start_id)
         opened = row[starts[-1] + 1 :] if len(starts) else row[:0]
         if not len(starts) or self.words.end_id in opened:
@@ -85,7 +93,9 @@ class Grammar:
     def _replayed(self, opened: np.ndarray, number: int) -> "Walk | _DenseWalk":
         """Return where an open object stands. Raise DataError if it is damaged already."""
         words = self.words
-        walk = words.octree.walk() if words.octree else _DenseWalk(self.num_tokens or 0, words.n_embed)
+        walk: Walk | _DenseWalk = _DenseWalk(self.num_tokens or 0, words.n_embed, self.codes_per_token)
+        if words.octree is not None:
+            walk = words.octree.walk()
         for index, value in enumerate(opened.tolist()):
             if not walk.advance(words.value(value)):
                 raise DataError(
@@ -94,7 +104,7 @@ class Grammar:
                 )
         return walk
 
-    def _forbidden(self, expected: Expected | Literal["start", "eos"] | None, scores: Tensor) -> Tensor:
+    def _forbidden(self, expected: Expected | range | Literal["start", "eos"] | None, scores: Tensor) -> Tensor:
         """Return which ids may not come next, bool [V] beside the scores."""
         key = (expected, scores.shape[1], scores.device)
         if key not in self._rows:
@@ -104,13 +114,15 @@ class Grammar:
             self._rows[key] = row.to(scores.device)
         return self._rows[key]
 
-    def _ids(self, expected: Expected | Literal["start", "eos"]) -> list[int]:
+    def _ids(self, expected: Expected | range | Literal["start", "eos"]) -> list[int]:
         words = self.words
+        if isinstance(expected, range):
+            return [words.vocabulary_id(code) for code in expected]
         if not isinstance(expected, Expected):
             return [words.start_id if expected == "start" else self.eos_id or 0]
         values: list[int] = []
         if expected.kind == "code":
-            values = list(range(1 if words.octree else 0, words.n_embed))
+            values = list(range(1, words.n_embed))
         elif expected.kind == "mask":
             values = [words.n_embed + mask - 1 for mask in range(1, MASKS + 1) if not mask & ~expected.children]
         return [*map(words.vocabulary_id, values), *([words.end_id] if expected.may_end else [])]
@@ -119,21 +131,36 @@ class Grammar:
 class _DenseWalk:
     """The place in an object of the dense form, as `Walk` in the octree's."""
 
-    def __init__(self, num_tokens: int, n_embed: int, count: int = 0):
-        self.num_tokens, self.n_embed, self.count = num_tokens, n_embed, count
+    def __init__(self, num_tokens: int, n_embed: int, codes_per_token: int):
+        self.num_tokens, self.n_embed, self.codes_per_token = num_tokens, n_embed, codes_per_token
+        self.count = 0
+        self.empty = False  # whether the last token that began is empty
 
     @property
-    def expected(self) -> Expected:
-        return Expected("code", 0, False) if self.count < self.num_tokens else Expected("end", 0, True)
+    def expected(self) -> Expected | range:
+        """The codes that may come next, or the end."""
+        if self.count == self.num_tokens:
+            return Expected("end", 0, True)
+        if self.count % self.codes_per_token == 0:
+            return range(self.n_embed)
+        return range(1) if self.empty else range(1, self.n_embed)
 
     def advance(self, value: int) -> bool:
-        if self.count == self.num_tokens or not 0 <= value < self.n_embed:
+        expected = self.expected
+        if isinstance(expected, Expected) or value not in expected:
             return False
+        if self.count % self.codes_per_token == 0:
+            self.empty = value == 0
         self.count += 1
         return True
 
     def copy(self) -> "_DenseWalk":
-        return _DenseWalk(self.num_tokens, self.n_embed, self.count)
+        walk = _DenseWalk(self.num_tokens, self.n_embed, self.codes_per_token)
+        walk.count, walk.empty = self.count, self.empty
+        return walk
 
     def __str__(self) -> str:
-        return "the end" if self.count == self.num_tokens else f"a code from 0 to {self.n_embed - 1}"
+        expected = self.expected
+        if isinstance(expected, Expected):
+            return "the end"
+        return f"a code from {expected[0]} to {expected[-1]}" if len(expected) > 1 else "code 0"

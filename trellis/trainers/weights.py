@@ -1,7 +1,7 @@
 """Where each model's weights come from when a run starts.
 
-Each model takes the first of these that has it: a complete checkpoint in the run's own folder, `--load_dir`,
-`finetune_ckpt`, fresh initialization. The plan is made before data or a GPU are touched.
+Each model takes the first of these that has it: a complete checkpoint in the run's own folder, `--load_dir` (a run or a
+saved tokenizer), `finetune_ckpt`, fresh initialization. The plan is made before data or a GPU are touched.
 """
 
 import json
@@ -11,7 +11,8 @@ from pathlib import Path
 from ..models import load_weights, pretrained_files
 from ..runs.checkpoint import Checkpoints, model_file
 from ..runs.open import open_run
-from ..utils.config import differing_keys, fill_in
+from ..tokens.sources import CONFIG, WEIGHTS, check_folder
+from ..utils.config import differing_keys, fill_in, load_config
 from ..utils.errors import CheckpointError, ConfigError
 from .configuration import complete_config
 
@@ -25,6 +26,7 @@ class WeightPlan:
 
     files: dict[str, Path | None] = field(default_factory=dict)  # {model: weights file, or None to initialize}
     origin: dict[str, str] = field(default_factory=dict)  # {model: the same in words}
+    tokenizer: Path | None = None  # the file among these that has the weights of several models
     resume: tuple[Checkpoints, int] | None = None  # the checkpoint and step whose training state continues too
     notes: list[str] = field(default_factory=list)  # for the user
 
@@ -33,7 +35,7 @@ class WeightPlan:
         for name, model in models.items():
             file = self.files[name]
             if file is not None:
-                load_weights(model, file)
+                load_weights(model, file, part=name if file == self.tokenizer else None)
 
 
 def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: str | None, ckpt: str) -> WeightPlan:
@@ -55,7 +57,9 @@ def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: s
         return _resume(config, own, own_step)
 
     plan = WeightPlan(dict.fromkeys(names), {})
-    if load_dir is not None and ckpt != "none":
+    if load_dir is not None and ckpt != "none" and (Path(load_dir) / WEIGHTS).is_file():
+        _take_tokenizer(plan, Path(load_dir), ckpt)
+    elif load_dir is not None and ckpt != "none":
         run = open_run(load_dir, ckpt, "--load_dir")
         if run.misc and _same_kind(config, trainer_class, run.misc["config"]):
             return _resume(config, run.checkpoints, run.step)
@@ -84,6 +88,20 @@ def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: s
                 )
             plan.origin[name] = "initialized"
     return plan
+
+
+def _take_tokenizer(plan: WeightPlan, folder: Path, ckpt: str) -> None:
+    """Plan to take weights from a folder of a tokenizer's `save_pretrained`. Raise CheckpointError if it is none."""
+    check_folder(folder)
+    if ckpt != "latest":
+        raise CheckpointError(f"--ckpt {ckpt}: {folder} is a saved tokenizer and has no steps; leave --ckpt out")
+    plan.tokenizer = folder / WEIGHTS
+    known = load_config(str(folder / CONFIG))["models"]
+    for name in plan.files:
+        if name in known:
+            plan.files[name], plan.origin[name] = plan.tokenizer, f"{folder} (saved tokenizer)"
+        else:
+            plan.notes.append(f"{folder} has no {name}")
 
 
 def _finetune_file(source: str, name: str) -> Path:

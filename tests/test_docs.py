@@ -567,7 +567,7 @@ def test_the_table_of_configurations_has_the_results():
     recipes = {name: iou for name, iou in shown.items() if name.startswith("recipe_") and "not measured" not in iou}
     of_sparse = recipes.pop("recipe_sparse_stage1.json")
     measured_now = table(RESULTS / "sparse_h100.md", "phase", "configuration")
-    assert ["`recipe_sparse_stage1.json`", of_sparse] in [[row[1], row[-1]] for row in measured_now.rows]
+    assert ["recipe_sparse_stage1.json", of_sparse] in [[row[1], row[-1]] for row in measured_now.rows]
     assert recipes and recipes == {f"recipe_{phase}.json": measured[phase] for phase in map(phase_of, recipes)}
     demo = dict(re.findall(r"^ *(VAE|stage \d) +(\S+)", demo_output(), re.MULTILINE))
     for stage, name in (("VAE", "demo_vae_finetune"), ("stage 1", "demo_stage1"), ("stage 2", "demo_stage2")):

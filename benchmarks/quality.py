@@ -1,12 +1,12 @@
 """The recipes from random weights: VAE, codebook and joint training of each form of tokens, and their scores.
 
-    python benchmarks/quality.py --data_dir DATA --output_dir outputs/quality --forms sparse
+    python benchmarks/quality.py --data_dir DATA --output_dir outputs/quality --forms base
 
 Every phase runs train.py on a configuration of configs/vae and starts from the weights of an earlier phase. The short
 budget of a form is 25 minutes of one GPU, all its phases together. The long one is about as long on four GPUs, with
 larger batches, more data, and all 48 symmetries of the cube:
 
-    python benchmarks/quality.py --data_dir DATA,MORE --output_dir outputs/long --forms sparse --long --num_gpus 4
+    python benchmarks/quality.py --data_dir DATA,MORE --output_dir outputs/long --forms base --long --num_gpus 4
 
 A finished phase is not run again; one that was cut off continues from its last checkpoint. scripts/evaluate.py scores
 the VAE and the results of stages 2, in fp32, on the validation split of DATA and of each --eval_dir. After every phase
@@ -332,9 +332,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     flags = common.parser(__doc__, data=False)
     flags.add_argument("--data_dir", required=True, help="data roots with a validation split, separated by commas")
     flags.add_argument("--output_dir", type=Path, required=True)
-    flags.add_argument(
-        "--forms", nargs="+", choices=FORMS, default=["sparse"], help="forms of tokens (default: sparse)"
-    )
+    flags.add_argument("--forms", nargs="+", choices=FORMS, default=["base"], help="forms of tokens (default: base)")
     flags.add_argument(
         "--phases", nargs="+", choices=PHASES, help="in place of --forms: these phases and all that they start from"
     )

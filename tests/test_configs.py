@@ -67,11 +67,11 @@ SIBLINGS = [
         "recipe_sparse_stage2",
         CODES | EMPTY_CODE | INTERVALS | trainer("max_steps", "lambda_commit", "revive_every"),
     ),
-    ("recipe_sparse_stage1", "recipe_sparse8x2_stage1", BLOCKS | CODES | SEVERAL_CODES | {DECAY}),
+    ("recipe_sparse_stage1", "recipe_sparse8x2_stage1", BLOCKS | SEVERAL_CODES | {DECAY}),
     (
         "recipe_512_stage2",
         "recipe_sparse8x2_stage2",
-        EMPTY_CODE | SEVERAL_CODES | REVIVAL | trainer("lambda_commit"),
+        CODES | EMPTY_CODE | SEVERAL_CODES | REVIVAL | trainer("lambda_commit"),
     ),
     *(
         (f"recipe_sparse8x2_{stage}", f"recipe_sparse8x4_{stage}", {"models.quantizer.args.num_codes"})

@@ -43,6 +43,8 @@ from .weights import WeightPlan
 # Timing cuDNN's algorithms takes about as long as 50 steps of a large network and makes them 4 % faster, so it pays for
 # the shapes of training in a run of this many steps, and never for those of validation.
 STEPS_WORTH_TUNING = 2000
+# Validation scores that differ by less are alike: runs of different seeds do.
+SPREAD = 0.003
 # Between ranks a stop request travels with a collective, which is not worth one every step.
 STEPS_BETWEEN_STOP_CHECKS = 10
 # A quantizer reduces its statistics over ranks itself; DDP must not overwrite them with rank 0's. torch 2.13 renamed
@@ -522,7 +524,11 @@ class BasicTrainer:
         self.say(f"step {self.step}  validation  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         if self.best is None or scores[self.best_by] > self.best["score"]:
             self.best = {"step": self.step, "by": self.best_by, "score": scores[self.best_by]}
-        elif self.step == self.max_steps and self.best["step"] == 0 and scores[self.best_by] < self.best["score"]:
+        elif (
+            self.step == self.max_steps
+            and self.best["step"] == 0
+            and scores[self.best_by] < self.best["score"] - SPREAD
+        ):
             self.say(
                 f"WARNING: this run made the models worse: {self.best_by} {self.best['score']:.4f} before step 1, "
                 f"{scores[self.best_by]:.4f} now. What it started from is kept as step 0 (--ckpt best, or 0). To do: "

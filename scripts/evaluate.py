@@ -41,8 +41,7 @@ from trellis.evaluation.baselines import Baselines, Lattice
 from trellis.evaluation.evaluate import Reconstruction, evaluate
 from trellis.evaluation.summary import ID_BITS, Labels, read_kinds, summarize, summarize_bits
 from trellis.grids.preview import contact_sheet, save_png
-from trellis.models import build, load_state, load_weights, read_weights
-from trellis.modules.model import Model
+from trellis.models import build, load_weights
 from trellis.runs.open import open_run
 from trellis.tokens.sources import CONFIG, WEIGHTS, check_folder
 from trellis.trainers import TRAINERS
@@ -177,15 +176,6 @@ def config_of(models: dict[str, dict], resolution: int) -> dict:
         "dataset": {"name": "SparseStructure", "args": {"resolution": resolution}},
         "trainer": {"name": "SparseStructureVqVaeTrainer" if "quantizer" in models else "SparseStructureVaeTrainer"},
     }
-
-
-def load_own(model: Model, name: str, file: Path) -> None:
-    """Load a model's weights, from a file of its own or from a tokenizer's of all models."""
-    if file.name != WEIGHTS:
-        load_weights(model, file)
-        return
-    parts = {key.partition(".")[::2]: value for key, value in read_weights(file).items()}
-    load_state(model, {key: value for (owner, key), value in parts.items() if owner == name}, file)
 
 
 def format_report(results: dict[str, dict], baselines: dict[str, dict]) -> str:
@@ -373,7 +363,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     sets = list(subject.sets.items())
     for label, files in sets if args.weights == "all" else sets[:1]:
         for name, model in models.items():
-            load_own(model, name, files[name])
+            load_weights(model, files[name], part=name if files[name].name == WEIGHTS else None)
         with tqdm(total=len(dataset), desc=label, unit="object", disable=not sys.stderr.isatty()) as bar:
             scores = evaluate(
                 reconstruct_and_keep,

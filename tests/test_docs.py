@@ -87,11 +87,11 @@ def blocks(path: Path) -> Iterator[Block]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """An empty folder in which documents run: with the configurations, the demo's VAE, and no GPU."""
+    """An empty folder in which documents run: with the configurations, what is pretrained, and no GPU."""
     for package in ("trimesh", "numba", "skimage", "pyarrow", "matplotlib", "nibabel"):
         pytest.importorskip(package)
     (tmp_path / "pretrained").mkdir()  # documents write here too
-    for name in ("configs", "pretrained/demo_vae"):
+    for name in ("configs", "pretrained/base", "pretrained/demo_vae"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # small enough for a CPU

@@ -1,1 +1,1 @@
-"""Ids outside the tokenizer: text and vocabulary of a language model, the sparse form, files, statistics."""
+"""Tokens as language models and files have them: text, octrees, grammar, Parquet, conversations, statistics."""

@@ -35,9 +35,10 @@ from trellis.utils.errors import ConfigError
 
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
+PRETRAINED = (ROOT / "pretrained/base", ROOT / "pretrained/demo_vae")
 DOCUMENTS = {
     str(path.relative_to(ROOT)): path
-    for folder in (ROOT, DOCS, ROOT / "configs", ROOT / "benchmarks", ROOT / "pretrained/demo_vae")
+    for folder in (ROOT, DOCS, ROOT / "configs", ROOT / "benchmarks", *PRETRAINED)
     for path in sorted(folder.glob("*.md"))
 }
 CONFIGS = sorted((ROOT / "configs/vae").glob("*.json"))
@@ -87,11 +88,12 @@ def blocks(path: Path) -> Iterator[Block]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
-    """An empty folder in which documents run: with the configurations, what is pretrained, and no GPU."""
+    """An empty folder in which documents run: with the configurations, what is pretrained, a mesh, and no GPU."""
     for package in ("trimesh", "numba", "skimage", "pyarrow", "matplotlib", "nibabel"):
         pytest.importorskip(package)
     (tmp_path / "pretrained").mkdir()  # documents write here too
-    for name in ("configs", "pretrained/base", "pretrained/demo_vae"):
+    (tmp_path / "docs").mkdir()
+    for name in ("configs", "pretrained/base", "pretrained/demo_vae", "docs/teapot.glb"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # small enough for a CPU
@@ -302,7 +304,10 @@ def test_every_block_is_run_or_says_that_it_is_not(name):
 
 # --- links and paths --------------------------------------------------------------------------------------
 
-FOLDERS = ("benchmarks", "configs", "dataset_toolkits", "docs", "pretrained/demo_vae", "scripts", "tests", "trellis")
+FOLDERS = (
+    *("benchmarks", "configs", "dataset_toolkits", "docs", "pretrained/base", "pretrained/demo_vae", "scripts"),
+    *("tests", "trellis"),
+)
 PATH = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/(?:[\w./-]*\w\.(?:py|json|md|sh|png|ipynb)\b|[\w./-]*/)?")
 # Files that the documents name and the programs write.
 WRITTEN = {
@@ -605,7 +610,7 @@ def demo_output() -> str:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_score_was_measured(name):
     """Figures of four decimals are in benchmarks/results, the demo's output, or the pretrained VAE's report."""
-    sources = [*RESULTS.glob("*.md"), ROOT / "pretrained/demo_vae/README.md"]
+    sources = [*RESULTS.glob("*.md"), *(folder / "README.md" for folder in PRETRAINED)]
     measured = " ".join([demo_output(), *(path.read_text(encoding="utf-8") for path in sources)])
     text = DOCUMENTS[name].read_text(encoding="utf-8")
     if name == "README.md":

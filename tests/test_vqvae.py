@@ -193,7 +193,6 @@ LEARNERS: dict[str, tuple[dict, float]] = {
     "VectorQuantizer": ({}, 0.0),
     "ResidualVectorQuantizer": ({"num_codes": 2}, 0.0),
     "ResidualVectorQuantizer, averages": ({"num_codes": 2, "decay": 0.9}, 0.0),
-    "IndexBackpropagationQuantizer": ({}, 0.5),
     "LookupFreeQuantizer": ({"n_embed": 17}, 0.5),
 }
 

@@ -144,6 +144,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.up_axis and not args.meshes:
         parser.error("--up_axis goes with --meshes: grids of --data_dir are turned already")
     args.sharegpt = beside(args.output_dir, "_sharegpt") if args.sharegpt == "" else args.sharegpt
+    if args.sharegpt:
+        tokens, conversations = Path(args.output_dir).resolve(), Path(args.sharegpt).resolve()
+        if conversations.is_relative_to(tokens):
+            parser.error(
+                f"--sharegpt is {args.sharegpt}, in --output_dir, which has Parquet files alone: readers of Parquet "
+                "folders stumble over others. Give another folder"
+            )
     if args.captions and not args.sharegpt:
         parser.error("--captions goes with --sharegpt")
     return args

@@ -431,6 +431,23 @@ def test_damaged_files_are_refused(tmp_path, damage):
         list(parquet.read_shards(source))
 
 
+@pytest.mark.parametrize("word", ["<mesh-start>", "<mesh-end>", "<mesh17>", "<octree255>"])
+def test_captions_and_names_have_no_word_of_meshes(word):
+    prompts = sharegpt.Prompts("Make {caption}")
+    with pytest.raises(DataError, match=f"contains {word}, a word of meshes"):
+        sharegpt.records("ab", "chair.glb", "<mesh-start><mesh-end>", [f"a {word} b"], prompts)
+    assert len(sharegpt.records("ab", f"{word}.glb", "-", ["a chair"], prompts)) == 2  # the name is in no text
+    with pytest.raises(DataError, match=f"contains {word}"):
+        sharegpt.records("ab", f"{word}.glb", "-", ["a chair"], sharegpt.Prompts("Make {caption}, {name}"))
+
+
+def test_more_objects_than_a_file_holds_are_refused(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(parquet.TokenInfo, "num_tokens", 2**29)
+    assert script.main(flags(base, tmp_path / "out")) == 1
+    said = f"--shard_size is {SHARD_SIZE}; a file holds at most 2 objects of this tokenizer"
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("inside", [".", "sharegpt", "a/../b"])
 def test_conversations_do_not_go_into_the_folder_of_tokens(base, tmp_path, inside, capsys):
     with pytest.raises(SystemExit):

@@ -29,6 +29,9 @@ from benchmarks import common, runs
 from benchmarks.report import Column, Report, Table
 from trellis.datasets.packed import load_packed
 from trellis.utils.command import pick_device, run_command
+from trellis.utils.config import differing_keys
+from trellis.utils.errors import ConfigError
+from trellis.utils.files import atomic_write
 
 NETWORK = {
     "models.encoder.args.channels": [8, 32, 64],
@@ -242,12 +245,11 @@ def pooled(data_dir: Path, resolution: int, folder: Path) -> Path:
 def run(options: argparse.Namespace, device: torch.device, variant: Variant) -> dict:
     """Train a variant, unless it is finished, and return the log's first and last entries with a validation.
 
-    The result of a failed training is {"failed": message}; the other variants go on.
+    The result of a failed training is {"failed": message}; the other variants go on. Raise ConfigError if the variant
+    is finished with other settings or data.
     """
     folder = variant.folder(options.output_dir)
     result = folder / "result.json"
-    if result.exists():
-        return json.loads(result.read_text())
     settings = NETWORK | args(
         max_steps=options.steps,
         batch_size_per_gpu=BATCH,
@@ -261,13 +263,19 @@ def run(options: argparse.Namespace, device: torch.device, variant: Variant) -> 
         optimizer=adamw(LR),
         lr_scheduler=schedule(options.steps, WARM_UP),
     )
-    settings |= {"dataset.args.resolution": options.resolution, "dataset.args.augmentation": "none"}
+    settings |= {"dataset.args.resolution": options.resolution, "dataset.args.augmentation": "none"} | variant.settings
+    origin = {"settings": settings, "data_dir": str(options.data_dir)}
+    if result.exists():
+        kept = json.loads(result.read_text())
+        if keys := differing_keys({**origin, **kept.get("origin", {})}, origin):
+            raise ConfigError(
+                f"{folder} is finished, but with another value of {', '.join(keys)}; choose another --output_dir"
+            )
+        return kept
     flags = ["--num_gpus", "1"]
     if variant.start is not None:
         flags += ["--load_dir", str(variant.start.folder(options.output_dir))]
-    line = runs.arguments(
-        runs.config_path(variant.config), device, str(options.data_dir), folder, settings | variant.settings, *flags
-    )
+    line = runs.arguments(runs.config_path(variant.config), device, str(options.data_dir), folder, settings, *flags)
     print(f"{variant.name} ...", flush=True)
     try:
         runs.run_train(line)
@@ -275,8 +283,9 @@ def run(options: argparse.Namespace, device: torch.device, variant: Variant) -> 
         return {"failed": str(error)}
     log = [json.loads(text) for text in (folder / "log.txt").read_text().splitlines()]
     scores = [entry for entry in log if "val/iou" in entry]
-    kept = {"first": scores[0], "last": scores[-1]}
-    result.write_text(json.dumps(kept, indent=2) + "\n")
+    kept = {"first": scores[0], "last": scores[-1], "origin": origin}
+    with atomic_write(result) as partial:
+        partial.write_text(json.dumps(kept, indent=2) + "\n")
     print(f"{variant.name}: IoU {scores[0]['val/iou']:.4f} -> {scores[-1]['val/iou']:.4f}", flush=True)
     return kept
 

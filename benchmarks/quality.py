@@ -27,10 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common, runs
 from benchmarks.report import Column, Report, Table
+from trellis.datasets import DATASETS
+from trellis.evaluation.summary import read_kinds
 from trellis.trainers.configuration import complete_config
 from trellis.utils.command import pick_device, run_command
 from trellis.utils.config import apply_override, differing_keys, load_config
 from trellis.utils.errors import ConfigError
+from trellis.utils.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ def train(options: argparse.Namespace, device: str, run: Run) -> dict:
     result = folder / "phase.json"
     path = runs.config_path(PHASES[run.phase].config)
     settings = settings_of(options, run, load_config(str(path)))
+    origin = {"num_gpus": options.num_gpus, "data_dir": options.data_dir}
     if not result.exists():
         command = ["train.py", "--config", str(path.relative_to(common.ROOT)), "--data_dir", options.data_dir]
         command += ["--output_dir", str(folder), "--device", device, "--num_gpus", str(options.num_gpus)]
@@ -151,13 +155,16 @@ def train(options: argparse.Namespace, device: str, run: Run) -> dict:
         execute(command)
         wall = time.monotonic() - started
         found = {"command": shlex.join(command), **read_log(folder), "wall": wall}
-        found |= {"num_gpus": options.num_gpus, "continued": continued}
-        result.write_text(json.dumps(found, indent=2) + "\n")
+        with atomic_write(result) as partial:
+            partial.write_text(json.dumps({**found, **origin, "continued": continued}, indent=2) + "\n")
     else:
         wanted, had = load_config(str(path)), load_config(str(folder / "config.json"))
         for setting in settings:
             apply_override(wanted, setting)
-        if keys := differing_keys(complete_config(had), complete_config(wanted)):
+        keys = differing_keys(complete_config(had), complete_config(wanted))
+        finished = json.loads(result.read_text())
+        keys += [f"--{key}" for key, value in origin.items() if finished.get(key, value) != value]
+        if keys:
             raise ConfigError(
                 f"{folder} is finished, but with another value of {', '.join(keys)}; choose another --output_dir"
             )
@@ -201,14 +208,20 @@ def read_log(folder: Path) -> dict:
 
 
 def score(options: argparse.Namespace, device: str, run: Run, grids: str) -> dict:
-    """Return evaluate.py's scores of a run's averaged weights on the validation split of a set of grids."""
+    """Return evaluate.py's scores of a run's averaged weights on the validation split of a set of grids.
+
+    Scores of the same grids with the same table of kinds are taken from an earlier start.
+    """
     folder = options.output_dir / ("eval" if grids == VAL else f"eval_{grids}") / run.name
-    if not list(folder.glob("val_*.json")):
+    kinds = str(options.kinds) if options.kinds else None
+    origin = {"data_dir": options.eval_dir[grids], "kinds": kinds}
+    reports = [json.loads(path.read_text()) for path in folder.glob("val_*.json")]
+    if not any({"kinds": None, **report}.items() >= origin.items() for report in reports):
         command = ["scripts/evaluate.py", "--run", str(options.output_dir / run.name)]
         command += ["--data_dir", options.eval_dir[grids], "--output_dir", str(folder), "--weights", "averaged"]
         command += ["--batch_size", str(options.eval_batch), "--device", device]
-        if options.kinds:
-            command += ["--kinds", str(options.kinds)]
+        if kinds:
+            command += ["--kinds", kinds]
         execute(command)
     report = json.loads(next(folder.glob("val_*.json")).read_text())
     return next(iter(report["weights"].values()))
@@ -364,12 +377,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     options.output_dir, options.data_dir = options.output_dir.resolve(), absolute(options.data_dir)
     options.eval_dir = {VAL: options.data_dir, **parse_eval_dirs(options.eval_dir)}
     options.kinds = options.kinds and options.kinds.resolve()
+    if options.kinds:
+        read_kinds(str(options.kinds))
     return options
+
+
+def check_data(options: argparse.Namespace) -> None:
+    """Raise ConfigError or DataError for grids that the first phase could not read, or cannot be scored."""
+    config = load_config(str(runs.config_path(PHASES[options.phases[0]].config)))
+    for setting in settings_of(options, Run(options.phases[0], 0), config):
+        apply_override(config, setting)
+    dataset = complete_config(config)["dataset"]
+    for roots in options.eval_dir.values():
+        DATASETS.get(dataset["name"], "dataset.name")(roots, split="val", **dataset["args"])
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     device = pick_device(options.device)
+    check_data(options)
     outputs = [path for path in (options.output_dir / "results.md", options.output) if path]
     reports = [Report("Quality", __file__, argv, device, path) for path in outputs]
     phases: dict[Run, dict] = {}
@@ -403,7 +429,9 @@ def report_parts(
     if continued:
         parts.append(f"Cut off and continued, so that seconds and GPU-minutes lack a part: {', '.join(continued)}.")
     if scores:
-        parts += [scores_table(minutes, scores), *spread(scores), sets_table(scores), sources_table(scores)]
+        parts += [scores_table(minutes, scores), *spread(scores), sets_table(scores)]
+        sources = sources_table(scores)
+        parts += [sources] if sources.rows else []
     return parts
 
 

@@ -347,6 +347,13 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     models = {name: build(spec, f"models.{name}").to(device).eval() for name, spec in config["models"].items()}
     for model in models.values():
         model.convert_to_fp32()
+    try:
+        trainer_class.check_networks(models, dataset.resolution)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{subject.name} does not fit grids of resolution {dataset.resolution}. Give the --resolution that "
+            f"exported models were trained with, or see: {error}"
+        ) from error
 
     results: dict[str, dict] = {}
     sheets: list[list[tuple[np.ndarray, np.ndarray, str]]] = []
@@ -393,7 +400,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{args.split}_step{subject.step:07d}.json"
     report = {
-        "models": subject.name, "step": subject.step, "split": args.split, "data_dir": data_dir,
+        "models": subject.name, "step": subject.step, "split": args.split, "data_dir": data_dir, "kinds": args.kinds,
         "device": str(device), "training_seconds": subject.training_seconds, "versions": versions(),
         "weights": results, **({"baselines": baselines} if baselines else {}),
     }  # fmt: skip

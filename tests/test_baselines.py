@@ -300,7 +300,7 @@ def test_scores_by_kind_and_by_narrow_gaps():
 
 def test_kinds_are_read_from_a_table(tmp_path):
     path = tmp_path / "kinds.csv"
-    path.write_text('\ufeffsource,note,kind\n"a, b/c",x, anatomy \nd/e,,tools\nd/e,,tools\n', encoding="utf-8")
+    path.write_text('\ufeffsource,note, kind\n"a, b/c",x, anatomy \nd/e,,tools\nd/e,,tools\n', encoding="utf-8")
     assert read_kinds(str(path)) == {"a, b/c": "anatomy", "d/e": "tools"}
 
 
@@ -313,6 +313,8 @@ def test_kinds_are_read_from_a_table(tmp_path):
         (b"source,kind\na,b\nc\n", "line 3 lacks a kind"),
         (b"source,kind\na,b\n,c\n", "line 3 lacks a source"),
         (b"source,kind\na,b\na,c\n", "line 3 says c of a, an earlier one b"),
+        (b"source,kind\na, b,c\n", "line 2 has more than 2 values; put a text with a comma into quotes"),
+        (b"source,kind,kind\na,b,c\n", "has two columns kind; leave one out"),
         (b"source,kind\n\xff\xfe,b\n", "is not a CSV table"),
         (b'source,kind\n"a,b\n', "is not a CSV table"),
     ],

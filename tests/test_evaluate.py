@@ -372,6 +372,24 @@ def test_exported_weights_are_scored_without_their_run(vq_run, tmp_path, capsys)
     assert "decoder.json is not there" in capsys.readouterr().err
 
 
+def test_exported_models_for_another_resolution_are_one_clear_error(tmp_path, capsys):
+    models = tiny_config(VQ)["models"]
+    shape = {"channels": 4, "lattice": [4, 4, 4], "width": 16, "heads": 2}
+    models["transformer"] = {"name": "CodebookTransformer", "args": shape}
+    pretrained, data = tmp_path / "pretrained", tmp_path / "data"
+    pretrained.mkdir()
+    for name, spec in models.items():
+        (pretrained / f"{name}.json").write_text(json.dumps(spec))
+    data.mkdir()
+    np.savez(data / "shapes_val.npz", bits=np.packbits(solid_grids(2, 64, 0).reshape(2, -1), axis=1))
+    flags = ["--pretrained", str(pretrained), "--data_dir", str(data), "--output_dir", str(tmp_path / "out")]
+    assert script.main([*flags, "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert "does not fit grids of resolution 64. Give the --resolution that" in error and "Traceback" not in error
+    assert "models.transformer.args.lattice is [4, 4, 4], but the quantizer's tokens have [16, 16, 16]" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_saved_tokenizer_is_scored_with_its_own_resolution(vq_run, sourced_data, tmp_path, capsys):
     from trellis import SparseStructureTokenizer
 

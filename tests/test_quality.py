@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from benchmarks import ablation, quality, rate_distortion
 from benchmarks.report import Table
 from trellis.trainers import TRAINERS
 from trellis.utils.config import apply_override, load_config
-from trellis.utils.errors import ConfigError
+from trellis.utils.errors import ConfigError, DataError
 
 TINY = {
     "models.encoder.args.channels": [4, 8, 8],
@@ -127,6 +128,23 @@ def test_finished_codebooks_of_the_ablations_become_points(tmp_path):
     assert rate_distortion.of_ablation(tmp_path) == [rate_distortion.Point(codebook.name, 1.5, 0.75)]
 
 
+def test_a_finished_variant_is_not_taken_for_one_of_other_settings(data_dir, tmp_path, monkeypatch, capsys):
+    def run_train(line: list[str]) -> None:
+        folder = Path(line[line.index("--output_dir") + 1])
+        folder.mkdir(parents=True)
+        (folder / "log.txt").write_text(json.dumps({"val/iou": 0.5, "seconds": 1.0}) + "\n")
+
+    monkeypatch.setattr(ablation.runs, "run_train", run_train)
+    flags = ["--data_dir", data_dir, "--output_dir", str(tmp_path), "--device", "cpu", "--only", "lambda_kl 4e-3"]
+    ablation.main(flags)
+    monkeypatch.setattr(ablation.runs, "run_train", lambda line: pytest.fail("it trains again"))
+    ablation.main(flags)
+    with pytest.raises(ConfigError, match="lambda_kl_4e-3 is finished, but with another value of .*max_steps"):
+        ablation.main([*flags, "--steps", "500"])
+    with pytest.raises(ConfigError, match="lambda_kl_4e-3 is finished, but with another value of data_dir"):
+        ablation.main([*flags, "--data_dir", str(tmp_path)])
+
+
 def scores_of(folder: Path, phase: str) -> dict:
     report = json.loads(next((folder / "eval" / phase).glob("val_*.json")).read_text())
     (scores,) = report["weights"].values()
@@ -143,25 +161,25 @@ def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd)
     flags = flags_of(data_dir, tmp_path)
     quality.main(flags)
     text = (tmp_path / "results.md").read_text()
-    phases = ["vae", "sparse_stage1", "sparse_stage2"]
+    phases = ["base_vae", "base_stage1", "base_stage2"]
     assert [name for name in quality.PHASES if f"| {name} |" in text.split("## Scores")[0]] == phases
     taken = {name: json.loads((tmp_path / name / "phase.json").read_text()) for name in phases}
-    for name, before in (("vae", ["vae"]), ("sparse_stage2", phases)):
+    for name, before in (("base_vae", phases[:1]), ("base_stage2", phases)):
         scores = scores_of(tmp_path, name)
         minutes = sum(taken[phase]["wall"] for phase in before) / 60
         tokens = f"{scores['lm_tokens']:.1f}" if "lm_tokens" in scores else "–"
         start = f"| {name} | 0 | {minutes:.1f} | {tokens} | "
         assert start + f"{scores['iou']:.4f} | {scores['iou_median']:.4f} | {scores['iou_p5']:.4f} |" in text
         assert f"| {name} | 0 | val | {scores['objects']} | {scores['iou']:.4f} | {scores['iou_p5']:.4f} |" in text
-    last = taken["sparse_stage2"]
+    last = taken["base_stage2"]
     assert last["steps"] == 2 and f"{last['before']['iou']:.4f} | {last['after']['iou']:.4f}" in text
     assert "Cut off" not in text and "on average" not in text
 
     rate_distortion.main(["--quality", str(tmp_path), "--output", str(tmp_path / "picture" / "rate.png")])
     printed = capfd.readouterr().out
     for name, rate, iou in (
-        ("vae, sampled", "kl_bits_per_object", "sampled_iou"),
-        ("sparse_stage2", "entropy_bits_per_object", "iou"),
+        ("base_vae, sampled", "kl_bits_per_object", "sampled_iou"),
+        ("base_stage2", "entropy_bits_per_object", "iou"),
     ):
         found = scores_of(tmp_path, name.split(",")[0])
         row = [name, found[rate] / 1e3, found[iou]]
@@ -174,13 +192,56 @@ def test_the_recipe_runs_reports_and_is_not_run_again(data_dir, tmp_path, capfd)
     quality.main(flags)
     assert "$ python" not in capfd.readouterr().out
     assert (tmp_path / "results.md").read_text() == text
-    with pytest.raises(ConfigError, match="vae is finished, but with another value of .*max_steps"):
+    with pytest.raises(ConfigError, match="base_vae is finished, but with another value of .*max_steps"):
         quality.main([*flags, "--set", "trainer.args.max_steps=3"])
+    with pytest.raises(ConfigError, match="base_vae is finished, but with another value of --num_gpus; choose"):
+        quality.main([*flags, "--num_gpus", "2"])
+    copied = shutil.copytree(data_dir, tmp_path / "other data")
+    other = [str(copied) if flag == data_dir else flag for flag in flags]
+    with pytest.raises(ConfigError, match="base_vae is finished, but with another value of --data_dir; choose"):
+        quality.main(other)
+
+
+def test_scores_are_taken_again_for_other_grids_and_other_kinds(tmp_path, monkeypatch):
+    started = []
+
+    def execute(command: list[str]) -> None:
+        flags = dict(zip(command[1::2], command[2::2], strict=True))
+        report = {"data_dir": flags["--data_dir"], "kinds": flags.get("--kinds"), "weights": {"ema": len(started)}}
+        path = Path(flags["--output_dir"]) / "val_step0000002.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report))
+        started.append(path.parent.parent.name)
+
+    monkeypatch.setattr(quality, "execute", execute)
+    kinds = tmp_path / "kinds.csv"
+    kinds.write_text("source,kind\na,b\n")
+    common = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    more = ["--eval_dir", f"more={ROOT}"]
+    moved = ["--eval_dir", f"more={ROOT},{tmp_path}"]
+    for flags, wanted in ((more, 0), (more, 0), (moved, 1), ([*moved, "--kinds", str(kinds)], 2), (moved, 3)):
+        options = quality.parse_args([*common, *flags])
+        assert quality.score(options, "cpu", quality.Run("vae", 0), "more") == wanted
+    assert started == ["eval_more"] * 4
+
+
+def test_data_that_cannot_be_scored_are_refused_before_anything_is_trained(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "execute", lambda command: pytest.fail("it trains"))
+    (tmp_path / "train").mkdir()
+    shutil.copy(f"{data_dir}/shapes_train.npz", tmp_path / "train" / "shapes_train.npz")
+    with pytest.raises(DataError, match="no object is in split 'val'"):
+        quality.main(flags_of(str(tmp_path / "train"), tmp_path / "out"))
+    with pytest.raises(DataError, match="no object is in split 'val'"):
+        quality.main(flags_of(data_dir, tmp_path / "out", "--eval_dir", f"more={tmp_path / 'train'}"))
+    with pytest.raises(DataError, match="resolution 16, but resolution is 32"):
+        quality.main([*flags_of(data_dir, tmp_path / "out"), "--set", "dataset.args.resolution=32"])
+    assert not (tmp_path / "out").exists()
 
 
 def commands_of(monkeypatch, flags: list[str]) -> list[str]:
-    """The commands of quality.py with these flags, without running them."""
+    """The commands of quality.py with these flags, without running them or reading data."""
     commands = []
+    monkeypatch.setattr(quality, "check_data", lambda options: None)
     monkeypatch.setattr(quality, "execute", lambda command: commands.append(" ".join(command)))
     made_up = {
         "iou": 0.5,
@@ -251,6 +312,7 @@ def test_seeds_run_apart_from_each_other(monkeypatch, tmp_path):
         (["--eval_dir", "a=gone"], "gone is not there"),
         (["--seeds", "1", "1"], "--seeds 1 1: give different numbers"),
         (["--num_gpus", "0"], "--num_gpus is 0"),
+        (["--kinds", "gone.csv"], "gone.csv: cannot be read"),
     ],
 )
 def test_quality_finds_mistakes_before_it_trains(flags, message, tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ from trellis.modules.quantizers import Quantizer
 from trellis.modules.quantizers.base import nearest_ids
 from trellis.modules.quantizers.kmeans import kmeans
 from trellis.utils.config import config_arguments, describe
+from trellis.utils.errors import ConfigError
 
 K, C = 32, 4
 OWN_ARGS = {
@@ -424,3 +425,11 @@ def test_arguments_that_do_not_fit_are_named():
         MODELS.get("LookupFreeQuantizer", "")(n_embed=1000)
     with pytest.raises(ValueError, match="num_codes 3 does not divide embed_dim 8"):
         MODELS.get("ProductVectorQuantizer", "")(num_codes=3)
+
+
+@pytest.mark.parametrize("args", [{"name": "LookupFreeQuantizer"}, {"name": "FiniteScalarQuantizer", "levels": []}])
+def test_a_grid_of_one_code_is_refused(args):
+    args = dict(args)
+    spec = {"name": args.pop("name"), "args": {"n_embed": 2, "empty_code": True, **args}}
+    with pytest.raises(ConfigError, match="n_embed 2 leaves a grid of a single code"):
+        build(spec)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import VQ, assert_equal, checkpoint, logged, run, solid_grids, tiny_config
+from helpers import VQ, assert_equal, checkpoint, free_port, logged, run, solid_grids, tiny_config
 
 from trellis import SparseStructureTokenizer
 from trellis.evaluation.metrics import occupied_blocks
@@ -186,6 +186,58 @@ def test_both_stages_and_a_resume(form, vae_run, data_dir, write_config, tmp_pat
     tokenizer = SparseStructureTokenizer.from_run(tmp_path / "two")
     moved = tokenizer.transformer.stacks["after"].project_out.weight
     assert tokenizer.empty_code and moved.any()
+
+
+# {name: settings of a quantizer, and the weight of its entropy loss}
+LEARNERS: dict[str, tuple[dict, float]] = {
+    "VectorQuantizer": ({}, 0.0),
+    "ResidualVectorQuantizer": ({"num_codes": 2}, 0.0),
+    "ResidualVectorQuantizer, averages": ({"num_codes": 2, "decay": 0.9}, 0.0),
+    "LookupFreeQuantizer": ({"n_embed": 17}, 0.5),
+}
+
+
+def unequal(learner: str, **args) -> dict:
+    """Training of everything by plain steps, whose result is as exact as the gradient."""
+    own, entropy = LEARNERS[learner]
+    plain = {"optimizer": {"name": "SGD", "args": {"lr": 1e-2}}, "grad_clip": None, "loss_type": "bce_iou"}
+    config = stage("sparse", True, max_steps=4, i_log=1, lambda_entropy=entropy, **plain, **args)
+    quantizer = config["models"]["quantizer"]
+    quantizer["name"] = learner.split(",")[0]
+    quantizer["args"] |= {**own, "init": "uniform"}  # k-means may start from another vector by a rounding error
+    return config
+
+
+def assert_alike(one, other, names: tuple[str, ...]) -> None:
+    """The same losses and scores at every step, and the same weights in the end, up to rounding."""
+    for a, b in zip(logged(one), logged(other), strict=True):
+        for name in ("loss", "bce_iou", *names, "val/iou", "codes_revived"):
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (a["step"], name)
+    for name, state in checkpoint(one, 4).items():
+        if not name.startswith("misc"):
+            torch.testing.assert_close(checkpoint(other, 4)[name], state, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("learner", [name for name in LEARNERS if "," in name or LEARNERS[name][1]])
+def test_two_ranks_weigh_every_token_alike(learner, vae_run, data_dir, write_config, tmp_path):
+    """Their shares of a batch have unequal numbers of tokens, and codes are revived from tokens of both."""
+    flags = ("--config", write_config(unequal(learner, i_ddpcheck=2)), "--data_dir", data_dir, "--load_dir", vae_run)
+    assert run(*flags, "--output_dir", tmp_path / "one") == 0
+    two = ("--num_gpus", 2, "--master_port", free_port())
+    assert run(*flags, *two, "--output_dir", tmp_path / "two") == 0
+    entropy = ("entropy",) if LEARNERS[learner][1] else ()
+    assert_alike(tmp_path / "one", tmp_path / "two", ("vq", "commit", *entropy))
+
+
+@pytest.mark.parametrize("learner", ["VectorQuantizer", "ResidualVectorQuantizer"])
+def test_micro_batches_weigh_every_token_alike(learner, vae_run, data_dir, write_config, tmp_path):
+    """If codes learn by gradient. Four micro-batches of an object each equal one batch."""
+    for name, batch_split in (("whole", 1), ("split", 4)):
+        path = write_config(unequal(learner, batch_split=batch_split))
+        flags = ("--config", path, "--data_dir", data_dir, "--load_dir", vae_run)
+        assert run(*flags, "--output_dir", tmp_path / name) == 0
+    assert_alike(tmp_path / "whole", tmp_path / "split", ("vq", "commit"))
 
 
 def test_wrong_transformers_are_refused_before_anything_is_made(vae_run, data_dir, write_config, tmp_path, capsys):

@@ -81,22 +81,29 @@ def read_kinds(path: str) -> dict[str, str]:
     """Read which kind of objects each source has: {source: kind}.
 
     path: a CSV table with the columns `source` and `kind`; others are ignored.
-    Raise ConfigError if it cannot be read, lacks a column or a value, or names two kinds for a source.
+    Raise ConfigError if it cannot be read, lacks a column or a value, has one too many, or names two kinds for a
+    source.
     """
     remedy = "give a CSV table with the columns source and kind, such as: source,kind"
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
+            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or ()]
             rows = [(reader.line_num, row) for row in reader]
-            columns = reader.fieldnames or ()
     except OSError as error:
         raise ConfigError(f"--kinds {path}: cannot be read ({error.strerror}); {remedy}") from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise ConfigError(f"--kinds {path}: is not a CSV table ({error}); {remedy}") from error
     if missing := [name for name in ("source", "kind") if name not in columns]:
         raise ConfigError(f"--kinds {path}: has no column {missing[0]}, only {', '.join(columns) or 'none'}; {remedy}")
+    if repeated := [name for name in ("source", "kind") if columns.count(name) > 1]:
+        raise ConfigError(f"--kinds {path}: has two columns {repeated[0]}; leave one out")
     kinds: dict[str, str] = {}
     for line, row in rows:
+        if None in row:
+            raise ConfigError(
+                f"--kinds {path}: line {line} has more than {len(columns)} values; put a text with a comma into quotes"
+            )
         source, kind = ((row[name] or "").strip() for name in ("source", "kind"))
         if not source or not kind:
             raise ConfigError(f"--kinds {path}: line {line} lacks {'a kind' if source else 'a source'}; fill it in")

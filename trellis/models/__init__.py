@@ -139,7 +139,7 @@ def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], path: st
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(
             f"{path} does not fit {type(module).__name__}: {'; '.join(problems[:3])}{more}. "
-            "Give the weights that belong to this configuration's models, or change its models.*.args"
+            "Give the weights that belong to this configuration's models, or change name or args of the model in it"
         )
     module.load_state_dict(state)
 

@@ -256,15 +256,18 @@ def straight_through(codes: Tensor, estimate: Tensor) -> Tensor:
     return codes + (estimate - estimate.detach()) if estimate.requires_grad else codes
 
 
-def entropy_loss(own: Tensor, share: Tensor, *, over_ranks: bool) -> Tensor:
+def entropy_loss(own: Tensor, share: Tensor, vectors: int, *, over_ranks: bool) -> Tensor:
     """Return the mean entropy of each vector's soft choice minus the entropy of the mean choice, in nats.
 
     own: the mean entropy of a vector's choice, a scalar.
     share: [K], the mean choice over this rank's vectors.
+    vectors: their number, by which a rank counts in the mean over ranks.
     over_ranks: average the mean choice over all ranks, each of which must then call this. The gradient is the joint
-        batch's once ranks average their gradients.
+        batch's once ranks average their gradients, each times its number of vectors over the mean number.
     """
     if over_ranks:
-        share = dist_utils.all_mean(share.detach()) + (share - share.detach())
+        count = share.new_tensor(float(vectors))
+        joint = dist_utils.all_sum(share.detach() * count) / dist_utils.all_sum(count).clamp(min=1)
+        share = joint + (share - share.detach())
     # The clamp keeps the gradient finite at a share of zero.
     return own + (share * share.clamp(min=1e-30).log()).sum()

@@ -28,7 +28,14 @@ class GridQuantizer(Quantizer):
     points: Tensor  # [K, d] float32, the grid
 
     def set_grid(self, points: Tensor) -> None:
-        """Add the grid and the projections onto it and back. points: [K, d] float32; row k belongs to id k."""
+        """Add the grid and the projections onto it and back. Raise ValueError for a grid without dimensions.
+
+        points: [K, d] float32; row k belongs to id k.
+        """
+        if not points.shape[1]:
+            raise ValueError(
+                f"n_embed {self.n_embed} leaves a grid of a single code, which has no dimension; use a larger n_embed"
+            )
         self.register_buffer("points", points, persistent=False)
         self.proj_in = nn.Linear(self.embed_dim, points.shape[1])
         self.proj_out = nn.Linear(points.shape[1], self.embed_dim)

@@ -61,7 +61,7 @@ class IndexBackpropagationQuantizer(VectorQuantizer):
         ]
         soft, share, own = zip(*parts, strict=True)
         count = max(1, len(flat))
-        losses["entropy"] = entropy_loss(sum(own) / count, sum(share) / count, over_ranks=self.training)
+        losses["entropy"] = entropy_loss(sum(own) / count, sum(share) / count, len(flat), over_ranks=self.training)
         return straight_through(codes, torch.cat(soft).view_as(vectors)), indices, losses
 
 

@@ -64,7 +64,8 @@ class LookupFreeQuantizer(GridQuantizer):
         own = (one * F.softplus(-logits) + (1 - one) * F.softplus(logits)).sum(1).mean()
         low, high = (_joint(part) for part in (one[:, : one.shape[1] // 2], one[:, one.shape[1] // 2 :]))
         share = (high.T @ low).flatten() / max(1, len(one))  # [K], the id's low bits fastest
-        return {"commit": F.mse_loss(u, points), "entropy": entropy_loss(own, share, over_ranks=self.training)}
+        entropy = entropy_loss(own, share, len(one), over_ranks=self.training)
+        return {"commit": F.mse_loss(u, points), "entropy": entropy}
 
 
 def _joint(one: Tensor) -> Tensor:

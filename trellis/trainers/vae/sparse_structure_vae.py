@@ -48,6 +48,11 @@ class SparseStructureVaeTrainer(BasicTrainer):
 
     @classmethod
     def check_models(cls, models: dict[str, Model], config: dict) -> None:
+        cls.check_networks(models, config["dataset"]["args"]["resolution"])
+
+    @classmethod
+    def check_networks(cls, models: Mapping[str, nn.Module], resolution: int) -> None:
+        """Raise ConfigError for models that do not fit each other or grids of `resolution` voxels along an axis."""
         encoder, decoder = models["encoder"], models["decoder"]
         if not isinstance(encoder, SparseStructureEncoder):
             raise ConfigError(
@@ -73,7 +78,6 @@ class SparseStructureVaeTrainer(BasicTrainer):
                 f"models.decoder.args.channels has {len(decoder.channels)} levels, but the encoder's has "
                 f"{len(encoder.channels)}; a grid keeps its size only with as many levels in both"
             )
-        resolution = config["dataset"]["args"]["resolution"]
         if resolution % encoder.downsampling:
             raise ConfigError(
                 f"dataset.args.resolution is {resolution}, but a latent cell of the encoder covers "

@@ -104,8 +104,8 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
             self.parts["codebook_watch"] = self.watch
 
     @classmethod
-    def check_models(cls, models: dict[str, Model], config: dict) -> None:
-        super().check_models(models, config)
+    def check_networks(cls, models: Mapping[str, nn.Module], resolution: int) -> None:
+        super().check_networks(models, resolution)
         quantizer = models["quantizer"]
         if not isinstance(quantizer, Quantizer):
             raise ConfigError(
@@ -118,9 +118,12 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
                 f"models.transformer.name is {type(transformer).__name__!r}, which is not one around a codebook; use "
                 "CodebookTransformer"
             )
-        VqVae.of(models).check(config["dataset"]["args"]["resolution"])
+        VqVae.of(models).check(resolution)
 
-        args = config["trainer"]["args"]
+    @classmethod
+    def check_models(cls, models: dict[str, Model], config: dict) -> None:
+        super().check_models(models, config)
+        quantizer, args = cast(Quantizer, models["quantizer"]), config["trainer"]["args"]
         if args["lambda_entropy"] and "entropy" not in quantizer.losses:
             raise ConfigError(
                 f"trainer.args.lambda_entropy is {args['lambda_entropy']}, but {type(quantizer).__name__} has no "
@@ -144,14 +147,33 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
                 'trainer.args.freeze or choose a reconstruction loss such as "l1"'
             )
 
+    def split_batch(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Return the batch's micro-batches. With an empty code, each gets its `token_share` of `training_losses`."""
+        micro_batches = super().split_batch(batch)
+        if self.quantizer.empty_code:
+            occupied = (cast(Tensor, self.vqvae.occupied(micro_batch["ss"])) for micro_batch in micro_batches)
+            tokens = torch.stack([own.sum() for own in occupied]).double()
+            mean = dist_utils.all_mean(tokens.mean())
+            for micro_batch, share in zip(micro_batches, (tokens / mean.clamp(min=1e-9)).float(), strict=True):
+                micro_batch["token_share"] = share
+        return micro_batches
+
     def training_losses(
-        self, *, sample_ids: Tensor, ss: Tensor | None = None, z: Tensor | None = None
+        self,
+        *,
+        sample_ids: Tensor,
+        ss: Tensor | None = None,
+        z: Tensor | None = None,
+        token_share: Tensor | None = None,
     ) -> tuple[EasyDict, EasyDict]:
         """Return (losses, status). losses: "loss", which is optimized, and its terms before weighting.
 
         sample_ids: [B] int64 on the CPU; the vectors that may replace dead codes are drawn by them.
         ss: [B, 1, R, R, R], 0 or 1; beside z, needed by a reconstruction loss and by an empty code alone.
         z: [B, C, X, Y, Z], the encoder's latents, if they are known.
+        token_share: scalar, the occupied tokens over their mean number in all micro-batches of a step and all ranks.
+            The quantizer's losses, which are means over occupied tokens, are multiplied by it, so that their mean is
+            that of the whole batch; None for 1.
 
         status has usage and perplexity of the learned codes over the batch of all ranks. With several codes per token
         they are the mean usage and the geometric mean of the perplexities.
@@ -172,7 +194,8 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
             assert ss is not None  # and for a reconstruction loss
             logits = self.vqvae.decode(quantized.codes, occupied)
             terms[self.loss_type] = RECONSTRUCTION_LOSSES[self.loss_type](logits, ss)
-        terms.update({name: quantized.losses[name] for name in self.quantizer_losses})
+        weight = 1.0 if token_share is None else token_share
+        terms.update({name: weight * quantized.losses[name] for name in self.quantizer_losses})
         terms.loss = sum(self.weights[name] * value for name, value in terms.items())
 
         counts = dist_utils.all_sum(self.vqvae.counts(quantized.indices)).view(self.quantizer.codes_per_token, -1)

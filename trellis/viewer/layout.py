@@ -12,8 +12,8 @@ from .figures import css
 from .uploads import MAX_BYTES, UPLOAD_SUFFIXES
 
 PANELS = {"mesh": "Mesh", "voxels": "Voxels", "reconstruction": "Reconstruction", "difference": "Missing and extra"}
-FORMS = {"dense": "every token has a code", "sparse": "only tokens whose block has a voxel have a code"}
-COPIED = {
+WHICH_HAVE_CODES = {"dense": "every token has a code", "sparse": "only tokens whose block has a voxel have a code"}
+COPIED = {  # by the form of the text
     "dense": "all ids, as words for a language model",
     "octree": "masks of the blocks that hold something, and the codes there, as words for a language model",
 }
@@ -64,13 +64,13 @@ def page(backend: Backend) -> Component:
 def about(backend: Backend) -> list:
     lattice = "×".join(map(str, backend.lattice))
     each = f" of {backend.codes_per_token} codes" if backend.codes_per_token > 1 else ""
-    codes, form = f"{backend.n_embed} codes", "dense"
+    codes, kind = f"{backend.n_embed} codes", "dense"
     if backend.empty_code:
-        codes, form = f"{backend.codebook_size} codes + empty (id 0)", "sparse"
+        codes, kind = f"{backend.codebook_size} codes + empty (id 0)", "sparse"
     parts = [
         html.B(backend.name),
         html.Span(f"{backend.resolution}³ voxels"),
-        html.Span(form, title=FORMS[form]),
+        html.Span(kind, title=WHICH_HAVE_CODES[kind]),
         html.Span(f"{lattice} tokens{each}"),
         html.Span(codes),
         html.Span(f"hash {backend.hash[:8]}", title=f"sha256 over weights and settings: {backend.hash}"),

@@ -104,7 +104,7 @@ def _of_row(row: dict[str, Any], tokenizer: SparseStructureTokenizer) -> tuple[T
 
 
 def _checked(ids: Tensor, tokenizer: SparseStructureTokenizer) -> Tensor:
-    """Return ids [T]. Raise DataError for a token of which only some are 0, if 0 is the empty code."""
+    """Return ids [T]. Raise DataError for what `check_ids` refuses."""
     try:
         tokenizer.check_ids(ids)
     except ValueError as error:

@@ -89,13 +89,12 @@ def test_a_flipped_bit_in_any_tensor_is_found(tmp_path, dtype):
     make(transformer=True).save_pretrained(tmp_path, dtype=dtype)
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
-    for name, (start, end) in weights_in_bytes(path).items():
+    for start, end in weights_in_bytes(path).values():
         damaged = bytearray(whole)
         damaged[(start + end) // 2] ^= 1
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="checksum differs"):
             SparseStructureTokenizer.load(tmp_path)
-        assert name  # of a failure
 
 
 def test_a_changed_configuration_is_found(tmp_path):

@@ -67,8 +67,8 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
     Ids are computed in fp32 unless bf16 is asked for. They depend on the weights and, in the last digits of a latent,
     on the device and its libraries; not on what is encoded together.
 
-    models: {"encoder" | "quantizer" | "decoder": {"name", "args"}} as in a configuration, with fresh weights; `load`,
-        `from_pretrained`, `from_run` and `from_shapellm` give trained ones.
+    models: {"encoder" | "quantizer" | "decoder": {"name", "args"}} as in a configuration, and "transformer" if there is
+        one, with fresh weights; `load` and the methods from_… give trained ones.
     resolution: R of the grids.
     normalization: how meshes become grids, as voxelize.py's flag; the same as for the training data.
     up_axis: how the axes of mesh files are taken, read and written, see `grids.placing`.
@@ -436,8 +436,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         say settings that do not exist, DataError if they have several normalizations.
         """
         run = open_run(output_dir, ckpt)
-        normalization = normalization or run.data_setting("normalization") or "cube"
-        up_axis = up_axis or run.data_setting("up_axis") or ("keep" if normalization == "cube" else "y")
+        normalization, up_axis = run.tokenizer_settings(normalization, up_axis)
         try:
             check_settings(up_axis, normalization)
         except ConfigError as error:
@@ -650,7 +649,11 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         return mesh_to_grid(path, self.resolution, up_axis or self.up_axis, self.normalization)
 
     def check_ids(self, ids: Tensor) -> Tensor:
-        """Return ids as [B, T]. Raise ValueError for another shape and for an id outside [0, K)."""
+        """Return ids as [B, T].
+
+        Raise ValueError for another shape, for an id outside [0, K), and with an empty code for a token that has id 0
+        beside others.
+        """
         ids = torch.as_tensor(ids)
         if ids.ndim not in (1, 2) or ids.shape[-1] != self.num_tokens or ids.is_floating_point() or not ids.numel():
             raise ValueError(

@@ -155,10 +155,7 @@ def _encode(models: VqVae, resolution: int, grid: np.ndarray) -> Tensor:
 def _logits(models: VqVae, resolution: int, ids: Tensor) -> tuple[float, float]:
     """Return the lowest and the highest logit of the small cube in the corner of ids."""
     ids = ids.to(next(models.decoder.parameters()).device)
-    quantizer, cells = models.quantizer, _cells(models, resolution)
-    codes = quantizer.lookup(ids)
-    if models.transformer is not None:
-        occupied = quantizer.occupied(ids) if quantizer.empty_code else None
-        codes = quantizer.ungroup_cells(models.transformer.after(quantizer.to_vectors(codes), occupied))
+    cells = _cells(models, resolution)
+    codes = models.after(models.quantizer.lookup(ids), models.occupied_of_ids(ids))
     low, high = models.decoder(codes[..., :cells, :cells, :cells]).float().aminmax()
     return low.item(), high.item()

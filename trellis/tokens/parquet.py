@@ -35,7 +35,7 @@ from ..utils.files import atomic_write
 from ..utils.formats import check_version
 from .forms import form_of, octree_of
 from .octree import Octree
-from .text import MASKS
+from .text import MASKS, integers
 
 if TYPE_CHECKING:
     import pyarrow
@@ -397,10 +397,12 @@ def _octree_ids(lists: "pyarrow.ListArray", sha256: list[str], info: TokenInfo, 
         try:
             if sequence is None:
                 raise DataError("its sequence is missing")
-            yield info.octree.from_values(sequence).ids.numpy()
+            ids, problems = info.octree.read(integers(sequence, "values"))
+            if problems:
+                raise DataError(min(problems, key=lambda problem: problem.position).message)
         except DataError as error:
-            reason = str(error).partition(" Refused:")[0]
-            raise DataError(f"{path}: {row}: {reason} Delete the file and run scripts/to_tokens.py again.") from error
+            raise DataError(f"{path}: {row}: {error}. Delete the file and run scripts/to_tokens.py again.") from error
+        yield ids.numpy()
 
 
 def _open(path: Path) -> "pyarrow.parquet.ParquetFile":

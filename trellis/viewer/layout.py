@@ -6,7 +6,6 @@ from typing import Any
 from dash import dcc, html
 
 from ..grids.preview import CORRECT, EXTRA, MISSING
-from ..modules.attention import TransformerBlock
 from .backend import Backend
 from .figures import css
 from .uploads import MAX_BYTES, UPLOAD_SUFFIXES
@@ -76,8 +75,7 @@ def about(backend: Backend) -> list:
         html.Span(f"hash {backend.hash[:8]}", title=f"sha256 over weights and settings: {backend.hash}"),
     ]
     if (transformer := backend.tokenizer.transformer) is not None:
-        stacks = (transformer.stacks[name].modules() for name in ("before", "after"))
-        layers = " + ".join(str(sum(isinstance(each, TransformerBlock) for each in stack)) for stack in stacks)
+        layers = " + ".join(map(str, transformer.layers))
         title = "layers of attention over the tokens, before and after the codebook"
         parts.insert(-1, html.Span(f"transformer, {layers} layers", title=title))
     return parts

@@ -40,9 +40,10 @@ from .tokens.card import model_card
 from .tokens.forms import Form, form_of, octree_of
 from .tokens.grammar import Grammar
 from .tokens.parquet import TokenInfo
+from .tokens.problems import Parsed
 from .tokens.shapellm import read_shapellm, shapellm_state
 from .tokens.sources import CONFIG, FORMAT_VERSION, MODELS, OPTIONAL_MODELS, WEIGHTS
-from .tokens.text import Parsed, TokenFormat
+from .tokens.text import TokenFormat
 from .utils.config import check_component, load_config
 from .utils.errors import CheckpointError, ConfigError, DataError
 from .utils.files import atomic_write

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import ConfigError, DataError
+from .problems import Parsed, Problem, further, integers, parsed
 from .sparse import morton_keys
-from .text import MASKS, Parsed, Problem, further, integers, parsed
 
 Order = Literal["breadth", "depth"]
+MASKS = 255  # of a node
 # For each mask, its children, and the half of each, 0 or 1, along x, y and z.
 CHILDREN = [[c for c in range(8) if mask >> c & 1] for mask in range(MASKS + 1)]
 HALVES = [[(c >> 2, c >> 1 & 1, c & 1) for c in children] for children in CHILDREN]

@@ -34,8 +34,8 @@ from ..utils.errors import ConfigError, DataError
 from ..utils.files import atomic_write
 from ..utils.formats import check_version
 from .forms import form_of, octree_of
-from .octree import Octree
-from .text import MASKS, integers
+from .octree import MASKS, Octree
+from .problems import integers
 
 if TYPE_CHECKING:
     import pyarrow

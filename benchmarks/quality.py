@@ -215,15 +215,21 @@ def score(options: argparse.Namespace, device: str, run: Run, grids: str) -> dic
     folder = options.output_dir / ("eval" if grids == VAL else f"eval_{grids}") / run.name
     kinds = str(options.kinds) if options.kinds else None
     origin = {"data_dir": options.eval_dir[grids], "kinds": kinds}
-    reports = [json.loads(path.read_text()) for path in folder.glob("val_*.json")]
-    if not any({"kinds": None, **report}.items() >= origin.items() for report in reports):
+
+    def found() -> dict | None:
+        reports = (json.loads(path.read_text()) for path in folder.glob("val_*.json"))
+        return next((report for report in reports if {"kinds": None, **report}.items() >= origin.items()), None)
+
+    if found() is None:
         command = ["scripts/evaluate.py", "--run", str(options.output_dir / run.name)]
         command += ["--data_dir", options.eval_dir[grids], "--output_dir", str(folder), "--weights", "averaged"]
         command += ["--batch_size", str(options.eval_batch), "--device", device]
         if kinds:
             command += ["--kinds", kinds]
         execute(command)
-    report = json.loads(next(folder.glob("val_*.json")).read_text())
+    report = found()
+    if report is None:
+        raise ConfigError(f"{folder} has no report of {origin['data_dir']}; remove the folder and run this again")
     return next(iter(report["weights"].values()))
 
 

@@ -19,6 +19,7 @@ SCORES = (
     "iou_p5",
     "f_score",
     "chamfer",
+    "lm_tokens",
     "codebook_usage",
     "codebook_perplexity",
     "entropy_bits_per_object",

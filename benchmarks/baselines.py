@@ -2,8 +2,8 @@
 
     python benchmarks/baselines.py --data_dir data/train.npz --eval_dir val=data/val.npz --output baselines.md
 
-Tables and code are fitted to the training grids (trellis/evaluation/baselines.py) and scored on each --eval_dir; with
---kinds, as in evaluate.py, also on each kind of objects there. The lossless code is written and read back too.
+Tables and code are fitted to the training grids (trellis/evaluation/baselines.py) and scored on each --eval_dir, and on
+each kind of objects there; kinds are those of evaluate.py. The lossless code is written and read back too.
 rate_distortion.py draws the results beside those of tokenizers.
 """
 
@@ -94,11 +94,15 @@ def coded_bits(fitted: Baselines, dataset: SparseStructure) -> float:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     kind_of = read_kinds(args.kinds) if args.kinds else {}
+    for lattice, _ in args.table:
+        for blocks in lattice:
+            if args.resolution % blocks:
+                raise ConfigError(
+                    f"--table {','.join(map(str, lattice))}: {args.resolution} voxels do not divide into {blocks} "
+                    "blocks; give divisors of --resolution"
+                )
     training = SparseStructure(args.data_dir, resolution=args.resolution, split="train")
     sets = {name: SparseStructure(root, resolution=args.resolution, split="val") for name, root in args.eval_dir}
-    for lattice, _ in args.table:
-        if any(args.resolution % blocks for blocks in lattice):
-            raise ConfigError(f"--table {lattice}: {args.resolution} voxels do not divide into so many blocks")
     work = {"resolution": args.resolution, "training grids": len(training)}
     report = Report("Baselines without a network", __file__, argv, torch.device("cpu"), args.output, work)
     fitted = Baselines.fit(training, range(len(training)), args.table)
@@ -115,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     narrow: list[list] = []
     for name, dataset in sets.items():
         sources = [dataset.source(i) for i in range(len(dataset))]
-        kinds = [kind_of.get(source or "") for source in sources]
+        kinds = [kind_of.get(source or "") or dataset.kind(i) for i, source in enumerate(sources)]
         tables = {
             baseline: summarize(scores, sources, kinds)
             for baseline, scores in fitted.scores(dataset, range(len(dataset))).items()
@@ -149,16 +153,8 @@ def table_row(found: dict) -> list:
 
 def group_row(part: dict) -> list:
     """Return the same columns for a kind of objects."""
-    return [
-        part["objects"],
-        part["iou"],
-        None,
-        part["iou_p5"],
-        part["tokens"],
-        part["tokens"] + part["masks"],
-        None,
-        None,
-    ]
+    codes = part["tokens"]
+    return [part["objects"], part["iou"], None, part["iou_p5"], codes, codes + part["masks"], None, None]
 
 
 def lossless(written: float | None, ideal: float) -> list:

@@ -144,12 +144,15 @@ def of_baselines(path: Path, grids: str) -> list[Form]:
 
 
 class Panel(NamedTuple):
+    """A diagram of the picture."""
+
     title: str
     size: str  # what the horizontal axis shows
     marks: list[tuple[str, float, float, str]]  # name, size, IoU, origin
 
 
 def panels_of_points(panels: dict[str, list[Point]]) -> list[Panel]:
+    """Return a panel for each list of points, by their bits. panels: by title."""
     return [
         Panel(title, "kbit per object, by the entropy of single ids", [(*point, "tokenizer") for point in points])
         for title, points in panels.items()

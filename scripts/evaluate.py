@@ -43,7 +43,7 @@ from trellis.evaluation.summary import ID_BITS, Labels, read_kinds, summarize, s
 from trellis.grids.preview import contact_sheet, save_png
 from trellis.models import build, load_weights
 from trellis.runs.open import open_run
-from trellis.tokens.sources import CONFIG, WEIGHTS, check_folder
+from trellis.tokens.sources import CONFIG, MODELS, OPTIONAL_MODELS, WEIGHTS, check_folder
 from trellis.trainers import TRAINERS
 from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
 from trellis.utils.command import DEVICES, pick_device, run_command
@@ -160,8 +160,7 @@ def pretrained_subject(folder: str, resolution: int) -> Subject:
         about = load_config(f"{folder}/{CONFIG}")
         models, resolution = about["models"], about.get("resolution", resolution)
         return Subject(folder, 0, config_of(models, resolution), {"pretrained": dict.fromkeys(models, weights)})
-    known = ("encoder", "quantizer", "decoder", "transformer")
-    names = [name for name in known if (Path(folder) / f"{name}.json").is_file()]
+    names = [name for name in (*MODELS, *OPTIONAL_MODELS) if (Path(folder) / f"{name}.json").is_file()]
     for name in ("encoder", "decoder"):
         if name not in names:
             raise CheckpointError(f"--pretrained {folder}: {name}.json is not there; export_pretrained.py writes it")
@@ -295,7 +294,7 @@ def score_baselines(
     }
     for name, bits in fitted.bits(dataset, range(len(dataset))).items():
         result[name] = summarize_bits(bits, sources, kinds)
-    return {name: {"training_grids": number, **scores} for name, scores in result.items()}
+    return {name: {"training_grids": fitted.training_grids, **scores} for name, scores in result.items()}
 
 
 def notes_on_data(subject: Subject, dataset: StandardDatasetBase) -> list[str]:

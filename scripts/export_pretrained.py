@@ -43,14 +43,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def grid_settings(run: Run) -> dict[str, str | int]:
-    """Return how the run's grids were made, for a tokenizer, by the rules of its `from_run`."""
+    """Return how the run's grids were made, for a tokenizer; without what its data do not agree on."""
     settings: dict[str, str | int] = {"resolution": run.resolution}
     try:
-        normalization = run.data_setting("normalization") or "cube"
+        normalization, up_axis = run.tokenizer_settings()
     except DataError as error:  # the models are good without it
         print(f"note: {error}", file=sys.stderr)
         return settings
-    up_axis = run.data_setting("up_axis") or ("keep" if normalization == "cube" else "y")
     return {**settings, "normalization": normalization, "up_axis": up_axis}
 
 

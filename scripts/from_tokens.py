@@ -181,11 +181,12 @@ def plan_objects(args: argparse.Namespace, tokenizer: "SparseStructureTokenizer"
         up_axis = args.up_axis or info.up_axis
         objects = id_sources.objects_of_parquet(args.tokens)
         settings |= {"tokens_up_axis": info.up_axis, "precision": info.precision}
+        if key := parquet.read_data_key(args.tokens):  # an object may have other grids in other data
+            settings["data"] = json.dumps(key, sort_keys=True)
     else:
         objects = id_sources.objects_of_text(args.text)
         digest = hashlib.sha256(Path(args.text).read_bytes()).hexdigest()
         form = form_of(args.form, tokenizer.empty_code)
-        words = tokenizer.token_format(form=form)
         settings |= {"answers": digest, "form": form, "repair": args.repair}
     mesh = args.format not in ("voxels", "nifti")
     to_y_up = mesh and axis_to_write(up_axis, FORMATS[args.format], tokenizer.normalization) == "y"
@@ -195,7 +196,7 @@ def plan_objects(args: argparse.Namespace, tokenizer: "SparseStructureTokenizer"
     def readers() -> "Iterator[Reader]":
         if args.tokens:
             return id_sources.ids_of_parquet(args.tokens, tokenizer)
-        return id_sources.ids_of_text(args.text, words, tokenizer, args.repair)
+        return id_sources.ids_of_text(args.text, form, tokenizer, args.repair)
 
     return Plan(objects, readers, settings, to_y_up)
 
@@ -237,7 +238,8 @@ def write_objects(args: argparse.Namespace) -> Report:
     tokenizer = SparseStructureTokenizer.load(args.tokenizer).to(device)
     plan, folder = plan_objects(args, tokenizer), Path(args.output_dir)
     paths = [folder / f"{each.stem}{FORMATS[args.format]}" for each in plan.objects]
-    named = read_names(folder / NAMES) if args.tokens else []
+    if args.tokens:
+        check_names(folder / NAMES, plan.objects, paths)
     claim_folder(folder, args.format, plan.settings, paths)
     remove_leftovers(folder)
     missing = [not path.exists() for path in paths]
@@ -280,7 +282,7 @@ def write_objects(args: argparse.Namespace) -> Report:
         else:
             run_in_pool(write_file, tasks(), finish, min(args.max_workers, max(1, sum(missing))), args.timeout)
     if args.tokens:
-        write_names(folder / NAMES, named, plan.objects, paths)
+        write_names(folder / NAMES, plan.objects, paths)
     left_out.sort(key=lambda each: each[0])
     present = len(missing) - sum(missing)
     return Report(written, present, left_out, surfaces_closed.count(False), len(surfaces_closed))
@@ -305,17 +307,28 @@ def read_names(path: Path) -> list[list[str]]:
             header, *rows = csv.reader(table)
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error}). Give another --output_dir.") from error
-    if tuple(header) != NAME_FIELDS:
+    if tuple(header) != NAME_FIELDS or any(len(row) != len(NAME_FIELDS) for row in rows):
         raise DataError(f"{path}: is a table of something else ({', '.join(header)}). Give another --output_dir.")
     return rows
 
 
-def write_names(path: Path, before: list[list[str]], objects: "list[IdObject]", paths: list[Path]) -> None:
-    """Add the files that are there to the table of files.
+def check_names(path: Path, objects: "list[IdObject]", paths: list[Path]) -> None:
+    """Raise DataError if the table of files cannot be read, or gives an object's file to another object.
 
-    before: its rows.
     paths: of the objects' files.
     """
+    owners = {row[-1]: row[0] for row in read_names(path)}
+    for each, file in zip(objects, paths, strict=True):
+        if (owner := owners.get(file.name, each.sha256)) != each.sha256:
+            raise DataError(f"{file}: is of {owner}, not of {each.sha256}. Give another --output_dir.")
+
+
+def write_names(path: Path, objects: "list[IdObject]", paths: list[Path]) -> None:
+    """Add the files that are there to the table of files.
+
+    paths: of the objects' files.
+    """
+    before = read_names(path)  # now: another format may have been written meanwhile
     listed = {row[-1] for row in before}
     rows = [
         [each.sha256, each.name, file.name]

@@ -5,6 +5,7 @@ Axes: T ids of an object.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet
-from trellis.tokens.text import TokenFormat
+from trellis.tokens.forms import Form
 from trellis.utils.errors import DataError
 
 ANSWERS = ("predict", "output", "response", "text")
@@ -35,11 +36,12 @@ class IdObject(NamedTuple):
 Reader = Callable[[], tuple[Tensor, str | None]]
 
 
-def stem_of(name: str, sha256: str) -> str:
+def stem_of(name: str, sha256: str, digits: int = 8) -> str:
     """Return what an object's file is called, without suffix: its name, and as names need not differ, the hash.
 
     name: as in the Parquet files, such as folder/chair.glb or scan.nii.gz#liver. What is no letter, digit, dot, hyphen
         or underscore becomes an underscore. If it equals the hash, the object has no name.
+    digits: of the hash.
     """
     if name == sha256:
         return sha256
@@ -47,11 +49,11 @@ def stem_of(name: str, sha256: str) -> str:
     file = re.sub(r"(\.gz)?$", "", PurePosixPath(file.replace("\\", "/")).name, flags=re.IGNORECASE)
     words = [re.sub(r"\.[A-Za-z][A-Za-z0-9]{1,3}$", "", file), *([part] if part else [])]
     stem = re.sub(r"[^\w.-]+", "_", "_".join(words))[:STEM_LENGTH].strip("._-")
-    return f"{stem}_{sha256[:8]}" if stem else sha256
+    return f"{stem}_{sha256[:digits]}" if stem else sha256
 
 
 def objects_of_parquet(path: str) -> list[IdObject]:
-    """Return the objects of a folder or file, in order.
+    """Return the objects of a folder or file, in order. Those that would be called the same have their whole hash.
 
     Raise DataError for a hash that is none, or that occurs twice.
     """
@@ -63,7 +65,14 @@ def objects_of_parquet(path: str) -> list[IdObject]:
             raise DataError(f"{path}: has {sha256} several times. Give the files one by one.")
         found.add(sha256)
         objects.append(IdObject(stem_of(name or sha256, sha256), sha256, name))
-    return objects
+    # Case does not tell files apart everywhere.
+    number = Counter(each.stem.casefold() for each in objects)
+    return [
+        each
+        if number[each.stem.casefold()] == 1
+        else each._replace(stem=stem_of(each.name or each.sha256, each.sha256, len(each.sha256)))
+        for each in objects
+    ]
 
 
 def ids_of_parquet(path: str, tokenizer: SparseStructureTokenizer) -> Iterator[Reader]:
@@ -95,7 +104,7 @@ def _of_row(row: dict[str, Any], tokenizer: SparseStructureTokenizer) -> tuple[T
 
 
 def _checked(ids: Tensor, tokenizer: SparseStructureTokenizer) -> Tensor:
-    """Return ids [T]. Raise DataError for a token of which only some are 0, if 0 is the empty code."""
+    """Return ids [T]. Raise DataError for what `check_ids` refuses."""
     try:
         tokenizer.check_ids(ids)
     except ValueError as error:
@@ -122,17 +131,16 @@ def objects_of_text(path: str) -> list[IdObject]:
     return [IdObject(f"line{number:06d}") for number in read_lines(path)]
 
 
-def ids_of_text(path: str, words: TokenFormat, tokenizer: SparseStructureTokenizer, repair: bool) -> Iterator[Reader]:
-    """Yield a reader for each answer, which raises DataError for a damaged one. words: of the answers."""
-    num_tokens = tokenizer.num_tokens if words.octree is None else None
-    fill = tokenizer.empty_ids if repair and words.octree is None else None
+def ids_of_text(path: str, form: Form, tokenizer: SparseStructureTokenizer, repair: bool) -> Iterator[Reader]:
+    """Yield a reader for each answer, which raises DataError for a damaged one. form: of the answers."""
+    start, parse = tokenizer.token_format(form=form).start, tokenizer.text_reader(not repair, form)
 
     def read(line: str, name: str) -> tuple[Tensor, None]:
-        answer = answer_of(line, words.start) if path.lower().endswith(".jsonl") else line
-        parsed = words.from_text(answer, num_tokens, strict=not repair, fill=fill)
+        answer = answer_of(line, start) if path.lower().endswith(".jsonl") else line
+        parsed = parse(answer)
         for problem in parsed.problems:
             tqdm.write(f"repaired: {name}: {problem}")
-        return _checked(parsed.ids, tokenizer), None
+        return parsed.ids, None
 
     for number, line in read_lines(path).items():
         yield partial(read, line, f"line{number:06d}")

@@ -144,6 +144,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.up_axis and not args.meshes:
         parser.error("--up_axis goes with --meshes: grids of --data_dir are turned already")
     args.sharegpt = beside(args.output_dir, "_sharegpt") if args.sharegpt == "" else args.sharegpt
+    if args.sharegpt:
+        tokens, conversations = Path(args.output_dir).resolve(), Path(args.sharegpt).resolve()
+        if conversations.is_relative_to(tokens):
+            parser.error(
+                f"--sharegpt is {args.sharegpt}, in --output_dir, which has Parquet files alone: readers of Parquet "
+                "folders stumble over others. Give another folder"
+            )
     if args.captions and not args.sharegpt:
         parser.error("--captions goes with --sharegpt")
     return args
@@ -367,6 +374,11 @@ def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cud
         source = DataSource(args.data_dir, args.split, *settings)
     form = form_of(args.form, tokenizer.empty_code)
     info = replace(tokenizer.token_info(args.precision, form), up_axis=up_axis)
+    largest = 2**31 // (2 * info.num_tokens)  # objects; the masks of an octree are fewer than the ids
+    if min(args.shard_size, len(source.objects)) > largest:
+        raise ConfigError(
+            f"--shard_size is {args.shard_size}; a file holds at most {largest} objects of this tokenizer"
+        )
     starts = range(0, len(source.objects), args.shard_size)
     shards = {number: slice(start, start + args.shard_size) for number, start in enumerate(starts)}
     prompts, captions = plan_conversations(args, source) if args.sharegpt else (None, {})

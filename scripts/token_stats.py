@@ -107,7 +107,7 @@ def read_tokens(
         )
     total = sum(parquet.count_rows(path) for path in parquet.shard_files(args.tokens))
     if not total:
-        raise DataError(f"{args.tokens}: has no object. {args.tokens}_failed.csv says why.")
+        raise DataError(f"{args.tokens}: has no object. {Path(args.tokens).name}_failed.csv beside it says why.")
     wanted = set(spread(total, args.max_objects).tolist())
     rows = [
         (row["sha256"], row["tokens"].astype(np.int32))

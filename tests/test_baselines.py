@@ -373,6 +373,29 @@ def test_the_benchmark_reports_each_baseline_on_each_kind(measured):
     assert str(folder) not in json.dumps(result["tables"]) + json.dumps(result["notes"])
 
 
+def test_the_benchmark_takes_the_kinds_of_the_data(tmp_path):
+    bits = np.packbits(solid_grids(4, 16, 4).reshape(4, -1), axis=1)
+    np.savez(tmp_path / "shapes_val.npz", bits=bits, source=np.array(list("abab")), kind=np.array(["x", "x", "y", ""]))
+    np.savez(tmp_path / "shapes_train.npz", bits=bits)
+    (tmp_path / "kinds.csv").write_text("source,kind\nb,tools\n")
+    flags = ["--data_dir", str(tmp_path / "shapes_train.npz"), "--eval_dir", f"val={tmp_path / 'shapes_val.npz'}"]
+    flags += ["--table", "4:16", "--resolution", "16", "--output", str(tmp_path / "out.md")]
+    for more, kinds in (
+        ([], {"x": 2, "y": 1}),
+        (["--kinds", str(tmp_path / "kinds.csv")], {"x": 1, "y": 1, "tools": 2}),
+    ):
+        benchmark.main([*flags, *more])
+        rows = json.loads((tmp_path / "out.json").read_text())["tables"][0]["rows"]
+        found = {row[0]: row[2] for row in rows if row[1] == "deflate"}
+        assert found == {"val": 4, **{f"val, {kind}": number for kind, number in kinds.items()}}
+
+
+def test_the_benchmark_refuses_tables_that_do_not_fit_before_it_reads_grids(tmp_path):
+    flags = ["--data_dir", str(tmp_path / "none.npz"), "--eval_dir", f"val={tmp_path / 'none.npz'}"]
+    with pytest.raises(ConfigError, match="--table 4,4,5: 64 voxels do not divide into 5 blocks"):
+        benchmark.main([*flags, "--table", "4,4,5:16"])
+
+
 def test_forms_of_tokens_are_drawn_beside_baselines_and_published_figures(measured, tmp_path, capsys):
     folder, result = measured
     scores = {"iou": 0.9, "lm_tokens": 20.0, "bits_per_object": 2e3, "entropy_bits_per_object": 1e3}

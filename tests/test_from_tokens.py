@@ -195,6 +195,57 @@ def test_files_of_one_name_are_distinct(base, tokenizer, ids, tmp_path):
     assert run(base, tmp_path / "twice", "--tokens", file, "--format", "voxels") == 1
 
 
+def test_files_whose_names_begin_alike_are_distinct(base, tokenizer, ids, tmp_path, capsys):
+    """Only the last digits of the hashes differ, and only the case of a name."""
+    hashes, names = [f"{i:064x}" for i in range(OBJECTS)], ["a/chair.glb", "Chair.obj", "table.obj"]
+    file, single = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    info = tokenizer.token_info()
+    parquet.write_shard(file, info, hashes, names, [None] * OBJECTS, ids.numpy(), np.ones(OBJECTS))
+    parquet.write_shard(single, info, hashes[1:2], names[:1], [None], ids[1:2].numpy(), np.ones(1))
+    parquet.write_shard(tmp_path / "c.parquet", info, hashes[:1], names[:1], [None], ids[:1].numpy(), np.ones(1))
+    more = ("--format", "voxels")
+    assert run(base, tmp_path / "out", "--tokens", file, *more) == 0
+    files = [f"chair_{hashes[0]}.ply", f"Chair_{hashes[1]}.ply", "table_00000000.ply"]
+    assert (tmp_path / "out" / "names.csv").read_text().splitlines()[1:] == [
+        ",".join(row) for row in zip(hashes, names, files, strict=True)
+    ]
+    for path, want in zip(files, tokenizer.decode(ids) > 0, strict=True):
+        assert torch.equal(read_voxels(tmp_path / "out" / path), want[0])
+    # One by one they do not know of each other, but the table does.
+    assert run(base, tmp_path / "single", "--tokens", single, *more) == 0
+    before = contents(tmp_path / "single")
+    capsys.readouterr()
+    assert run(base, tmp_path / "single", "--tokens", tmp_path / "c.parquet", *more) == 1
+    assert f"chair_00000000.ply: is of {hashes[1]}, not of {hashes[0]}" in capsys.readouterr().err
+    assert contents(tmp_path / "single") == before
+
+
+def test_an_object_of_other_data_is_not_taken_as_there(base, tokenizer, ids, tmp_path, capsys):
+    """The same mesh may have another grid, such as a solid one."""
+    for number in range(2):
+        rows, made_from = ids[number : number + 1].numpy(), {"data": {"data": f"{number}"}}
+        file = tmp_path / f"{number}.parquet"
+        parquet.write_shard(file, tokenizer.token_info(), ["a"], ["a"], [None], rows, np.ones(1), made_from=made_from)
+    out = ("--format", "voxels")
+    assert run(base, tmp_path / "out", "--tokens", tmp_path / "0.parquet", *out) == 0
+    assert run(base, tmp_path / "out", "--tokens", tmp_path / "1.parquet", *out) == 1
+    assert "has voxels files of other ids or settings (data)" in capsys.readouterr().err
+    assert torch.equal(read_voxels(tmp_path / "out" / "a.ply"), tokenizer.decode(ids[:1])[0, 0] > 0)
+
+
+def test_the_table_keeps_what_another_run_adds_meanwhile(base, tmp_path, monkeypatch):
+    def meanwhile(*fields):
+        monkeypatch.undo()
+        assert run(base, tmp_path, "--tokens", file, "--format", "stl") == 0
+        return script.write_file(*fields)
+
+    file, name = base / "tokens" / parquet.shard_name(1, 2), f"{OBJECTS - 1:064x}"
+    monkeypatch.setattr(script, "write_file", meanwhile)
+    assert run(base, tmp_path, "--tokens", file, "--format", "voxels") == 0
+    lines = (tmp_path / "names.csv").read_text().splitlines()
+    assert lines == ["sha256,name,file", f"{name},{name},{name}.stl", f"{name},{name},{name}.ply"]
+
+
 def test_the_table_of_names_grows_with_the_formats_of_a_folder(base, tmp_path):
     file, name = base / "tokens" / parquet.shard_name(1, 2), f"{OBJECTS - 1:064x}"
     for kind in ("voxels", "stl"):
@@ -475,6 +526,16 @@ def test_tokens_that_are_empty_in_part_are_listed(base, tmp_path, capsys):
     more = ("--tokenizer", tmp_path / "tokenizer", "--tokens", file, "--format", "voxels")
     assert run(base, tmp_path / "out", *more) == 1
     assert "left out: b: ids 2 to 3 of object 0 are of one token" in capsys.readouterr().out
+    answers = tmp_path / "answers.txt"
+    answers.write_text(tokenizer.token_format(form="dense").to_text(ids[1]))
+    more = (*more[:2], "--text", answers, *more[4:], "--form", "dense")
+    assert run(base, tmp_path / "strict", *more) == 1
+    assert "Refused: strict=False, or from_tokens.py --repair, repairs it" in capsys.readouterr().out
+    assert run(base, tmp_path / "repaired", *more, "--repair") == 0
+    assert "repaired: line000001: tokens with id 0 beside other ids (1) are taken as empty" in capsys.readouterr().out
+    ids[1, 2] = 0
+    want = tokenizer.decode(torch.from_numpy(ids[1]))[0, 0] > 0
+    assert torch.equal(read_voxels(tmp_path / "repaired" / "line000001.ply"), want)
 
 
 def test_the_form_of_files_is_their_own(base, tmp_path, capsys):

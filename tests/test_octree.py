@@ -152,6 +152,21 @@ def test_any_single_damage_is_what_it_says_or_found_at_its_place(lattice, codes,
     assert refused > len(damaged) / 4
 
 
+@orders
+@pytest.mark.parametrize("lattice", LATTICES)
+def test_whole_sequences_are_read_at_once_as_value_by_value(lattice, order, monkeypatch):
+    octree = Octree(lattice, K, 2, order)
+    ids = [random_ids(octree, share, seed) for seed, share in enumerate((0.05, 0.5, 1))]
+    values = [octree.to_values(each).tolist() for each in ids]
+    monkeypatch.setattr(Octree, "walk", None)  # cannot be called
+    assert all(
+        np.array_equal(octree.from_values(each).ids, want) for each, want in zip(values, ids, strict=True) if each
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr(Octree, "_read_whole", lambda self, values: None)
+    assert all(np.array_equal(octree.from_values(each).ids, want) for each, want in zip(values, ids, strict=True))
+
+
 # A 3×2×1 lattice: the root has the children 0 and 4, at (0, 0, 0) and (2, 0, 0); the first of them 0, 2, 4 and 6, the
 # other 0 and 2. All tokens but (0, 1, 0) hold something.
 WHOLE = [K - 1 + 0b10001, K - 1 + 0b1010001, K - 1 + 0b101, 1, 2, 3, 4, 5]

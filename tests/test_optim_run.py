@@ -101,7 +101,7 @@ def test_tryrun_shows_what_is_scaled(data_dir, write_config, tmp_path, capsys):
     assert run("--config", config, "--data_dir", data_dir, "--output_dir", tmp_path / "run", "--tryrun") == 0
     text = capsys.readouterr().out
     assert "all: 1 group, lr 0.02" in text
-    assert "4 samples per step, 4 of the reference_batch: lr times 2, ema_rate 0.9 becomes 0.6561, 0.99 becomes" in text
+    assert "4 samples per step, 4 times the reference_batch: lr times 2, ema_rate 0.9 becomes 0.6561, 0.99" in text
 
 
 @pytest.mark.parametrize("batch_split, kept", [(1, "0.960596"), (2, "0.9801")])

@@ -431,6 +431,97 @@ def test_damaged_files_are_refused(tmp_path, damage):
         list(parquet.read_shards(source))
 
 
+@pytest.mark.parametrize("word", ["<mesh-start>", "<mesh-end>", "<mesh17>", "<octree255>"])
+def test_captions_and_names_have_no_word_of_meshes(word):
+    prompts = sharegpt.Prompts("Make {caption}")
+    with pytest.raises(DataError, match=f"contains {word}, a word of meshes"):
+        sharegpt.records("ab", "chair.glb", "<mesh-start><mesh-end>", [f"a {word} b"], prompts)
+    assert len(sharegpt.records("ab", f"{word}.glb", "-", ["a chair"], prompts)) == 2  # the name is in no text
+    with pytest.raises(DataError, match=f"contains {word}"):
+        sharegpt.records("ab", f"{word}.glb", "-", ["a chair"], sharegpt.Prompts("Make {caption}, {name}"))
+
+
+def test_more_objects_than_a_file_holds_are_refused(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(parquet.TokenInfo, "num_tokens", 2**29)
+    assert script.main(flags(base, tmp_path / "out")) == 1
+    said = f"--shard_size is {SHARD_SIZE}; a file holds at most 2 objects of this tokenizer"
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", [".", "sharegpt", "a/../b"])
+def test_conversations_do_not_go_into_the_folder_of_tokens(base, tmp_path, inside, capsys):
+    with pytest.raises(SystemExit):
+        script.main(flags(base, tmp_path / "out", "--sharegpt", tmp_path / "out" / inside))
+    assert "in --output_dir, which has Parquet files alone" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "key, texts",
+    [
+        (
+            "lattice",
+            ["null", "5", "[1, 2]", "[1, 1, 2.0]", '["a", 1, 2]', "[1, 1, 0]", "[1, 1, -2]", "[true, 1, 2]", ""],
+        ),
+        ("n_embed", ["null", "0", "-1", "32.0", "1e9", "[]", '"x"', "true", str(2**31)]),
+        ("codes_per_token", ["null", "0", "1e9", "{}"]),
+        ("resolution", ["null", "[64]", "NaN"]),
+        ("empty_code", ["null", "0", '"true"']),
+        ("left_out", ["", "5", "[5]", "{}x"]),
+    ],
+)
+def test_metadata_that_cannot_be_are_refused(key, texts, tmp_path):
+    path = tmp_path / "shard-00000-of-00001.parquet"
+    write(path, info(), np.array([[0, 1, 2, 3]]))
+    table = pq.read_table(path)
+    for text in texts:
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, key.encode(): text.encode()}), path)
+        with pytest.raises(DataError, match=f"its metadata have no valid {key}"):
+            list(parquet.read_shards(path))
+            parquet.read_left_out(path)
+
+
+def test_a_column_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "shard-00000-of-00001.parquet"
+    write(path, info(), np.array([[0, 1, 2, 3]]))
+    table = pq.read_table(path)
+    for kind, value in (
+        (pa.string(), "a"),
+        (pa.int64(), 1),
+        (pa.list_(pa.float32()), [0.0, 1.0, 2.0, 3.0]),
+        (pa.list_(pa.string()), ["0"]),
+    ):
+        pq.write_table(table.set_column(3, "tokens", pa.array([value], kind)), path)
+        with pytest.raises(DataError, match="not lists of whole numbers"):
+            list(parquet.read_shards(path))
+    pq.write_table(table.drop_columns(["sha256"]), path)
+    with pytest.raises(DataError, match="has no column sha256"):
+        list(parquet.read_names(path))
+    pq.write_table(table.set_column(3, "tokens", pa.array([[0, 1, 2, 3]], pa.large_list(pa.int64()))), path)
+    assert [row["tokens"].tolist() for row in parquet.read_shards(path)] == [[0, 1, 2, 3]]
+
+
+def test_a_flipped_bit_never_gives_other_objects(tmp_path):
+    path = tmp_path / "shard-00000-of-00001.parquet"
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 32, (40, 4))
+    write(path, info(), tokens)
+    whole, found, harmless = path.read_bytes(), 0, 0
+    for position in rng.permutation(len(whole))[:300].tolist():
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            rows = list(parquet.read_shards(path))
+        except DataError:
+            found += 1
+        else:
+            harmless += 1
+            assert np.array_equal([row["tokens"] for row in rows], tokens)
+            assert [row["sha256"] for row in rows] == [f"{i:064x}" for i in range(40)]
+    assert found > harmless
+
+
 # --- forms ---
 
 

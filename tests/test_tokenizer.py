@@ -257,6 +257,10 @@ def test_an_exported_folder_of_an_earlier_version(tmp_path):
         warnings.simplefilter("error")
         given = {"resolution": RESOLUTION, "normalization": "cube", "up_axis": "y"}
         assert SparseStructureTokenizer.from_exported(tmp_path, **given).hash == tokenizer.hash
+    state = {key: value.contiguous() for key, value in tokenizer.quantizer.state_dict().items()}
+    save_file(state, tmp_path / "quantizer.safetensors", {"grids": '{"resolution": 32, "side": 1}'})
+    with pytest.raises(CheckpointError, match="says side of its grids, which this version does not know"):
+        SparseStructureTokenizer.load(tmp_path)
     (tmp_path / "quantizer.safetensors").unlink()
     with pytest.raises(CheckpointError, match="quantizer.safetensors: there is no such file"):
         SparseStructureTokenizer.load(tmp_path)
@@ -266,6 +270,14 @@ def test_an_exported_folder_of_an_earlier_version(tmp_path):
     (tmp_path / "transformer.json").write_text("{}")
     make().save_pretrained(tmp_path)  # a saved tokenizer comes first
     assert SparseStructureTokenizer.load(tmp_path).hash == make().hash
+
+
+def test_text_of_lists_and_of_no_object():
+    tokenizer = make()
+    ids = tokenizer.encode(grids())
+    assert tokenizer.to_text(ids.tolist()) == tokenizer.to_text(ids)
+    assert tokenizer.to_text(ids[0].tolist()) == tokenizer.to_text(ids[0])
+    assert tokenizer.from_text([]).shape == (0, tokenizer.num_tokens)
 
 
 @pytest.mark.parametrize("form", [None, "dense", "octree", "octree-depth"])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from trellis.tokens.octree import Octree
-from trellis.tokens.text import SHAPELLM, Parsed, TokenFormat
+from trellis.tokens.problems import Parsed
+from trellis.tokens.text import SHAPELLM, TokenFormat
 from trellis.utils.errors import ConfigError, DataError
 
 FORMAT = TokenFormat.at(first_id=100, n_embed=10)

@@ -10,6 +10,7 @@ from trellis import SparseStructureTokenizer
 from trellis.evaluation.metrics import occupied_blocks
 from trellis.models import build
 from trellis.models.vqvae import EMPTY_LOGIT, VqVae
+from trellis.modules.quantizers.vq import VectorQuantizer
 from trellis.utils.errors import ConfigError
 
 TRANSFORMER = {"width": 16, "heads": 2, "layers_before": 1, "layers_after": 2}
@@ -284,3 +285,13 @@ def test_training_goes_on_from_a_saved_tokenizer(data_dir, write_config, tmp_pat
     wrong["models"]["quantizer"]["args"]["n_embed"] = 8
     assert run("--config", write_config(wrong), *data, *source, *other[:2]) == 1
     assert "embeddings.weight is [15, 4] there and [7, 4] in the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("empty_code", [False, True])
+@pytest.mark.parametrize("wrong", [-1, 8])
+def test_ids_that_there_are_not_are_no_other_code(empty_code, wrong):
+    quantizer = VectorQuantizer(n_embed=8, embed_dim=4, latent_channels=4, empty_code=empty_code)
+    ids = torch.zeros(1, 2, 2, 2, dtype=torch.int64)
+    ids[0, 0, 0, 0] = wrong
+    with pytest.raises(IndexError):
+        quantizer.lookup(ids)

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -40,10 +40,11 @@ from .tokens.card import model_card
 from .tokens.forms import Form, form_of, octree_of
 from .tokens.grammar import Grammar
 from .tokens.parquet import TokenInfo
+from .tokens.problems import Parsed
 from .tokens.shapellm import read_shapellm, shapellm_state
 from .tokens.sources import CONFIG, FORMAT_VERSION, MODELS, OPTIONAL_MODELS, WEIGHTS
 from .tokens.text import TokenFormat
-from .utils.config import load_config
+from .utils.config import check_component, load_config
 from .utils.errors import CheckpointError, ConfigError, DataError
 from .utils.files import atomic_write
 
@@ -67,8 +68,8 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
     Ids are computed in fp32 unless bf16 is asked for. They depend on the weights and, in the last digits of a latent,
     on the device and its libraries; not on what is encoded together.
 
-    models: {"encoder" | "quantizer" | "decoder": {"name", "args"}} as in a configuration, with fresh weights; `load`,
-        `from_pretrained`, `from_run` and `from_shapellm` give trained ones.
+    models: {"encoder" | "quantizer" | "decoder": {"name", "args"}} as in a configuration, and "transformer" if there is
+        one, with fresh weights; `load` and the methods from_… give trained ones.
     resolution: R of the grids.
     normalization: how meshes become grids, as voxelize.py's flag; the same as for the training data.
     up_axis: how the axes of mesh files are taken, read and written, see `grids.placing`.
@@ -94,12 +95,15 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         check_settings(up_axis, normalization)
         if not isinstance(resolution, int) or resolution < 1:
             raise ConfigError(f"resolution is {resolution!r}; it must be a whole number of at least 1")
-        missing = [name for name in MODELS if name not in models]
+        missing = [name for name in MODELS if not isinstance(models, dict) or name not in models]
         if missing:
             raise ConfigError(f"models.{missing[0]} is missing: a tokenizer has {', '.join(MODELS)}")
         self.resolution, self.normalization, self.up_axis = resolution, normalization, up_axis
         names = (*MODELS, *(name for name in OPTIONAL_MODELS if name in models))
-        self.specs = {name: {"name": models[name]["name"], "args": models[name].get("args", {})} for name in names}
+        self.specs: dict[str, dict[str, Any]] = {}
+        for name in names:
+            check_component(models[name], f"models.{name}")
+            self.specs[name] = {"name": models[name]["name"], "args": models[name].get("args", {})}
         self.info = info or {}
         self.transformer = None
         for name in names:
@@ -319,7 +323,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
         form: as for `token_format`.
         """
-        words = self.token_format(form=form)
+        words, ids = self.token_format(form=form), torch.as_tensor(ids)
         texts = [words.to_text(row) for row in self.check_ids(ids)]
         return texts if ids.ndim == 2 else texts[0]
 
@@ -327,20 +331,38 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         """Return the ids of a text, [T], or of several, [B, T]: the inverse of `to_text`.
 
         strict: raise DataError for a text that is not exactly one object. Otherwise repair it, and warn: fill missing
-            ids of the dense form with those of an empty grid, drop surplus ones; take missing blocks of an octree as
-            empty. `TokenFormat.from_text` returns the repairs instead.
+            ids of the dense form with those of an empty grid, drop surplus ones, take a token of which only some ids
+            are 0 as empty if 0 is the empty code; take missing blocks of an octree as empty. `text_reader` returns the
+            repairs instead.
         form: as for `token_format`.
         """
-        words = self.token_format(form=form)
-        num_tokens = self.num_tokens if words.octree is None else None
-        fill = None if strict or words.octree is not None else self.empty_ids
-        texts = [text] if isinstance(text, str) else text
-        parsed = [words.from_text(each, num_tokens, strict=strict, fill=fill) for each in texts]
+        parsed = list(map(self.text_reader(strict, form), [text] if isinstance(text, str) else text))
         for number, (_, problems) in enumerate(parsed):
             if problems:
                 warnings.warn(f"text {number} is repaired: {'; '.join(problems)}", stacklevel=2)
-        ids = [each.ids for each in parsed]
-        return ids[0] if isinstance(text, str) else torch.stack(ids)
+        if not parsed:
+            return torch.empty(0, self.num_tokens, dtype=torch.int64)
+        return parsed[0].ids if isinstance(text, str) else torch.stack([each.ids for each in parsed])
+
+    def text_reader(self, strict: bool = True, form: Form | None = None) -> Callable[[str], Parsed]:
+        """Return what reads a text: its ids [T], and how they were repaired. strict, form: as for `from_text`."""
+        words = self.token_format(form=form)
+        num_tokens = self.num_tokens if words.octree is None else None
+        fill = None if strict or words.octree is not None else self.empty_ids
+        return lambda text: self._whole_tokens(words.from_text(text, num_tokens, strict=strict, fill=fill), strict)
+
+    def _whole_tokens(self, parsed: Parsed, strict: bool) -> Parsed:
+        """Raise DataError if a token is empty in part; take it as empty unless strict."""
+        try:
+            self.check_ids(parsed.ids)
+            return parsed
+        except ValueError as error:
+            if strict:
+                raise DataError(f"{error}. Refused: strict=False, or from_tokens.py --repair, repairs it.") from error
+        tokens = parsed.ids.view(-1, self.codes_per_token)
+        mixed = (tokens == 0).any(1) & (tokens != 0).any(1)
+        problem = f"tokens with id 0 beside other ids ({int(mixed.sum())}) are taken as empty"
+        return Parsed(torch.where(mixed[:, None], 0, tokens).flatten(), [*parsed.problems, problem])
 
     # --- where it comes from and where it goes ---
 
@@ -415,8 +437,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         say settings that do not exist, DataError if they have several normalizations.
         """
         run = open_run(output_dir, ckpt)
-        normalization = normalization or run.data_setting("normalization") or "cube"
-        up_axis = up_axis or run.data_setting("up_axis") or ("keep" if normalization == "cube" else "y")
+        normalization, up_axis = run.tokenizer_settings(normalization, up_axis)
         try:
             check_settings(up_axis, normalization)
         except ConfigError as error:
@@ -447,6 +468,11 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         given = {"resolution": resolution, "normalization": normalization, "up_axis": up_axis}
         given = {name: value for name, value in given.items() if value is not None}
         defaults = {"resolution": 64, "normalization": "cube", "up_axis": "keep"}
+        if strange := sorted(set(said) - set(defaults)):
+            raise CheckpointError(
+                f"{files['quantizer'][1]}: says {strange[0]} of its grids, which this version does not know; install a "
+                "newer trellis-vqvae, or export the run again"
+            )
         settings: dict[str, Any] = {**defaults, **said, **given}
         if unknown := [name for name in defaults if name not in said and name not in given]:
             warnings.warn(
@@ -624,7 +650,11 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         return mesh_to_grid(path, self.resolution, up_axis or self.up_axis, self.normalization)
 
     def check_ids(self, ids: Tensor) -> Tensor:
-        """Return ids as [B, T]. Raise ValueError for another shape and for an id outside [0, K)."""
+        """Return ids as [B, T].
+
+        Raise ValueError for another shape, for an id outside [0, K), and with an empty code for a token that has id 0
+        beside others.
+        """
         ids = torch.as_tensor(ids)
         if ids.ndim not in (1, 2) or ids.shape[-1] != self.num_tokens or ids.is_floating_point() or not ids.numel():
             raise ValueError(

@@ -20,11 +20,10 @@ from .metrics import codebook_counts, narrow_gaps
 # Entries of the matrix of similarities of blocks and patterns that are worked out at once: 64 MiB.
 ENTRIES_AT_ONCE = 2**24
 BYTES_AT_ONCE = 2**28  # of blocks that wait to be counted
-
-
-Lattice = tuple[int, int, int]  # blocks, or voxels of one, along x, y and z
 # Grids that are counted or coded together. Those of a table are more, since blocks that repeat are looked up once.
 GRIDS_AT_ONCE, GRIDS_OF_TABLE_AT_ONCE = 32, 128
+
+Lattice = tuple[int, int, int]  # blocks, or voxels of one, along x, y and z
 
 
 @dataclass(frozen=True)
@@ -264,11 +263,8 @@ class NeighborModel:
         self.probabilities = probabilities
 
     def bits(self, grids: np.ndarray) -> np.ndarray:
-        """Return the ideal code length of grids [B, R, R, R] bool in bits, [B] float64: minus log2 of their
-        probability."""
-        cost = PROBABILITY_BITS - np.log2(
-            [ONE - self.probabilities, self.probabilities]
-        )  # of an empty, an occupied one
+        """Return the ideal code length of grids [B, R, R, R] bool, minus log2 of their probability: [B] float64."""
+        cost = PROBABILITY_BITS - np.log2([ONE - self.probabilities, self.probabilities])  # of empty, of occupied ones
         return cost[grids.astype(np.int8), _contexts(grids)].reshape(len(grids), -1).sum(1)
 
     def compress(self, grid: np.ndarray) -> bytes:

@@ -55,7 +55,7 @@ class Reconstruction(NamedTuple):
     quantization_error: Tensor | None = None  # [B], mean squared distance of latents from their codes
     sampled: Tensor | None = None  # [B, 1, R, R, R], logits from the sample
     kl_bits: Tensor | None = None  # [B, X, Y, Z], KL of each latent cell from the prior
-    first_code: int = 0  # id of the first learned code; below it is the empty code: tokens that nobody writes
+    first_code: int = 0  # id of the first learned code; 1 with an empty code, whose tokens are not written
 
 
 @dataclass
@@ -65,8 +65,8 @@ class Scores:
     objects: dict[str, Tensor]  # {metric: [n] float64} in the order of the indices given
     counts: Tensor | None = None  # [K] or [Q, K] int64: how often each learned code was chosen; None without a codebook
     masks: Tensor | None = None  # [255] int64: how often each mask of the octree is written; None without an empty code
-    # The same counts over tokens whose block of the grid has an occupied voxel; None with an empty code, which no
-    # others have.
+    # The same counts over tokens whose block of the grid has an occupied voxel; None with an empty code, since no other
+    # token has a learned code then.
     counts_occupied: Tensor | None = None
     groups: int | None = None  # groups of latent cells in an object; None without a KL
     group_cells: int | None = None  # latent cells of a group; None without a KL

@@ -13,7 +13,7 @@ from .evaluate import Scores, codebook_scores, kl_scores, occupancy_scores
 ID_BITS = 13.0
 # Narrow gaps per occupied voxel from which on an object counts as thinner; about the quartiles of public meshes at 64³.
 THINNER = (0.0, 0.002, 0.015, 0.05)
-NARROW_CLASSES = ("0: below 0.002", "1: from 0.002", "2: from 0.015", "3: from 0.05")
+NARROW_CLASSES = (f"0: below {THINNER[1]}", *(f"{n}: from {least}" for n, least in enumerate(THINNER) if n))
 
 Labels = Sequence[str | None]  # of each object; None if unknown
 

@@ -40,6 +40,7 @@ class CodebookTransformer(Model):
         if len(lattice) != 3:
             raise ValueError(f"lattice is {list(lattice)}; it must be the tokens along x, y and z")
         self.channels, self.lattice = channels, tuple(lattice)
+        self.layers = layers_before, layers_after
         places = math.prod(lattice)
         self.stacks = nn.ModuleDict(
             {

@@ -76,6 +76,10 @@ class VqVae:
         cells = ss.shape[-1] // self.encoder.downsampling
         return occupied_blocks(ss, self.quantizer.lattice((cells, cells, cells)))
 
+    def occupied_of_ids(self, indices: Tensor) -> Tensor | None:
+        """Return `occupied` of ids [B, X', Y', Z'] or [B, X', Y', Z', Q]."""
+        return self.quantizer.occupied(indices) if self.quantizer.empty_code else None
+
     def before(self, z: Tensor, occupied: Tensor | None) -> Tensor:
         """Return what the quantizer gets of the encoder's z, [B, C, X, Y, Z]: zero in empty tokens."""
         if self.transformer is None and occupied is None:
@@ -85,12 +89,16 @@ class VqVae:
             tokens = self.transformer.before(tokens, occupied)
         return self.quantizer.ungroup_cells(_kept(tokens, occupied))
 
+    def after(self, codes: Tensor, occupied: Tensor | None) -> Tensor:
+        """Return what the decoder gets of codes, [B, C, X, Y, Z]: zero in empty tokens."""
+        if self.transformer is None:
+            return codes
+        tokens = self.transformer.after(self.quantizer.to_vectors(codes), occupied)
+        return self.quantizer.ungroup_cells(_kept(tokens, occupied))
+
     def decode(self, codes: Tensor, occupied: Tensor | None) -> Tensor:
         """Return logits [B, 1, R, R, R] of codes [B, C, X, Y, Z]; blocks of empty tokens are empty for certain."""
-        if self.transformer is not None:
-            tokens = self.transformer.after(self.quantizer.to_vectors(codes), occupied)
-            codes = self.quantizer.ungroup_cells(_kept(tokens, occupied))
-        logits = self.decoder(codes)
+        logits = self.decoder(self.after(codes, occupied))
         if occupied is None:
             return logits
         voxels = occupied[:, None]
@@ -100,8 +108,7 @@ class VqVae:
 
     def decode_ids(self, indices: Tensor) -> Tensor:
         """Return logits [B, 1, R, R, R] of ids [B, X', Y', Z'] or [B, X', Y', Z', Q]."""
-        occupied = self.quantizer.occupied(indices) if self.quantizer.empty_code else None
-        return self.decode(self.quantizer.lookup(indices), occupied)
+        return self.decode(self.quantizer.lookup(indices), self.occupied_of_ids(indices))
 
     def counts(self, indices: Tensor) -> Tensor:
         """Count how often each learned code is chosen: [codebook_size] or [Q, codebook_size] int64."""

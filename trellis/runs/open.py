@@ -108,9 +108,19 @@ class Run:
         warnings.warn(
             f"{self.folder}: its data do not agree on their {name}: {roots}. {name} is taken as {setting!r}; give "
             f"another by from_run(..., {name}=...)",
-            stacklevel=3,
+            stacklevel=4,  # whoever called from_run
         )
         return setting
+
+    def tokenizer_settings(self, normalization: str | None = None, up_axis: str | None = None) -> tuple[str, str]:
+        """Return normalization and up axis of a tokenizer of this run: those given, else what the data say, else "cube"
+        and "keep" ("y" with "shapellm").
+
+        Errors and warnings: as in `data_setting`.
+        """
+        normalization = normalization or self.data_setting("normalization") or "cube"
+        up_axis = up_axis or self.data_setting("up_axis") or ("keep" if normalization == "cube" else "y")
+        return normalization, up_axis
 
     def scores(self) -> dict[str, float]:
         """Return SCORES at this step from evaluate.py's report, else from the log's validation, else {}."""

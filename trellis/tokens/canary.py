@@ -57,9 +57,17 @@ class Canary:
         """Invert `dataclasses.asdict`. path: the file that has it. Raise CheckpointError if it is damaged."""
         try:
             base64.b64decode(values["grid"], validate=True)
-            return cls(**{**values, "logits": tuple(values["logits"])})
+            canary = cls(**{**values, "logits": tuple(values["logits"])})
+            for name in ("resolution", "weights"):
+                if type(values[name]) is not int or values[name] < 0:
+                    raise ValueError(f"{name} is {values[name]!r}")
+            if not isinstance(canary.ids, list) or not all(type(each) is int for each in canary.ids):
+                raise ValueError("ids are not whole numbers")
+            if len(canary.logits) != 2 or not all(isinstance(each, float) for each in canary.logits):
+                raise ValueError("logits are not two numbers")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its canary cannot be read ({error}). Copy or download it again") from error
+        return canary
 
     def check(self, models: VqVae, state: Mapping[str, Tensor], path: str | Path) -> None:
         """Compare with what the models make of the grid now.
@@ -80,6 +88,8 @@ class Canary:
         shape = (1, *models.check(self.resolution), models.quantizer.codes_per_token)
         if len(bits) != -(-(side**3) // 8) or len(self.ids) != math.prod(shape):
             raise CheckpointError(f"{wrong}the grid that was saved along with {len(self.ids)} ids has other sizes now")
+        if outside := [each for each in self.ids if not 0 <= each < models.quantizer.n_embed]:
+            raise CheckpointError(f"{wrong}an id that was saved is {outside[0]}, of {models.quantizer.n_embed} now")
         saved = torch.tensor(self.ids).view(shape)
         ids = _encode(models, self.resolution, np.unpackbits(bits, count=side**3).reshape(side, side, side))
         tokens = ids.numel() // shape[-1]
@@ -145,10 +155,7 @@ def _encode(models: VqVae, resolution: int, grid: np.ndarray) -> Tensor:
 def _logits(models: VqVae, resolution: int, ids: Tensor) -> tuple[float, float]:
     """Return the lowest and the highest logit of the small cube in the corner of ids."""
     ids = ids.to(next(models.decoder.parameters()).device)
-    quantizer, cells = models.quantizer, _cells(models, resolution)
-    codes = quantizer.lookup(ids)
-    if models.transformer is not None:
-        occupied = quantizer.occupied(ids) if quantizer.empty_code else None
-        codes = quantizer.ungroup_cells(models.transformer.after(quantizer.to_vectors(codes), occupied))
+    cells = _cells(models, resolution)
+    codes = models.after(models.quantizer.lookup(ids), models.occupied_of_ids(ids))
     low, high = models.decoder(codes[..., :cells, :cells, :cells]).float().aminmax()
     return low.item(), high.item()

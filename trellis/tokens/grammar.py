@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import ConfigError, DataError
-from .octree import Expected, Walk
-from .text import MASKS, TokenFormat
+from .octree import MASKS, Expected, Walk
+from .text import TokenFormat
 
 
 class Grammar:

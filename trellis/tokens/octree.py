@@ -29,12 +29,14 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import ConfigError, DataError
+from .problems import Parsed, Problem, further, integers, parsed
 from .sparse import morton_keys
-from .text import MASKS, Parsed, Problem, further, integers, parsed
 
 Order = Literal["breadth", "depth"]
-# For each mask, its children: the half, 0 or 1, along x, y and z.
-HALVES = [[(c >> 2, c >> 1 & 1, c & 1) for c in range(8) if mask >> c & 1] for mask in range(MASKS + 1)]
+MASKS = 255  # of a node
+# For each mask, its children, and the half of each, 0 or 1, along x, y and z.
+CHILDREN = [[c for c in range(8) if mask >> c & 1] for mask in range(MASKS + 1)]
+HALVES = [[(c >> 2, c >> 1 & 1, c & 1) for c in children] for children in CHILDREN]
 LOWER_X, LOWER_Y, LOWER_Z = 0x0F, 0x33, 0x55  # masks of the four children in the lower half along an axis
 
 
@@ -165,6 +167,8 @@ class Octree:
         values: another number, such as -1, stands for what is no value.
         names: what messages call the values.
         """
+        if (whole := self._read_whole(values)) is not None:
+            return whole, []
         walk, index = self.walk(), 0
         leaves: list[Node] = []
         codes: list[int] = []  # Q for each leaf, 0 if it is missing
@@ -203,6 +207,52 @@ class Octree:
     @cached_property
     def _morton(self) -> np.ndarray:
         return self._keys.argsort()
+
+    def _read_whole(self, values: Sequence[int]) -> Tensor | None:
+        """Return the ids [T] of a sequence without a problem, None if it has one: what `read` does, many times faster.
+
+        The ids are guessed from masks and codes apart, and right if `to_values` gives the sequence back.
+        """
+        array = np.asarray(values, dtype=np.int64)
+        masks, codes = array[array >= self.n_embed] - self.n_embed + 1, array[array < self.n_embed]
+        nodes = self._leaves_breadth(masks) if self.order == "breadth" else self._leaves_depth(masks)
+        if nodes is None or not len(array) or len(codes) != len(nodes) * self.codes_per_token:
+            return None
+        keys = self._keys[self._morton]
+        places = np.searchsorted(keys, nodes).clip(max=len(keys) - 1)
+        ids = np.zeros((len(keys), self.codes_per_token), dtype=np.int64)
+        ids[self._morton[places]] = codes.reshape(-1, self.codes_per_token)
+        try:
+            again = self.to_values(ids.reshape(-1))
+        except DataError:
+            return None
+        return torch.from_numpy(ids.reshape(-1)) if np.array_equal(again.numpy(), array) else None
+
+    def _leaves_breadth(self, masks: np.ndarray) -> np.ndarray | None:
+        """Return the Morton keys of the leaves under masks breadth-first; None if there are too few."""
+        nodes, done = np.zeros(1, dtype=np.int64), 0
+        for _ in range(self.depth):
+            level = masks[done : done + len(nodes)]
+            if len(level) < len(nodes):
+                return None
+            done += len(nodes)
+            parents, children = (level[:, None] >> np.arange(8) & 1).nonzero()
+            nodes = nodes[parents] << 3 | children
+        return nodes
+
+    def _leaves_depth(self, masks: np.ndarray) -> np.ndarray | None:
+        """Return the Morton keys of the leaves under masks depth-first; None if there are too many or too few."""
+        leaves, waiting = ([], [(0, 0)]) if self.depth else ([0], [])  # (level, key)
+        for mask in masks.tolist():
+            if not waiting or mask > MASKS:
+                return None
+            level, key = waiting.pop()
+            children = [key << 3 | child for child in CHILDREN[mask]]
+            if level + 1 == self.depth:
+                leaves += children
+            else:
+                waiting += [(level + 1, child) for child in reversed(children)]
+        return None if waiting else np.array(leaves, dtype=np.int64)
 
     def _problem(self, walk: "Walk", index: int, values: Sequence[int], names: Sequence[str] | None) -> Problem:
         """Return what is wrong at an index: its value may not come next, or there is none any more."""

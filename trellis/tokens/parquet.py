@@ -15,13 +15,13 @@ an object:
 The metadata of every file say how its ids were made: the fields of `TokenInfo` (text as it is, other values as JSON),
 `format_version` (see utils/formats.py), `made_from`, what else the ids of a folder have in common, and `left_out`, the
 objects of its share that have no row, with the reasons. Folders of earlier versions have `tokens.json` in place of
-`_common_metadata`.
+`_common_metadata`, and their files no checksums, by which readers find damaged ids.
 Axes: n rows, T ids of an object, K codes.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +34,8 @@ from ..utils.errors import ConfigError, DataError
 from ..utils.files import atomic_write
 from ..utils.formats import check_version
 from .forms import form_of, octree_of
-from .octree import Octree
-from .text import MASKS
+from .octree import MASKS, Octree
+from .problems import integers
 
 if TYPE_CHECKING:
     import pyarrow
@@ -46,6 +46,19 @@ SHARD = re.compile(r"shard-(\d{5})-of-(\d{5})\.parquet")
 FORMAT_VERSION = 2  # of octree forms; the dense one is version 1
 VERSION_KEY, MADE_FROM, LEFT_OUT = "format_version", "made_from", "left_out"  # metadata beside TokenInfo's
 ROWS_AT_ONCE = 256
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+# What the values of TokenInfo's fields must be, by the fields' types.
+VALID: dict[Any, Callable[[Any], bool]] = {
+    str: lambda value: isinstance(value, str),
+    int: _whole,
+    bool: lambda value: isinstance(value, bool),
+    tuple[int, int, int]: lambda value: isinstance(value, list) and len(value) == 3 and all(map(_whole, value)),
+}
 
 
 @dataclass(frozen=True)
@@ -96,11 +109,12 @@ class TokenInfo:
                 continue
             try:
                 text = (metadata or {})[key].decode()
-                values[field.name] = text if field.type in (str, "str") else json.loads(text)
+                value = text if field.type in (str, "str") else json.loads(text)
             except (KeyError, ValueError) as error:
-                raise DataError(
-                    f"{path}: its metadata have no valid {field.name}. scripts/to_tokens.py writes such files."
-                ) from error
+                raise _invalid(path, field.name) from error
+            if not VALID[field.type](value):
+                raise _invalid(path, field.name)
+            values[field.name] = value
         info = cls(**{**values, "lattice": tuple(values["lattice"])})
         try:
             form_of(info.form, info.empty_code)
@@ -151,15 +165,18 @@ def _claimed(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             defaults = {field.name: field.default for field in fields(TokenInfo) if field.default is not MISSING}
             return old, {**defaults, **json.loads(old.read_text(encoding="utf-8"))}
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"{old} is damaged ({error}); delete it together with the files beside it") from error
     for path in (folder / COMMON, *shards[:1]):
         if not path.exists():
             continue
-        metadata = _open(path).schema_arrow.metadata or {}
-        if MADE_FROM.encode() in metadata:
-            info = json.loads(json.dumps(asdict(TokenInfo.from_metadata(metadata, path))))
-            return path, {**info, **json.loads(metadata[MADE_FROM.encode()])}
+        made_from = _said(path, MADE_FROM)
+        if made_from is None:
+            continue
+        if not isinstance(made_from, dict):
+            raise _invalid(path, MADE_FROM)
+        info = TokenInfo.from_metadata(_open(path).schema_arrow.metadata, path)
+        return path, {**json.loads(json.dumps(asdict(info))), **made_from}
     if shards:
         raise ConfigError(
             f"{folder}: has shards, but neither {COMMON} nor {OLD_MANIFEST} that says how they were made. Give another "
@@ -236,7 +253,9 @@ def write_shard(
     said = {} if made_from is None else {MADE_FROM: json.dumps(made_from)}
     layout = layout.with_metadata({**info.to_metadata(), **said, LEFT_OUT: json.dumps(left_out or [])})
     with atomic_write(path) as partial:
-        pa.parquet.write_table(pa.table(columns, schema=layout), partial, compression="zstd")
+        # Without checksums a flipped bit is another id, without a word.
+        table = pa.table(columns, schema=layout)
+        pa.parquet.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
 
 def shard_files(source: str | Path) -> list[Path]:
@@ -289,19 +308,34 @@ def count_rows(path: Path) -> int:
 
 def read_column(path: Path, name: str) -> np.ndarray:
     """Return a column of numbers, [n]."""
-    return _open(path).read([name]).column(name).to_numpy()
+    return _columns(path, [name]).column(name).to_numpy()
 
 
 def read_names(source: str | Path) -> Iterator[tuple[str, str]]:
     """Yield sha256 and name of the objects of a folder's shards, or of one file, in order. Do not read their ids."""
     for path in shard_files(source):
-        table = _open(path).read(["sha256", "name"])
+        table = _columns(path, ["sha256", "name"])
         yield from zip(table.column("sha256").to_pylist(), table.column("name").to_pylist(), strict=True)
 
 
 def read_left_out(path: Path) -> list[dict[str, str]]:
-    """Return {"file", "sha256", "reason"} of each object in a shard's share that has no row."""
-    return json.loads((_open(path).schema_arrow.metadata or {}).get(LEFT_OUT.encode(), b"[]"))
+    """Return {"file", "sha256", "reason"} of each object in a shard's share that has no row.
+
+    Raise DataError if they are damaged.
+    """
+    rows = _said(path, LEFT_OUT) or []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise _invalid(path, LEFT_OUT)
+    return rows
+
+
+def read_data_key(source: str | Path) -> dict[str, Any] | None:
+    """Return what identifies the data of a folder's ids, or of one file's; None if a file does not say.
+
+    Raise DataError if it is damaged.
+    """
+    made_from = _said(shard_files(source)[0], MADE_FROM)
+    return made_from.get("data") if isinstance(made_from, dict) else None
 
 
 def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
@@ -317,10 +351,11 @@ def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
     info = read_info(source)
     for path in shard_files(source):
         file = _open(path)
-        lacking = set(schema(info).names) - set(file.schema_arrow.names)
-        if lacking:
+        _check_columns(file, schema(info).names, path)
+        kind = file.schema_arrow.field("tokens").type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
             raise DataError(
-                f"{path}: has no column {', '.join(sorted(lacking))}. scripts/to_tokens.py writes such files."
+                f"{path}: its tokens are {kind}, not lists of whole numbers. scripts/to_tokens.py writes such files."
             )
         try:
             for batch in file.iter_batches(ROWS_AT_ONCE):
@@ -362,10 +397,12 @@ def _octree_ids(lists: "pyarrow.ListArray", sha256: list[str], info: TokenInfo, 
         try:
             if sequence is None:
                 raise DataError("its sequence is missing")
-            yield info.octree.from_values(sequence).ids.numpy()
+            ids, problems = info.octree.read(integers(sequence, "values"))
+            if problems:
+                raise DataError(min(problems, key=lambda problem: problem.position).message)
         except DataError as error:
-            reason = str(error).partition(" Refused:")[0]
-            raise DataError(f"{path}: {row}: {reason} Delete the file and run scripts/to_tokens.py again.") from error
+            raise DataError(f"{path}: {row}: {error}. Delete the file and run scripts/to_tokens.py again.") from error
+        yield ids.numpy()
 
 
 def _open(path: Path) -> "pyarrow.parquet.ParquetFile":
@@ -375,12 +412,42 @@ def _open(path: Path) -> "pyarrow.parquet.ParquetFile":
     import pyarrow.parquet
 
     try:
-        file = pa.parquet.ParquetFile(path)
+        file = pa.parquet.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
     version = (file.schema_arrow.metadata or {}).get(VERSION_KEY.encode(), b"1").decode(errors="replace")
     check_version(int(version) if version.isdecimal() else version, FORMAT_VERSION, path, DataError)
     return file
+
+
+def _columns(path: Path, names: list[str]) -> "pyarrow.Table":
+    """Return columns. Raise DataError if the file lacks one, or is damaged."""
+    import pyarrow as pa
+
+    file = _open(path)
+    _check_columns(file, names, path)
+    try:
+        return file.read(names)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _check_columns(file: "pyarrow.parquet.ParquetFile", names: Iterable[str], path: Path) -> None:
+    if lacking := set(names) - set(file.schema_arrow.names):
+        raise DataError(f"{path}: has no column {', '.join(sorted(lacking))}. scripts/to_tokens.py writes such files.")
+
+
+def _said(path: Path, key: str) -> Any:
+    """Return what a file's metadata say under a key, None if nothing. Raise DataError if it is no JSON."""
+    text = (_open(path).schema_arrow.metadata or {}).get(key.encode())
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise _invalid(path, key) from error
+
+
+def _invalid(path: Path, key: str) -> DataError:
+    return DataError(f"{path}: its metadata have no valid {key}. scripts/to_tokens.py writes such files.")
 
 
 def _damaged(path: Path, error: Exception) -> DataError:

@@ -30,6 +30,7 @@ INFO = "dataset_info.json"
 SETTINGS = "settings.json"  # what the conversations of a folder are made of
 CAPTION_COLUMNS = ("caption", "captions")
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
+MESH_WORD = re.compile(r"<mesh-start>|<mesh-end>|<(mesh|octree)[0-9]+>")  # of TokenFormat
 PROMPT_OF_CAPTION = "Make a 3D model of this: {caption}"
 PROMPT_OF_NAME = "Make a 3D model of this: {name}"
 DESCRIBE_PROMPT = "Describe this 3D model: {mesh}"
@@ -126,10 +127,14 @@ def records(sha256: str, name: str, mesh: str, captions: Iterable[str], prompts:
 
     name: its file. If it equals sha256, the object has no name.
     mesh: its ids as text.
-    Raise DataError as `check_record` does.
+    Raise DataError as `check_record` does, and for a caption or a name with a word of meshes.
     """
     captions, named = list(captions), name != sha256
     name = re.sub(r"\.[A-Za-z][A-Za-z0-9]{1,3}$", "", PurePosixPath(name).name)
+    names = [name] if "name" in (*prompts.fields, *_fields(prompts.describe, "describe_prompt")) else []
+    for text in (*captions, *names):
+        if word := MESH_WORD.search(text):
+            raise DataError(f"{sha256}: {text!r:.100} contains {word[0]}, a word of meshes. Remove it from the text.")
     made = []
     if named or "name" not in prompts.fields:
         for caption in captions if prompts.need_captions else [""]:

@@ -16,9 +16,8 @@ import pandas as pd
 import torch
 
 from ..evaluation.metrics import code_entropy, object_counts, usage
-from .octree import Octree
+from .octree import MASKS, Octree
 from .sparse import morton_order
-from .text import MASKS
 
 FOLDS = 5
 OBJECTS_AT_ONCE = 64

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import ConfigError
 from ..utils.files import atomic_write
+from .octree import MASKS
 from .stats import COMPRESSORS, FOLDS, ORDERS
-from .text import MASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

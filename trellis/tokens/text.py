@@ -13,30 +13,20 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..utils.errors import ConfigError, DataError
+from .octree import MASKS, Octree
+from .problems import QUOTED, Parsed, Problem, further, integers, parsed, quote
 
-if TYPE_CHECKING:  # it reads its values with what is here
-    from .octree import Octree
-
-QUOTED = 40  # characters of a text that a message quotes
 # A longer number is not a code, and int() refuses thousands of digits.
 MAX_DIGITS = 18
 # Maximum number of characters inside a damaged word such as <mesh-5>; anything longer is text.
 MAX_DAMAGED = 32
 WORDS = ("value", "unknown", "damaged")  # kinds of items that count among the object's ids
-MASKS = 255  # of an octree's node
-
-
-class Parsed(NamedTuple):
-    """An object read from a text or a vocabulary sequence."""
-
-    ids: Tensor  # [T] int64 in [0, n_embed)
-    problems: list[str]  # the repairs, one sentence for each kind; empty for an intact object
 
 
 class Item(NamedTuple):
@@ -46,18 +36,6 @@ class Item(NamedTuple):
     position: int  # index of its first character in a text, or of the vocabulary id
     word: str  # quoted for a message
     value: int = -1  # a code, or K + mask - 1
-
-
-class Problem(NamedTuple):
-    """A defect of an object."""
-
-    position: int  # as in `Item`
-    message: str
-    repair: str = ""  # what strict=False does about it, if that needs saying
-
-    def repaired(self) -> str:
-        """Return the message with the repair."""
-        return f"{self.message}; {self.repair}" if self.repair else self.message
 
 
 @dataclass(frozen=True)
@@ -77,10 +55,10 @@ class TokenFormat:
     token: str = "<mesh{}>"  # the word of a code, with {} where its number goes
     mask: str = "<octree{}>"  # the word of a mask, likewise
     first_mask_id: int | None = None  # vocabulary id of mask 1; mask m has first_mask_id + m - 1. Only with an octree
-    octree: "Octree | None" = None  # the form of an object between start and end; None: its T ids as they are
+    octree: Octree | None = None  # the form of an object between start and end; None: its T ids as they are
 
     @classmethod
-    def at(cls, first_id: int, n_embed: int, octree: "Octree | None" = None) -> "TokenFormat":
+    def at(cls, first_id: int, n_embed: int, octree: Octree | None = None) -> "TokenFormat":
         """Return ShapeLLM-Omni's layout: the codes from first_id on, then start, then end; then an octree's 255 masks.
 
         A language model's tokenizer that gets the `vocabulary` as new words gives them these ids, if it had first_id
@@ -245,7 +223,7 @@ class TokenFormat:
             if text[done : match.start()].strip():
                 yield _foreign(text, done, match.start())
             done = match.end()
-            word = _quote(match[0])
+            word = quote(match[0])
             kind = match.lastgroup or ""  # every alternative of the pattern has a name
             if kind in ("start", "end"):
                 yield Item(kind, match.start(), word)
@@ -332,7 +310,7 @@ class TokenFormat:
             )
         return codes + fill[len(codes) :], problems
 
-    def _read_octree(self, octree: "Octree", items: list[Item], length: int) -> tuple[Tensor, list[Problem]]:
+    def _read_octree(self, octree: Octree, items: list[Item], length: int) -> tuple[Tensor, list[Problem]]:
         """Return the ids [T] of an object in the octree form, and its problems."""
         words = [item for item in items if item.kind in WORDS]
         ids, problems = octree.read([item.value for item in words], [item.word for item in words])
@@ -388,14 +366,6 @@ def _choose(objects: list[list[Item]], num_tokens: int | None, length: int) -> t
     return chosen, problems
 
 
-def parsed(ids: Tensor, problems: list[Problem], strict: bool) -> Parsed:
-    """Return ids with their problems in order of place. Raise DataError with the first one if strict."""
-    problems = sorted(problems, key=lambda problem: problem.position)
-    if strict and problems:
-        raise DataError(f"{problems[0].message}. Refused: strict=False, or from_tokens.py --repair, repairs it.")
-    return Parsed(ids, [problem.repaired() for problem in problems])
-
-
 def _foreign_problems(items: list[Item]) -> list[Problem]:
     foreign = [item for item in items if item.kind == "foreign"]
     message = "{} stands between the object's words{}"
@@ -403,24 +373,4 @@ def _foreign_problems(items: list[Item]) -> list[Problem]:
 
 
 def _foreign(text: str, start: int, stop: int) -> Item:
-    return Item("foreign", start, _quote(text[start : min(stop, start + 10 * QUOTED)].strip()))
-
-
-def _quote(text: str) -> str:
-    return repr(text if len(text) <= QUOTED else text[:QUOTED] + "…")
-
-
-def further(items: Sequence[object]) -> str:
-    """Return how many there are, for a message about the first of several."""
-    return f" ({len(items)} such)" if len(items) > 1 else ""
-
-
-def integers(values: Sequence[int] | Tensor, name: str) -> list[int]:
-    """Return values [n] as Python integers. Raise DataError for another shape or type."""
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{name} must be a sequence of integers, not {_quote(repr(values))}") from error
-    if tensor.ndim != 1 or (len(tensor) and (tensor.is_floating_point() or tensor.dtype == torch.bool)):
-        raise DataError(f"{name} must be integers [T], not {tensor.dtype} {list(tensor.shape)}")
-    return tensor.tolist()
+    return Item("foreign", start, quote(text[start : min(stop, start + 10 * QUOTED)].strip()))

@@ -43,7 +43,7 @@ from .weights import WeightPlan
 # Timing cuDNN's algorithms takes about as long as 50 steps of a large network and makes them 4 % faster, so it pays for
 # the shapes of training in a run of this many steps, and never for those of validation.
 STEPS_WORTH_TUNING = 2000
-# Validation scores that differ by less are alike: runs of different seeds do.
+# A smaller difference between validation scores says nothing: as much lies between two runs of the same configuration.
 SPREAD = 0.003
 # Between ranks a stop request travels with a collective, which is not worth one every step.
 STEPS_BETWEEN_STOP_CHECKS = 10
@@ -169,8 +169,8 @@ class BasicTrainer:
             return []
         rates = ", ".join(f"{rate:g} becomes {rate**self.batch_ratio:.6g}" for rate in self.ema_rates)
         return [
-            f"{self.global_batch} samples per step, {self.batch_ratio:g} of the reference_batch: lr times "
-            f"{self.batch_ratio**0.5:.3g}, ema_rate {rates}"
+            f"{self.global_batch} samples per step, {self.batch_ratio:g} times the reference_batch: lr times "
+            f"{self.batch_ratio**0.5:.3g}, ema_rate {rates or 'none'}"
         ]
 
     @property

@@ -6,14 +6,13 @@ from typing import Any
 from dash import dcc, html
 
 from ..grids.preview import CORRECT, EXTRA, MISSING
-from ..modules.attention import TransformerBlock
 from .backend import Backend
 from .figures import css
 from .uploads import MAX_BYTES, UPLOAD_SUFFIXES
 
 PANELS = {"mesh": "Mesh", "voxels": "Voxels", "reconstruction": "Reconstruction", "difference": "Missing and extra"}
-FORMS = {"dense": "every token has a code", "sparse": "only tokens whose block has a voxel have a code"}
-COPIED = {
+WHICH_HAVE_CODES = {"dense": "every token has a code", "sparse": "only tokens whose block has a voxel have a code"}
+COPIED = {  # by the form of the text
     "dense": "all ids, as words for a language model",
     "octree": "masks of the blocks that hold something, and the codes there, as words for a language model",
 }
@@ -64,20 +63,19 @@ def page(backend: Backend) -> Component:
 def about(backend: Backend) -> list:
     lattice = "×".join(map(str, backend.lattice))
     each = f" of {backend.codes_per_token} codes" if backend.codes_per_token > 1 else ""
-    codes, form = f"{backend.n_embed} codes", "dense"
+    codes, kind = f"{backend.n_embed} codes", "dense"
     if backend.empty_code:
-        codes, form = f"{backend.codebook_size} codes + empty (id 0)", "sparse"
+        codes, kind = f"{backend.codebook_size} codes + empty (id 0)", "sparse"
     parts = [
         html.B(backend.name),
         html.Span(f"{backend.resolution}³ voxels"),
-        html.Span(form, title=FORMS[form]),
+        html.Span(kind, title=WHICH_HAVE_CODES[kind]),
         html.Span(f"{lattice} tokens{each}"),
         html.Span(codes),
         html.Span(f"hash {backend.hash[:8]}", title=f"sha256 over weights and settings: {backend.hash}"),
     ]
     if (transformer := backend.tokenizer.transformer) is not None:
-        stacks = (transformer.stacks[name].modules() for name in ("before", "after"))
-        layers = " + ".join(str(sum(isinstance(each, TransformerBlock) for each in stack)) for stack in stacks)
+        layers = " + ".join(map(str, transformer.layers))
         title = "layers of attention over the tokens, before and after the codebook"
         parts.insert(-1, html.Span(f"transformer, {layers} layers", title=title))
     return parts

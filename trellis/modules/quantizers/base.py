@@ -144,10 +144,11 @@ class Quantizer(Model):
         """
         indices = self._on_lattice(indices)
         with torch.autocast(indices.device.type, enabled=False):
-            codes = self.decode((indices - self.first_code).clamp(min=0))
-            if self.empty_code:
-                codes = torch.where(self.occupied(indices)[..., None], codes, 0.0)
-            return self.ungroup_cells(codes)
+            if not self.empty_code:
+                return self.ungroup_cells(self.decode(indices))
+            # Id 0 has no row: it takes any, which is then hidden. Other wrong ids fail as without an empty code.
+            codes = self.decode(torch.where(indices == 0, 0, indices - 1))
+            return self.ungroup_cells(torch.where(self.occupied(indices)[..., None], codes, 0.0))
 
     def occupied(self, indices: Tensor) -> Tensor:
         """Return which tokens are not empty, [B, X', Y', Z'] bool: all of them without an empty code.

@@ -241,7 +241,7 @@ def run_steps(args: argparse.Namespace) -> None:
     rows |= {name: score(args, folder, voxels, stage) for stage, name in STAGES.items()}
 
     print(f"\nHeld-out objects: {rows['base']['objects']}\n\n{table(rows)}")
-    print("(base was trained beforehand on other, real objects; see pretrained/base)")
+    print("(base was trained beforehand, on a GPU and other, real objects; see pretrained/base)")
     if not args.from_scratch:
         print("(the VAE was trained beforehand, on a GPU and then a CPU; see pretrained/demo_vae)")
     print("\nPictures, input | reconstruction | difference:")

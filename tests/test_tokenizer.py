@@ -479,6 +479,27 @@ def test_the_axes_of_files_may_be_taken_and_written_in_another_way(tmp_path):
         tokenizer.save_mesh(torch.zeros(tokenizer.num_tokens), tmp_path / "x.glb", up_axis="x")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "unknown"), [("obj", True), ("ply", True), ("off", True), ("glb", False), ("stl", False)]
+)
+def test_a_file_that_does_not_say_which_axis_is_up_warns_unless_told(tmp_path, suffix, unknown):
+    trimesh = pytest.importorskip("trimesh")
+    pytest.importorskip("numba")
+    path = tmp_path / f"box.{suffix}"
+    trimesh.creation.box((1.0, 0.25, 0.5)).export(path)
+    tokenizer = SparseStructureTokenizer(make().specs, RESOLUTION)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        tokenizer.encode([path, path])
+    said = [str(warning.message) for warning in warned]
+    asked = f'{path}: its format does not say which axis is up: taken as z-up. Say it by up_axis="y" or "z"'
+    assert said == [asked] * 2 * unknown
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for up_axis in ("y", "z", "keep"):
+            tokenizer.encode(path, up_axis=up_axis)
+
+
 def test_settings_may_be_given_when_a_tokenizer_is_loaded(tmp_path):
     make().save_pretrained(tmp_path / "saved")
     make(**QUANTIZERS["along z"]).save_pretrained(tmp_path / "along_z")

@@ -659,7 +659,8 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         if ids.ndim not in (1, 2) or ids.shape[-1] != self.num_tokens or ids.is_floating_point() or not ids.numel():
             raise ValueError(
                 f"ids must be [B, {self.num_tokens}] or [{self.num_tokens}] integers; they are "
-                f"{list(ids.shape)} {ids.dtype}"
+                f"{list(ids.shape)} {ids.dtype}. Texts become ids by from_text, token files by "
+                "trellis.tokens.parquet.read_shards"
             )
         low, high = ids.min().item(), ids.max().item()
         if low < 0 or high >= self.n_embed:

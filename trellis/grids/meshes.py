@@ -7,6 +7,7 @@ the triangle-to-voxel test.
 import importlib
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -186,7 +187,7 @@ def mesh_to_grid(
 ) -> "Tensor":
     """Voxelize a mesh file, as dataset_toolkits/voxelize.py does.
 
-    up_axis, normalization: see `placing`.
+    up_axis, normalization: see `placing`. Warn if the axes of the file stay unknown under "auto".
     Return [1, R, R, R] uint8, 0 or 1, axes x y z.
     Raise DataError naming the file if it is missing or cannot be voxelized, ConfigError for settings that do not go
     together or a missing package.
@@ -196,9 +197,11 @@ def mesh_to_grid(
     check_settings(up_axis, normalization)
     path = Path(path)
     try:
-        voxels = mesh_voxels(path, resolution, up_axis, normalization).voxels
+        made = mesh_voxels(path, resolution, up_axis, normalization)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Give a mesh file.") from error
     except DataError as error:
         raise DataError(f"{path}: {error}.") from error
-    return torch.from_numpy(voxels_to_grid(voxels, resolution))[None]
+    if up_axis == "auto" and made.axis == "keep":
+        warnings.warn(f'{path}: {UNKNOWN_AXIS}: taken as z-up. Say it by up_axis="y" or "z"', stacklevel=2)
+    return torch.from_numpy(voxels_to_grid(made.voxels, resolution))[None]

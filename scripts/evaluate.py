@@ -367,6 +367,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
         return result
 
     sets = list(subject.sets.items())
+    print(f"scoring {len(dataset)} objects", flush=True)  # minutes on a CPU, and a bar is drawn on terminals alone
     for label, files in sets if args.weights == "all" else sets[:1]:
         for name, model in models.items():
             load_weights(model, files[name], part=name if files[name].name == WEIGHTS else None)
@@ -417,7 +418,8 @@ def worst_sheet(path: Path) -> Path:
 
 def print_scores(args: argparse.Namespace) -> None:
     report, path = score_run(args)
-    print(f"{report['models']} at step {report['step']}, split {args.split}")
+    step = f" at step {report['step']}" if args.run else ""
+    print(f"{report['models']}{step}, split {args.split}")
     print(format_report(report["weights"], report.get("baselines", {})))
     print(f"written: {path}, {path.with_suffix('.png')}, {worst_sheet(path)}")
 

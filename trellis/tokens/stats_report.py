@@ -273,7 +273,7 @@ def _sizes(result: dict) -> list[tuple[str, int, dict | None]]:
     """Return (label, uncompressed bytes, summary of the compressed bytes or None), in the order of the table."""
     n_embed = result["n_embed"]
     names = {
-        "packed": f"ids of {max(1, (n_embed - 1).bit_length())} bits",
+        "packed": f"ids packed to {max(1, (n_embed - 1).bit_length())} bits",
         "whole": f"ids of {16 if n_embed <= 2**16 else 32} bits",
     }
     rows: list[tuple[str, int, dict | None]] = []

@@ -85,6 +85,7 @@ def test_the_cards_scores_are_those_of_the_objects(scores):
         figures = [len(rows), *(f"{value:.4f}" for value in (iou.mean(), np.median(iou), np.quantile(iou, 0.05)))]
         assert shown[name] == [*map(str, figures), f"{tokens:.0f}"], name
     assert np.mean([row["iou"] for row in permissive]) >= 0.95
+    # Of both sets together: a dense pack of kitchens takes val alone above it, as the card says.
     assert np.mean([row["lm_tokens"] for row in permissive]) <= 800
 
 

@@ -221,7 +221,7 @@ def octree_masks(occupied: Tensor) -> Tensor:
     side = 1 << (max(occupied.shape[1:]) - 1).bit_length()
     nodes = F.pad(occupied, [n for size in reversed(occupied.shape[1:]) for n in (0, side - size)])
     counts = torch.zeros(len(nodes), 256, dtype=torch.int64, device=nodes.device)
-    bits = 1 << torch.arange(8, device=nodes.device)
+    bits = 1 << torch.arange(8, dtype=torch.uint8, device=nodes.device)
     while nodes.shape[1] > 1:
         half = nodes.shape[1] // 2
         children = nodes.view(-1, half, 2, half, 2, half, 2).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)

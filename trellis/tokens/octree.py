@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..evaluation.metrics import octree_masks
 from ..utils.errors import ConfigError, DataError
 from .problems import Parsed, Problem, further, integers, parsed
 from .sparse import morton_keys
@@ -111,12 +112,8 @@ class Octree:
         """
         tokens = self._tokens(ids)
         holds = (tokens[..., 0] > 0).reshape(-1, *self.lattice)
-        codes, masks = holds.sum((1, 2, 3)) * self.codes_per_token, np.zeros(len(holds), dtype=np.int64)
-        for _ in range(self.depth):  # a level up: a block holds something if one of its eight children does
-            holds = np.pad(holds, [(0, 0), *((0, size % 2) for size in holds.shape[1:])])
-            x, y, z = (size // 2 for size in holds.shape[1:])
-            holds = np.logical_or.reduce(holds.reshape(-1, x, 2, y, 2, z, 2), axis=(2, 4, 6))
-            masks += holds.sum((1, 2, 3))
+        masks = octree_masks(torch.from_numpy(holds)).sum(1).numpy()
+        codes = holds.sum((1, 2, 3)) * self.codes_per_token
         return Lengths(*(counts.reshape(tokens.shape[:-2])[()] for counts in (masks, codes)))
 
     def to_values(self, ids: Sequence[int] | np.ndarray | Tensor) -> Tensor:

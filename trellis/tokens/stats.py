@@ -15,8 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..evaluation.metrics import code_entropy, object_counts, usage
-from .octree import MASKS, Octree
+from ..evaluation.metrics import code_entropy, codebook_counts, object_counts, octree_masks, usage
 from .sparse import morton_order
 
 FOLDS = 5
@@ -291,23 +290,18 @@ def octree_stats(tokens: TokenSet) -> dict:
         any, 0.
     "bits_per_object": what they come to in the mean object.
     """
-    octree = Octree(tokens.lattice, tokens.n_embed, tokens.codes_per_token)
-    lengths = octree.lengths(tokens.ids)
-    masks, codes = np.zeros(MASKS), np.zeros((tokens.codes_per_token, tokens.n_embed))
-    for row in tokens.ids:
-        values = octree.to_values(row).numpy()
-        masks += np.bincount(values[values >= tokens.n_embed] - tokens.n_embed, minlength=MASKS)
-        for counts, column in zip(codes, row.reshape(-1, tokens.codes_per_token).T, strict=True):
-            counts += np.bincount(column[column > 0], minlength=tokens.n_embed)
-    mask_bits = code_entropy(torch.from_numpy(masks)).item()
-    code_bits = code_entropy(torch.from_numpy(codes)).mean().item()
+    ids = torch.from_numpy(tokens.ids).view(len(tokens.ids), *tokens.lattice, -1)  # [n, X', Y', Z', Q]
+    masks = octree_masks(ids[..., 0] > 0)  # [n, 255]
+    chosen = codebook_counts(ids, tokens.n_embed, tokens.codes_per_token).view(-1, tokens.n_embed)[:, 1:]
+    mask_bits, code_bits = code_entropy(masks.sum(0)).item(), code_entropy(chosen).mean().item()
+    masks_per_object, codes_per_object = masks.sum(1).numpy(), (ids > 0).flatten(1).sum(1).numpy()
     return {
-        "masks": summary(lengths.masks),
-        "codes": summary(lengths.codes),
-        "values": summary(lengths.masks + lengths.codes),
+        "masks": summary(masks_per_object),
+        "codes": summary(codes_per_object),
+        "values": summary(masks_per_object + codes_per_object),
         "mask_entropy": mask_bits,
         "code_entropy": code_bits,
-        "bits_per_object": float(lengths.masks.mean() * mask_bits + lengths.codes.mean() * code_bits),
+        "bits_per_object": float(masks_per_object.mean() * mask_bits + codes_per_object.mean() * code_bits),
     }
 
 

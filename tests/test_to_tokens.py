@@ -507,9 +507,13 @@ def test_a_flipped_bit_never_gives_other_objects(tmp_path):
     tokens = rng.integers(0, 32, (40, 4))
     write(path, info(), tokens)
     whole, found, harmless = path.read_bytes(), 0, 0
-    for position in rng.permutation(len(whole))[:300].tolist():
+    flips = [(position, int(rng.integers(8))) for position in rng.permutation(len(whole))[:300].tolist()]
+    # Checksums leave out headers of pages and the footer, whose fields often begin with one of these bytes.
+    unguarded = [position for position in range(len(whole)) if whole[position] in (0x02, 0x15, 0x18, 0x25)]
+    flips += [(position, bit) for position in unguarded for bit in range(8)]
+    for position, bit in flips:
         damaged = bytearray(whole)
-        damaged[position] ^= 1 << int(rng.integers(8))
+        damaged[position] ^= 1 << bit
         path.write_bytes(damaged)
         try:
             rows = list(parquet.read_shards(path))

@@ -22,6 +22,7 @@ Axes: n rows, T ids of an object, K codes.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,7 @@ OLD_MANIFEST = "tokens.json"
 SHARD = re.compile(r"shard-(\d{5})-of-(\d{5})\.parquet")
 FORMAT_VERSION = 2  # of octree forms; the dense one is version 1
 VERSION_KEY, MADE_FROM, LEFT_OUT = "format_version", "made_from", "left_out"  # metadata beside TokenInfo's
+TEXT_COLUMNS = ("sha256", "name", "source", "frame")
 ROWS_AT_ONCE = 256
 
 
@@ -350,6 +352,7 @@ def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
 
     info = read_info(source)
     for path in shard_files(source):
+        number = 0
         file = _open(path)
         _check_columns(file, schema(info).names, path)
         kind = file.schema_arrow.field("tokens").type
@@ -357,11 +360,11 @@ def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
             raise DataError(
                 f"{path}: its tokens are {kind}, not lists of whole numbers. scripts/to_tokens.py writes such files."
             )
-        try:
+        with _reading(path):
             for batch in file.iter_batches(ROWS_AT_ONCE):
+                number += batch.num_rows
                 yield from _rows(batch, info, path)
-        except (pa.ArrowException, OSError) as error:
-            raise _damaged(path, error) from error
+        _check_rows(file, number, path)
 
 
 def _rows(batch: "pyarrow.RecordBatch", info: TokenInfo, path: Path) -> Iterator[dict[str, Any]]:
@@ -408,13 +411,11 @@ def _octree_ids(lists: "pyarrow.ListArray", sha256: list[str], info: TokenInfo, 
 def _open(path: Path) -> "pyarrow.parquet.ParquetFile":
     """Open a Parquet file. Raise DataError if it is damaged or of a newer format version."""
     require_pyarrow()
-    import pyarrow as pa
     import pyarrow.parquet
 
-    try:
-        file = pa.parquet.ParquetFile(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+    with _reading(path):
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        file.schema_arrow.names  # noqa: B018 - decodes them
     version = (file.schema_arrow.metadata or {}).get(VERSION_KEY.encode(), b"1").decode(errors="replace")
     check_version(int(version) if version.isdecimal() else version, FORMAT_VERSION, path, DataError)
     return file
@@ -422,19 +423,49 @@ def _open(path: Path) -> "pyarrow.parquet.ParquetFile":
 
 def _columns(path: Path, names: list[str]) -> "pyarrow.Table":
     """Return columns. Raise DataError if the file lacks one, or is damaged."""
-    import pyarrow as pa
-
     file = _open(path)
     _check_columns(file, names, path)
+    with _reading(path):
+        table = file.read(names)
+    _check_rows(file, table.num_rows, path)
+    return table
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises for a damaged file into a DataError."""
+    import pyarrow as pa
+
     try:
-        return file.read(names)
-    except (pa.ArrowException, OSError) as error:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, error) from error
 
 
+def _check_rows(file: "pyarrow.parquet.ParquetFile", number: int, path: Path) -> None:
+    """Raise DataError unless so many rows were read as the file says that it has.
+
+    Checksums are of the pages' content; a damaged header of a page can end a column early, without an error.
+    """
+    if number != file.metadata.num_rows:
+        raise DataError(
+            f"{path}: is damaged: {number} of its {file.metadata.num_rows} rows can be read. Delete it and run "
+            "scripts/to_tokens.py again."
+        )
+
+
 def _check_columns(file: "pyarrow.parquet.ParquetFile", names: Iterable[str], path: Path) -> None:
+    """Raise DataError if a column of these names is missing, or holds bytes in place of text."""
+    import pyarrow as pa
+
     if lacking := set(names) - set(file.schema_arrow.names):
         raise DataError(f"{path}: has no column {', '.join(sorted(lacking))}. scripts/to_tokens.py writes such files.")
+    for field in file.schema_arrow:
+        if field.name in TEXT_COLUMNS and not (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
+            raise DataError(
+                f"{path}: its column {field.name} is {field.type}, not text. Delete the file and run "
+                "scripts/to_tokens.py again."
+            )
 
 
 def _said(path: Path, key: str) -> Any:

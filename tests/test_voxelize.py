@@ -301,7 +301,7 @@ def test_trellis_folder_is_taken_as_it_is(tmp_path, serial, capsys):
     "args, message",
     [
         (["--input", "missing"], "missing: no such file or folder"),
-        (["--input", "empty"], "empty: no .glb"),
+        (["--input", "empty"], "empty: no mesh or volume there or below. Give a folder of meshes. Read are .glb"),
         (["--input", "note.txt"], "note.txt: is not one of .glb"),
         (["--input", "bad"], "the only file could not be voxelized: bad/nan.obj: "),
         (["--input", "bad", "--rank", "2", "--world_size", "2"], "--rank 2 --world_size 2"),

@@ -73,8 +73,8 @@ def find_files(inputs: Iterable[str | os.PathLike], exclude: Path) -> Found:
             for name, reason in sorted(left_out.items())[:1]
         )
         raise DataError(
-            f"{', '.join(map(str, paths))}: no mesh or volume there or below.{others} Give a folder of meshes. Read are "
-            f"{READ_SUFFIXES}."
+            f"{', '.join(map(str, paths))}: no mesh or volume there or below.{others} Give a folder of meshes. "
+            f"Read are {READ_SUFFIXES}."
         )
     files = dict(sorted((printable(path), path) for path in found.values()))
     return Found(files, dict(sorted(left_out.items())))

@@ -20,11 +20,13 @@ import torch.multiprocessing
 from trellis import models as model_registry
 from trellis.datasets import DATASETS
 from trellis.runs.checkpoint import Checkpoints, misc_file
+from trellis.runs.status import RunStatus
 from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.configuration import complete_config
 from trellis.trainers.profile import profile
 from trellis.trainers.report import describe, tryrun
+from trellis.trainers.standing import Reference
 from trellis.trainers.weights import plan_weights
 from trellis.utils import dist_utils
 from trellis.utils.command import DEVICES, pick_device
@@ -204,16 +206,20 @@ def join_and_run(args: argparse.Namespace, config: Configuration, plan: Launch, 
 
 def run(args: argparse.Namespace, config: Configuration, device: torch.device) -> int:
     """Build the trainer, then try, profile or train. Return the exit code."""
-    trainer = build_trainer(args, config, device)
-    if dist_utils.is_main():
-        describe(trainer)
-    if args.tryrun:
-        tryrun(trainer)
-    elif args.profile:
-        print(f"trace for https://ui.perfetto.dev: {profile(trainer)}")
-    else:
-        signum = trainer.run()
-        return 128 + signum if signum else 0
+    main, training = dist_utils.is_main(), not (args.tryrun or args.profile)
+    with RunStatus(args.output_dir if main and training else None, shown=main) as status:
+        with status.doing("reading data and weights"):
+            trainer = build_trainer(args, config, device)
+        trainer.status, trainer.reference = status, Reference.of_config(args.config)
+        if main:
+            describe(trainer)
+        if args.tryrun:
+            tryrun(trainer)
+        elif args.profile:
+            print(f"trace for https://ui.perfetto.dev: {profile(trainer)}")
+        else:
+            signum = trainer.run()
+            return 128 + signum if signum else 0
     return 0
 
 

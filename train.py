@@ -35,11 +35,13 @@ import trellis
 from trellis import models as model_registry
 from trellis.datasets import DATASETS
 from trellis.runs.checkpoint import Checkpoints, misc_file
+from trellis.runs.status import RunStatus
 from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.configuration import complete_config
 from trellis.trainers.profile import profile
 from trellis.trainers.report import describe, tryrun
+from trellis.trainers.standing import Reference
 from trellis.trainers.weights import plan_weights
 from trellis.utils import dist_utils, rendezvous
 from trellis.utils.cluster import Flags, Joined, Nodes, where_started
@@ -257,18 +259,22 @@ def digest(content: str | bytes) -> str:
 
 def run(args: argparse.Namespace, config: Configuration, device: torch.device, watch: Watch | None = None) -> int:
     """Build the trainer, then try, profile or train. Return the exit code."""
-    trainer = build_trainer(args, config, device)
-    if watch is not None:
-        watch.step = lambda: trainer.step
-    if dist_utils.is_main():
-        describe(trainer)
-    if args.tryrun:
-        tryrun(trainer)
-    elif args.profile:
-        print(f"trace for https://ui.perfetto.dev: {profile(trainer)}")
-    else:
-        signum = trainer.run()
-        return 128 + signum if signum else 0
+    main, training = dist_utils.is_main(), not (args.tryrun or args.profile)
+    with RunStatus(args.output_dir if main and training else None, shown=main) as status:
+        with status.doing("reading data and weights"):
+            trainer = build_trainer(args, config, device)
+        trainer.status, trainer.reference = status, Reference.of_config(args.config)
+        if watch is not None:
+            watch.step = lambda: trainer.step
+        if main:
+            describe(trainer)
+        if args.tryrun:
+            tryrun(trainer)
+        elif args.profile:
+            print(f"trace for https://ui.perfetto.dev: {profile(trainer)}")
+        else:
+            signum = trainer.run()
+            return 128 + signum if signum else 0
     return 0
 
 

@@ -391,7 +391,7 @@ if __name__ == "__main__":
 
 
 def start(folder: Path, *flags: str, group: bool = False) -> subprocess.Popen:
-    """group: in a group of its own, with Ctrl-C as in a terminal. A test may run in the background, which ignores it."""
+    """group: in a group of its own, with Ctrl-C as in a terminal, for a test may run in the background."""
     command = [sys.executable, "fast.py", "--input", "in", "--resolution", "16", "--max_workers", "1", *flags]
     return subprocess.Popen(
         command,

@@ -65,7 +65,7 @@ def _whole(value: Any) -> bool:
 
 # What the values of TokenInfo's fields must be, by the fields' types.
 VALID: dict[Any, Callable[[Any], bool]] = {
-    str: lambda value: isinstance(value, str),
+    str: lambda value: isinstance(value, str) and len(value) <= 200,
     int: _whole,
     bool: lambda value: isinstance(value, bool),
     tuple[int, int, int]: lambda value: isinstance(value, list) and len(value) == 3 and all(map(_whole, value)),

@@ -445,7 +445,8 @@ class BasicTrainer:
         if dist_utils.is_main():
             # A new run also logs step 0.
             step = self.step if self.plan.resume else -1
-            self.log_files = RunLog(self.output_dir, step, self.config, self.wandb, self.say)
+            with self.status.doing("opening the logs"):
+                self.log_files = RunLog(self.output_dir, step, self.config, self.wandb, self.say)
 
     def forget_rows(self, name: str, keys: tuple[str, ...], rows: Tensor) -> None:
         """Reset what the optimizer and the averages remember of rows [n] int64 of these tensors of a model."""

@@ -41,6 +41,7 @@ from ..utils.errors import DataError, UserError
 from ..utils.files import atomic_write, is_running, remove_leftovers
 from ..utils.formats import check_version
 from ..utils.progress import Work, say, waiting
+from ..utils.signals import Stopped
 
 FORMAT_VERSION = 1
 FILE = "status.json"
@@ -174,6 +175,8 @@ class RunStatus:
 
 def ending(error: BaseException) -> tuple[str, str]:
     """Return state and reason of a run that an exception ends."""
+    if isinstance(error, Stopped):
+        return "stopped", signal_name(error.signum)
     if isinstance(error, KeyboardInterrupt):
         return "stopped", signal.SIGINT.name
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:

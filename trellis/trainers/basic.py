@@ -26,7 +26,7 @@ from ..modules.model import Model
 from ..runs.checkpoint import Checkpoints
 from ..runs.folder import prepare_run_folder
 from ..runs.status import RunStatus, signal_name
-from ..utils import dist_utils
+from ..utils import dist_utils, signals
 from ..utils.config import Count, Range
 from ..utils.environment import tuned_convolutions, versions
 from ..utils.errors import ConfigError
@@ -35,7 +35,6 @@ from ..utils.registry import did_you_mean
 from . import optim
 from .configuration import as_list, complete_config
 from .ema import EMA
-from .interrupt import StopRequests
 from .logger import PendingSteps, Progress, RunLog
 from .part import Part
 from .precision import Precision
@@ -48,8 +47,8 @@ from .weights import WeightPlan
 STEPS_WORTH_TUNING = 2000
 # A smaller difference between validation scores says nothing: as much lies between two runs of the same configuration.
 SPREAD = 0.003
-# Between ranks a stop request travels with a collective, which is not worth one every step.
-STEPS_BETWEEN_STOP_CHECKS = 10
+# Between ranks a stop request travels with a collective, which is not worth one every step: so many seconds, or steps.
+SECONDS_BETWEEN_STOP_CHECKS, STEPS_BETWEEN_STOP_CHECKS = 2.0, 50
 # A quantizer reduces its statistics over ranks itself; DDP must not overwrite them with rank 0's. torch 2.13 renamed
 # the argument.
 _SYNC_BUFFERS = "forward_sync_buffers"
@@ -141,6 +140,7 @@ class BasicTrainer:
         self.step, self.samples_seen = 0, 0
         self.seconds, self.logged_seconds = 0.0, 0.0  # spent in steps, since the run began
         self.best: dict | None = None  # {"step", "by", "score"} of the best validation
+        self.last_stop_check, self.last_checked_step, self.next_stop_check = time.monotonic(), 0, 0
         self.pending = PendingSteps()
         self.progress = Progress(max_steps, i_print)
         # train.py gives the two: a status that keeps its file, and the curve beside the configuration.
@@ -258,6 +258,7 @@ class BasicTrainer:
             with self.status.doing("loading the training state"):
                 self.load_training_state(*self.plan.resume)
             self.status.set(step=self.step, best=self.best, checkpoint_step=self.step)
+        self.check_ranks_agree(ConfigError)
         self.open_log()
 
         if self.plan.resume is None:
@@ -269,7 +270,7 @@ class BasicTrainer:
             self.say(f"{self.output_dir} is finished at step {self.step}; nothing is left to do")
         stopping, tuned = None, self.max_steps - self.step >= STEPS_WORTH_TUNING
         self.status.set(state="training")
-        with StopRequests() as stop, contextlib.closing(self.batches()) as batches:
+        with signals.noted() as stop, contextlib.closing(self.batches()) as batches:
             if dist_utils.is_main():
                 self.progress.open(self.step)
             while self.step < self.max_steps:
@@ -287,7 +288,7 @@ class BasicTrainer:
 
                 scores = self.measure() if self.due(self.i_eval) else {}
                 improved = bool(scores) and self.best_step == self.step
-                stopping = self.stop_requested(stop)
+                stopping = self.stop_requested(stop) if self.step < self.max_steps else None
                 saving = self.due(self.i_save) or improved or stopping
                 if self.due(self.i_log) or scores or saving:
                     self.log(scores)
@@ -390,14 +391,20 @@ class BasicTrainer:
             return self.objective.no_sync()
         return contextlib.nullcontext()
 
-    def stop_requested(self, stop: StopRequests) -> int | None:
+    def stop_requested(self, stop: signals.Signals) -> int | None:
         """Return the signal to stop for, if any, on every rank at the same step."""
         if dist_utils.world_size() == 1:
             return stop.signum
-        if self.step % STEPS_BETWEEN_STOP_CHECKS:
+        if self.step < self.next_stop_check:
             return None
-        signum = torch.tensor(stop.signum or 0, device=self.device)
-        dist.all_reduce(signum, op=dist.ReduceOp.MAX)
+        # All ranks learn the slowest one's pace, and so agree on the step of the next check.
+        now = time.monotonic()
+        pace = (now - self.last_stop_check) / max(1, self.step - self.last_checked_step)
+        request = torch.tensor([stop.signum or 0, pace], device=self.device, dtype=torch.float64)
+        dist.all_reduce(request, op=dist.ReduceOp.MAX)
+        signum, pace = request.tolist()
+        steps = min(STEPS_BETWEEN_STOP_CHECKS, max(1, int(SECONDS_BETWEEN_STOP_CHECKS / max(pace, 1e-9))))
+        self.last_stop_check, self.last_checked_step, self.next_stop_check = now, self.step, self.step + steps
         return int(signum) or None
 
     # --- set-up ---
@@ -600,14 +607,17 @@ class BasicTrainer:
                 self.log_files.image(name, picture, self.step)
         dist_utils.barrier()
 
-    def check_ranks_agree(self) -> None:
-        """Raise RuntimeError if a rank's weights differ from rank 0's in any bit."""
-        for key, model in self.trained.items():
-            for name, value in model.state_dict().items():
-                reference = value.detach().clone()
-                dist_utils.broadcast_([reference])
-                if dist_utils.any_rank(not torch.equal(reference, value), self.device):
-                    raise RuntimeError(f"{key}.{name} differs between ranks at step {self.step}")
+    def check_ranks_agree(self, error: type[Exception] = RuntimeError) -> None:
+        """Raise an error if a rank's weights differ from rank 0's in any bit, naming both."""
+        if dist_utils.world_size() > 1:
+            dist_utils.agree(
+                {
+                    f"{key}.{name} at step {self.step}": dist_utils.digest(value)
+                    for key, model in self.models.items()
+                    for name, value in model.state_dict().items()
+                },
+                error,
+            )
 
     # --- without training ---
 

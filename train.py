@@ -260,10 +260,11 @@ def digest(content: str | bytes) -> str:
 def run(args: argparse.Namespace, config: Configuration, device: torch.device, watch: Watch | None = None) -> int:
     """Build the trainer, then try, profile or train. Return the exit code."""
     main, training = dist_utils.is_main(), not (args.tryrun or args.profile)
+    reference = Reference.of_config(args.config)
     with RunStatus(args.output_dir if main and training else None, shown=main) as status:
         with status.doing("reading data and weights"):
             trainer = build_trainer(args, config, device)
-        trainer.status, trainer.reference = status, Reference.of_config(args.config)
+        trainer.status, trainer.reference = status, reference
         if watch is not None:
             watch.step = lambda: trainer.step
         if main:

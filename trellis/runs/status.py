@@ -42,6 +42,7 @@ from ..utils.files import atomic_write, is_running, remove_leftovers
 from ..utils.formats import check_version
 from ..utils.progress import Work, say, waiting
 from ..utils.signals import Stopped
+from ..utils.signals import Stopped
 
 FORMAT_VERSION = 1
 FILE = "status.json"
@@ -103,7 +104,15 @@ class RunStatus:
                 self._closed = True
                 self._changed.notify()
             self._thread.join()
-            self._write()
+            if error is not None and self._is_alone():
+                (self.folder / FILE).unlink(missing_ok=True)
+            else:
+                self._write()
+
+    def _is_alone(self) -> bool:
+        """Return whether the folder has nothing but this file and the lock: a start that failed leaves no folder."""
+        assert self.folder is not None
+        return self.folder.is_dir() and all(path.name in (FILE, LOCK) for path in self.folder.iterdir())
 
     def set(self, **values: Any) -> None:
         """Change values; they are in the file within about a second."""
@@ -179,6 +188,8 @@ def ending(error: BaseException) -> tuple[str, str]:
         return "stopped", signal_name(error.signum)
     if isinstance(error, KeyboardInterrupt):
         return "stopped", signal.SIGINT.name
+    if isinstance(error, Stopped):
+        return "stopped", signal_name(error.signum)
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
         return "stopped", signal_name(error.code - 128)
     first = (str(error).strip().splitlines() or [""])[0]

@@ -20,6 +20,7 @@ import torch.multiprocessing
 from trellis import models as model_registry
 from trellis.datasets import DATASETS
 from trellis.runs.checkpoint import Checkpoints, misc_file
+from trellis.runs.lock import writing
 from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.configuration import complete_config
@@ -204,6 +205,14 @@ def join_and_run(args: argparse.Namespace, config: Configuration, plan: Launch, 
 
 def run(args: argparse.Namespace, config: Configuration, device: torch.device) -> int:
     """Build the trainer, then try, profile or train. Return the exit code."""
+    if not dist_utils.is_main():
+        return build_and_run(args, config, device)
+    with writing(args.output_dir, looking=args.tryrun or args.profile):
+        return build_and_run(args, config, device)
+
+
+def build_and_run(args: argparse.Namespace, config: Configuration, device: torch.device) -> int:
+    """Do what `run` says, with the run folder's lock."""
     trainer = build_trainer(args, config, device)
     if dist_utils.is_main():
         describe(trainer)

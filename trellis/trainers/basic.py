@@ -5,7 +5,6 @@ Read `run` first. A new objective is a subclass with `training_losses`; it inher
 
 import contextlib
 import inspect
-import json
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -25,11 +24,12 @@ from ..models import build
 from ..modules.model import Model
 from ..runs.checkpoint import Checkpoints
 from ..runs.folder import prepare_run_folder
+from ..runs.lock import require_lock
+from ..runs.saver import Saver
 from ..utils import dist_utils
 from ..utils.config import Count, Range
 from ..utils.environment import tuned_convolutions, versions
 from ..utils.errors import ConfigError
-from ..utils.files import atomic_write
 from ..utils.registry import did_you_mean
 from . import optim
 from .configuration import as_list, complete_config
@@ -138,6 +138,8 @@ class BasicTrainer:
         self.best: dict | None = None  # {"step", "by", "score"} of the best validation
         self.pending = PendingSteps()
         self.progress = Progress(max_steps, i_print)
+        self.saver = Saver(self.checkpoints, self.say)  # of the main process
+        self.versions = versions()  # asks git, which takes too long for each save
 
     # --- for subclasses ---
 
@@ -235,6 +237,17 @@ class BasicTrainer:
 
         Return the signal that stopped training, after a checkpoint; None if it reached max_steps.
         """
+        with self.saver:  # waits for the last checkpoint
+            stopping = self.train()
+        if stopping:
+            self.say(f"stopped at step {self.step}; the same command continues from there")
+        self.progress.close()
+        if dist_utils.is_main():
+            self.log_files.close()
+        return stopping
+
+    def train(self) -> int | None:
+        """Do what `run` says, except to wait for the last checkpoint to be written."""
         for part in self.parts.values():
             part.open()
         self.open_folder()
@@ -266,6 +279,7 @@ class BasicTrainer:
                 self.pending.add(self.step, {**losses, **status}, lr=lr)
                 if dist_utils.is_main():
                     self.progress.show(self.step, losses)
+                    self.saver.check()
 
                 scores = self.measure() if self.due(self.i_eval) else {}
                 improved = bool(scores) and self.best_step == self.step
@@ -280,11 +294,7 @@ class BasicTrainer:
                 if saving:
                     self.save()
                 if stopping:
-                    self.say(f"stopped at step {self.step}; the same command continues from there")
                     break
-        self.progress.close()
-        if dist_utils.is_main():
-            self.log_files.close()
         return stopping
 
     def due(self, every: int) -> bool:
@@ -437,7 +447,7 @@ class BasicTrainer:
     # --- checkpoints ---
 
     def save(self) -> None:
-        """Write the checkpoint of this step. Raise RuntimeError if weights have become NaN."""
+        """Begin to write the checkpoint of this step. Raise RuntimeError if weights have become NaN."""
         self.require_finite()
         states = {name: part.state_dict() for name, part in self.parts.items()}
         if dist_utils.is_main():
@@ -449,26 +459,21 @@ class BasicTrainer:
                 "dataset_size": len(self.dataset),
                 "data_dir": ",".join(os.path.abspath(root) for root in self.dataset.roots),
                 "best": self.best,
-                "versions": versions(),
+                "versions": self.versions,
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
                 "grad_clip": self.clipper.state_dict(),
                 "precision": self.precision.state_dict(),
                 **{name: state for name, state in states.items() if state},
             }
-            self.checkpoints.save(
+            self.saver.save(
                 self.step,
                 {name: model.state_dict() for name, model in self.trained.items()},
                 self.ema.averages,
                 {name: model.state_dict() for name, model in self.frozen.items()},
                 misc,
+                self.keep_last,
             )
-            if self.best is not None:
-                with atomic_write(self.output_dir / "best.json") as partial:
-                    partial.write_text(json.dumps(self.best) + "\n", encoding="utf-8")
-            if self.keep_last is not None:
-                self.checkpoints.prune(self.keep_last, self.best_step)
-        dist_utils.barrier()
 
     def load_training_state(self, checkpoints: Checkpoints, step: int) -> None:
         """Load all that a step needs to continue exactly, except the models' weights, which the plan has loaded."""
@@ -544,6 +549,7 @@ class BasicTrainer:
         self.require_finite()
         if not dist_utils.is_main():
             return
+        require_lock(self.output_dir)
         summary = dict(scores)
         if rows:
             elapsed, self.logged_seconds = self.seconds - self.logged_seconds, self.seconds
@@ -561,6 +567,7 @@ class BasicTrainer:
     def snapshot(self) -> None:
         """Save pictures as samples/{name}_step0000100.png and show them in TensorBoard."""
         if dist_utils.is_main():
+            require_lock(self.output_dir)
             for name, picture in self.run_snapshot().items():
                 path = self.output_dir / "samples" / f"{name}_step{self.step:07d}.png"
                 path.parent.mkdir(exist_ok=True)

@@ -68,10 +68,13 @@ def find_files(inputs: Iterable[str | os.PathLike], exclude: Path) -> Found:
         else:
             found[os.path.abspath(path)] = path
     if not found:
-        reasons = "".join(f" {name}: {reason}." for name, reason in sorted(left_out.items())[:1])
-        others = f" {len(left_out)} files or folders are left out, the first:{reasons}" if left_out else ""
+        others = "".join(
+            f" {len(left_out)} left out{', such as' if len(left_out) > 1 else ':'} {name}: {reason}."
+            for name, reason in sorted(left_out.items())[:1]
+        )
         raise DataError(
-            f"{', '.join(map(str, paths))}: no {READ_SUFFIXES} there or below.{others} Give a folder of meshes."
+            f"{', '.join(map(str, paths))}: no mesh or volume there or below.{others} Give a folder of meshes. "
+            f"Read are {READ_SUFFIXES}."
         )
     files = dict(sorted((printable(path), path) for path in found.values()))
     return Found(files, dict(sorted(left_out.items())))
@@ -140,6 +143,21 @@ def sha256_of(path: Path, known: Container[str] = ()) -> str:
         if obstacle(data) is None:  # else reading the file says what is missing
             _add(digest, data)
     return digest.hexdigest()
+
+
+Stamp = tuple[tuple[int, int, int] | None, ...]
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Return size, time of change and number of each file that `sha256_of` hashes; None for one that is not there.
+
+    Two equal stamps mean that nobody wrote the file in between. Raise OSError if the file itself cannot be read.
+    """
+    return (_stamp(path.stat()), *(_stamp(data.stat()) if data.exists() else None for data in _data_files(path)))
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _data_files(path: Path) -> list[Path]:

@@ -255,6 +255,12 @@ def writing(folder: str | Path, looking: bool = False) -> Iterator[None]:
         lock.release()
 
 
+def may_write(folder: Path) -> bool:
+    """Return whether `require_lock` would let this process write in a run folder."""
+    lock = _held.get(Path(folder).resolve())
+    return lock is None or read_holder(folder) == lock.holder
+
+
 def require_lock(folder: Path) -> None:
     """Raise ConfigError if this process has lost the lock of a run folder. Ask before each write.
 

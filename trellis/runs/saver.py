@@ -9,7 +9,6 @@ A thread is enough: writing and summing let other threads run (see `SumWriter`).
 
 import copy
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,8 +18,6 @@ from torch import Tensor
 from .checkpoint import Checkpoints
 from .folder import write_best
 
-SECONDS_BETWEEN_WORDS = 10
-
 
 class Saver:
     """A writer of a run's checkpoints in the background.
@@ -29,9 +26,9 @@ class Saver:
     not, which leaves the checkpoint before.
     """
 
-    def __init__(self, checkpoints: Checkpoints, say: Callable[[str], None] = print):
-        self.checkpoints, self.say = checkpoints, say
-        self.last_step: int | None = None  # of the last set that was written and read back
+    def __init__(self, checkpoints: Checkpoints, written: Callable[[int], None] = lambda step: None):
+        """written: called by the writer with the step of each set that is whole."""
+        self.checkpoints, self.written = checkpoints, written
         self._copies: dict[tuple, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._step = 0
@@ -83,7 +80,7 @@ class Saver:
                 self.checkpoints.save(step, trained, averages, frozen, misc)
                 if misc["best"] is not None:
                     write_best(self.checkpoints.run_dir, misc["best"])
-                self.last_step = step
+                self.written(step)
                 if keep_last is not None:
                     self.checkpoints.prune(keep_last, misc["best"] and misc["best"]["step"])
             except BaseException as error:  # raised by `check` or `wait`, in the main thread
@@ -101,14 +98,9 @@ class Saver:
 
     def wait(self) -> None:
         """Wait until the last set is written. Raise its error, if it had one."""
-        begun = time.monotonic()
-        while self._thread is not None:
-            self._thread.join(SECONDS_BETWEEN_WORDS)
-            if self._thread.is_alive():
-                seconds = time.monotonic() - begun
-                self.say(f"waiting for the checkpoint of step {self._step}, which is being written ({seconds:.0f} s)")
-            else:
-                self._thread = None
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         self.check()
 
     def _copy(self, value: Any, key: tuple, copies: dict[tuple, Tensor]) -> Any:

@@ -132,13 +132,15 @@ class SparseStructureVaeTrainer(BasicTrainer):
         # With fewer objects than ranks, every rank scores them all.
         shared = len(dataset) >= dist_utils.world_size()
         first, stride = (dist_utils.rank(), dist_utils.world_size()) if shared else (0, 1)
-        with self.precision.autocast():
+        own = range(first, len(dataset), stride)
+        with self.precision.autocast(), self.status.doing("validation", len(own), state="validating") as work:
             scores = evaluate(
                 lambda ss, _: self.reconstruct(models, ss),
                 dataset,
-                range(first, len(dataset), stride),
+                own,
                 batch_size=self.micro_batch_size,
                 device=self.device,
+                progress=work,
             )
         return scores.means(dist_utils.all_sum) if shared else scores.means()
 

@@ -1,0 +1,129 @@
+"""Ranks that watch each other, so that a dead or hung one ends all of them and each says where it stood.
+
+A thread of every rank writes to the store where its main thread is, and reads where the others are. The job hangs if no
+rank has moved for the time that its phase may take: ranks that wait for one that works do not move either.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from . import signals
+from .errors import UserError
+from .processes import RankFailedError
+from .rendezvous import ENDED, describe
+
+LOOK_EVERY = 1.0  # seconds
+# Validation, k-means, reading data, downloads and checkpoints may take this many times as long as a training step.
+LONG_PHASE = 6
+# A rank that finds the same error as the others reports it itself within this time.
+GRACE_SECONDS = 5.0
+STEP_FUNCTIONS = ("run_step", "batches", "stop_requested")
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class Watch:
+    """A thread that watches the ranks of a job.
+
+    store: this thread's own connection; a wait on another one would block it.
+    minutes: how long a training step may take. Other phases may take LONG_PHASE times as long.
+    step: returns the step that this rank has reached.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int, minutes: float, *, speaks: bool):
+        self.store, self.rank, self.world, self.minutes, self.speaks = store, rank, world, minutes, speaks
+        self.step: Callable[[], int] = lambda: 0
+        self._main = threading.main_thread().ident
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._seen: dict[int, tuple[bytes, float]] = {}  # of each rank: its last report, and when it came
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop watching, before the ranks leave one by one."""
+        self._stopped.set()
+        self._thread.join()
+
+    def fail(self, error: BaseException) -> None:
+        """Let every rank end because of this rank's error. Raise RankFailedError if another rank was first."""
+        where = f"rank {self.rank} on {socket.gethostname()}"
+        if isinstance(error, signals.Stopped):
+            reason, code = f"{where} was stopped by {signal.Signals(error.signum).name}", 128 + error.signum
+        elif isinstance(error, UserError):
+            reason, code = f"{where}: {error}", 1
+        else:
+            reason, code = f"{where} failed at step {self.step()}: {type(error).__name__}: {error}", 1
+        first = self._end_all(reason, code)
+        if first is not None and first != reason and isinstance(error, Exception):
+            raise RankFailedError(first) from None
+
+    def _end_all(self, reason: str, code: int) -> str | None:
+        """Let every rank end with this exit code. Return the first reason, or None if the store has gone."""
+        try:
+            ended = json.dumps({"reason": reason, "code": code})
+            return json.loads(self.store.compare_set(ENDED, "", ended))["reason"]
+        except dist.DistError:
+            return None
+
+    def _run(self) -> None:
+        started = time.monotonic()
+        try:
+            while not self._stopped.wait(LOOK_EVERY):
+                self.store.set(f"where {self.rank}", json.dumps(self.where()))
+                if self.store.check([ENDED]):
+                    self._end(json.loads(self.store.get(ENDED)))
+                self._look(started)
+        except dist.DistError as error:
+            text = str(error).splitlines()[0]
+            self._end({"reason": f"the host of the ranks' store does not answer any more ({text})", "code": 1})
+
+    def _look(self, started: float) -> None:
+        """Read where the ranks are, and end all if none has moved for too long."""
+        now, hanging = time.monotonic(), True
+        for rank in range(self.world):
+            report = b""
+            if self.store.check([f"where {rank}"]):
+                report = self.store.get(f"where {rank}")
+            if rank not in self._seen or self._seen[rank][0] != report:
+                self._seen[rank] = (report, now if report else started)
+            long = not report or json.loads(report)["long"]
+            hanging &= now - self._seen[rank][1] > 60 * self.minutes * (LONG_PHASE if long else 1)
+        if hanging:
+            self._end_all(f"the job hangs; no rank has moved for {60 * self.minutes:.0f} s: {self.report()}", 1)
+
+    def report(self) -> str:
+        """Return where each rank stands, as far as this one knows."""
+        now, parts = time.monotonic(), []
+        for rank in range(self.world):
+            text, since = self._seen.get(rank, (b"", now))
+            parts.append(f"rank {rank}: {describe(text)}, for {now - since:.0f} s")
+        return "; ".join(parts)
+
+    def where(self) -> dict[str, Any]:
+        """Return where this rank's main thread is."""
+        frame, place, long = sys._current_frames().get(self._main or 0), "", True
+        while frame is not None:
+            path = Path(frame.f_code.co_filename)
+            if PACKAGE in path.parents:
+                place = place or f"{frame.f_code.co_name} ({path.relative_to(PACKAGE)}:{frame.f_lineno})"
+                long &= frame.f_code.co_name not in STEP_FUNCTIONS
+            frame = frame.f_back
+        return {"host": socket.gethostname(), "step": self.step(), "place": place, "long": long}
+
+    def _end(self, ended: dict[str, Any]) -> None:
+        if self._stopped.wait(GRACE_SECONDS):
+            return
+        if self.speaks:
+            print(f"error: {ended['reason']}", file=sys.stderr, flush=True)
+        os._exit(ended["code"])

@@ -42,7 +42,7 @@ from ..utils.files import atomic_write, is_running, remove_leftovers
 from ..utils.formats import check_version
 from ..utils.progress import Work, say, waiting
 from ..utils.signals import Stopped
-from ..utils.signals import Stopped
+from .lock import LOCK, may_write
 
 FORMAT_VERSION = 1
 FILE = "status.json"
@@ -104,15 +104,16 @@ class RunStatus:
                 self._closed = True
                 self._changed.notify()
             self._thread.join()
-            if error is not None and self._is_alone():
-                (self.folder / FILE).unlink(missing_ok=True)
-            else:
-                self._write()
+            self._write()
+            if error is not None:
+                self._remove_if_alone()
 
-    def _is_alone(self) -> bool:
-        """Return whether the folder has nothing but this file and the lock: a start that failed leaves no folder."""
+    def _remove_if_alone(self) -> None:
+        """Remove the file if the folder has nothing else but the lock: a start that failed leaves no folder."""
         assert self.folder is not None
-        return self.folder.is_dir() and all(path.name in (FILE, LOCK) for path in self.folder.iterdir())
+        with contextlib.suppress(OSError):  # what cannot be removed may stay
+            if may_write(self.folder) and {path.name for path in self.folder.iterdir()} <= {FILE, LOCK}:
+                (self.folder / FILE).unlink()
 
     def set(self, **values: Any) -> None:
         """Change values; they are in the file within about a second."""
@@ -164,6 +165,8 @@ class RunStatus:
 
     def _write(self) -> None:
         assert self.folder is not None
+        if not may_write(self.folder):  # another process has the folder now
+            return
         with self._changed:
             values = {**self.values, "time": time.time()}
             if self._works:

@@ -5,7 +5,6 @@ Read `run` first. A new objective is a subclass with `training_losses`; it inher
 
 import contextlib
 import inspect
-import json
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -25,12 +24,13 @@ from ..models import build
 from ..modules.model import Model
 from ..runs.checkpoint import Checkpoints
 from ..runs.folder import prepare_run_folder
+from ..runs.lock import require_lock
+from ..runs.saver import Saver
 from ..runs.status import RunStatus, signal_name
 from ..utils import dist_utils, signals
 from ..utils.config import Count, Range
 from ..utils.environment import tuned_convolutions, versions
 from ..utils.errors import ConfigError
-from ..utils.files import atomic_write
 from ..utils.registry import did_you_mean
 from . import optim
 from .configuration import as_list, complete_config
@@ -143,6 +143,8 @@ class BasicTrainer:
         self.last_stop_check, self.last_checked_step, self.next_stop_check = time.monotonic(), 0, 0
         self.pending = PendingSteps()
         self.progress = Progress(max_steps, i_print)
+        self.saver = Saver(self.checkpoints, lambda step: self.status.set(checkpoint_step=step))  # of the main process
+        self.versions = versions()  # asks git, which takes too long for each save
         # train.py gives the two: a status that keeps its file, and the curve beside the configuration.
         self.status = RunStatus(None, shown=dist_utils.is_main())
         self.reference: Reference | None = None
@@ -270,7 +272,12 @@ class BasicTrainer:
             self.say(f"{self.output_dir} is finished at step {self.step}; nothing is left to do")
         stopping, tuned = None, self.max_steps - self.step >= STEPS_WORTH_TUNING
         self.status.set(state="training")
-        with signals.noted() as stop, contextlib.closing(self.batches()) as batches:
+        with (
+            signals.noted() as stop,
+            self.saver,
+            contextlib.closing(self.progress),
+            contextlib.closing(self.batches()) as batches,
+        ):
             if dist_utils.is_main():
                 self.progress.open(self.step)
             while self.step < self.max_steps:
@@ -285,6 +292,7 @@ class BasicTrainer:
                 if dist_utils.is_main():
                     self.progress.show(self.step, losses)
                     self.status.at_step(self.step)
+                    self.saver.check()
 
                 scores = self.measure() if self.due(self.i_eval) else {}
                 improved = bool(scores) and self.best_step == self.step
@@ -299,9 +307,11 @@ class BasicTrainer:
                 if saving:
                     self.save()
                 if stopping:
-                    self.say(f"stopped at step {self.step}; the same command continues from there")
                     break
-        self.progress.close()
+            with self.status.doing("writing the last checkpoint", state="saving"):
+                self.saver.wait()
+        if stopping:
+            self.say(f"stopped at step {self.step}; the same command continues from there")
         if dist_utils.is_main():
             self.log_files.close()
         ended = {"state": "stopped", "reason": signal_name(stopping)} if stopping else {"state": "finished"}
@@ -452,7 +462,8 @@ class BasicTrainer:
         if dist_utils.is_main():
             # A new run also logs step 0.
             step = self.step if self.plan.resume else -1
-            self.log_files = RunLog(self.output_dir, step, self.config, self.wandb, self.say)
+            with self.status.doing("opening the logs"):
+                self.log_files = RunLog(self.output_dir, step, self.config, self.wandb, self.say)
 
     def forget_rows(self, name: str, keys: tuple[str, ...], rows: Tensor) -> None:
         """Reset what the optimizer and the averages remember of rows [n] int64 of these tensors of a model."""
@@ -465,7 +476,7 @@ class BasicTrainer:
     # --- checkpoints ---
 
     def save(self) -> None:
-        """Write the checkpoint of this step. Raise RuntimeError if weights have become NaN."""
+        """Begin to write the checkpoint of this step. Raise RuntimeError if weights have become NaN."""
         self.require_finite()
         states = {name: part.state_dict() for name, part in self.parts.items()}
         if dist_utils.is_main():
@@ -477,7 +488,7 @@ class BasicTrainer:
                 "dataset_size": len(self.dataset),
                 "data_dir": ",".join(os.path.abspath(root) for root in self.dataset.roots),
                 "best": self.best,
-                "versions": versions(),
+                "versions": self.versions,
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
                 "grad_clip": self.clipper.state_dict(),
@@ -485,20 +496,14 @@ class BasicTrainer:
                 **{name: state for name, state in states.items() if state},
             }
             with self.status.doing("writing the checkpoint", state="saving"):
-                self.checkpoints.save(
+                self.saver.save(
                     self.step,
                     {name: model.state_dict() for name, model in self.trained.items()},
                     self.ema.averages,
                     {name: model.state_dict() for name, model in self.frozen.items()},
                     misc,
+                    self.keep_last,
                 )
-            self.status.set(checkpoint_step=self.step)
-            if self.best is not None:
-                with atomic_write(self.output_dir / "best.json") as partial:
-                    partial.write_text(json.dumps(self.best) + "\n", encoding="utf-8")
-            if self.keep_last is not None:
-                self.checkpoints.prune(self.keep_last, self.best_step)
-        dist_utils.barrier()
 
     def load_training_state(self, checkpoints: Checkpoints, step: int) -> None:
         """Load all that a step needs to continue exactly, except the models' weights, which the plan has loaded."""
@@ -575,6 +580,7 @@ class BasicTrainer:
         self.require_finite()
         if not dist_utils.is_main():
             return
+        require_lock(self.output_dir)
         summary = dict(scores)
         if rows:
             elapsed, self.logged_seconds = self.seconds - self.logged_seconds, self.seconds
@@ -597,6 +603,7 @@ class BasicTrainer:
     def snapshot(self) -> None:
         """Save pictures as samples/{name}_step0000100.png and show them in TensorBoard."""
         if dist_utils.is_main():
+            require_lock(self.output_dir)
             with self.status.doing("drawing pictures"):
                 pictures = self.run_snapshot()
             for name, picture in pictures.items():

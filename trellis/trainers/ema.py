@@ -72,7 +72,7 @@ class EMA:
                 averages[name][key][rows] = live[key][rows]
 
     def load(self, checkpoints: Checkpoints, step: int) -> None:
-        """Load the averages of a checkpoint. Raise CheckpointError if one is missing or does not fit."""
+        """Load the averages of a checkpoint. Raise CheckpointError if one is missing, does not fit or is not finite."""
         for rate, averages in self.averages.items():
             for name, average in averages.items():
                 path = checkpoints.folder / model_file(name, step, rate)
@@ -80,6 +80,10 @@ class EMA:
                 if state.keys() != average.keys():
                     raise CheckpointError(f"{path} does not hold the tensors of {name}; the folder is damaged")
                 for key, value in state.items():
+                    if not value.isfinite().all():
+                        raise CheckpointError(
+                            f"{path}: {key} has numbers that are not finite; go back to an earlier --ckpt"
+                        )
                     average[key].copy_(value)
 
     def module(self, name: str, rate: float) -> nn.Module:

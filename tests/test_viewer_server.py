@@ -493,16 +493,14 @@ def test_data_of_other_settings_than_the_tokenizer_s_are_refused_or_named(tmp_pa
         assert said == (setting == "keep")
 
 
-@pytest.mark.parametrize("number, ends", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_signals_end_the_page_even_if_they_were_ignored_at_the_start(number, ends):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_page_even_if_they_were_ignored_at_the_start(number):
     before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         stop_on_signals()
-        with pytest.raises(ends) as caught:
+        with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
             time.sleep(5)  # a handler runs between two instructions
-        if ends is SystemExit:
-            assert caught.value.code == 143
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

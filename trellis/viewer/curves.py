@@ -25,7 +25,7 @@ PLOTS = {
     RATE: ("lr",),
 }
 LOGARITHMIC = (LOSSES, "norm of the gradient")
-ELSEWHERE = ("codes_revived", "max_grad_norm", "loss_scale", "kl_bits")
+ELSEWHERE = ("codes_revived", "bad_steps", "max_grad_norm", "loss_scale", "kl_bits")
 COLORS = ("#3b5b92", "#d1495b", "#2a9d8f", "#e09f3e", "#7b5ea7", "#5c6672", "#8d6e63", "#00838f")
 
 

@@ -64,7 +64,8 @@ class FiniteScalarQuantizer(GridQuantizer):
         return ((u + self.shift).tanh() * self.reach - self.offset) / self.middle
 
     def ids_of(self, u: Tensor) -> Tensor:
-        digits = (self.soft(u) * self.middle).round().long() + self.middle
+        # NaN as a whole number would be an id outside the grid.
+        digits = (self.soft(u) * self.middle).round().nan_to_num(0).long() + self.middle
         return (digits * self.strides).sum(-1)
 
     def aim(self) -> tuple[Tensor, Tensor]:

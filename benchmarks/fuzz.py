@@ -33,8 +33,9 @@ from trellis.utils.errors import ConfigError
 
 SECONDS = 10.0  # that an input may take
 SILENCE = 60.0  # seconds after which a process is ended that neither finishes an input nor stops by itself
+START = 600.0  # seconds that a process may take until its first input: atheris rewrites the whole package
 MEMORY = 6 * 2**30  # bytes of address space beyond what is there when fuzzing begins
-TURN = 120.0  # seconds of a turn
+TURN = 300.0  # seconds of a turn at most
 PACKAGES = ["trellis"]  # whose coverage guides
 # Files of this name hold the input that runs, so that a crash loses nothing.
 CURRENT = "current"
@@ -231,7 +232,7 @@ def run_turn(folder: Path, name: str, seconds: float, seed: int) -> int:
             now = _progress(beat)
             if now != state:
                 state, seen = now, time.monotonic()
-            if time.monotonic() - seen > SILENCE + SECONDS:
+            if time.monotonic() - seen > (SILENCE + SECONDS if now[0] else START):
                 process.kill()
                 kind, code = "hang", process.wait()
                 break

@@ -92,7 +92,7 @@ def work(name: str, seconds: float, folder: Path, seed: int) -> int:
     try:
         import atheris
     except ImportError:
-        atheris = None  # type: ignore[assignment]
+        atheris = None
     import torch
 
     torch.set_num_threads(1)
@@ -207,11 +207,11 @@ def fuzz(args: argparse.Namespace) -> int:
         minutes = (time.monotonic() - started) / 60
         number = len(findings_in(args.folder))
         print(f"{minutes:.1f} min: {name}: {inputs[name]} inputs so far; {number} findings in all", flush=True)
-    found = findings_in(args.folder)
-    print(f"{sum(inputs.values())} inputs, {json.dumps(inputs)}, {len(found)} findings: {args.folder / 'findings'}")
-    for path in found:
+    bad = findings_in(args.folder)
+    print(f"{sum(inputs.values())} inputs, {json.dumps(inputs)}, {len(bad)} findings: {args.folder / 'findings'}")
+    for path in bad:
         print(f"  {path.name}")
-    return 1 if found else 0
+    return 1 if bad else 0
 
 
 def findings_in(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ import train
 from benchmarks import fuzz
 from benchmarks.fuzz_targets import TARGETS, Finding, Target, attempt, mutated, tiny_models
 from trellis import SparseStructureTokenizer
+from trellis.datasets.metadata import read_metadata
 from trellis.datasets.packed import load_packed, save_packed
 from trellis.grids.meshes import mesh_to_grid
 from trellis.grids.voxels import has_faces, pack_bits, read_ply
@@ -146,6 +147,7 @@ READERS = {
     "w.safetensors": read_weights,
     "n.safetensors": lambda path: read_note(path, "canary"),
     "t.parquet": parquet.count_rows,
+    "metadata.csv": lambda path: read_metadata(str(path.parent)),
     "3DVQVAE.bin": SparseStructureTokenizer.from_shapellm,
     "grid.ply": lambda path: SparseStructureTokenizer(tiny_models(), 16).encode(path),
 }

@@ -66,10 +66,10 @@ def available_memory() -> int | None:
     with contextlib.suppress(ImportError, OSError):  # not on Windows; only Linux has /proc
         import resource
 
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if limit != resource.RLIM_INFINITY:
+        allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if allowed != resource.RLIM_INFINITY:
             taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            found.append(max(0, limit - taken))
+            found.append(max(0, allowed - taken))
     return min(found, default=None)
 
 

@@ -194,7 +194,10 @@ def spawn(args: argparse.Namespace, config: Configuration, plan: Launch, node: N
         hosted=True,
     )
     try:
-        return run_all(functools.partial(_spawned, args, config, plan.device, first), plan.local)
+        code = run_all(functools.partial(_spawned, args, config, plan.device, first), plan.local)
+        if code:
+            print(f"stopped by {signal.Signals(code - 128).name}; the same command continues", file=sys.stderr)
+        return code
     except (RankFailedError, UserError, OSError) as error:
         if node.num_nodes > 1:
             rendezvous.end_all(first.address, first.port, f"node {node.node_rank}: {error}")

@@ -244,6 +244,9 @@ class BasicTrainer:
         self.build_training_state()
         if self.plan.resume is not None:
             self.load_training_state(*self.plan.resume)
+            before = self.samples_seen / self.step if self.step else self.global_batch
+            if before != self.global_batch:
+                self.say(f"from here on a step has {self.global_batch} samples; so far it had {before:g} on average")
         self.check_ranks_agree(ConfigError)
         self.open_log()
 

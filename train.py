@@ -18,6 +18,7 @@ if __name__ in ("__main__", "__mp_main__"):
             signal.signal(_signum, signals.end_at_once)
 
 import argparse
+import contextlib
 import errno
 import functools
 import gc
@@ -35,11 +36,14 @@ import trellis
 from trellis import models as model_registry
 from trellis.datasets import DATASETS
 from trellis.runs.checkpoint import Checkpoints, misc_file
+from trellis.runs.lock import writing
+from trellis.runs.status import RunStatus
 from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.configuration import complete_config
 from trellis.trainers.profile import profile
 from trellis.trainers.report import describe, tryrun
+from trellis.trainers.standing import Reference
 from trellis.trainers.weights import plan_weights
 from trellis.utils import dist_utils, rendezvous
 from trellis.utils.cluster import Flags, Joined, Nodes, where_started
@@ -260,18 +264,24 @@ def digest(content: str | bytes) -> str:
 
 def run(args: argparse.Namespace, config: Configuration, device: torch.device, watch: Watch | None = None) -> int:
     """Build the trainer, then try, profile or train. Return the exit code."""
-    trainer = build_trainer(args, config, device)
-    if watch is not None:
-        watch.step = lambda: trainer.step
-    if dist_utils.is_main():
-        describe(trainer)
-    if args.tryrun:
-        tryrun(trainer)
-    elif args.profile:
-        print(f"trace for https://ui.perfetto.dev: {profile(trainer)}")
-    else:
-        signum = trainer.run()
-        return 128 + signum if signum else 0
+    main, training = dist_utils.is_main(), not (args.tryrun or args.profile)
+    reference = Reference.of_config(args.config)
+    lock = writing(args.output_dir, looking=not training) if main else contextlib.nullcontext()
+    with lock, RunStatus(args.output_dir if main and training else None, shown=main) as status:
+        with status.doing("reading data and weights"):
+            trainer = build_trainer(args, config, device)
+        trainer.status, trainer.reference = status, reference
+        if watch is not None:
+            watch.step = lambda: trainer.step
+        if main:
+            describe(trainer)
+        if args.tryrun:
+            tryrun(trainer)
+        elif args.profile:
+            print(f"trace for https://ui.perfetto.dev: {profile(trainer)}")
+        else:
+            signum = trainer.run()
+            return 128 + signum if signum else 0
     return 0
 
 

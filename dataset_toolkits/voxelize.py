@@ -29,7 +29,7 @@ from dataset_toolkits.work import Outcome, Settings, division, input_key, is_vol
 from trellis.grids import placing
 from trellis.grids.mesh_pool import run_in_pool
 from trellis.grids.volumes import FILLS
-from trellis.utils.command import available_cores, available_memory, run_command
+from trellis.utils.command import available_cores, available_memory, error_of_system, report_interruption, run_command
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import remove_leftovers
 
@@ -40,8 +40,8 @@ LEAST_MEMORY = 2  # GiB of a worker
 def voxelize(args: argparse.Namespace) -> int:
     """Voxelize this rank's share, bring metadata.csv and failed.csv up to date, and print a summary.
 
-    Return the exit code: 0, or 130 after Ctrl-C. Raise UserError if nothing could be voxelized, or if the folder
-    cannot be written.
+    Return the exit code: 0, or 128 + its number after a signal. Raise UserError if nothing could be voxelized, or if
+    the folder cannot be written.
     """
     started = time.perf_counter()
     root = Path(args.output_dir or args.input[0])
@@ -70,17 +70,17 @@ def voxelize(args: argparse.Namespace) -> int:
                 name_rank = partial(work.name_rank, settings=settings)
                 plan = plan_files(found, args.rank, args.world_size, args.max_workers, known[0].grids, name_rank)
             run = Run(args, root, settings, key, plan, known, record_file)
-            exit_code = run.work()
+            run.work()
             remove_leftovers(root / "voxels")  # of workers that were killed
             rows, _ = records.update_tables(root, plan.base)
     except OSError as error:  # of the output; an input that cannot be read is a line of failed.csv
         raise DataError(
-            f"{root}: {error.strerror or error}. Mend that and run the same command again: what is finished is kept."
+            f"{error_of_system(error, root)}. Mend that and run the same command again: what is finished is kept."
         ) from error
     run.print_summary(rows, time.perf_counter() - started)
-    if exit_code:
-        print(INTERRUPTED, file=sys.stderr)
-    elif (
+    if run.stopped:
+        return report_interruption(run.stopped, INTERRUPTED)
+    if (
         run.left_out
         and not run.made
         and not run.done
@@ -94,7 +94,7 @@ def voxelize(args: argparse.Namespace) -> int:
             if number > 1
             else f"the only file could not be voxelized: {name}: {reason}"
         )
-    return exit_code
+    return 0
 
 
 class Run:
@@ -104,6 +104,7 @@ class Run:
     done: jobs that earlier runs have finished.
     left_out: (file, reason) of this run, also those of earlier runs that were not tried again.
     notes: (file, note) of the new grids.
+    stopped: the signal that ended the work early.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Run:
         self.finished: set[str] = set()
         self.left_out: list[tuple[str, str]] = []
         self.notes: list[tuple[str, str]] = []
+        self.stopped: KeyboardInterrupt | None = None
         self.objects: dict[str, list[str]] = {}  # grids of a volume, by its key
         for sha256, row in self.known.grids.items():
             if row.get("input"):
@@ -136,8 +138,8 @@ class Run:
             return input_key(job.sha256, job.path, self.settings) in self.known.inputs
         return job.sha256 in self.known.grids
 
-    def work(self) -> int:
-        """Do what is not done, and record each file as it ends. Return the exit code: 0, or 130 after Ctrl-C."""
+    def work(self) -> None:
+        """Do what is not done, and record each file as it ends. A signal that ends the work is kept in `stopped`."""
         done = {job.sha256 for job in self.done}
         todo = {job.sha256: job for job in self.plan.jobs if job.sha256 not in done}
         self._forget(done)
@@ -161,13 +163,12 @@ class Run:
 
             try:
                 for jobs in (others, volumes):
-                    tasks = ((job.path, job.sha256, self.root / "voxels", self.settings) for job in jobs)
+                    tasks = ((job.path, job.sha256, self.root / "voxels", self.settings, job.stamp) for job in jobs)
                     if jobs:
                         timeout = self.args.timeout * time_factor(jobs[0].path)
                         run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
-            except KeyboardInterrupt:
-                return 130
-        return 0
+            except KeyboardInterrupt as stopped:
+                self.stopped = stopped
 
     def _grids_of(self, job: Job) -> list[str]:
         """Return the grids that a finished job has."""

@@ -5,13 +5,13 @@ Read `run` first. A new objective is a subclass with `training_losses`; it inher
 
 import contextlib
 import inspect
-import json
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,23 +20,30 @@ from torch.profiler import record_function
 
 from ..datasets.base import StandardDatasetBase
 from ..datasets.batches import endless_batches
+from ..datasets.sampler import Order
 from ..grids.preview import save_png
 from ..models import build
 from ..modules.model import Model
 from ..runs.checkpoint import Checkpoints
 from ..runs.folder import prepare_run_folder
+from ..runs.lock import require_lock
+from ..runs.saver import Saver
+from ..runs.status import RunStatus, signal_name
 from ..utils import dist_utils, signals
 from ..utils.config import Count, Range
 from ..utils.environment import tuned_convolutions, versions
 from ..utils.errors import ConfigError
-from ..utils.files import atomic_write
 from ..utils.registry import did_you_mean
 from . import optim
+from .bad_steps import BadSteps, require_finite
 from .configuration import as_list, complete_config
 from .ema import EMA
 from .logger import PendingSteps, Progress, RunLog
 from .part import Part
 from .precision import Precision
+from .sinks import check_wandb
+from .skip import SkippableOptimizer, Undo
+from .standing import Reference, health, run_facts
 from .weights import WeightPlan
 
 # Timing cuDNN's algorithms takes about as long as 50 steps of a large network and makes them 4 % faster, so it pays for
@@ -104,6 +111,9 @@ class BasicTrainer:
         i_save: Count = 10000,  # steps between checkpoints
         i_ddpcheck: Count = 10000,  # steps between checks that ranks have equal weights
         keep_last: Count | None = None,  # checkpoints to keep beside the best one; null: all
+        # steps in a row whose loss or gradient is not finite that end the run; half of max_steps if that is less
+        max_bad_steps: Count = 20,
+        wandb: dict | None = None,  # {"project", …} for curves in Weights & Biases too; see `sinks.WANDB_ARGS`
     ):
         self.models, self.dataset, self.device, self.config = models, dataset, device, config
         self.output_dir, self.plan = Path(output_dir), plan
@@ -119,8 +129,11 @@ class BasicTrainer:
         self.clipper = optim.build_grad_clipper(grad_clip)
         self.ema_rates = [float(rate) for rate in as_list(ema_rate)]
         self.log_param_stats, self.prefetch_data, self.num_workers = log_param_stats, prefetch_data, num_workers
+        self.wandb = wandb
         self.i_log, self.i_eval = i_log, i_eval
         self.i_sample, self.i_save, self.i_ddpcheck, self.keep_last = i_sample, i_save, i_ddpcheck, keep_last
+
+        self.max_bad_steps = min(max_bad_steps, max(2, (max_steps + 1) // 2))
 
         self.precision = Precision(mix_precision_mode, mix_precision_dtype, device, fp16_scale_growth)
 
@@ -136,8 +149,15 @@ class BasicTrainer:
         self.seconds, self.logged_seconds = 0.0, 0.0  # spent in steps, since the run began
         self.best: dict | None = None  # {"step", "by", "score"} of the best validation
         self.last_stop_check, self.last_checked_step, self.next_stop_check = time.monotonic(), 0, 0
+        self.checkpoint_owed = False  # one was due while steps were bad
+        self.order = Order(len(dataset), seed)
         self.pending = PendingSteps()
         self.progress = Progress(max_steps, i_print)
+        self.saver = Saver(self.checkpoints, lambda step: self.status.set(checkpoint_step=step))  # of the main process
+        self.versions = versions()  # asks git, which takes too long for each save
+        # train.py gives the two: a status that keeps its file, and the curve beside the configuration.
+        self.status = RunStatus(None, shown=dist_utils.is_main())
+        self.reference: Reference | None = None
 
     # --- for subclasses ---
 
@@ -218,6 +238,7 @@ class BasicTrainer:
         optim.check_lr_factors(args["lr_scaling"], args["lr_multipliers"], trained, args["optimizer"], where)
         optim.check_lr_scheduler(args["lr_scheduler"], args["optimizer"], args["max_steps"], f"{where}.lr_scheduler")
         optim.build_grad_clipper(args["grad_clip"], f"{where}.grad_clip")
+        check_wandb(args["wandb"], f"{where}.wandb")
         cls.check_models(models, config)
         return config
 
@@ -235,15 +256,20 @@ class BasicTrainer:
 
         Return the signal that stopped training, after a checkpoint; None if it reached max_steps.
         """
+        self.status.set(max_steps=self.max_steps, **run_facts(self.models, self.dataset, self.device))
         for part in self.parts.values():
-            part.open()
+            with self.status.doing("opening what the run keeps on disk"):
+                part.open()
         self.open_folder()
         if self.plan.resume is None:
-            self.initialize_models()
-            self.broadcast_models()
+            with self.status.doing("giving new models a start"):
+                self.initialize_models()
+                self.broadcast_models()
         self.build_training_state()
         if self.plan.resume is not None:
-            self.load_training_state(*self.plan.resume)
+            with self.status.doing("loading the training state"):
+                self.load_training_state(*self.plan.resume)
+            self.status.set(step=self.step, best=self.best, checkpoint_step=self.step)
             before = self.samples_seen / self.step if self.step else self.global_batch
             if before != self.global_batch:
                 self.say(f"from here on a step has {self.global_batch} samples; so far it had {before:g} on average")
@@ -258,7 +284,15 @@ class BasicTrainer:
         if self.step >= self.max_steps:
             self.say(f"{self.output_dir} is finished at step {self.step}; nothing is left to do")
         stopping, tuned = None, self.max_steps - self.step >= STEPS_WORTH_TUNING
-        with signals.noted() as stop, contextlib.closing(self.batches()) as batches:
+        self.status.set(state="training")
+        with (
+            signals.noted() as stop,
+            self.saver,
+            contextlib.closing(self.progress),
+            contextlib.closing(self.batches()) as batches,
+        ):
+            if dist_utils.is_main():
+                self.progress.open(self.step)
             while self.step < self.max_steps:
                 started, lr = time.monotonic(), self.lr
                 batch = next(batches)
@@ -270,25 +304,35 @@ class BasicTrainer:
                 self.pending.add(self.step, {**losses, **status}, lr=lr)
                 if dist_utils.is_main():
                     self.progress.show(self.step, losses)
+                    self.status.at_step(self.step)
+                    self.saver.check()
 
                 scores = self.measure() if self.due(self.i_eval) else {}
                 improved = bool(scores) and self.best_step == self.step
                 stopping = self.stop_requested(stop) if self.step < self.max_steps else None
-                saving = self.due(self.i_save) or improved or stopping
-                if self.due(self.i_log) or scores or saving:
+                saving = self.due(self.i_save) or improved or stopping or self.checkpoint_owed
+                if self.due(self.i_log) or scores or saving or self.bad_steps.look(self.step):
                     self.log(scores)
                 if self.due(self.i_sample):
                     self.snapshot()
                 if self.due(self.i_ddpcheck):
                     self.check_ranks_agree()
                 if saving:
-                    self.save()
+                    # While steps are bad, the last good checkpoint stays the last one.
+                    must = improved or stopping or self.step == self.max_steps
+                    self.checkpoint_owed = not must and self.bad_steps.running
+                    if not self.checkpoint_owed:
+                        self.save()
                 if stopping:
-                    self.say(f"stopped at step {self.step}; the same command continues from there")
                     break
-        self.progress.close()
+            with self.status.doing("writing the last checkpoint", state="saving"):
+                self.saver.wait()
+        if stopping:
+            self.say(f"stopped at step {self.step}; the same command continues from there")
         if dist_utils.is_main():
             self.log_files.close()
+        ended = {"state": "stopped", "reason": signal_name(stopping)} if stopping else {"state": "finished"}
+        self.status.set(**ended, eta_s=None)
         return stopping
 
     def due(self, every: int) -> bool:
@@ -315,29 +359,36 @@ class BasicTrainer:
             batch = part.prepare(batch, indices)
         return batch
 
+    def objects_of_step(self, step: int) -> np.ndarray:
+        """Return the items in the dataset, [B] int64, that all ranks had in a step of this process."""
+        first = self.samples_seen - (self.step - step + 1) * self.global_batch
+        return self.order.items(first, self.global_batch)
+
     def run_step(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Take one optimizer step on this rank's share of the batch.
 
         Return losses and status, averaged over micro-batches, as tensors on the device.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.undo.remember()
         losses, status = self.accumulate_gradients(batch)
         norm = torch.zeros((), device=self.device)
         if self.parameters:
             with record_function("clip"):
                 self.precision.unscale(self.optimizer)
                 norm = self.clipper(self.parameters)
+        skip = self.bad_steps.judge(losses["loss"], norm, overflow_expected=self.precision.skips_overflow)
+        if self.parameters:
             with record_function("optimizer"):
-                self.precision.step(self.optimizer)
+                self.precision.step(self.skippable, skip)
         else:
             self.optimizer.step()  # of nothing; torch warns when a schedule moves before its optimizer
         with record_function("schedule"):
             optim.step_lr_scheduler(self.scheduler, self.optimizer, losses["loss"])
         with record_function("ema"):
-            self.ema.update(self.step + 1)
-        if not self.precision.skips_overflow:
-            self.all_finite &= norm.isfinite()
-        status["grad_norm"] = norm
+            self.undo.undo(skip)
+            self.ema.update(self.step + 1, skip)
+        status |= {"grad_norm": norm, "bad_steps": self.bad_steps.total}
         for part in self.parts.values():
             status |= part.after_step(self.step + 1)
         return losses, status
@@ -427,14 +478,20 @@ class BasicTrainer:
         optim.scale_for_batch(self.optimizer, self.batch_ratio)
         self.scheduler = optim.build_lr_scheduler(self.scheduler_spec, self.optimizer)
         self.ema = EMA(self.trained, self.ema_rates, self.batch_ratio)
-        self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.skippable = SkippableOptimizer(self.optimizer)
+        self.undo = Undo(self.trained.values(), self.parts.values())
+        self.bad_steps = BadSteps(
+            self.max_bad_steps, len(self.dataset), self.objects_of_step, self.dataset.sha256, self.device
+        )
         self.objective = build_objective(self.trained, self.training_losses, self.device)
 
     def open_log(self) -> None:
         """Open the logs after the step reached so far."""
         if dist_utils.is_main():
             # A new run also logs step 0.
-            self.log_files = RunLog(self.output_dir, self.step if self.plan.resume else -1)
+            step = self.step if self.plan.resume else -1
+            with self.status.doing("opening the logs"):
+                self.log_files = RunLog(self.output_dir, step, self.config, self.wandb, self.say)
 
     def forget_rows(self, name: str, keys: tuple[str, ...], rows: Tensor) -> None:
         """Reset what the optimizer and the averages remember of rows [n] int64 of these tensors of a model."""
@@ -447,8 +504,11 @@ class BasicTrainer:
     # --- checkpoints ---
 
     def save(self) -> None:
-        """Write the checkpoint of this step. Raise RuntimeError if weights have become NaN."""
+        """Begin to write this step's checkpoint. Raise DivergedError if steps are bad or a weight is not finite."""
         self.require_finite()
+        for name, model in self.trained.items():
+            require_finite(model.state_dict(), f"step {self.step}: {name}")
+        self.skippable.settle()
         states = {name: part.state_dict() for name, part in self.parts.items()}
         if dist_utils.is_main():
             misc = {
@@ -459,26 +519,23 @@ class BasicTrainer:
                 "dataset_size": len(self.dataset),
                 "data_dir": ",".join(os.path.abspath(root) for root in self.dataset.roots),
                 "best": self.best,
-                "versions": versions(),
+                "versions": self.versions,
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
                 "grad_clip": self.clipper.state_dict(),
                 "precision": self.precision.state_dict(),
+                "bad_steps": self.bad_steps.state_dict(),
                 **{name: state for name, state in states.items() if state},
             }
-            self.checkpoints.save(
-                self.step,
-                {name: model.state_dict() for name, model in self.trained.items()},
-                self.ema.averages,
-                {name: model.state_dict() for name, model in self.frozen.items()},
-                misc,
-            )
-            if self.best is not None:
-                with atomic_write(self.output_dir / "best.json") as partial:
-                    partial.write_text(json.dumps(self.best) + "\n", encoding="utf-8")
-            if self.keep_last is not None:
-                self.checkpoints.prune(self.keep_last, self.best_step)
-        dist_utils.barrier()
+            with self.status.doing("writing the checkpoint", state="saving"):
+                self.saver.save(
+                    self.step,
+                    {name: model.state_dict() for name, model in self.trained.items()},
+                    self.ema.averages,
+                    {name: model.state_dict() for name, model in self.frozen.items()},
+                    misc,
+                    None if self.bad_steps.running else self.keep_last,
+                )
 
     def load_training_state(self, checkpoints: Checkpoints, step: int) -> None:
         """Load all that a step needs to continue exactly, except the models' weights, which the plan has loaded."""
@@ -493,6 +550,7 @@ class BasicTrainer:
             self.scheduler.load_state_dict(misc["lr_scheduler"])
         self.clipper.load_state_dict(misc["grad_clip"])
         self.precision.load_state_dict(misc["precision"])
+        self.bad_steps.load_state_dict(misc.get("bad_steps", {}))  # older checkpoints have none
         self.ema.load(checkpoints, step)
         if misc["dataset_size"] != len(self.dataset):
             self.say(f"the training split had {misc['dataset_size']} objects and has {len(self.dataset)} now")
@@ -501,13 +559,10 @@ class BasicTrainer:
                 part.load_state_dict(misc[name])
 
     def require_finite(self) -> None:
-        """Raise RuntimeError if a gradient was not finite, or fp16 no longer recovers from overflow."""
-        if not self.all_finite or self.precision.hopeless:
-            raise RuntimeError(
-                f"gradients are not finite at step {self.step}. Nothing since the last checkpoint is saved; "
-                "set trainer.args.grad_clip and run the same command again, or start a new --output_dir with a "
-                "lower trainer.args.optimizer.args.lr"
-            )
+        """Raise DivergedError after too many bad steps, or if fp16 no longer recovers from overflow."""
+        origin = ", ".join(self.plan.origin.values())
+        self.bad_steps.require_progress(self.step, self.checkpoints, self.lr, origin)
+        self.precision.require_hope(self.step)
 
     # --- reporting ---
 
@@ -544,6 +599,7 @@ class BasicTrainer:
                 f"{scores[self.best_by]:.4f} now. What it started from is kept as step 0 (--ckpt best, or 0). To do: "
                 'lower trainer.args.optimizer.args.lr or set trainer.args.lr_scaling to "rms", or train for longer.'
             )
+        self.status.set(scores={"step": self.step, **scores}, best=self.best)
         return {f"val/{name}": value for name, value in scores.items()}
 
     def log(self, scores: dict[str, float]) -> None:
@@ -551,17 +607,29 @@ class BasicTrainer:
         started = time.monotonic()
         rows = self.pending.fetch()  # waits for the device
         self.seconds += time.monotonic() - started
+        for line in self.bad_steps.report(rows):
+            self.say(line)
+        if dist_utils.is_main():
+            self.write_log(rows, scores)
         self.require_finite()
-        if not dist_utils.is_main():
-            return
+
+    def write_log(self, rows: list[dict[str, Any]], scores: dict[str, float]) -> None:
+        """Write fetched steps and scores to the log files."""
+        require_lock(self.output_dir)
         summary = dict(scores)
         if rows:
             elapsed, self.logged_seconds = self.seconds - self.logged_seconds, self.seconds
             summary["samples_per_second"] = len(rows) * self.global_batch / elapsed
             if self.device.type == "cuda":
                 summary["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        good = [row for row in rows if "objects" not in row]  # the others have NaN
+        means = {name: sum(row[name] for row in good) / len(good) for name in (good[0] if good else ())}
+        beside = self.reference.beside(self, scores, means.get("loss")) if self.reference and scores else {}
+        if beside:
+            self.say(beside["note"])
+            summary |= {"reference/iou": beside["iou"]} if beside["iou"] is not None else {}
         self.log_files.write([*rows, {"step": self.step, "seconds": self.seconds, **summary}])
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
+        self.status.set(step=self.step, **health(rows, summary), **({"reference": beside} if beside else {}))
         if self.log_param_stats:
             for key, model in self.trained.items():
                 for name, parameter in model.named_parameters():
@@ -571,7 +639,10 @@ class BasicTrainer:
     def snapshot(self) -> None:
         """Save pictures as samples/{name}_step0000100.png and show them in TensorBoard."""
         if dist_utils.is_main():
-            for name, picture in self.run_snapshot().items():
+            require_lock(self.output_dir)
+            with self.status.doing("drawing pictures"):
+                pictures = self.run_snapshot()
+            for name, picture in pictures.items():
                 path = self.output_dir / "samples" / f"{name}_step{self.step:07d}.png"
                 path.parent.mkdir(exist_ok=True)
                 save_png(path, picture)

@@ -180,7 +180,7 @@ def test_flags_out_of_range(flags, message, capsys):
 # --- the meeting of the ranks ---
 
 
-def meet(world: int, *ranks: tuple[int, int], minutes: float = 0.03) -> list[str]:
+def meet(*ranks: tuple[int, int], minutes: float = 0.03, gpu: str = "") -> list[str]:
     """Let ranks, each with the world size that it believes in, check in at one store. Return their errors."""
     store = rendezvous.host_store(0)
     errors = []
@@ -188,7 +188,7 @@ def meet(world: int, *ranks: tuple[int, int], minutes: float = 0.03) -> list[str
     def rank(number: int, believed: int) -> None:
         try:
             joined = rendezvous.join_store("localhost", store.port, 0, minutes, speak=False)
-            rendezvous.check_in(joined, number, believed, minutes, speak=True)
+            rendezvous.check_in(joined, number, believed, minutes, speak=True, gpu=gpu)
         except ConfigError as error:
             errors.append(str(error))
 
@@ -203,18 +203,23 @@ def meet(world: int, *ranks: tuple[int, int], minutes: float = 0.03) -> list[str
 
 
 def test_ranks_meet():
-    assert meet(2, (0, 2), (1, 2)) == []
+    assert meet((0, 2), (1, 2)) == []
 
 
 def test_missing_ranks_are_named():
-    assert all("ranks 1, 3 of 4 did not come within 0.03 minutes" in error for error in meet(4, (0, 4), (2, 4)))
+    assert all("ranks 1, 3 of 4 did not come within 0.03 minutes" in error for error in meet((0, 4), (2, 4)))
 
 
 def test_ranks_of_different_runs_do_not_meet():
-    errors = meet(2, (1, 3), (0, 2))
+    errors = meet((1, 3), (0, 2))
     assert len(errors) == 2 and all("was started as one of 3, rank 0" in error for error in errors)
-    errors = meet(2, (1, 2), (1, 2), (0, 2))
+    errors = meet((1, 2), (1, 2), (0, 2))
     assert len(errors) == 3 and all("two processes are rank 1" in error for error in errors)
+
+
+def test_ranks_that_share_a_gpu_are_refused():
+    errors = meet((0, 2), (1, 2), gpu="GPU-59ab")
+    assert len(errors) == 2 and all("ranks 0 and 1 take the same GPU of" in error for error in errors)
 
 
 def test_a_port_in_use_is_named():
@@ -384,9 +389,9 @@ def test_a_main_thread_that_does_not_end_is_ended(program):
         """
         signals.UNWIND_SECONDS = 0.3
         with signals.handled():
-            print("ready", flush=True)
             while True:
                 try:
+                    print("ready", flush=True)
                     time.sleep(60)
                 except BaseException:
                     pass  # as in compiled code, which waits for another rank

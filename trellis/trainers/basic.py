@@ -270,6 +270,9 @@ class BasicTrainer:
             with self.status.doing("loading the training state"):
                 self.load_training_state(*self.plan.resume)
             self.status.set(step=self.step, best=self.best, checkpoint_step=self.step)
+            before = self.samples_seen / self.step if self.step else self.global_batch
+            if before != self.global_batch:
+                self.say(f"from here on a step has {self.global_batch} samples; so far it had {before:g} on average")
         self.check_ranks_agree(ConfigError)
         self.open_log()
 

@@ -109,8 +109,8 @@ class Fault:
     def __post_init__(self) -> None:
         self.counts, self.failed = Counter[str](), False
 
-    def at(self, call: str) -> bool:
-        """Count a call. Return whether the process dies at it; raise OSError if it fails."""
+    def at(self, call: str, path: object = None) -> bool:
+        """Count a call. Return whether the process dies at it; raise OSError if it fails, which names a path alone."""
         self.counts[call] += 1
         here = call == self.call and self.counts[call] == self.place
         if self.number is None:
@@ -118,7 +118,7 @@ class Fault:
         self.failed |= here
         # A full disk lets files be removed.
         if self.failed and (call != "unlink" or self.number in (errno.EROFS, errno.EIO)):
-            raise OSError(self.number, os.strerror(self.number))
+            raise OSError(self.number, os.strerror(self.number), path if isinstance(path, (str, os.PathLike)) else None)
         return False
 
 
@@ -137,7 +137,7 @@ def failing(folder: Path, fault: Fault) -> Iterator[None]:
     def wrapped(name: str, original: Callable) -> Callable:
         def call(path: object, *args: object, **kwargs: object) -> object:
             writes = name != "open" or any(letter in str(kwargs.get("mode", args[:1])) for letter in "wax+")
-            if writes and inside(path) and fault.at(name):
+            if writes and inside(path) and fault.at(name, path):
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(path, *args, **kwargs)
 
@@ -379,7 +379,7 @@ def run_kills(number: int, folder: Path, report: Report, say: Callable[[str], No
     notes = (
         f"{trial} runs of {STEPS} steps, saved every {I_SAVE} steps (keep_last 2), with {kills} kills in all. "
         f"A run of {seconds:.1f} s makes {made}.",
-        f"Runs that did not end with the bits of the undisturbed run, or left a file of an interrupted write: {unequal}. "
+        f"Runs that did not end with the bits of the undisturbed run, or left a file of a broken write: {unequal}. "
         f"Disk errors that were not said in one line: {bad_words}. "
         f"A reader opened the run {counts[0]} times, with all weights and their sums; sets that were not whole: "
         f"{bad_readers}; sets that keep_last removed while they were read: {counts[2]}.",

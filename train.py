@@ -51,7 +51,7 @@ from trellis.utils.command import DEVICES, pick_device
 from trellis.utils.config import apply_override, load_config
 from trellis.utils.environment import keep_freed_memory
 from trellis.utils.errors import ConfigError, UserError
-from trellis.utils.processes import RankFailedError, run_all
+from trellis.utils.processes import RankFailedError, end, run_all
 from trellis.utils.random_utils import derive_seed
 from trellis.utils.watch import Watch
 
@@ -294,7 +294,10 @@ def build_trainer(args: argparse.Namespace, config: Configuration, device: torch
     plan = dist_utils.broadcast_object(plan)
     data = DATASETS.get(dataset["name"], "dataset.name")(args.data_dir, split="train", **dataset["args"])
     if dist.is_initialized():
-        dist_utils.agree({"the data": f"{len(data)} objects, {digest(json.dumps(data.content_key(), sort_keys=True))}"})
+        whole = data.for_split("all")  # ranks that differ in validation objects would wait for each other
+        dist_utils.agree(
+            {"the data": f"{len(whole)} objects, {digest(json.dumps(whole.content_key(), sort_keys=True))}"}
+        )
     torch.manual_seed(derive_seed("models", trainer["args"]["seed"]))
     return trainer_class(
         {name: model_registry.build(spec, f"models.{name}") for name, spec in models.items()},
@@ -379,8 +382,6 @@ def train(args: argparse.Namespace, config: Configuration, plan: Launch) -> int:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
     if code and dist.is_initialized():
-        os._exit(code)  # a communicator whose ranks have gone may wait for ever
+        end(code)
     sys.exit(code)

@@ -2,16 +2,24 @@
 
 import argparse
 import base64
+import http.client
 import importlib.util
 import io
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urljoin
 
 import numpy as np
 import pytest
@@ -23,7 +31,7 @@ from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.meshes import load_mesh, mesh_to_grid
 from trellis.grids.placing import turn_to_y_up
 from trellis.grids.voxels import occupancy_to_points, points_to_occupancy, read_ply, write_ply
-from trellis.utils.errors import DataError
+from trellis.utils.errors import ConfigError, DataError
 from trellis.viewer import page_state, uploads
 from trellis.viewer.backend import Backend
 from trellis.viewer.callbacks import saved
@@ -36,7 +44,7 @@ def needs(*names: str):
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
 
 
-needs_dash, needs_meshes = needs("dash"), needs("numba", "trimesh")
+needs_dash, needs_meshes = needs("dash", "waitress"), needs("numba", "trimesh")
 needs_surface = needs("skimage", "trimesh")
 
 
@@ -191,9 +199,11 @@ def test_downloads_hold_the_edited_object(backend, tmp_path):
     opened = page_state.open_object(backend, state, {"of": "k", "list": [[0, 3], [9, 30]]})
     ids = torch.from_numpy(opened.ids)
     grid = (backend.tokenizer.decode(ids)[0, 0] > 0).numpy()
+    untouched = page_state.open_object(backend, state, None)
+    assert saved(backend, untouched, "voxels")[0] == "ball_voxels.ply"  # so that neither replaces the other
     name, content = saved(backend, opened, "voxels")
     (tmp_path / name).write_bytes(content)
-    assert name == "ball_voxels.ply"
+    assert name == "ball_edited_voxels.ply"
     assert np.array_equal(points_to_occupancy(read_ply(tmp_path / name), RESOLUTION)[0].numpy() > 0, grid)
     name, content = saved(backend, opened, "tokens")
     facts = json.loads(content)
@@ -203,7 +213,7 @@ def test_downloads_hold_the_edited_object(backend, tmp_path):
     for kind in ("glb", "ply"):
         name, content = saved(backend, opened, kind)
         loaded = trimesh.load(io.BytesIO(content), file_type=kind, force="mesh")
-        assert name == f"ball_decoded.{kind}" and loaded.faces.shape == mesh.faces.shape
+        assert name == f"ball_edited_decoded.{kind}" and loaded.faces.shape == mesh.faces.shape
 
 
 def stool(path: Path, y_up: bool) -> Path:
@@ -363,20 +373,24 @@ def test_errors_of_callbacks_are_sentences_on_the_page(app, backend):
 
 @needs_dash
 def test_uploads_are_checked_before_they_are_opened(app):
+    from trellis.viewer.app import MAX_REQUEST
+
     client = app.server.test_client()
     ours = {"X-Viewer": "1"}
     cases = [
         ("name=a.stl&up_axis=z", b"solid", {}, "viewer's own page"),
         ("name=a.exe&up_axis=z", b"MZ", ours, ".glb"),
         ("name=a.stl&up_axis=w", b"solid", ours, "up_axis"),
-        ("name=a.stl&up_axis=z", b"", ours, "0 bytes; it must have some, and at most 64 MiB. Export it again"),
+        ("name=a.stl&up_axis=z", b"", ours, "a.stl: the file is empty. Export it again"),
     ]
     for query, content, headers, words in cases:
         answer = client.post(f"/upload?{query}", data=content, headers=headers)
         assert answer.status_code == 400 and words in answer.get_json()["error"]
     too_large = {"CONTENT_LENGTH": str(uploads.MAX_BYTES + 1)}
     answer = client.post("/upload?name=a.stl&up_axis=z", headers=ours, environ_overrides=too_large)
-    assert answer.status_code == 400 and "at most 64 MiB" in answer.get_json()["error"]
+    assert answer.status_code == 400 and "more than 64 MiB. Simplify" in answer.get_json()["error"]
+    rest = client.post("/_dash-update-component", data=b" " * (MAX_REQUEST + 1), content_type="application/json")
+    assert rest.status_code == 413
 
 
 @needs_dash
@@ -479,21 +493,24 @@ def test_data_of_other_settings_than_the_tokenizer_s_are_refused_or_named(tmp_pa
         assert said == (setting == "keep")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_the_page_even_if_they_were_ignored_at_the_start(number):
+@pytest.mark.parametrize("number, ends", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_signals_end_the_page_even_if_they_were_ignored_at_the_start(number, ends):
     before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         stop_on_signals()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(ends) as caught:
             os.kill(os.getpid(), number)
             time.sleep(5)  # a handler runs between two instructions
+        if ends is SystemExit:
+            assert caught.value.code == 143
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
 
 
 @needs_dash
-def test_the_command_serves_at_this_machine_alone(tmp_path, data_dir):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_at_this_machine_alone(number, tmp_path, data_dir):
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "trellis.viewer", "--tokenizer", str(tmp_path / "tokenizer"), "--port", "0"]
@@ -510,14 +527,184 @@ def test_the_command_serves_at_this_machine_alone(tmp_path, data_dir):
         assert line.startswith("http://127.0.0.1:")
         url = line.split()[0]
         assert urllib.request.urlopen(url, timeout=30).status == 200
-        port = url.rstrip("/").rpartition(":")[2]
-        taken = subprocess.run([*command[:-1], port], capture_output=True, text=True, env=environment)
-        assert taken.returncode == 1 and taken.stderr.splitlines()[-1].startswith("error: --host 127.0.0.1")
     finally:
-        server.send_signal(signal.SIGINT)
+        server.send_signal(number)
         assert server.wait(20) == 0
-    wrong = subprocess.run([*command[:4], str(tmp_path / "none")], capture_output=True, text=True, env=environment)
-    assert wrong.returncode == 1 and wrong.stderr.startswith("error: ")
+
+
+@needs_dash
+def test_a_port_in_use_is_one_line_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    from trellis.viewer import __main__, serve
+
+    def build(args):
+        raise AssertionError("loaded")
+
+    real = serve.build
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(serve, "build", build)
+    with serve.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        assert __main__.main(["--run", str(tmp_path), "--port", str(port)]) == 1
+    said = f"error: --port {port} is in use at 127.0.0.1: give another --port, or 0 for a free one\n"
+    assert capsys.readouterr().err == said
+    for host in ("192.0.2.1", "nowhere.invalid", "a" * 300):  # 192.0.2.1: RFC 5737, of no machine
+        assert __main__.main(["--run", str(tmp_path), "--port", "0", "--host", host]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"error: --host {host} --port 0: cannot be served")
+    monkeypatch.setattr(serve, "build", real)
+    assert __main__.main(["--tokenizer", str(tmp_path / "none"), "--port", "0"]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@contextmanager
+def served(app, url_prefix: str = "/", host: str = "127.0.0.1") -> Iterator[int]:
+    """The port of a server that is as the command makes it."""
+    from trellis.viewer.serve import listen, make_server
+
+    with listen(host, 0) as listener:
+        server = make_server(app.server, listener, url_prefix)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.trigger.pull_trigger(server.close)  # in its own thread
+            thread.join(10)
+            server.task_dispatcher.shutdown()
+            assert not thread.is_alive()
+
+
+@needs_dash
+def test_the_address_of_ipv6_is_answered(backend, opener):
+    from trellis.viewer.app import create_app
+    from trellis.viewer.serve import listen
+
+    try:
+        listen("::1", 0).close()
+    except ConfigError:
+        pytest.skip("this machine has no IPv6")
+    with served(create_app(backend, UsageCounter(backend, 4), opener, "::1"), host="::1") as port:
+        assert urllib.request.urlopen(f"http://[::1]:{port}/", timeout=30).status == 200
+
+
+PREFIX = "/user/jane%40x.org/proxy/8050/"
+
+
+@contextmanager
+def proxied(port: int, strip: bool) -> Iterator[str]:
+    """The address of a reverse proxy that shows the page at PREFIX alone, with the name that the browser asks for."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def pass_on(self) -> None:
+            if not self.path.startswith(PREFIX):
+                self.send_error(404)
+                return
+            path = self.path.removeprefix(PREFIX[:-1]) if strip else self.path
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            target = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            target.request(self.command, path, body, {**self.headers, "Host": "hub.example.org"})
+            answer = target.getresponse()
+            content = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+            target.close()
+
+        do_GET = do_POST = pass_on
+
+        def log_message(self, *_) -> None:
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}{PREFIX}"
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+@needs_dash
+@needs_meshes
+@pytest.mark.parametrize("strip", [True, False])
+def test_behind_a_proxy_every_address_of_the_page_has_the_prefix(strip, backend, opener, tmp_path):
+    from trellis.viewer.app import create_app
+
+    app = create_app(backend, UsageCounter(backend, 4), opener, url_prefix=PREFIX)
+    with served(app, PREFIX) as port, proxied(port, strip) as url:
+
+        def get(address: str, **more):
+            return urllib.request.urlopen(urllib.request.Request(urljoin(url, address), **more), timeout=60)
+
+        page = get("").read().decode()
+        asked = re.findall(r'(?:src|href)="([^"]+)"', page)
+        assert any("viewer.js" in address for address in asked) and any("viewer.css" in address for address in asked)
+        for address in asked:
+            assert address.startswith(PREFIX) and get(address).status == 200
+        settings = json.loads(re.search(r'id="_dash-config"[^>]*>(.*?)</script>', page)[1])
+        assert settings["requests_pathname_prefix"] == PREFIX
+        parts = get("_dash-layout").read().decode()
+        (upload,) = (json.loads(found) for found in re.findall(r'"upload": ?("[^"]+")', parts))
+        assert upload == f"{PREFIX}upload"
+        content = box(tmp_path / "a.stl").read_bytes()
+        answer = get(f"{upload}?name=a.stl&up_axis=z", data=content, headers={"X-Viewer": "1"})
+        assert json.loads(answer.read())["object"]["name"] == "a.stl"
+        # The same server without the proxy.
+        for path in ("/", PREFIX):
+            assert urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30).status == 200
+
+
+def test_a_prefix_is_a_path(capsys):
+    from trellis.viewer.__main__ import parse_args
+
+    for given, taken in (("/", "/"), ("/a", "/a/"), ("/a/b/", "/a/b/"), (PREFIX, PREFIX), ("/~x/a;b=1/", "/~x/a;b=1/")):
+        assert parse_args(["--run", "x", "--url_prefix", given]).url_prefix == taken
+    for wrong in (
+        "",
+        "a",
+        "http://a/b",
+        "//a",
+        "/a//b",
+        "/a?b",
+        "/a b",
+        "/a#b",
+        "/a%4",
+        "/\u00e4",
+        "/a\n",
+        "/<b>",
+        '/"',
+    ):
+        with pytest.raises(SystemExit) as caught:
+            parse_args(["--run", "x", "--url_prefix", wrong])
+        assert caught.value.code == 2 and "it must be a path alone" in capsys.readouterr().err
+
+
+@needs_dash
+def test_uploads_that_never_end_hold_no_thread_and_are_closed(app, monkeypatch):
+    from trellis.viewer import serve
+
+    monkeypatch.setattr(serve, "IDLE_SECONDS", 2)
+    monkeypatch.setattr(serve, "CLEANUP_SECONDS", 1)
+    head = (
+        b"POST /upload?name=a.stl&up_axis=z HTTP/1.1\r\nHost: localhost\r\nX-Viewer: 1\r\nContent-Length: 5000\r\n\r\n"
+    )
+    with served(app) as port, ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 60)) for _ in range(40)]
+        for number, each in enumerate(slow):
+            each.sendall(head[: 60 if number % 2 else None])  # half of them do not even end the header
+        started = time.monotonic()
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30).status == 200
+        assert time.monotonic() - started < 2
+        # More than the server keeps open: those wait, until the dead ones are closed.
+        slow += [stack.enter_context(socket.create_connection(("127.0.0.1", port), 60)) for _ in range(40)]
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=50).status == 200
+        for each in slow[:40]:
+            while each.recv(1000):  # an answer of the server, if any, and then the end
+                pass
 
 
 def test_without_dash_the_error_names_the_command():

@@ -37,7 +37,7 @@ def score_tiles(backend: Backend, shown: EditedObject) -> list:
         change = scores[key] - before[key]
         note, mood = "", ""
         if abs(change) >= 5e-5:
-            note, mood = f"{change:+.4f}", "good" if (change > 0) == upwards else "bad"
+            note, mood = f"{change:+.4f}".replace("-", "−"), "good" if (change > 0) == upwards else "bad"
         tiles.append(tile(title, form.format(scores[key]), hint, note, mood))
     empty = backend.empty(shown.ids)
     codes = sum(len(np.unique(own[own >= backend.first_code])) for own in backend.of_tokens(shown.ids).T)
@@ -63,7 +63,7 @@ def score_tiles(backend: Backend, shown: EditedObject) -> list:
 
 def tile(title: str, value: str, hint: str, note: str = "", mood: str = "") -> Any:
     """Return a number with its title. mood: "good", "bad" or "", the style of the note."""
-    parts = [html.Span(title, className="label"), html.B(value), html.Span(note, className=f"change {mood}")]
+    parts = [html.Span(title, className="label"), html.B(value), html.Div(note, className=f"change {mood}")]
     return html.Div(parts, className="tile", title=hint)
 
 

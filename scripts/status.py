@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 from trellis.runs.checkpoint import Checkpoints
+from trellis.runs.lock import read_holder
 from trellis.runs.status import FILE, duration, judge, life, read_status
 from trellis.utils.command import run_command
 from trellis.utils.errors import DataError
@@ -61,7 +62,8 @@ def state_of(run: Path, now: float) -> dict[str, Any]:
         steps = Checkpoints(run).steps()
         saved = f"its last checkpoint is of step {steps[-1]}" if steps else "and it has no checkpoint"
         return {"run": str(run), "error": f"{run} has no {FILE}, which runs of earlier versions lack; {saved}"}
-    return {"run": str(run), **status, "life": life(status, now), "words": judge(status, now)}
+    lock = read_holder(run)
+    return {"run": str(run), **status, "life": life(status, now, lock), "words": judge(status, now, lock)}
 
 
 def row_of(status: dict[str, Any]) -> list[str]:

@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, VQ, command, logged, run, tiny_config
 
+from trellis.runs.lock import Holder
 from trellis.runs.status import (
     DEAD_AFTER,
     FILE,
@@ -199,6 +201,11 @@ def test_life_and_death(tmp_path):
         gone, now
     )
     assert life({**gone, "state": "finished"}, now + 1e6) == "ended"
+    container = replace(Holder.this_process(), pid=gone["pid"], boot="another container")
+    assert life(gone, now, container) == "alive"  # its numbers are not ours
+    assert life(gone, now + DEAD_AFTER + 1, container) == "died"
+    successor = replace(Holder.this_process(), started="-1")  # had this process's number before
+    assert life(mine, now, successor) == "died"
     stuck = {**mine, "progressed": now - STUCK_AFTER - 1}
     assert judge(stuck, now) == "training; no progress for 15 min"
 

@@ -312,7 +312,7 @@ PATH = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/(?:[\w./-]*\w\.(?:py|jso
 # Files that the documents name and the programs write.
 WRITTEN = {
     *("best.json", "config.json", "dataset_info.json", "encoder.json", "generated_predictions.json", "key.json"),
-    *("name.json", "phase.json", "results.md", "stats.json", "stats.md"),
+    *("name.json", "phase.json", "results.md", "stats.json", "stats.md", "status.json", "wandb_id.json"),
 }
 
 

@@ -258,11 +258,11 @@ class BasicTrainer:
         """
         self.status.set(max_steps=self.max_steps, **run_facts(self.models, self.dataset, self.device))
         for part in self.parts.values():
-            with self.status.doing("opening what the run keeps on disk"):
+            with self.status.doing("opening caches"):
                 part.open()
         self.open_folder()
         if self.plan.resume is None:
-            with self.status.doing("giving new models a start"):
+            with self.status.doing("initializing models from the data"):
                 self.initialize_models()
                 self.broadcast_models()
         self.build_training_state()
@@ -623,7 +623,8 @@ class BasicTrainer:
             if self.device.type == "cuda":
                 summary["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         good = [row for row in rows if "objects" not in row]  # the others have NaN
-        means = {name: sum(row[name] for row in good) / len(good) for name in (good[0] if good else ())}
+        names = [name for name in (good[0] if good else ()) if name != "step"]
+        means = {name: sum(row[name] for row in good) / len(good) for name in names}
         beside = self.reference.beside(self, scores, means.get("loss")) if self.reference and scores else {}
         if beside:
             self.say(beside["note"])

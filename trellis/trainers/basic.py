@@ -6,9 +6,9 @@ Read `run` first. A new objective is a subclass with `training_losses`; it inher
 import contextlib
 import inspect
 import json
-import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from ..datasets.base import StandardDatasetBase
-from ..datasets.batches import endless_batches
+from ..datasets.batches import check_num_workers, endless_batches
 from ..datasets.sampler import Order
 from ..grids.preview import save_png
 from ..models import build
@@ -33,7 +33,7 @@ from ..utils.environment import tuned_convolutions, versions
 from ..utils.errors import ConfigError
 from ..utils.files import atomic_write
 from ..utils.registry import did_you_mean
-from . import optim
+from . import data_changes, optim
 from .bad_steps import BadSteps, require_finite
 from .configuration import as_list, complete_config
 from .ema import EMA
@@ -224,6 +224,7 @@ class BasicTrainer:
         if per_rank % args["batch_split"]:
             split = args["batch_split"]
             raise ConfigError(f"{where}.batch_split is {split}, which does not divide the {per_rank} samples of a rank")
+        check_num_workers(args["num_workers"], f"{where}.num_workers")
         optim.check_optimizer(args["optimizer"], f"{where}.optimizer")
         optim.check_lr_factors(args["lr_scaling"], args["lr_multipliers"], trained, args["optimizer"], where)
         optim.check_lr_scheduler(args["lr_scheduler"], args["optimizer"], args["max_steps"], f"{where}.lr_scheduler")
@@ -474,8 +475,7 @@ class BasicTrainer:
                 "samples_seen": self.samples_seen,
                 "seconds": self.seconds,
                 "seed": self.seed,
-                "dataset_size": len(self.dataset),
-                "data_dir": ",".join(os.path.abspath(root) for root in self.dataset.roots),
+                **self.data_facts,
                 "best": self.best,
                 "versions": versions(),
                 "optimizer": self.optimizer.state_dict(),
@@ -514,8 +514,9 @@ class BasicTrainer:
         self.precision.load_state_dict(misc["precision"])
         self.bad_steps.load_state_dict(misc.get("bad_steps", {}))  # older checkpoints have none
         self.ema.load(checkpoints, step)
-        if misc["dataset_size"] != len(self.dataset):
-            self.say(f"the training split had {misc['dataset_size']} objects and has {len(self.dataset)} now")
+        if dist_utils.is_main():
+            for line in data_changes.changes(misc, self.data_facts, self.dataset):
+                self.say(f"note: the data have changed since step {step}: {line}")
         for name, part in self.parts.items():
             if name in misc:  # older checkpoints lack parts that were added since
                 part.load_state_dict(misc[name])
@@ -525,6 +526,11 @@ class BasicTrainer:
         origin = ", ".join(self.plan.origin.values())
         self.bad_steps.require_progress(self.step, self.checkpoints, self.lr, origin)
         self.precision.require_hope(self.step)
+
+    @cached_property
+    def data_facts(self) -> dict[str, Any]:
+        """What identifies the data, as they were when the run started."""
+        return data_changes.facts_of(self.dataset)
 
     # --- reporting ---
 

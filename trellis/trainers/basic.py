@@ -42,13 +42,12 @@ from .logger import PendingSteps, Progress, RunLog
 from .part import Part
 from .precision import Precision
 from .skip import SkippableOptimizer, Undo
+from .verdict import Course
 from .weights import WeightPlan
 
 # Timing cuDNN's algorithms takes about as long as 50 steps of a large network and makes them 4 % faster, so it pays for
 # the shapes of training in a run of this many steps, and never for those of validation.
 STEPS_WORTH_TUNING = 2000
-# A smaller difference between validation scores says nothing: as much lies between two runs of the same configuration.
-SPREAD = 0.003
 # Between ranks a stop request travels with a collective, which is not worth one every step.
 STEPS_BETWEEN_STOP_CHECKS = 10
 # A quantizer reduces its statistics over ranks itself; DDP must not overwrite them with rank 0's. torch 2.13 renamed
@@ -144,6 +143,8 @@ class BasicTrainer:
         self.step, self.samples_seen = 0, 0
         self.seconds, self.logged_seconds = 0.0, 0.0  # spent in steps, since the run began
         self.best: dict | None = None  # {"step", "by", "score"} of the best validation
+        self.object_scores: Tensor | None = None  # [n], `best_by` of each object in the last validation, on every rank
+        self.course = Course(self.best_by)
         self.checkpoint_owed = False  # one was due while steps were bad
         self.order = Order(len(dataset), seed)
         self.pending = PendingSteps()
@@ -165,7 +166,7 @@ class BasicTrainer:
     def validate(self) -> dict[str, float] | None:
         """Return scores on the validation split, the same on every rank; None without such a split.
 
-        The step with the highest score `best_by` is the best one.
+        The step with the highest score `best_by` is the best one. Also set `object_scores`, if objects have it.
         """
         return None
 
@@ -483,6 +484,7 @@ class BasicTrainer:
                 "grad_clip": self.clipper.state_dict(),
                 "precision": self.precision.state_dict(),
                 "bad_steps": self.bad_steps.state_dict(),
+                "course": self.course.state_dict(),
                 **{name: state for name, state in states.items() if state},
             }
             self.checkpoints.save(
@@ -517,6 +519,8 @@ class BasicTrainer:
         if dist_utils.is_main():
             for line in data_changes.changes(misc, self.data_facts, self.dataset):
                 self.say(f"note: the data have changed since step {step}: {line}")
+            if data_changes.same_validation(misc, self.data_facts):
+                self.course.load_state_dict(misc["course"])
         for name, part in self.parts.items():
             if name in misc:  # older checkpoints lack parts that were added since
                 part.load_state_dict(misc[name])
@@ -555,18 +559,20 @@ class BasicTrainer:
         if scores is None:
             return {}
         self.say(f"step {self.step}  validation  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        self.course.add(self.step, scores, self.object_scores)
         if self.best is None or scores[self.best_by] > self.best["score"]:
             self.best = {"step": self.step, "by": self.best_by, "score": scores[self.best_by]}
-        elif (
-            self.step == self.max_steps
-            and self.best["step"] == 0
-            and scores[self.best_by] < self.best["score"] - SPREAD
-        ):
-            self.say(
-                f"WARNING: this run made the models worse: {self.best_by} {self.best['score']:.4f} before step 1, "
-                f"{scores[self.best_by]:.4f} now. What it started from is kept as step 0 (--ckpt best, or 0). To do: "
-                'lower trainer.args.optimizer.args.lr or set trainer.args.lr_scaling to "rms", or train for longer.'
+        elif self.step == self.max_steps and self.best["step"] == 0:
+            first_loss, last_loss = self.bad_steps.mean_losses()
+            warning = self.course.verdict(
+                trained=list(self.trained),
+                lr=self.lr,
+                first_loss=first_loss,
+                last_loss=last_loss,
+                bad_steps=int(self.bad_steps.total),
             )
+            if warning is not None:
+                self.say(warning)
         return {f"val/{name}": value for name, value in scores.items()}
 
     def log(self, scores: dict[str, float]) -> None:

@@ -39,6 +39,12 @@ def facts_of(dataset: StandardDatasetBase) -> dict[str, Any]:
     }
 
 
+def same_validation(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Return whether the validation objects are known to be those of a checkpoint, in the same order."""
+    old, new = (facts.get("objects", {}).get("val") for facts in (before, now))
+    return old is not None and new is not None and torch.equal(old, new)
+
+
 def _marks(dataset: StandardDatasetBase) -> torch.Tensor:
     """Return the 8 bytes of each object, uint8 [N, 8]."""
     rows = b"".join(

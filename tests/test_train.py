@@ -205,10 +205,24 @@ def test_keep_last_keeps_the_last_and_the_best(data_dir, write_config, tmp_path)
     assert scores[checkpoints.best()] == max(scores.values())
 
 
-@pytest.mark.parametrize("scores, told", [([0.5, 0.2, 0.4], True), ([0.5, 0.6, 0.4], False), ([0.5, 0.5, 0.5], False)])
+@pytest.mark.parametrize(
+    "scores, told",
+    [
+        ([0.5, 0.2, 0.4], True),
+        ([0.5, 0.6, 0.4], False),
+        ([0.5, 0.5, 0.5], False),
+        ([0.5, 0.49, 0.4990], False),  # less than lies between two runs
+    ],
+)
 def test_a_run_that_ends_below_its_start_says_so(scores, told, data_dir, write_config, tmp_path, monkeypatch, capsys):
     found = iter(scores)
-    monkeypatch.setattr(SparseStructureVaeTrainer, "validate", lambda self: {"iou": next(found)})
+
+    def validate(self):
+        score = next(found)
+        self.object_scores = score + torch.linspace(-0.02, 0.02, 6)
+        return {"iou": score}
+
+    monkeypatch.setattr(SparseStructureVaeTrainer, "validate", validate)
     path = write_config(tiny_config(max_steps=6, i_eval=3))
     assert run("--config", path, "--data_dir", data_dir, "--output_dir", tmp_path / "run") == 0
     assert ("WARNING: this run made the models worse: iou 0.5000" in capsys.readouterr().out) is told

@@ -164,7 +164,9 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     for key, value in state.items():
         dense = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
         if not isinstance(key, str) or not dense or value.is_quantized or value.is_complex():
-            raise CheckpointError(f"{path}: {key!r:.80} is no dense tensor of real numbers; give a state dict")
+            raise CheckpointError(
+                f"{path}: its entry {key!r:.80} is no dense tensor of real numbers; give a state dict"
+            )
     return state
 
 

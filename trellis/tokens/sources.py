@@ -30,6 +30,8 @@ def kind_of(source: str | Path) -> Kind:
     anything else."""
     path = Path(source)
     if path.is_file():
+        if path.name in (CONFIG, WEIGHTS) and all((path.parent / name).is_file() for name in (CONFIG, WEIGHTS)):
+            raise CheckpointError(f"{path}: is part of a tokenizer. Give its folder, {path.parent}")
         if path.suffix not in WEIGHT_SUFFIXES:
             raise CheckpointError(
                 f"{path}: is not a tokenizer. Give a folder, or a file of ShapeLLM-Omni's layout, "

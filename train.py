@@ -18,6 +18,7 @@ if __name__ in ("__main__", "__mp_main__"):
             signal.signal(_signum, signals.end_at_once)
 
 import argparse
+import contextlib
 import errno
 import functools
 import gc
@@ -35,6 +36,7 @@ import trellis
 from trellis import models as model_registry
 from trellis.datasets import DATASETS
 from trellis.runs.checkpoint import Checkpoints, misc_file
+from trellis.runs.lock import writing
 from trellis.runs.status import RunStatus
 from trellis.trainers import TRAINERS
 from trellis.trainers.basic import BasicTrainer
@@ -49,7 +51,7 @@ from trellis.utils.command import DEVICES, pick_device
 from trellis.utils.config import apply_override, load_config
 from trellis.utils.environment import keep_freed_memory
 from trellis.utils.errors import ConfigError, UserError
-from trellis.utils.processes import RankFailedError, run_all
+from trellis.utils.processes import RankFailedError, end, run_all
 from trellis.utils.random_utils import derive_seed
 from trellis.utils.watch import Watch
 
@@ -260,10 +262,12 @@ def digest(content: str | bytes) -> str:
 def run(args: argparse.Namespace, config: Configuration, device: torch.device, watch: Watch | None = None) -> int:
     """Build the trainer, then try, profile or train. Return the exit code."""
     main, training = dist_utils.is_main(), not (args.tryrun or args.profile)
-    with RunStatus(args.output_dir if main and training else None, shown=main) as status:
+    reference = Reference.of_config(args.config)
+    lock = writing(args.output_dir, looking=not training) if main else contextlib.nullcontext()
+    with lock, RunStatus(args.output_dir if main and training else None, shown=main) as status:
         with status.doing("reading data and weights"):
             trainer = build_trainer(args, config, device)
-        trainer.status, trainer.reference = status, Reference.of_config(args.config)
+        trainer.status, trainer.reference = status, reference
         if watch is not None:
             watch.step = lambda: trainer.step
         if main:
@@ -290,7 +294,10 @@ def build_trainer(args: argparse.Namespace, config: Configuration, device: torch
     plan = dist_utils.broadcast_object(plan)
     data = DATASETS.get(dataset["name"], "dataset.name")(args.data_dir, split="train", **dataset["args"])
     if dist.is_initialized():
-        dist_utils.agree({"the data": f"{len(data)} objects, {digest(json.dumps(data.content_key(), sort_keys=True))}"})
+        whole = data.for_split("all")  # ranks that differ in validation objects would wait for each other
+        dist_utils.agree(
+            {"the data": f"{len(whole)} objects, {digest(json.dumps(whole.content_key(), sort_keys=True))}"}
+        )
     torch.manual_seed(derive_seed("models", trainer["args"]["seed"]))
     return trainer_class(
         {name: model_registry.build(spec, f"models.{name}") for name, spec in models.items()},
@@ -375,8 +382,6 @@ def train(args: argparse.Namespace, config: Configuration, plan: Launch) -> int:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
     if code and dist.is_initialized():
-        os._exit(code)  # a communicator whose ranks have gone may wait for ever
+        end(code)
     sys.exit(code)

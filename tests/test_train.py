@@ -439,6 +439,7 @@ def test_an_old_run_whose_configuration_no_longer_holds_is_one_clear_error(data_
     misc_path = tmp_path / "run" / "ckpts" / "misc_step0000001.pt"
     misc = torch.load(misc_path, weights_only=True)
     misc["config"]["trainer"]["args"]["lr_scaling"] = "trust_ratios"
+    del misc["sums"]  # as versions had it that took this value
     torch.save(misc, misc_path)
     capsys.readouterr()
     assert run(*flags) == 1
@@ -535,7 +536,7 @@ def test_a_bug_ends_non_zero_after_the_last_retry(data_dir, write_config, tmp_pa
 def test_weights_gone_to_nan_are_not_saved(data_dir, write_config, tmp_path, capsys):
     config = tiny_config(optimizer={"name": "SGD", "args": {"lr": 1e30}}, max_steps=8, grad_clip=None, i_eval=100)
     assert run("--config", write_config(config), "--data_dir", data_dir, "--output_dir", tmp_path / "run") == 1
-    assert "gradients are not finite" in capsys.readouterr().err
+    assert "training has diverged" in capsys.readouterr().err
     checkpoints = Checkpoints(tmp_path / "run")
     for step in checkpoints.steps():
         for path in checkpoints.folder.glob(f"*coder_step{step:07d}.pt"):

@@ -27,9 +27,9 @@ from .grids.formats import reader_of
 from .grids.meshes import is_trimesh, mesh_to_grid, trimesh_to_grid
 from .grids.placing import axis_to_write, check_settings
 from .grids.voxels import has_faces, points_to_occupancy, read_ply
-from .models import build, load_state, load_weights, read_weights
+from .models import build, check_state, load_state, load_weights, read_weights
 from .models.codebook_transformer import CodebookTransformer
-from .models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
+from .models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder, check_networks
 from .models.vqvae import VqVae
 from .modules.conv import deterministic_convolutions
 from .modules.quantizers.base import Quantizer
@@ -39,7 +39,6 @@ from .tokens.canary import Canary
 from .tokens.card import model_card
 from .tokens.forms import Form, form_of, octree_of
 from .tokens.grammar import Grammar
-from .tokens.hub import check_reachable
 from .tokens.parquet import TokenInfo
 from .tokens.problems import Parsed
 from .tokens.shapellm import read_shapellm, shapellm_state
@@ -48,6 +47,7 @@ from .tokens.text import TokenFormat
 from .utils.config import check_component, load_config
 from .utils.errors import CheckpointError, ConfigError, DataError
 from .utils.files import atomic_write
+from .utils.inputs import obstacle, require_memory
 
 if TYPE_CHECKING:
     import trimesh
@@ -98,8 +98,9 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
     ):
         super().__init__()
         check_settings(up_axis, normalization)
-        if not isinstance(resolution, int) or resolution < 1:
+        if type(resolution) is not int or resolution < 1:
             raise ConfigError(f"resolution is {resolution!r}; it must be a whole number of at least 1")
+        require_memory(4 * resolution**3, f"resolution is {resolution}: a grid takes", ConfigError, "use a smaller one")
         missing = [name for name in MODELS if not isinstance(models, dict) or name not in models]
         if missing:
             raise ConfigError(f"models.{missing[0]} is missing: a tokenizer has {', '.join(MODELS)}")
@@ -113,6 +114,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         self.transformer = None
         for name in names:
             setattr(self, name, build(self.specs[name], f"models.{name}"))
+        check_networks(self.encoder, self.decoder)
         for network in (self.encoder, self.decoder):
             network.convert_to_fp32()  # the precision is this class's to choose
         if resolution % self.encoder.downsampling:
@@ -392,8 +394,6 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             case "shapellm":
                 return cls.from_shapellm(source, **settings)
             case "pretrained":
-                if not Path(source).is_dir():
-                    check_reachable(str(source), CONFIG)
                 return cls.from_pretrained(source, **settings)
 
     @classmethod
@@ -410,7 +410,10 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         path = Path(pretrained_model_name_or_path)
         if path.is_dir():
             sources.check_folder(path)
-        with sources.hub_errors(path):
+        else:
+            options = {name: kwargs[name] for name in sources.HUB_OPTIONS if name in kwargs}
+            sources.check_hub(str(pretrained_model_name_or_path), **options)
+        with sources.hub_errors(path), _named(path):
             return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
@@ -420,12 +423,23 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         if not Path(model_id).is_dir():
             options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
             weights = sources.download(model_id, token=token, local_files_only=local_files_only, **options)
-        tokenizer = cls(**settings)
-        load_state(tokenizer, read_weights(weights), weights)
+        tokenizer = cls._with_state(read_weights(weights), weights, **settings)
         if (canary := sources.read_note(weights, sources.CANARY)) is not None:
             with tokenizer._arithmetic("fp32"):
                 Canary.from_dict(canary, weights).check(tokenizer.vqvae, tokenizer.state_dict(), weights)
         return tokenizer.eval()
+
+    @classmethod
+    def _with_state(cls, state: dict[str, Tensor], path: Source, **settings: Any) -> "SparseStructureTokenizer":
+        """Build a tokenizer and load a state dict. Raise CheckpointError before memory is taken if it does not fit.
+
+        path: the file that the state is from, for errors. settings: of the constructor.
+        """
+        with torch.device("meta"):
+            check_state(cls(**settings), state, path)
+        tokenizer = cls(**settings)
+        load_state(tokenizer, state, path)
+        return tokenizer
 
     @classmethod
     def from_run(
@@ -489,7 +503,9 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
                 f"{unknown[0]}=...) takes another",
                 stacklevel=2,
             )
-        tokenizer = cls({name: load_config(str(config)) for name, (config, _) in files.items()}, **settings)
+        models = {name: load_config(str(config)) for name, (config, _) in files.items()}
+        with _named(folder):
+            tokenizer = cls(models, **settings)
         for name, (_, weights) in files.items():
             load_weights(getattr(tokenizer, name), weights)
         return tokenizer
@@ -504,13 +520,17 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         Raise CheckpointError if the file is not of this layout.
         """
         models, state = read_shapellm(path)
-        # That model has 64³ grids. Another resolution would change the lattice, not the weights.
-        tokenizer = cls(models, 64, normalization, up_axis, {"source": f"ShapeLLM-Omni's layout, {Path(path).name}"})
+        settings: dict[str, Any] = {
+            "resolution": 64,  # of that model. Another one would change the lattice, not the weights
+            "normalization": normalization,
+            "up_axis": up_axis,
+            "info": {"source": f"ShapeLLM-Omni's layout, {Path(path).name}"},
+        }
+        check_settings(up_axis, normalization)
         try:
-            tokenizer.load_state_dict(state)
-        except RuntimeError as error:
-            raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
-        return tokenizer
+            return cls._with_state(state, path, models=models, **settings)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: its tensors make no tokenizer: {error}") from error
 
     def export_shapellm(self, path: Source) -> None:
         """Write a file in ShapeLLM-Omni's layout; `from_shapellm` and ShapeLLM-Omni's own class read it.
@@ -656,9 +676,10 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         Raise DataError if the file cannot be read, ConfigError for an up_axis that does not go with the normalization.
         """
         path = Path(path)
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "there is no such file"
-            raise DataError(f"{path}: {what}. Give a mesh or a voxel file, or a list of them")
+        if not path.exists():
+            raise DataError(f"{path}: there is no such file. Give a mesh or a voxel file, or a list of them")
+        if (reason := obstacle(path)) is not None:
+            raise DataError(f"{path}: {reason}. Give a mesh or a voxel file, or a list of them")
         known = reader_of(path)
         if known is not None and known.kind == "volume":
             raise DataError(f"{path}: is a volume ({known.name}). Make grids of it with voxelize.py, and give those")
@@ -694,6 +715,15 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
                     "some are 0: an empty token has 0 alone, and another one has none"
                 )
         return ids
+
+
+@contextlib.contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Begin a ConfigError with the folder whose models or settings it is about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def _in(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 import numpy as np
 
 from ..utils.errors import DataError, UserError
+from ..utils.inputs import obstacle, require_memory
 from . import formats
 from .formats import MESH_SUFFIXES, Format, reader_of, why_not
 from .geometry import Geometry, check_precision, check_triangles, note_on_precision
@@ -54,7 +55,10 @@ def load_mesh(path: Path, points: bool = False) -> Geometry:
     Raise DataError with the reason if there is nothing to voxelize, ConfigError if a package is missing. The reason
     does not name the file: the caller does, or records it beside the file's name.
     """
+    if path.exists() and (reason := obstacle(path)) is not None:
+        raise DataError(reason)
     with open(path, "rb") as file:
+        require_memory(os.fstat(file.fileno()).st_size, "takes", DataError, "give a smaller file")
         check_content(file.read(HEAD))
     return _checked(_read(path), points)
 

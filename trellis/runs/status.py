@@ -42,6 +42,7 @@ from ..utils.files import atomic_write, is_running, remove_leftovers
 from ..utils.formats import check_version
 from ..utils.progress import Work, say, waiting
 from ..utils.signals import Stopped
+from .lock import LOCK, may_write
 
 FORMAT_VERSION = 1
 FILE = "status.json"
@@ -104,6 +105,15 @@ class RunStatus:
                 self._changed.notify()
             self._thread.join()
             self._write()
+            if error is not None:
+                self._remove_if_alone()
+
+    def _remove_if_alone(self) -> None:
+        """Remove the file if the folder has nothing else but the lock: a start that failed leaves no folder."""
+        assert self.folder is not None
+        with contextlib.suppress(OSError):  # what cannot be removed may stay
+            if may_write(self.folder) and {path.name for path in self.folder.iterdir()} <= {FILE, LOCK}:
+                (self.folder / FILE).unlink()
 
     def set(self, **values: Any) -> None:
         """Change values; they are in the file within about a second."""
@@ -155,6 +165,8 @@ class RunStatus:
 
     def _write(self) -> None:
         assert self.folder is not None
+        if not may_write(self.folder):  # another process has the folder now
+            return
         with self._changed:
             values = {**self.values, "time": time.time()}
             if self._works:
@@ -179,6 +191,8 @@ def ending(error: BaseException) -> tuple[str, str]:
         return "stopped", signal_name(error.signum)
     if isinstance(error, KeyboardInterrupt):
         return "stopped", signal.SIGINT.name
+    if isinstance(error, Stopped):
+        return "stopped", signal_name(error.signum)
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
         return "stopped", signal_name(error.code - 128)
     first = (str(error).strip().splitlines() or [""])[0]

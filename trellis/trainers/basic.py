@@ -5,13 +5,13 @@ Read `run` first. A new objective is a subclass with `training_losses`; it inher
 
 import contextlib
 import inspect
-import json
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,25 +20,29 @@ from torch.profiler import record_function
 
 from ..datasets.base import StandardDatasetBase
 from ..datasets.batches import endless_batches
+from ..datasets.sampler import Order
 from ..grids.preview import save_png
 from ..models import build
 from ..modules.model import Model
 from ..runs.checkpoint import Checkpoints
 from ..runs.folder import prepare_run_folder
+from ..runs.lock import require_lock
+from ..runs.saver import Saver
 from ..runs.status import RunStatus, signal_name
 from ..utils import dist_utils, signals
 from ..utils.config import Count, Range
 from ..utils.environment import tuned_convolutions, versions
 from ..utils.errors import ConfigError
-from ..utils.files import atomic_write
 from ..utils.registry import did_you_mean
 from . import optim
+from .bad_steps import BadSteps, require_finite
 from .configuration import as_list, complete_config
 from .ema import EMA
 from .logger import PendingSteps, Progress, RunLog
 from .part import Part
 from .precision import Precision
 from .sinks import check_wandb
+from .skip import SkippableOptimizer, Undo
 from .standing import Reference, health, run_facts
 from .weights import WeightPlan
 
@@ -107,6 +111,8 @@ class BasicTrainer:
         i_save: Count = 10000,  # steps between checkpoints
         i_ddpcheck: Count = 10000,  # steps between checks that ranks have equal weights
         keep_last: Count | None = None,  # checkpoints to keep beside the best one; null: all
+        # steps in a row whose loss or gradient is not finite that end the run; half of max_steps if that is less
+        max_bad_steps: Count = 20,
         wandb: dict | None = None,  # {"project", …} for curves in Weights & Biases too; see `sinks.WANDB_ARGS`
     ):
         self.models, self.dataset, self.device, self.config = models, dataset, device, config
@@ -127,6 +133,8 @@ class BasicTrainer:
         self.i_log, self.i_eval = i_log, i_eval
         self.i_sample, self.i_save, self.i_ddpcheck, self.keep_last = i_sample, i_save, i_ddpcheck, keep_last
 
+        self.max_bad_steps = min(max_bad_steps, max(2, (max_steps + 1) // 2))
+
         self.precision = Precision(mix_precision_mode, mix_precision_dtype, device, fp16_scale_growth)
 
         self.trained = {name: model for name, model in models.items() if name not in freeze}
@@ -141,8 +149,12 @@ class BasicTrainer:
         self.seconds, self.logged_seconds = 0.0, 0.0  # spent in steps, since the run began
         self.best: dict | None = None  # {"step", "by", "score"} of the best validation
         self.last_stop_check, self.last_checked_step, self.next_stop_check = time.monotonic(), 0, 0
+        self.checkpoint_owed = False  # one was due while steps were bad
+        self.order = Order(len(dataset), seed)
         self.pending = PendingSteps()
         self.progress = Progress(max_steps, i_print)
+        self.saver = Saver(self.checkpoints, lambda step: self.status.set(checkpoint_step=step))  # of the main process
+        self.versions = versions()  # asks git, which takes too long for each save
         # train.py gives the two: a status that keeps its file, and the curve beside the configuration.
         self.status = RunStatus(None, shown=dist_utils.is_main())
         self.reference: Reference | None = None
@@ -270,7 +282,12 @@ class BasicTrainer:
             self.say(f"{self.output_dir} is finished at step {self.step}; nothing is left to do")
         stopping, tuned = None, self.max_steps - self.step >= STEPS_WORTH_TUNING
         self.status.set(state="training")
-        with signals.noted() as stop, contextlib.closing(self.batches()) as batches:
+        with (
+            signals.noted() as stop,
+            self.saver,
+            contextlib.closing(self.progress),
+            contextlib.closing(self.batches()) as batches,
+        ):
             if dist_utils.is_main():
                 self.progress.open(self.step)
             while self.step < self.max_steps:
@@ -285,23 +302,30 @@ class BasicTrainer:
                 if dist_utils.is_main():
                     self.progress.show(self.step, losses)
                     self.status.at_step(self.step)
+                    self.saver.check()
 
                 scores = self.measure() if self.due(self.i_eval) else {}
                 improved = bool(scores) and self.best_step == self.step
                 stopping = self.stop_requested(stop) if self.step < self.max_steps else None
-                saving = self.due(self.i_save) or improved or stopping
-                if self.due(self.i_log) or scores or saving:
+                saving = self.due(self.i_save) or improved or stopping or self.checkpoint_owed
+                if self.due(self.i_log) or scores or saving or self.bad_steps.look(self.step):
                     self.log(scores)
                 if self.due(self.i_sample):
                     self.snapshot()
                 if self.due(self.i_ddpcheck):
                     self.check_ranks_agree()
                 if saving:
-                    self.save()
+                    # While steps are bad, the last good checkpoint stays the last one.
+                    must = improved or stopping or self.step == self.max_steps
+                    self.checkpoint_owed = not must and self.bad_steps.running
+                    if not self.checkpoint_owed:
+                        self.save()
                 if stopping:
-                    self.say(f"stopped at step {self.step}; the same command continues from there")
                     break
-        self.progress.close()
+            with self.status.doing("writing the last checkpoint", state="saving"):
+                self.saver.wait()
+        if stopping:
+            self.say(f"stopped at step {self.step}; the same command continues from there")
         if dist_utils.is_main():
             self.log_files.close()
         ended = {"state": "stopped", "reason": signal_name(stopping)} if stopping else {"state": "finished"}
@@ -332,29 +356,36 @@ class BasicTrainer:
             batch = part.prepare(batch, indices)
         return batch
 
+    def objects_of_step(self, step: int) -> np.ndarray:
+        """Return the items in the dataset, [B] int64, that all ranks had in a step of this process."""
+        first = self.samples_seen - (self.step - step + 1) * self.global_batch
+        return self.order.items(first, self.global_batch)
+
     def run_step(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Take one optimizer step on this rank's share of the batch.
 
         Return losses and status, averaged over micro-batches, as tensors on the device.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.undo.remember()
         losses, status = self.accumulate_gradients(batch)
         norm = torch.zeros((), device=self.device)
         if self.parameters:
             with record_function("clip"):
                 self.precision.unscale(self.optimizer)
                 norm = self.clipper(self.parameters)
+        skip = self.bad_steps.judge(losses["loss"], norm, overflow_expected=self.precision.skips_overflow)
+        if self.parameters:
             with record_function("optimizer"):
-                self.precision.step(self.optimizer)
+                self.precision.step(self.skippable, skip)
         else:
             self.optimizer.step()  # of nothing; torch warns when a schedule moves before its optimizer
         with record_function("schedule"):
             optim.step_lr_scheduler(self.scheduler, self.optimizer, losses["loss"])
         with record_function("ema"):
-            self.ema.update(self.step + 1)
-        if not self.precision.skips_overflow:
-            self.all_finite &= norm.isfinite()
-        status["grad_norm"] = norm
+            self.undo.undo(skip)
+            self.ema.update(self.step + 1, skip)
+        status |= {"grad_norm": norm, "bad_steps": self.bad_steps.total}
         for part in self.parts.values():
             status |= part.after_step(self.step + 1)
         return losses, status
@@ -444,7 +475,11 @@ class BasicTrainer:
         optim.scale_for_batch(self.optimizer, self.batch_ratio)
         self.scheduler = optim.build_lr_scheduler(self.scheduler_spec, self.optimizer)
         self.ema = EMA(self.trained, self.ema_rates, self.batch_ratio)
-        self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.skippable = SkippableOptimizer(self.optimizer)
+        self.undo = Undo(self.trained.values(), self.parts.values())
+        self.bad_steps = BadSteps(
+            self.max_bad_steps, len(self.dataset), self.objects_of_step, self.dataset.sha256, self.device
+        )
         self.objective = build_objective(self.trained, self.training_losses, self.device)
 
     def open_log(self) -> None:
@@ -452,7 +487,8 @@ class BasicTrainer:
         if dist_utils.is_main():
             # A new run also logs step 0.
             step = self.step if self.plan.resume else -1
-            self.log_files = RunLog(self.output_dir, step, self.config, self.wandb, self.say)
+            with self.status.doing("opening the logs"):
+                self.log_files = RunLog(self.output_dir, step, self.config, self.wandb, self.say)
 
     def forget_rows(self, name: str, keys: tuple[str, ...], rows: Tensor) -> None:
         """Reset what the optimizer and the averages remember of rows [n] int64 of these tensors of a model."""
@@ -465,8 +501,11 @@ class BasicTrainer:
     # --- checkpoints ---
 
     def save(self) -> None:
-        """Write the checkpoint of this step. Raise RuntimeError if weights have become NaN."""
+        """Begin to write this step's checkpoint. Raise DivergedError if steps are bad or a weight is not finite."""
         self.require_finite()
+        for name, model in self.trained.items():
+            require_finite(model.state_dict(), f"step {self.step}: {name}")
+        self.skippable.settle()
         states = {name: part.state_dict() for name, part in self.parts.items()}
         if dist_utils.is_main():
             misc = {
@@ -477,28 +516,23 @@ class BasicTrainer:
                 "dataset_size": len(self.dataset),
                 "data_dir": ",".join(os.path.abspath(root) for root in self.dataset.roots),
                 "best": self.best,
-                "versions": versions(),
+                "versions": self.versions,
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
                 "grad_clip": self.clipper.state_dict(),
                 "precision": self.precision.state_dict(),
+                "bad_steps": self.bad_steps.state_dict(),
                 **{name: state for name, state in states.items() if state},
             }
             with self.status.doing("writing the checkpoint", state="saving"):
-                self.checkpoints.save(
+                self.saver.save(
                     self.step,
                     {name: model.state_dict() for name, model in self.trained.items()},
                     self.ema.averages,
                     {name: model.state_dict() for name, model in self.frozen.items()},
                     misc,
+                    None if self.bad_steps.running else self.keep_last,
                 )
-            self.status.set(checkpoint_step=self.step)
-            if self.best is not None:
-                with atomic_write(self.output_dir / "best.json") as partial:
-                    partial.write_text(json.dumps(self.best) + "\n", encoding="utf-8")
-            if self.keep_last is not None:
-                self.checkpoints.prune(self.keep_last, self.best_step)
-        dist_utils.barrier()
 
     def load_training_state(self, checkpoints: Checkpoints, step: int) -> None:
         """Load all that a step needs to continue exactly, except the models' weights, which the plan has loaded."""
@@ -513,6 +547,7 @@ class BasicTrainer:
             self.scheduler.load_state_dict(misc["lr_scheduler"])
         self.clipper.load_state_dict(misc["grad_clip"])
         self.precision.load_state_dict(misc["precision"])
+        self.bad_steps.load_state_dict(misc.get("bad_steps", {}))  # older checkpoints have none
         self.ema.load(checkpoints, step)
         if misc["dataset_size"] != len(self.dataset):
             self.say(f"the training split had {misc['dataset_size']} objects and has {len(self.dataset)} now")
@@ -521,13 +556,10 @@ class BasicTrainer:
                 part.load_state_dict(misc[name])
 
     def require_finite(self) -> None:
-        """Raise RuntimeError if a gradient was not finite, or fp16 no longer recovers from overflow."""
-        if not self.all_finite or self.precision.hopeless:
-            raise RuntimeError(
-                f"gradients are not finite at step {self.step}. Nothing since the last checkpoint is saved; "
-                "set trainer.args.grad_clip and run the same command again, or start a new --output_dir with a "
-                "lower trainer.args.optimizer.args.lr"
-            )
+        """Raise DivergedError after too many bad steps, or if fp16 no longer recovers from overflow."""
+        origin = ", ".join(self.plan.origin.values())
+        self.bad_steps.require_progress(self.step, self.checkpoints, self.lr, origin)
+        self.precision.require_hope(self.step)
 
     # --- reporting ---
 
@@ -572,16 +604,23 @@ class BasicTrainer:
         started = time.monotonic()
         rows = self.pending.fetch()  # waits for the device
         self.seconds += time.monotonic() - started
+        for line in self.bad_steps.report(rows):
+            self.say(line)
+        if dist_utils.is_main():
+            self.write_log(rows, scores)
         self.require_finite()
-        if not dist_utils.is_main():
-            return
+
+    def write_log(self, rows: list[dict[str, Any]], scores: dict[str, float]) -> None:
+        """Write fetched steps and scores to the log files."""
+        require_lock(self.output_dir)
         summary = dict(scores)
         if rows:
             elapsed, self.logged_seconds = self.seconds - self.logged_seconds, self.seconds
             summary["samples_per_second"] = len(rows) * self.global_batch / elapsed
             if self.device.type == "cuda":
                 summary["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
+        good = [row for row in rows if "objects" not in row]  # the others have NaN
+        means = {name: sum(row[name] for row in good) / len(good) for name in (good[0] if good else ())}
         beside = self.reference.beside(self, scores, means.get("loss")) if self.reference and scores else {}
         if beside:
             self.say(beside["note"])
@@ -597,6 +636,7 @@ class BasicTrainer:
     def snapshot(self) -> None:
         """Save pictures as samples/{name}_step0000100.png and show them in TensorBoard."""
         if dist_utils.is_main():
+            require_lock(self.output_dir)
             with self.status.doing("drawing pictures"):
                 pictures = self.run_snapshot()
             for name, picture in pictures.items():

@@ -52,7 +52,7 @@ def available_cores() -> int:
 def available_memory() -> int | None:
     """Return how many bytes this process may still take, None if the system does not say.
 
-    It is what the system has free, or a container's limit if that is less.
+    It is what the system has free, or what a container's limit or `ulimit -v` leaves if that is less.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -66,6 +66,13 @@ def available_memory() -> int | None:
             found.append(int(Path(limit).read_text()))
         except (OSError, ValueError):  # no such file, or "max"
             continue
+    with contextlib.suppress(ImportError, OSError):  # not on Windows; only Linux has /proc
+        import resource
+
+        allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if allowed != resource.RLIM_INFINITY:
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            found.append(max(0, allowed - taken))
     return min(found, default=None)
 
 

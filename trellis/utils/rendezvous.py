@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+from typing import Any
 
 import torch.distributed as dist
 
@@ -77,17 +78,16 @@ def where_all(store: dist.TCPStore, world: int) -> str:
     """Return where the ranks have been, in words. store: of `host_store`."""
     view, parts = dist.PrefixStore("trellis 0", store), []
     for rank in range(world):
-        report = view.get(f"where {rank}") if view.check([f"where {rank}"]) else b""
+        report = json.loads(view.get(f"where {rank}")) if view.check([f"where {rank}"]) else None
         parts.append(f"rank {rank} {describe(report)}")
     return "; ".join(parts)
 
 
-def describe(report: bytes) -> str:
+def describe(report: dict[str, Any] | None) -> str:
     """Return a rank's report (see `watch`) in words."""
-    if not report:
+    if report is None:
         return "starting"
-    found = json.loads(report)
-    return f"on {found['host']} at step {found['step']}, {found['place'] or 'outside of training'}"
+    return f"on {report['host']} at step {report['step']}, {report['place'] or 'outside of training'}"
 
 
 def check_in(store: dist.Store, rank: int, world: int, minutes: float, *, speak: bool) -> None:

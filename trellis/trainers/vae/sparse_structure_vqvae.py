@@ -16,7 +16,6 @@ from easydict import EasyDict
 from torch import Tensor, nn
 
 from ...evaluation.evaluate import Reconstruction
-from ...models.codebook_transformer import CodebookTransformer
 from ...models.sparse_structure_vae import SparseStructureEncoder
 from ...models.vqvae import VqVae
 from ...modules.losses import RECONSTRUCTION_LOSSES, ReconstructionLoss
@@ -106,18 +105,6 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
     @classmethod
     def check_networks(cls, models: Mapping[str, nn.Module], resolution: int) -> None:
         super().check_networks(models, resolution)
-        quantizer = models["quantizer"]
-        if not isinstance(quantizer, Quantizer):
-            raise ConfigError(
-                f"models.quantizer.name is {type(quantizer).__name__!r}, which is not a quantizer; use "
-                "VectorQuantizer or another one"
-            )
-        transformer = models.get("transformer")
-        if transformer is not None and not isinstance(transformer, CodebookTransformer):
-            raise ConfigError(
-                f"models.transformer.name is {type(transformer).__name__!r}, which is not one around a codebook; use "
-                "CodebookTransformer"
-            )
         VqVae.of(models).check(resolution)
 
     @classmethod

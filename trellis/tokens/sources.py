@@ -8,8 +8,8 @@ from typing import Any, Literal
 from ..utils.config import json_type, load_config, parse_json
 from ..utils.errors import CheckpointError, ConfigError
 from ..utils.formats import check_version
+from ..utils.hub import check_reachable
 from ..utils.inputs import require_file
-from .hub import check_reachable
 
 Kind = Literal["pretrained", "run", "exported", "shapellm"]
 

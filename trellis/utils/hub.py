@@ -1,16 +1,17 @@
-"""Whether the Hub can be reached at all: its client repeats a request for half a minute before it says that it cannot."""
+"""Whether the Hub can be reached at all: its client repeats a request for half a minute before it gives up."""
 
 from pathlib import Path
 
-from ..utils.errors import CheckpointError
+from .errors import CheckpointError
 
 TIMEOUT = 10  # seconds for the Hub's first answer
 
 
-def check_reachable(model_id: str, filename: str, **options) -> None:
+def check_reachable(model_id: str, filename: str, given: str | None = None, **options) -> None:
     """Raise CheckpointError at once if a file is not here and the Hub does not answer.
 
     model_id: such as org/name; it may be the path of a folder that is not there as well.
+    given: what the user gave, if it is not the id.
     options: of huggingface_hub's `hf_hub_download`.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -22,8 +23,11 @@ def check_reachable(model_id: str, filename: str, **options) -> None:
     except LocalEntryNotFoundError:
         pass
     except HFValidationError as error:
-        raise CheckpointError(f"{model_id}: there is no such file or folder, and it is not an id on the Hub") from error
-    where = f"{model_id}: there is no such file or folder in {Path.cwd()}, nothing of that id was downloaded before"
+        raise CheckpointError(
+            f"{given or model_id}: there is no such file or folder, and it is not an id on the Hub"
+        ) from error
+    where = f"{given or model_id}: there is no such file or folder in {Path.cwd()}"
+    where += ", nothing of that id was downloaded before"
     if options.get("local_files_only") or constants.HF_HUB_OFFLINE:
         raise CheckpointError(f"{where}, and the Hub is not to be asked (HF_HUB_OFFLINE or local_files_only)")
     try:

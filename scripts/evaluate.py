@@ -88,7 +88,7 @@ TABLES = {
         "bits": "bits_per_object",
         "entropy bits": "entropy_bits_per_object",
     },
-    f"KL in bits; an id has {ID_BITS:.0f} bits": {
+    f"KL in bits; an id of ShapeLLM-Omni, for four cells, has {ID_BITS:.0f}": {
         "groups": "groups",
         "cell": "kl_bits_per_cell",
         "group": "kl_bits_per_group",

@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 from trellis.runs.checkpoint import Checkpoints
+from trellis.runs.lock import read_holder
 from trellis.runs.status import FILE, duration, judge, life, read_status
 from trellis.utils.command import run_command
 from trellis.utils.errors import DataError
@@ -54,14 +55,14 @@ def find_runs(folder: Path) -> list[Path]:
 def state_of(run: Path, now: float) -> dict[str, Any]:
     """Return the status of a run with "run", "life" and "words" added; "error" in their place if it cannot be read."""
     try:
-        status = read_status(run)
-    except DataError as error:
+        status, lock = read_status(run), read_holder(run)
+    except (DataError, OSError) as error:
         return {"run": str(run), "error": str(error)}
     if status is None:
         steps = Checkpoints(run).steps()
         saved = f"its last checkpoint is of step {steps[-1]}" if steps else "and it has no checkpoint"
         return {"run": str(run), "error": f"{run} has no {FILE}, which runs of earlier versions lack; {saved}"}
-    return {"run": str(run), **status, "life": life(status, now), "words": judge(status, now)}
+    return {"run": str(run), **status, "life": life(status, now, lock), "words": judge(status, now, lock)}
 
 
 def row_of(status: dict[str, Any]) -> list[str]:

@@ -312,7 +312,7 @@ PATH = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/(?:[\w./-]*\w\.(?:py|jso
 # Files that the documents name and the programs write.
 WRITTEN = {
     *("best.json", "config.json", "dataset_info.json", "encoder.json", "generated_predictions.json", "key.json"),
-    *("name.json", "phase.json", "results.md", "stats.json", "stats.md"),
+    *("name.json", "phase.json", "results.md", "stats.json", "stats.md", "status.json", "wandb_id.json"),
 }
 
 
@@ -450,7 +450,8 @@ PROGRAMS = [
         if "__main__" in path.read_text(encoding="utf-8")
     ),
 ]
-OTHER_PROGRAMS = ("pip ", "ssh ", "jupyter ", "torchrun ", "tensorboard ", "pytest ", "ruff ", "mypy ", "bash ")
+OTHER_PROGRAMS = ("pip ", "ssh ", "jupyter ", "tensorboard ", "pytest ", "ruff ", "mypy ", "bash ")
+OTHER_PROGRAMS += ("torchrun ", "accelerate ", "sbatch ", "srun ")
 
 
 # --- tables -----------------------------------------------------------------------------------------------

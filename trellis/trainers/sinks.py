@@ -103,10 +103,10 @@ class WeightsAndBiases:
         self.run.define_metric("*", step_metric="step")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        self.run.log({"step": step, **values})
+        self.run.log({**values, "step": step})
 
     def image(self, name: str, picture: np.ndarray, step: int) -> None:
-        self.run.log({"step": step, name: self.wandb.Image(picture)})
+        self.run.log({name: self.wandb.Image(picture), "step": step})
 
     def close(self) -> None:
         """Send what is left, for CLOSING seconds at most: a run that has ended must not wait for a network."""

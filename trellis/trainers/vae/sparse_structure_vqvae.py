@@ -230,15 +230,17 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         if self.plan.files["quantizer"] is not None or self.quantizer.init != "kmeans" or not dist_utils.is_main():
             return
         self.say("codebook: taking latent vectors of the training data")
-        vectors = latent_sample(
-            self._latents_to_quantize,
-            len(self.dataset),
-            self.quantizer,
-            batch_size=self.batch_per_rank,
-            seed=self.seed,
-        )
+        with self.status.doing("codebook: latents of the data"):
+            vectors = latent_sample(
+                self._latents_to_quantize,
+                len(self.dataset),
+                self.quantizer,
+                batch_size=self.batch_per_rank,
+                seed=self.seed,
+            )
         generator = torch.Generator().manual_seed(derive_seed("kmeans", self.seed))
-        self.quantizer.fit(vectors, lambda part, count: kmeans(part, count, generator=generator, report=self.say))
+        with self.status.doing("codebook: k-means"):
+            self.quantizer.fit(vectors, lambda part, count: kmeans(part, count, generator=generator, report=self.say))
 
     def _latents_to_quantize(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return what the quantizer gets of training objects, [n, C, X, Y, Z], and their grids. indices: [n] int64."""

@@ -71,7 +71,7 @@ class Watch:
         self._thread.join()
 
     def fail(self, error: BaseException) -> None:
-        """Let every rank end because of this rank's error. Raise RankFailedError if another rank's end has led to it."""
+        """Let every rank end because of this rank's error. Raise RankFailedError if another rank's end led to it."""
         where = f"rank {self.rank} on {socket.gethostname()}"
         if isinstance(error, signals.Stopped):
             reason, code = f"{where} was stopped by {signal.Signals(error.signum).name}", 128 + error.signum

@@ -87,8 +87,8 @@ def _torchrun(env: Mapping[str, str], flags: Flags) -> Joined:
     missing = [name for name in names if name not in env]
     if missing:
         raise ConfigError(
-            f"TORCHELASTIC_RUN_ID is set, as under torchrun, but {', '.join(missing)} is not; unset "
-            "TORCHELASTIC_RUN_ID, or start with torchrun --nproc_per_node N train.py …"
+            f"TORCHELASTIC_RUN_ID is set, as under torchrun, without {', '.join(missing)}; unset TORCHELASTIC_RUN_ID, "
+            "or start with torchrun --nproc_per_node N train.py …"
         )
     return _joined("torchrun", env, flags, names[0], names[1], "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 

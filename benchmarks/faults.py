@@ -402,7 +402,10 @@ def run_steps(steps: int, folder: Path, report: Report, say: Callable[[str], Non
     """Train for many steps and return the report of what grew."""
     config, data_dir = folder / "config.json", make_data(folder)
     every = max(1, steps // 100)
-    config.write_text(json.dumps(tiny_config(max_steps=steps, i_save=every, i_log=every, i_eval=5 * every)))
+    content = tiny_config(max_steps=steps, i_save=every, i_log=every, i_eval=5 * every, batch_size=1)
+    for name in ("encoder", "decoder"):  # as small as can be: the steps count, not what they learn
+        content["models"][name]["args"] |= {"channels": [4, 4]}
+    config.write_text(json.dumps(content))
     run = folder / "run"
     reached = _FORK.Value("i", 0)
     process = forked(start, command(config, data_dir, run), run, None, reached, folder / "output.txt")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,15 +12,9 @@ from trellis.grids.formats import MESH_SUFFIXES, VOLUME_SUFFIXES, reader_of, why
 from trellis.grids.readers.gltf_accessors import file_names
 from trellis.grids.readers.gltf_file import HEADER, MAGIC
 from trellis.utils.errors import DataError
+from trellis.utils.inputs import obstacle
 
 READ_SUFFIXES = " ".join((*MESH_SUFFIXES, *VOLUME_SUFFIXES))
-KINDS = (  # of what is no regular file
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 LINE_BREAK = re.compile("[\\n\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")  # all that str.splitlines knows
 # Headers whose data lie in a second file. All scans of one machine may have the same header.
 DATA_FILE = {
@@ -106,20 +99,6 @@ def _walk(folder: Path, exclude: Path) -> Iterator[tuple[Path, str | None]]:
             yield path, reason
     for failed in closed:
         yield Path(failed.filename), f"the folder cannot be read: {failed.strerror}"
-
-
-def obstacle(path: Path) -> str | None:
-    """Return why a path is no file that could be opened, None if it is one. Reading a pipe or device may never end."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        if path.is_symlink():
-            return "is a link to what is not there"
-        return f"cannot be read: {error.strerror}"
-    if stat.S_ISREG(mode):
-        return None
-    kind = next((name for is_kind, name in KINDS if is_kind(mode)), "no file")
-    return f"is {kind} and not a file"
 
 
 def printable(path: Path) -> str:

@@ -433,3 +433,35 @@ def test_a_grid_of_one_code_is_refused(args):
     spec = {"name": args.pop("name"), "args": {"n_embed": 2, "empty_code": True, **args}}
     with pytest.raises(ConfigError, match="n_embed 2 leaves a grid of a single code"):
         build(spec)
+
+
+# --- numbers gone bad ---
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e18, 1e30, -3e38])
+@pytest.mark.parametrize("name", NAMES)
+def test_absurd_numbers_leave_codes_finite_and_other_vectors_alone(name, value):
+    quantizer, z = quantizer_of(name).train(), latents(2)
+    want = copy.deepcopy(quantizer)(z)
+    z[0, :, 1, 2, 3], z[1, 2, 0] = value, value
+    others = torch.ones(2, 4, 4, 4, dtype=torch.bool)
+    others[0, 1, 2, 3] = others[1, 0] = False
+    got = quantizer(z)
+    assert torch.equal(got.indices[others], want.indices[others])
+    assert torch.equal(got.codes.movedim(1, -1)[others], want.codes.movedim(1, -1)[others])
+    for batch in (z, torch.full_like(z, value), z):
+        indices = quantizer(batch).indices
+        assert 0 <= indices.min() and indices.max() < K
+        assert all(state.isfinite().all() for state in quantizer.state_dict().values())
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_codes_stay_if_no_vector_is_left_to_follow(name):
+    """With a decay of 0 nothing of the counts is kept, as after very many steps with another one."""
+    quantizer = quantizer_of(name).train()
+    quantizer.decay = 0.0
+    before = copy.deepcopy(quantizer.state_dict())
+    quantizer(torch.full((1, C, 4, 4, 4), torch.nan))
+    after = quantizer.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items() if key.endswith("weight"))
+    assert all(value.isfinite().all() for value in after.values())

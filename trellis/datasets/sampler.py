@@ -16,6 +16,25 @@ class Samples(NamedTuple):
     indices: np.ndarray  # [B] int64, their items in the dataset
 
 
+class Order:
+    """The items that samples are of, epoch after epoch. size: items of the dataset."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)  # the last one asked for
+
+    def items(self, first: int, count: int) -> np.ndarray:
+        """Return the items [count] int64 of samples `first` and up."""
+        runs, filled = [], 0  # one run per epoch: a batch may hold the end of one, or several whole ones
+        while filled < count:
+            epoch, position = divmod(first + filled, self.size)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, permutation(self.size, "order", self.seed, epoch)
+            runs.append(self._order[position : position + count - filled])
+            filled += len(runs[-1])
+        return np.concatenate(runs)
+
+
 class ResumableSampler(Sampler[Samples]):
     """Endless batches of one rank.
 
@@ -29,20 +48,13 @@ class ResumableSampler(Sampler[Samples]):
     """
 
     def __init__(self, size: int, batch_size: int, *, rank: int, world_size: int, seed: int, start: int):
-        self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
-        self.seed, self.start = seed, start
+        self.batch_size, self.rank, self.world_size, self.start = batch_size, rank, world_size, start
+        self.size, self.seed = size, seed
 
     def __iter__(self) -> Iterator[Samples]:
-        order_epoch, order = -1, np.empty(0, np.int64)
+        order = Order(self.size, self.seed)
         first = self.start + self.rank * self.batch_size
         while True:
             sample_ids = np.arange(first, first + self.batch_size)
-            runs, filled = [], 0  # one run per epoch: a batch may hold the end of one, or several whole ones
-            while filled < self.batch_size:
-                epoch, position = divmod(first + filled, self.size)
-                if epoch != order_epoch:
-                    order_epoch, order = epoch, permutation(self.size, "order", self.seed, epoch)
-                runs.append(order[position : position + self.batch_size - filled])
-                filled += len(runs[-1])
-            yield Samples(sample_ids, np.concatenate(runs))
+            yield Samples(sample_ids, order.items(first, self.batch_size))
             first += self.batch_size * self.world_size

@@ -1,6 +1,7 @@
 """What a run folder records about itself: config.json, and command.txt with every start."""
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from ..utils import dist_utils
 from ..utils.environment import versions
 from ..utils.errors import ConfigError
-from ..utils.files import LEFTOVER, atomic_write, naming
+from ..utils.files import LEFTOVER, atomic_write, host_name, naming
 from .checkpoint import Checkpoints
 from .lock import require_lock
 
@@ -30,12 +31,14 @@ def prepare_run_folder(checkpoints: Checkpoints, config: dict, step: int, facts:
         raise ConfigError(f"--output_dir {folder} cannot be made ({error.strerror})") from error
     require_lock(folder)
     for leftover in folder.glob(".*.tmp"):
-        if LEFTOVER.fullmatch(leftover.name):
+        found = LEFTOVER.fullmatch(leftover.name)
+        own = found and found["host"] == host_name() and int(found["pid"]) == os.getpid()  # of status.json, perhaps
+        if found and not own:
             leftover.unlink(missing_ok=True)
     checkpoints.clean()
     later = checkpoints.set_aside(after=step)
     if later is not None:
-        if (folder / "log.txt").exists():
+        if (folder / "log.txt").is_file():
             shutil.copy(folder / "log.txt", later)
         print(f"later checkpoints and the log so far are kept in {later}", flush=True)
 

@@ -42,7 +42,7 @@ from ..utils.files import atomic_write, is_running, remove_leftovers
 from ..utils.formats import check_version
 from ..utils.progress import Work, say, waiting
 from ..utils.signals import Stopped
-from .lock import may_write
+from .lock import LOCK, Holder, may_write
 
 FORMAT_VERSION = 1
 FILE = "status.json"
@@ -105,6 +105,15 @@ class RunStatus:
                 self._changed.notify()
             self._thread.join()
             self._write()
+            if error is not None:
+                self._remove_if_alone()
+
+    def _remove_if_alone(self) -> None:
+        """Remove the file if the folder has nothing else but the lock: a start that failed leaves no folder."""
+        assert self.folder is not None
+        with contextlib.suppress(OSError):  # what cannot be removed may stay
+            if may_write(self.folder) and {path.name for path in self.folder.iterdir()} <= {FILE, LOCK}:
+                (self.folder / FILE).unlink()
 
     def set(self, **values: Any) -> None:
         """Change values; they are in the file within about a second."""
@@ -182,6 +191,8 @@ def ending(error: BaseException) -> tuple[str, str]:
         return "stopped", signal_name(error.signum)
     if isinstance(error, KeyboardInterrupt):
         return "stopped", signal.SIGINT.name
+    if isinstance(error, Stopped):
+        return "stopped", signal_name(error.signum)
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
         return "stopped", signal_name(error.code - 128)
     first = (str(error).strip().splitlines() or [""])[0]
@@ -242,26 +253,30 @@ KINDS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def life(status: dict[str, Any], now: float) -> Life:
+def life(status: dict[str, Any], now: float, lock: Holder | None = None) -> Life:
     """Return whether the process that wrote a status lives.
 
+    lock: who holds the run folder, which tells containers of one machine and processes of one number apart.
     "ended": it said so. "died": it is gone without a word, which is known at once on its own machine, and assumed on
     another after DEAD_AFTER seconds without a heartbeat. "silent": a process of its number runs here, but writes no
     more, since it is suspended, its disk is full, or the number now belongs to another program.
     """
     if status["state"] in ENDED:
         return "ended"
-    here, late = status["host"] == socket.gethostname(), now - status["time"] > DEAD_AFTER
-    if here and not is_running(status["pid"]):
+    if lock is not None and (lock.host, lock.pid) == (status["host"], status["pid"]):
+        gone = lock.is_dead()
+    else:
+        gone = not is_running(status["pid"]) if status["host"] == socket.gethostname() else None
+    if gone:
         return "died"
-    if late:
-        return "silent" if here else "died"
+    if now - status["time"] > DEAD_AFTER:
+        return "died" if gone is None else "silent"
     return "alive"
 
 
-def judge(status: dict[str, Any], now: float) -> str:
-    """Return how a run stands, in words: its state, or that it died or makes no progress."""
-    state, found = status["state"], life(status, now)
+def judge(status: dict[str, Any], now: float, lock: Holder | None = None) -> str:
+    """Return how a run stands, in words: its state, or that it died or makes no progress. lock: as for `life`."""
+    state, found = status["state"], life(status, now, lock)
     silent = f"nothing written for {duration(now - status['time'])}"
     where = f"process {status['pid']} on {status['host']}"
     if found == "died":

@@ -5,12 +5,13 @@ Read `run` first. A new objective is a subclass with `training_losses`; it inher
 
 import contextlib
 import inspect
-import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from ..datasets.base import StandardDatasetBase
-from ..datasets.batches import endless_batches
+from ..datasets.batches import check_num_workers, endless_batches
+from ..datasets.sampler import Order
 from ..grids.preview import save_png
 from ..models import build
 from ..modules.model import Model
@@ -32,21 +34,22 @@ from ..utils.config import Count, Range
 from ..utils.environment import tuned_convolutions, versions
 from ..utils.errors import ConfigError
 from ..utils.registry import did_you_mean
-from . import optim
+from . import data_changes, optim
+from .bad_steps import BadSteps, require_finite
 from .configuration import as_list, complete_config
 from .ema import EMA
 from .logger import PendingSteps, Progress, RunLog
 from .part import Part
 from .precision import Precision
 from .sinks import check_wandb
+from .skip import SkippableOptimizer, Undo
 from .standing import Reference, health, run_facts
+from .verdict import Course
 from .weights import WeightPlan
 
 # Timing cuDNN's algorithms takes about as long as 50 steps of a large network and makes them 4 % faster, so it pays for
 # the shapes of training in a run of this many steps, and never for those of validation.
 STEPS_WORTH_TUNING = 2000
-# A smaller difference between validation scores says nothing: as much lies between two runs of the same configuration.
-SPREAD = 0.003
 # Between ranks a stop request travels with a collective, which is not worth one every step: so many seconds, or steps.
 SECONDS_BETWEEN_STOP_CHECKS, STEPS_BETWEEN_STOP_CHECKS = 2.0, 50
 # A quantizer reduces its statistics over ranks itself; DDP must not overwrite them with rank 0's. torch 2.13 renamed
@@ -107,6 +110,8 @@ class BasicTrainer:
         i_save: Count = 10000,  # steps between checkpoints
         i_ddpcheck: Count = 10000,  # steps between checks that ranks have equal weights
         keep_last: Count | None = None,  # checkpoints to keep beside the best one; null: all
+        # steps in a row whose loss or gradient is not finite that end the run; half of max_steps if that is less
+        max_bad_steps: Count = 20,
         wandb: dict | None = None,  # {"project", …} for curves in Weights & Biases too; see `sinks.WANDB_ARGS`
     ):
         self.models, self.dataset, self.device, self.config = models, dataset, device, config
@@ -127,6 +132,8 @@ class BasicTrainer:
         self.i_log, self.i_eval = i_log, i_eval
         self.i_sample, self.i_save, self.i_ddpcheck, self.keep_last = i_sample, i_save, i_ddpcheck, keep_last
 
+        self.max_bad_steps = min(max_bad_steps, max(2, (max_steps + 1) // 2))
+
         self.precision = Precision(mix_precision_mode, mix_precision_dtype, device, fp16_scale_growth)
 
         self.trained = {name: model for name, model in models.items() if name not in freeze}
@@ -140,7 +147,11 @@ class BasicTrainer:
         self.step, self.samples_seen = 0, 0
         self.seconds, self.logged_seconds = 0.0, 0.0  # spent in steps, since the run began
         self.best: dict | None = None  # {"step", "by", "score"} of the best validation
+        self.object_scores: Tensor | None = None  # [n], `best_by` of each object in the last validation, on every rank
+        self.course = Course(self.best_by)
         self.last_stop_check, self.last_checked_step, self.next_stop_check = time.monotonic(), 0, 0
+        self.checkpoint_owed = False  # one was due while steps were bad
+        self.order = Order(len(dataset), seed)
         self.pending = PendingSteps()
         self.progress = Progress(max_steps, i_print)
         self.saver = Saver(self.checkpoints, lambda step: self.status.set(checkpoint_step=step))  # of the main process
@@ -165,7 +176,7 @@ class BasicTrainer:
     def validate(self) -> dict[str, float] | None:
         """Return scores on the validation split, the same on every rank; None without such a split.
 
-        The step with the highest score `best_by` is the best one.
+        The step with the highest score `best_by` is the best one. Also set `object_scores`, if objects have it.
         """
         return None
 
@@ -224,6 +235,7 @@ class BasicTrainer:
         if per_rank % args["batch_split"]:
             split = args["batch_split"]
             raise ConfigError(f"{where}.batch_split is {split}, which does not divide the {per_rank} samples of a rank")
+        check_num_workers(args["num_workers"], f"{where}.num_workers")
         optim.check_optimizer(args["optimizer"], f"{where}.optimizer")
         optim.check_lr_factors(args["lr_scaling"], args["lr_multipliers"], trained, args["optimizer"], where)
         optim.check_lr_scheduler(args["lr_scheduler"], args["optimizer"], args["max_steps"], f"{where}.lr_scheduler")
@@ -248,11 +260,11 @@ class BasicTrainer:
         """
         self.status.set(max_steps=self.max_steps, **run_facts(self.models, self.dataset, self.device))
         for part in self.parts.values():
-            with self.status.doing("opening what the run keeps on disk"):
+            with self.status.doing("opening caches"):
                 part.open()
         self.open_folder()
         if self.plan.resume is None:
-            with self.status.doing("giving new models a start"):
+            with self.status.doing("initializing models from the data"):
                 self.initialize_models()
                 self.broadcast_models()
         self.build_training_state()
@@ -260,6 +272,9 @@ class BasicTrainer:
             with self.status.doing("loading the training state"):
                 self.load_training_state(*self.plan.resume)
             self.status.set(step=self.step, best=self.best, checkpoint_step=self.step)
+            before = self.samples_seen / self.step if self.step else self.global_batch
+            if before != self.global_batch:
+                self.say(f"from here on a step has {self.global_batch} samples; so far it had {before:g} on average")
         self.check_ranks_agree(ConfigError)
         self.open_log()
 
@@ -272,7 +287,12 @@ class BasicTrainer:
             self.say(f"{self.output_dir} is finished at step {self.step}; nothing is left to do")
         stopping, tuned = None, self.max_steps - self.step >= STEPS_WORTH_TUNING
         self.status.set(state="training")
-        with signals.noted() as stop, self.saver, contextlib.closing(self.batches()) as batches:
+        with (
+            signals.noted() as stop,
+            self.saver,
+            contextlib.closing(self.progress),
+            contextlib.closing(self.batches()) as batches,
+        ):
             if dist_utils.is_main():
                 self.progress.open(self.step)
             while self.step < self.max_steps:
@@ -292,22 +312,25 @@ class BasicTrainer:
                 scores = self.measure() if self.due(self.i_eval) else {}
                 improved = bool(scores) and self.best_step == self.step
                 stopping = self.stop_requested(stop) if self.step < self.max_steps else None
-                saving = self.due(self.i_save) or improved or stopping
-                if self.due(self.i_log) or scores or saving:
+                saving = self.due(self.i_save) or improved or stopping or self.checkpoint_owed
+                if self.due(self.i_log) or scores or saving or self.bad_steps.look(self.step):
                     self.log(scores)
                 if self.due(self.i_sample):
                     self.snapshot()
                 if self.due(self.i_ddpcheck):
                     self.check_ranks_agree()
                 if saving:
-                    self.save()
+                    # While steps are bad, the last good checkpoint stays the last one.
+                    must = improved or stopping or self.step == self.max_steps
+                    self.checkpoint_owed = not must and self.bad_steps.running
+                    if not self.checkpoint_owed:
+                        self.save()
                 if stopping:
                     break
             with self.status.doing("writing the last checkpoint", state="saving"):
                 self.saver.wait()
         if stopping:
             self.say(f"stopped at step {self.step}; the same command continues from there")
-        self.progress.close()
         if dist_utils.is_main():
             self.log_files.close()
         ended = {"state": "stopped", "reason": signal_name(stopping)} if stopping else {"state": "finished"}
@@ -338,29 +361,36 @@ class BasicTrainer:
             batch = part.prepare(batch, indices)
         return batch
 
+    def objects_of_step(self, step: int) -> np.ndarray:
+        """Return the items in the dataset, [B] int64, that all ranks had in a step of this process."""
+        first = self.samples_seen - (self.step - step + 1) * self.global_batch
+        return self.order.items(first, self.global_batch)
+
     def run_step(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Take one optimizer step on this rank's share of the batch.
 
         Return losses and status, averaged over micro-batches, as tensors on the device.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.undo.remember()
         losses, status = self.accumulate_gradients(batch)
         norm = torch.zeros((), device=self.device)
         if self.parameters:
             with record_function("clip"):
                 self.precision.unscale(self.optimizer)
                 norm = self.clipper(self.parameters)
+        skip = self.bad_steps.judge(losses["loss"], norm, overflow_expected=self.precision.skips_overflow)
+        if self.parameters:
             with record_function("optimizer"):
-                self.precision.step(self.optimizer)
+                self.precision.step(self.skippable, skip)
         else:
             self.optimizer.step()  # of nothing; torch warns when a schedule moves before its optimizer
         with record_function("schedule"):
             optim.step_lr_scheduler(self.scheduler, self.optimizer, losses["loss"])
         with record_function("ema"):
-            self.ema.update(self.step + 1)
-        if not self.precision.skips_overflow:
-            self.all_finite &= norm.isfinite()
-        status["grad_norm"] = norm
+            self.undo.undo(skip)
+            self.ema.update(self.step + 1, skip)
+        status |= {"grad_norm": norm, "bad_steps": self.bad_steps.total}
         for part in self.parts.values():
             status |= part.after_step(self.step + 1)
         return losses, status
@@ -450,7 +480,11 @@ class BasicTrainer:
         optim.scale_for_batch(self.optimizer, self.batch_ratio)
         self.scheduler = optim.build_lr_scheduler(self.scheduler_spec, self.optimizer)
         self.ema = EMA(self.trained, self.ema_rates, self.batch_ratio)
-        self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.skippable = SkippableOptimizer(self.optimizer)
+        self.undo = Undo(self.trained.values(), self.parts.values())
+        self.bad_steps = BadSteps(
+            self.max_bad_steps, len(self.dataset), self.objects_of_step, self.dataset.sha256, self.device
+        )
         self.objective = build_objective(self.trained, self.training_losses, self.device)
 
     def open_log(self) -> None:
@@ -458,7 +492,8 @@ class BasicTrainer:
         if dist_utils.is_main():
             # A new run also logs step 0.
             step = self.step if self.plan.resume else -1
-            self.log_files = RunLog(self.output_dir, step, self.config, self.wandb, self.say)
+            with self.status.doing("opening the logs"):
+                self.log_files = RunLog(self.output_dir, step, self.config, self.wandb, self.say)
 
     def forget_rows(self, name: str, keys: tuple[str, ...], rows: Tensor) -> None:
         """Reset what the optimizer and the averages remember of rows [n] int64 of these tensors of a model."""
@@ -471,8 +506,11 @@ class BasicTrainer:
     # --- checkpoints ---
 
     def save(self) -> None:
-        """Begin to write the checkpoint of this step. Raise RuntimeError if weights have become NaN."""
+        """Begin to write this step's checkpoint. Raise DivergedError if steps are bad or a weight is not finite."""
         self.require_finite()
+        for name, model in self.trained.items():
+            require_finite(model.state_dict(), f"step {self.step}: {name}")
+        self.skippable.settle()
         states = {name: part.state_dict() for name, part in self.parts.items()}
         if dist_utils.is_main():
             misc = {
@@ -480,14 +518,15 @@ class BasicTrainer:
                 "samples_seen": self.samples_seen,
                 "seconds": self.seconds,
                 "seed": self.seed,
-                "dataset_size": len(self.dataset),
-                "data_dir": ",".join(os.path.abspath(root) for root in self.dataset.roots),
+                **self.data_facts,
                 "best": self.best,
                 "versions": self.versions,
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
                 "grad_clip": self.clipper.state_dict(),
                 "precision": self.precision.state_dict(),
+                "bad_steps": self.bad_steps.state_dict(),
+                "course": self.course.state_dict(),
                 **{name: state for name, state in states.items() if state},
             }
             with self.status.doing("writing the checkpoint", state="saving"):
@@ -497,7 +536,7 @@ class BasicTrainer:
                     self.ema.averages,
                     {name: model.state_dict() for name, model in self.frozen.items()},
                     misc,
-                    self.keep_last,
+                    None if self.bad_steps.running else self.keep_last,
                 )
 
     def load_training_state(self, checkpoints: Checkpoints, step: int) -> None:
@@ -513,21 +552,27 @@ class BasicTrainer:
             self.scheduler.load_state_dict(misc["lr_scheduler"])
         self.clipper.load_state_dict(misc["grad_clip"])
         self.precision.load_state_dict(misc["precision"])
+        self.bad_steps.load_state_dict(misc.get("bad_steps", {}))  # older checkpoints have none
         self.ema.load(checkpoints, step)
-        if misc["dataset_size"] != len(self.dataset):
-            self.say(f"the training split had {misc['dataset_size']} objects and has {len(self.dataset)} now")
+        if dist_utils.is_main():
+            for line in data_changes.changes(misc, self.data_facts, self.dataset):
+                self.say(f"note: the data have changed since step {step}: {line}")
+            if data_changes.same_validation(misc, self.data_facts):
+                self.course.load_state_dict(misc["course"])
         for name, part in self.parts.items():
             if name in misc:  # older checkpoints lack parts that were added since
                 part.load_state_dict(misc[name])
 
     def require_finite(self) -> None:
-        """Raise RuntimeError if a gradient was not finite, or fp16 no longer recovers from overflow."""
-        if not self.all_finite or self.precision.hopeless:
-            raise RuntimeError(
-                f"gradients are not finite at step {self.step}. Nothing since the last checkpoint is saved; "
-                "set trainer.args.grad_clip and run the same command again, or start a new --output_dir with a "
-                "lower trainer.args.optimizer.args.lr"
-            )
+        """Raise DivergedError after too many bad steps, or if fp16 no longer recovers from overflow."""
+        origin = ", ".join(self.plan.origin.values())
+        self.bad_steps.require_progress(self.step, self.checkpoints, self.lr, origin)
+        self.precision.require_hope(self.step)
+
+    @cached_property
+    def data_facts(self) -> dict[str, Any]:
+        """What identifies the data, as they were when the run started."""
+        return data_changes.facts_of(self.dataset)
 
     # --- reporting ---
 
@@ -552,18 +597,20 @@ class BasicTrainer:
         if scores is None:
             return {}
         self.say(f"step {self.step}  validation  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        self.course.add(self.step, scores, self.object_scores)
         if self.best is None or scores[self.best_by] > self.best["score"]:
             self.best = {"step": self.step, "by": self.best_by, "score": scores[self.best_by]}
-        elif (
-            self.step == self.max_steps
-            and self.best["step"] == 0
-            and scores[self.best_by] < self.best["score"] - SPREAD
-        ):
-            self.say(
-                f"WARNING: this run made the models worse: {self.best_by} {self.best['score']:.4f} before step 1, "
-                f"{scores[self.best_by]:.4f} now. What it started from is kept as step 0 (--ckpt best, or 0). To do: "
-                'lower trainer.args.optimizer.args.lr or set trainer.args.lr_scaling to "rms", or train for longer.'
+        elif self.step == self.max_steps and self.best["step"] == 0:
+            first_loss, last_loss = self.bad_steps.mean_losses()
+            warning = self.course.verdict(
+                trained=list(self.trained),
+                lr=self.lr,
+                first_loss=first_loss,
+                last_loss=last_loss,
+                bad_steps=int(self.bad_steps.total),
             )
+            if warning is not None:
+                self.say(warning)
         self.status.set(scores={"step": self.step, **scores}, best=self.best)
         return {f"val/{name}": value for name, value in scores.items()}
 
@@ -572,9 +619,14 @@ class BasicTrainer:
         started = time.monotonic()
         rows = self.pending.fetch()  # waits for the device
         self.seconds += time.monotonic() - started
+        for line in self.bad_steps.report(rows):
+            self.say(line)
+        if dist_utils.is_main():
+            self.write_log(rows, scores)
         self.require_finite()
-        if not dist_utils.is_main():
-            return
+
+    def write_log(self, rows: list[dict[str, Any]], scores: dict[str, float]) -> None:
+        """Write fetched steps and scores to the log files."""
         require_lock(self.output_dir)
         summary = dict(scores)
         if rows:
@@ -582,7 +634,9 @@ class BasicTrainer:
             summary["samples_per_second"] = len(rows) * self.global_batch / elapsed
             if self.device.type == "cuda":
                 summary["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
+        good = [row for row in rows if "objects" not in row]  # the others have NaN
+        names = [name for name in (good[0] if good else ()) if name != "step"]
+        means = {name: sum(row[name] for row in good) / len(good) for name in names}
         beside = self.reference.beside(self, scores, means.get("loss")) if self.reference and scores else {}
         if beside:
             self.say(beside["note"])

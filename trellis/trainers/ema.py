@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..models import read_weights
 from ..runs.checkpoint import Checkpoints, model_file
 from ..utils.errors import CheckpointError
+from .skip import host_knows
 
 
 def ramped_rate(rate: float, step: int) -> float:
@@ -38,15 +39,27 @@ class EMA:
         return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move each average towards the live models. Integer buffers are copied."""
+    def update(self, step: int, skip: Tensor | None = None) -> None:
+        """Move each average towards the live models. Integer buffers are copied.
+
+        skip: bool scalar on the models' device; if it is set, averages stay as they are. The models must then be
+            finite and as they were before the step.
+        """
+        if skip is not None and host_knows(skip):
+            if skip:
+                return
+            skip = None
         for rate, averages in self.averages.items():
+            weight = 1 - ramped_rate(rate, step) ** self.batch_ratio
             for name, model in self.models.items():
                 pairs = [(averages[name][key], live) for key, live in model.state_dict().items()]
                 floats = [(mean, live) for mean, live in pairs if mean.is_floating_point()]
                 if floats:
                     means, lives = zip(*floats, strict=True)
-                    torch._foreach_lerp_(means, lives, 1 - ramped_rate(rate, step) ** self.batch_ratio)
+                    if skip is None:
+                        torch._foreach_lerp_(means, lives, weight)
+                    else:
+                        torch._foreach_lerp_(means, lives, [torch.where(skip, 0.0, weight)] * len(means))
                 for mean, live in pairs:
                     if not mean.is_floating_point():
                         mean.copy_(live)
@@ -59,7 +72,7 @@ class EMA:
                 averages[name][key][rows] = live[key][rows]
 
     def load(self, checkpoints: Checkpoints, step: int) -> None:
-        """Load the averages of a checkpoint. Raise CheckpointError if one is missing or does not fit."""
+        """Load the averages of a checkpoint. Raise CheckpointError if one is missing, does not fit or is not finite."""
         for rate, averages in self.averages.items():
             for name, average in averages.items():
                 path = checkpoints.folder / model_file(name, step, rate)
@@ -67,6 +80,10 @@ class EMA:
                 if state.keys() != average.keys():
                     raise CheckpointError(f"{path} does not hold the tensors of {name}; the folder is damaged")
                 for key, value in state.items():
+                    if not value.isfinite().all():
+                        raise CheckpointError(
+                            f"{path}: {key} has numbers that are not finite; go back to an earlier --ckpt"
+                        )
                     average[key].copy_(value)
 
     def module(self, name: str, rate: float) -> nn.Module:

@@ -261,12 +261,17 @@ def build_lr_scheduler(spec: dict | None, optimizer: torch.optim.Optimizer, wher
 
 
 def step_lr_scheduler(scheduler, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Advance by one optimizer step. loss: this rank's; ReduceLROnPlateau alone uses it, as the mean over ranks."""
+    """Advance by one optimizer step. loss: this rank's; ReduceLROnPlateau alone uses it, as the mean over ranks.
+
+    ReduceLROnPlateau does not count a loss that is not finite.
+    """
     if scheduler is None:
         return
     with _relative_lrs(optimizer):
         if isinstance(scheduler, schedulers.ReduceLROnPlateau):
-            scheduler.step(dist_utils.all_mean(loss).item())
+            mean = dist_utils.all_mean(loss).item()
+            if math.isfinite(mean):
+                scheduler.step(mean)
         else:
             scheduler.step()
 

@@ -27,6 +27,15 @@ class Part:
         """Return the batch as a training step takes it. indices: [B] int64 on the CPU, the items in the dataset."""
         return batch
 
+    def remember(self) -> None:
+        """Keep what the forward passes of a step are about to change, for `undo`."""
+
+    def undo(self, skip: Tensor) -> None:
+        """Go back to what was kept if `skip`, a bool scalar on the device: the step was not finite and is skipped.
+
+        Called after the forward passes of each step. Do not wait for the device: see `skip.put_back`.
+        """
+
     def after_step(self, step: int) -> dict[str, Tensor]:
         """Act on optimizer step `step` (from 1), which is done. Return scalars to log, the same names at every step."""
         return {}

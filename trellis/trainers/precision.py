@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..modules.model import Model
+from ..utils.errors import DivergedError
+from .skip import SkippableOptimizer
 
 
 class Precision:
@@ -43,15 +45,24 @@ class Precision:
         """Divide the gradients by the loss scale, before they are clipped."""
         self.scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the optimizer step, unless fp16 gradients overflowed."""
-        self.scaler.step(optimizer)
+    def step(self, optimizer: SkippableOptimizer, skip: Tensor) -> None:
+        """Take the optimizer step unless `skip`, which must be set if a gradient is not finite."""
+        optimizer.step(skip)
         self.scaler.update()
 
     @property
     def hopeless(self) -> bool:
         """Whether fp16 overflowed so often that the loss scale is too small to be of use."""
         return self.skips_overflow and self.scaler.get_scale() < 2.0**-10
+
+    def require_hope(self, step: int) -> None:
+        """Raise DivergedError if this precision is `hopeless`."""
+        if self.hopeless:
+            raise DivergedError(
+                f"training has diverged: at step {step}, gradients overflow fp16 however small the loss scale is. "
+                'Nothing since the last checkpoint is saved; set trainer.args.mix_precision_dtype to "bfloat16" and '
+                "run the same command again, or lower trainer.args.optimizer.args.lr in a new --output_dir"
+            )
 
     @property
     def skips_overflow(self) -> bool:

@@ -4,6 +4,8 @@ None of them may stop training: the first error of one is said, and it gets noth
 """
 
 import json
+import secrets
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +23,7 @@ WANDB_ARGS = {
     "mode": str,
 }  # fmt: skip
 WANDB_MODES = ("online", "offline")
+CLOSING = 120.0  # seconds
 WANDB_ID = "wandb_id.json"  # in the run folder: a run that goes on stays the same run there
 
 
@@ -74,12 +77,12 @@ class WeightsAndBiases:
     def __init__(self, run_dir: Path, spec: dict[str, Any], config: dict, say: Callable[[str], None]):
         import wandb
 
-        self.wandb = wandb
+        self.wandb, self.say = wandb, say
         path = run_dir / WANDB_ID
         try:
             known = json.loads(path.read_text(encoding="utf-8"))["id"]
         except (OSError, ValueError, KeyError, TypeError):
-            known = wandb.util.generate_id()  # a damaged file costs no more than a second run there
+            known = secrets.token_hex(4)  # a damaged file costs no more than a second run there
             with atomic_write(path) as partial:
                 partial.write_text(json.dumps({"id": known}) + "\n", encoding="utf-8")
         common = {"dir": str(run_dir), "config": config, "id": known, "resume": "allow"}
@@ -93,19 +96,25 @@ class WeightsAndBiases:
                 f"Weights & Biases cannot be used now ({first}); curves go to {run_dir / 'wandb'}, and "
                 "`wandb sync` sends them"
             )
+            wandb.teardown()  # of the attempt, which else holds the id
             self.run = wandb.init(**{**spec, "mode": "offline"}, **common)
         # A run that went back to a checkpoint repeats steps, which wandb's own counter would refuse.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        self.run.log({"step": step, **values})
+        self.run.log({**values, "step": step})
 
     def image(self, name: str, picture: np.ndarray, step: int) -> None:
-        self.run.log({"step": step, name: self.wandb.Image(picture)})
+        self.run.log({name: self.wandb.Image(picture), "step": step})
 
     def close(self) -> None:
-        self.run.finish()
+        """Send what is left, for CLOSING seconds at most: a run that has ended must not wait for a network."""
+        sending = threading.Thread(target=self.run.finish, name="wandb", daemon=True)
+        sending.start()
+        sending.join(CLOSING)
+        if sending.is_alive():
+            self.say(f"Weights & Biases has not got everything after {CLOSING:.0f} s; `wandb sync` sends the rest")
 
 
 def check_wandb(spec: dict | None, where: str) -> None:
@@ -140,13 +149,14 @@ class Sinks:
         try:
             self.open.append(build())
         except ImportError as error:
-            self.say(f"{name} gets nothing, since {error.name or 'a module'} cannot be imported ({error})")
+            package = f": pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+            self.say(f"{name} gets nothing, since it cannot be imported ({error}){package}; log.txt has all numbers")
         except Exception as error:  # whatever a package raises, and a full disk: curves are not worth a run
-            self._give_up(name, error)
+            self._give_up(name, "nothing", error)
 
-    def _give_up(self, name: str, error: Exception) -> None:
+    def _give_up(self, name: str, what: str, error: Exception) -> None:
         first = (str(error).strip().splitlines() or [""])[0]
-        self.say(f"{name} gets nothing more ({type(error).__name__}: {first}); training goes on, log.txt has all")
+        self.say(f"{name} gets {what} ({type(error).__name__}: {first}); training goes on, and log.txt has all numbers")
 
     def _each(self, call: Callable[[Sink], None]) -> None:
         for sink in list(self.open):
@@ -154,7 +164,7 @@ class Sinks:
                 call(sink)
             except Exception as error:  # see `add`
                 self.open.remove(sink)
-                self._give_up(sink.name, error)
+                self._give_up(sink.name, "nothing more", error)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Write values by name to all."""

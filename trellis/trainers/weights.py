@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from ..models import load_weights, pretrained_files
 from ..runs.checkpoint import Checkpoints, model_file
 from ..runs.open import open_run
@@ -31,11 +33,12 @@ class WeightPlan:
     notes: list[str] = field(default_factory=list)  # for the user
 
     def load(self, models: dict) -> None:
-        """Load the planned files into the models. Raise CheckpointError if a file does not fit."""
+        """Load the planned files into the models. Raise CheckpointError if a file does not fit or is not finite."""
         for name, model in models.items():
             file = self.files[name]
             if file is not None:
                 load_weights(model, file, part=name if file == self.tokenizer else None)
+                _require_finite(model.state_dict(), name, file)
 
 
 def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: str | None, ckpt: str) -> WeightPlan:
@@ -102,6 +105,19 @@ def _take_tokenizer(plan: WeightPlan, folder: Path, ckpt: str) -> None:
             plan.files[name], plan.origin[name] = plan.tokenizer, f"{folder} (saved tokenizer)"
         else:
             plan.notes.append(f"{folder} has no {name}")
+
+
+def _require_finite(state: dict[str, Tensor], name: str, file: Path) -> None:
+    """Raise CheckpointError naming the first tensor of a model that has NaN or infinity. file: where it is from."""
+    for key, value in state.items():
+        bad = ~value.isfinite()
+        if bad.any():
+            at = [int(place) for place in bad.nonzero()[0]]
+            raise CheckpointError(
+                f"{file}: {key} of {name} has {int(bad.sum())} numbers of {bad.numel()} that are not finite, such as "
+                f"{value[tuple(at)].item()} at {at}; nothing can be trained from it. Give weights of an earlier "
+                "checkpoint (--ckpt), or of another run"
+            )
 
 
 def _finetune_file(source: str, name: str) -> Path:

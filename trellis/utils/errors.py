@@ -13,5 +13,9 @@ class DataError(UserError):
     """A data file or folder that is missing, damaged or not in the expected layout."""
 
 
+class DivergedError(UserError):
+    """A training run whose steps are no longer finite numbers. Trying again would end alike."""
+
+
 class CheckpointError(UserError):
     """Weights or a checkpoint that are missing, damaged or do not fit the models."""

@@ -1,5 +1,6 @@
 """The processes of one node: started, signaled and ended together."""
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -67,7 +68,9 @@ def run_all(target: Callable[[int], int], number: int) -> int:
     stopped = [code for code in codes if code in STOP_CODES]
     if stopped:
         return stopped[0]
-    raise RankFailedError("; ".join(f"process {i} {_how(code)}" for i, code in enumerate(codes) if code))
+    raise RankFailedError(
+        "; ".join(f"process {i} {_how(code)}" for i, code in enumerate(codes) if code and i not in ended)
+    )
 
 
 def _wait(processes: Sequence[SpawnProcess]) -> None:
@@ -106,11 +109,19 @@ def _run(target: Callable[[int], int], number: int, errors) -> None:
             traceback.print_exc()
             errors.put(RankFailedError(f"process {number}: {type(error).__name__}: {error}"))
             code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not by sys.exit: threads and communicators of a failed group may wait for ever.
         if code:
-            os._exit(code)
+            end(code)
+
+
+def end(code: int) -> None:
+    """End this process without waiting for what a failed group of ranks leaves behind: threads and communicators."""
+    timer = threading.Timer(signals.UNWIND_SECONDS, os._exit, [code])
+    timer.daemon = True
+    timer.start()
+    atexit._run_exitfuncs()  # loading processes, semaphores
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _end_with_parent() -> None:

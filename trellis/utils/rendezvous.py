@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+from typing import Any
 
 import torch.distributed as dist
 
@@ -77,25 +78,25 @@ def where_all(store: dist.TCPStore, world: int) -> str:
     """Return where the ranks have been, in words. store: of `host_store`."""
     view, parts = dist.PrefixStore("trellis 0", store), []
     for rank in range(world):
-        report = view.get(f"where {rank}") if view.check([f"where {rank}"]) else b""
+        report = json.loads(view.get(f"where {rank}")) if view.check([f"where {rank}"]) else None
         parts.append(f"rank {rank} {describe(report)}")
     return "; ".join(parts)
 
 
-def describe(report: bytes) -> str:
+def describe(report: dict[str, Any] | None) -> str:
     """Return a rank's report (see `watch`) in words."""
-    if not report:
+    if report is None:
         return "starting"
-    found = json.loads(report)
-    return f"on {found['host']} at step {found['step']}, {found['place'] or 'outside of training'}"
+    return f"on {report['host']} at step {report['step']}, {report['place'] or 'outside of training'}"
 
 
-def check_in(store: dist.Store, rank: int, world: int, minutes: float, *, speak: bool) -> None:
+def check_in(store: dist.Store, rank: int, world: int, minutes: float, *, speak: bool, gpu: str = "") -> None:
     """Report at the store and wait until every rank has. Raise ConfigError for ranks that do not come or do not fit.
 
+    gpu: what identifies this rank's GPU, if it has one.
     speak: whether this rank says that it waits.
     """
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "world": world}
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "world": world, "gpu": gpu}
     number = store.add(f"reports of rank {rank}", 1)
     store.set(f"rank {rank}, report {number}", json.dumps(me))
     if rank > 0:
@@ -119,6 +120,7 @@ def _verdict(store: dist.Store, world: int, minutes: float, speak: bool) -> str:
     wait, missing = Wait(minutes, speak), list(range(world))
     while True:
         missing = [rank for rank in missing if not store.check([f"rank {rank}, report 1"])]
+        gpus: dict[str, int] = {}
         for rank in range(world):
             if rank not in missing:
                 report = json.loads(store.get(f"rank {rank}, report 1"))
@@ -129,6 +131,12 @@ def _verdict(store: dist.Store, world: int, minutes: float, speak: bool) -> str:
                     )
                 if store.check([f"rank {rank}, report 2"]):
                     return _twice(store, rank)
+                other = gpus.setdefault(report["gpu"] or f"none {rank}", rank)
+                if other != rank:
+                    return (
+                        f"ranks {other} and {rank} take the same GPU of {report['host']}; start one process per GPU, "
+                        "each with its own LOCAL_RANK"
+                    )
         if not missing:
             return ""
         if not wait.on(f"for {_ranks(missing)} of {world}"):

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,24 @@ from .processes import RankFailedError
 from .rendezvous import ENDED, describe
 
 LOOK_EVERY = 1.0  # seconds
+# A rank whose thread has not written for this time is gone, or its host is: compiled code that keeps Python's threads
+# waiting takes less.
+SILENT_SECONDS = 120.0
 # Validation, k-means, reading data, downloads and checkpoints may take this many times as long as a training step.
 LONG_PHASE = 6
 # A rank that finds the same error as the others reports it itself within this time.
 GRACE_SECONDS = 5.0
 STEP_FUNCTIONS = ("run_step", "batches", "stop_requested")
 PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Seen:
+    """What is known of a rank: its last report, and when it came, and when it last had moved."""
+
+    report: dict[str, Any] | None
+    came: float
+    moved: float
 
 
 class Watch:
@@ -45,7 +58,7 @@ class Watch:
         self._main = threading.main_thread().ident
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._seen: dict[int, tuple[bytes, float]] = {}  # of each rank: its last report, and when it came
+        self._seen: dict[int, Seen] = {}
 
     def start(self) -> None:
         self._thread.start()
@@ -56,7 +69,7 @@ class Watch:
         self._thread.join()
 
     def fail(self, error: BaseException) -> None:
-        """Let every rank end because of this rank's error. Raise RankFailedError if another rank was first."""
+        """Let every rank end because of this rank's error. Raise RankFailedError if it follows from another rank's."""
         where = f"rank {self.rank} on {socket.gethostname()}"
         if isinstance(error, signals.Stopped):
             reason, code = f"{where} was stopped by {signal.Signals(error.signum).name}", 128 + error.signum
@@ -65,8 +78,9 @@ class Watch:
         else:
             reason, code = f"{where} failed at step {self.step()}: {type(error).__name__}: {error}", 1
         first = self._end_all(reason, code)
-        if first is not None and first != reason and isinstance(error, Exception):
-            raise RankFailedError(first) from None
+        own = isinstance(error, (UserError, signals.Stopped))
+        if first not in (None, reason) and not own:
+            raise RankFailedError(str(first)) from None
 
     def _end_all(self, reason: str, code: int) -> str | None:
         """Let every rank end with this exit code. Return the first reason, or None if the store has gone."""
@@ -77,38 +91,44 @@ class Watch:
             return None
 
     def _run(self) -> None:
-        started = time.monotonic()
+        beat = 0
         try:
             while not self._stopped.wait(LOOK_EVERY):
-                self.store.set(f"where {self.rank}", json.dumps(self.where()))
+                beat += 1
+                self.store.set(f"where {self.rank}", json.dumps({**self.where(), "beat": beat}))
                 if self.store.check([ENDED]):
                     self._end(json.loads(self.store.get(ENDED)))
-                self._look(started)
+                self._look()
         except dist.DistError as error:
             text = str(error).splitlines()[0]
             self._end({"reason": f"the host of the ranks' store does not answer any more ({text})", "code": 1})
 
-    def _look(self, started: float) -> None:
-        """Read where the ranks are, and end all if none has moved for too long."""
+    def _look(self) -> None:
+        """Read where the ranks are, and end all if one is gone or none has moved for too long."""
         now, hanging = time.monotonic(), True
         for rank in range(self.world):
-            report = b""
+            report = None
             if self.store.check([f"where {rank}"]):
-                report = self.store.get(f"where {rank}")
-            if rank not in self._seen or self._seen[rank][0] != report:
-                self._seen[rank] = (report, now if report else started)
-            long = not report or json.loads(report)["long"]
-            hanging &= now - self._seen[rank][1] > 60 * self.minutes * (LONG_PHASE if long else 1)
+                report = json.loads(self.store.get(f"where {rank}"))
+            seen = self._seen.setdefault(rank, Seen(report, now, now))
+            if report is not None and report != seen.report:
+                moved = seen.report is None or {**report, "beat": 0} != {**seen.report, "beat": 0}
+                self._seen[rank] = seen = Seen(report, now, now if moved else seen.moved)
+            if report is not None and now - seen.came > min(SILENT_SECONDS, 60 * self.minutes):
+                silent = now - seen.came
+                self._end_all(f"rank {rank} has been silent for {silent:.0f} s: {self.report()}", 1)
+            long = report is None or report["long"]
+            hanging &= now - seen.moved > 60 * self.minutes * (LONG_PHASE if long else 1)
         if hanging:
             self._end_all(f"the job hangs; no rank has moved for {60 * self.minutes:.0f} s: {self.report()}", 1)
 
     def report(self) -> str:
         """Return where each rank stands, as far as this one knows."""
-        now, parts = time.monotonic(), []
-        for rank in range(self.world):
-            text, since = self._seen.get(rank, (b"", now))
-            parts.append(f"rank {rank}: {describe(text)}, for {now - since:.0f} s")
-        return "; ".join(parts)
+        now = time.monotonic()
+        return "; ".join(
+            f"rank {rank}: {describe(seen.report)}, for {now - seen.moved:.0f} s"
+            for rank, seen in sorted(self._seen.items())
+        )
 
     def where(self) -> dict[str, Any]:
         """Return where this rank's main thread is."""

@@ -6,8 +6,8 @@ where Ñ_k = (N_k + ε) / (N + K·ε) · N with N = Σ N_k is Laplace smoothing.
 would become 0/0.
 
 Departures: sums and counts start as if each code had one vector, itself; the paper leaves the start open. A vector
-that is not finite is left out, so that a step with an overflow, which fp16 skips, leaves no NaN here. With gradient
-accumulation, each micro-batch moves the codes.
+whose square is not finite in fp32 is left out, so that nothing here becomes infinite or NaN; and codes stay where they
+are if, without any vector, all counts have faded to zero. With gradient accumulation, each micro-batch moves the codes.
 
 Axes: N vectors, D channels of a code, K codes.
 """
@@ -93,7 +93,7 @@ def follow_average(
     vectors: [..., D], of which each chose the code of `rows` [...].
     """
     vectors = vectors.detach().flatten(0, -2)
-    finite = vectors.isfinite().all(1, keepdim=True)
+    finite = vectors.float().square().sum(1, keepdim=True).isfinite()
     values = torch.cat([torch.where(finite, vectors, 0), finite], 1).double()
     # In fp64, so that neither the order of vectors nor their split over ranks changes the fp32 result.
     batch = values.new_zeros(len(codes), values.shape[1]).index_add_(0, rows.flatten(), values)
@@ -102,7 +102,7 @@ def follow_average(
     counts.lerp_(batch[:, -1], 1 - decay)
     total = counts.sum()
     smoothed = (counts + epsilon) / (total + len(codes) * epsilon) * total
-    codes.copy_(sums / smoothed[:, None])
+    codes.copy_(torch.where(smoothed[:, None] > 0, sums / smoothed[:, None], codes))
 
 
 class _Codebook(nn.Module):

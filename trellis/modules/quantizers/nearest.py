@@ -30,7 +30,7 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Return the index of the nearest code in Euclidean distance, the lowest on ties, as [N] int64.
 
     vectors: [N, D], codebook: [K, D], both used as float32. No [N, K] matrix exists: memory grows with the tile only.
-    For a vector that is not finite, its index is undefined.
+    For a vector that is not finite, the index is undefined but lies in [0, K).
     """
     if vectors.ndim != 2 or codebook.ndim != 2 or vectors.shape[1] != codebook.shape[1] or not len(codebook):
         raise ValueError(f"vectors {tuple(vectors.shape)} and codebook {tuple(codebook.shape)} must be [N, D], [K, D]")
@@ -74,7 +74,9 @@ def _by_tiles(vectors: Tensor, codebook: Tensor) -> Tensor:
         limit = smallest + 2.02 * bound * (5 * tile.square().sum(1) + 4 * smallest)
         block, vector = (smallest_of_block <= limit).nonzero(as_tuple=True)
         pair, member = (scores[block, :, vector] <= limit[vector, None]).nonzero(as_tuple=True)
-        _decide(tile, codebook, vector[pair], block[pair] * BLOCK + member, index)
+        # The limit of a vector whose square overflows is infinite, as the scores of padding are.
+        code = (block[pair] * BLOCK + member).clamp(max=K - 1)
+        _decide(tile, codebook, vector[pair], code, index)
     return indices
 
 

@@ -27,6 +27,7 @@ from ...modules.quantizers.base import Quantized, Quantizer
 from ...utils import dist_utils
 from ...utils.random_utils import derive_seed, sample_noise
 from ..part import Part
+from ..skip import put_back
 
 # Steps of a window if no codes are revived.
 WINDOW = 100
@@ -68,6 +69,7 @@ class CodebookWatch(Part):
         Q, K = quantizer.codes_per_token, quantizer.codebook_size
         self.counts = torch.zeros(Q, K, dtype=torch.int64, device=device)
         self.usage = torch.full((), torch.nan, device=device)  # of the last window that ended
+        self.before: list[Tensor] = []  # what `undo` goes back to
         channels = quantizer.code_channels()
         self.samples = [_Sample(K, channels, device) for _ in range(Q)] if self.last_step else []
 
@@ -92,7 +94,7 @@ class CodebookWatch(Part):
         the smallest keys x / error, x from an exponential distribution (Efraimidis and Spirakis, Inf. Process. Lett.
         97, 2006). The keys depend on the seed and the sample alone, so ranks and interruptions change no draw.
         """
-        self.counts += counts
+        self.counts = self.counts + counts
         if self.end_of_window(step) > self.last_step:
             return
         quantizer = self.quantizer
@@ -110,6 +112,17 @@ class CodebookWatch(Part):
             if chosen is not None:
                 keys = torch.where(chosen, keys, torch.inf)
             self.samples[place].keep(keys.flatten(), own.flatten(0, -2))
+
+    def remember(self) -> None:
+        # None of these tensors is changed in place.
+        self.before = [self.counts, *(value for sample in self.samples for value in (sample.keys, sample.vectors))]
+
+    def undo(self, skip: Tensor) -> None:
+        counts, *samples = self.before
+        self.counts = put_back(skip, counts, self.counts)
+        for sample, keys, vectors in zip(self.samples, samples[::2], samples[1::2], strict=True):
+            sample.keys = put_back(skip, keys, sample.keys)
+            sample.vectors = put_back(skip, vectors, sample.vectors)
 
     # --- after a step ---
 

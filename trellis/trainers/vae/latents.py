@@ -15,6 +15,7 @@ from ...datasets.batches import to_device
 from ...datasets.sparse_structure import SparseStructure
 from ...models.sparse_structure_vae import SparseStructureEncoder
 from ...utils import dist_utils
+from ...utils.errors import DataError
 from ..part import Part
 from ..precision import Precision
 from .latent_cache import LatentCache, cache_folder, folder_of, latent_key, require_place
@@ -55,12 +56,22 @@ class TrainingLatents(Part):
 
     def of_objects(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return latents [n, C, X, Y, Z] and grids [n, 1, R, R, R] of training objects, each in one of the forms that
-        augmentation gives it. indices: [n] int64."""
+        augmentation gives it. indices: [n] int64. Raise DataError naming an object whose latent is not finite."""
         batch = to_device(self.dataset, self.dataset.get_batch(indices), self.device)
         ss = self.dataset.augment({**batch, "sample_ids": torch.from_numpy(indices)}, self.seed)["ss"]
         if self.cache is None:
-            return self.encode(ss, np.arange(len(indices))), ss
-        return self.cache.fetch(indices, lambda absent: self.encode(ss, absent)), ss
+            z = self.encode(ss, np.arange(len(indices)))
+        else:
+            z = self.cache.fetch(indices, lambda absent: self.encode(ss, absent))
+        bad = (~z.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            index = int(indices[bad[0]])
+            raise DataError(
+                f"{self.dataset.entries[index].root}: the latent of {self.dataset.sha256(index)} has numbers that are "
+                f"not finite ({len(bad)} such objects of {len(indices)}). The encoder's weights are finite, so "
+                "compute in more precision (trainer.args.mix_precision_mode null), or leave the object out"
+            )
+        return z, ss
 
     @torch.no_grad()
     def encode(self, ss: Tensor, rows: np.ndarray) -> Tensor:

@@ -47,7 +47,7 @@ from trellis.utils.errors import CheckpointError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO)
 STEPS, I_SAVE = 8, 2
-_FORK = multiprocessing.get_context("fork")
+_FORK = multiprocessing.get_context("fork" if os.name == "posix" else None)
 
 
 # --- a tiny run ------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def equal(a: object, b: object) -> bool:
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
+    return a == b or (a != a and b != b)  # NaN is NaN
 
 
 def read_until(stop, folder: Path, counts) -> int:

@@ -320,10 +320,10 @@ def build_trainer(args: argparse.Namespace, config: Configuration, device: torch
 
 
 def last_checkpoint(run_dir: str) -> tuple[int, int] | None:
-    """Return the last complete step of a run folder and when it was written, in ns; None if there is none."""
+    """Return the last step that a run folder has saved and when, in ns; None if there is none."""
     checkpoints = Checkpoints(run_dir)
-    step = checkpoints.latest()
-    return None if step is None else (step, (checkpoints.folder / misc_file(step)).stat().st_mtime_ns)
+    steps = checkpoints.steps()
+    return (steps[-1], (checkpoints.folder / misc_file(steps[-1])).stat().st_mtime_ns) if steps else None
 
 
 # Trying again cannot help against a full or read-only disk, a quota, or missing permissions.

@@ -14,7 +14,7 @@ cd "$ROOT"
 # Left out: what has nothing to do with versions of packages (documents, benchmarks, the demo), the browser, and tests of
 # 8 seconds and more whose libraries are met in a shorter one too.
 SLOW=(
-    tests/test_checkpoint.py::test_a_new_run_over_incomplete_sets_keeps_its_own_and_uses_its_own_frozen_weights
+    tests/test_checkpoint.py::test_a_run_starts_over_only_where_it_has_no_checkpoint_and_uses_its_own_frozen_weights
     tests/test_codebook_watch.py::test_a_collapsed_codebook_comes_back_to_life
     tests/test_codebook_watch.py::test_two_ranks_equal_one
     tests/test_fused.py::test_training_through_the_kernels_gives_the_plain_losses

@@ -23,6 +23,7 @@ from benchmarks import (
     plain,
     plain_train,
     runs,
+    save,
     scaling,
     startup,
     tokenizer,
@@ -36,6 +37,8 @@ SCRIPTS = (
     "train_speed",
     "nearest_code",
     "data_wait",
+    "faults",
+    "save",
     "startup",
     "encode",
     "layers",
@@ -465,6 +468,18 @@ def test_data_wait(measure):
     assert row["samples/s"] * row["ms per step"] / 1e3 == near(row["batch"]) == near(2)
     assert 0 < row["ms waiting"] < row["ms per step"] and row["share"] == near(row["ms waiting"] / row["ms per step"])
     assert row["limit"] == near(row["samples/s"] / row["loader alone, samples/s"])
+
+
+def test_save(measure):
+    rows = measure(save, *TINY, "--batch_size", "1", "--every", "4", "--saves", "3")
+    assert [(row["step"], row["written"]) for row in rows] == [
+        (4, "while training waits"),
+        (8, "in the background"),
+        (12, "while training waits"),
+    ]
+    for row in rows:
+        assert 0 < row["in save(), s"] <= row["writing, s"]
+        assert row["written"] == "in the background" or row["steps meanwhile"] == 0
 
 
 def test_layers(measure, ceilings, tmp_path):

@@ -285,15 +285,16 @@ def test_a_sum_of_another_program_counts_only_for_the_file_that_is_used(tmp_path
         run.weight_file("decoder")
 
 
+@pytest.mark.parametrize("name", [model_file("decoder", 4), misc_file(4)])
 @pytest.mark.parametrize("ckpt, code", [("latest", 1), ("2", 0)])
 def test_a_damaged_checkpoint_stops_a_resume_and_the_one_before_is_used_where_asked(
-    ckpt, code, data_dir, write_config, tmp_path, capsys
+    ckpt, code, name, data_dir, write_config, tmp_path, capsys
 ):
     flags = ("--config", write_config(tiny_config(max_steps=4)), "--data_dir", data_dir, "--output_dir", tmp_path)
     assert run(*flags) == 0
     checkpoints = Checkpoints(tmp_path)
     want = checkpoint(tmp_path, 4)
-    path = checkpoints.folder / model_file("decoder", 4)
+    path = checkpoints.folder / name
     flip(path, path.stat().st_size // 2, 0)
     before = {path: path.read_bytes() for path in checkpoints.folder.iterdir()}
     assert run(*flags, "--ckpt", ckpt) == code

@@ -57,7 +57,7 @@ class Holder:
             pid=os.getpid(),
             started=_started(os.getpid()),
             job=os.environ.get("SLURM_JOB_ID", ""),
-            restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            restart=_restarts(),
             command=" ".join(sys.argv),
             since=datetime.now().astimezone().isoformat(timespec="seconds"),
         )
@@ -83,8 +83,8 @@ class Holder:
         """Return whether the holder has ended; None if that cannot be seen from here."""
         if self.is_here():
             return not is_running(self.pid) or self.started != _started(self.pid)
-        job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        return True if self.job and self.job == job and restart > self.restart else None
+        again = self.job and self.job == os.environ.get("SLURM_JOB_ID") and _restarts() > self.restart
+        return True if again else None
 
 
 class RunLock:
@@ -322,6 +322,12 @@ def _started(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
+
+
+def _restarts() -> int:
+    """Return how often Slurm has started this job again."""
+    count = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdecimal() else 0
 
 
 def _in_words(seconds: float) -> str:

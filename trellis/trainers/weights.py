@@ -51,7 +51,7 @@ def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: s
     config = complete_config(config)
     names = list(config["models"])
     own = Checkpoints(output_dir)
-    if own.latest() is not None:
+    if own.steps():
         own_step = own.resolve(ckpt)
         if own_step is None:
             raise CheckpointError(

@@ -47,7 +47,7 @@ from trellis.trainers.standing import Reference
 from trellis.trainers.weights import plan_weights
 from trellis.utils import dist_utils, rendezvous
 from trellis.utils.cluster import Flags, Joined, Nodes, where_started
-from trellis.utils.command import DEVICES, pick_device
+from trellis.utils.command import DEVICES, error_of_system, pick_device
 from trellis.utils.config import apply_override, load_config
 from trellis.utils.environment import keep_freed_memory
 from trellis.utils.errors import ConfigError, UserError
@@ -198,7 +198,10 @@ def spawn(args: argparse.Namespace, config: Configuration, plan: Launch, node: N
         hosted=True,
     )
     try:
-        return run_all(functools.partial(_spawned, args, config, plan.device, first), plan.local)
+        code = run_all(functools.partial(_spawned, args, config, plan.device, first), plan.local)
+        if code:
+            print(f"stopped by {signal.Signals(code - 128).name}; the same command continues", file=sys.stderr)
+        return code
     except (RankFailedError, UserError, OSError) as error:
         if node.num_nodes > 1:
             rendezvous.end_all(first.address, first.port, f"node {node.node_rank}: {error}")
@@ -225,15 +228,17 @@ def join_and_run(args: argparse.Namespace, config: Configuration, device_type: s
         rendezvous.join_store(place.address, place.port, place.attempt, args.timeout, speak=place.local_rank == 0)
         for _ in range(2)
     )
-    rendezvous.check_in(group_store, place.rank, place.world, args.timeout, speak=place.local_rank == 0)
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    rendezvous.check_in(group_store, place.rank, place.world, args.timeout, gpu=gpu, speak=place.local_rank == 0)
     watch = Watch(watch_store, place.rank, place.world, args.timeout, speaks=place.local_rank == 0)
     watch.start()
     try:
         dist_utils.init_process_group(device, group_store, place.rank, place.world)
         dist_utils.agree({"the configuration": digest(json.dumps(config.completed)), "the code": code_version()})
         code = run(args, config, device, watch)
-        watch.stop()  # from here on, ranks leave one by one
-        dist_utils.barrier()
+        dist_utils.barrier()  # rank 0 may still be writing
+        watch.stop()
+        dist_utils.barrier()  # from here on ranks leave one by one, which none may take for a failure
     except BaseException as error:
         watch.fail(error)
         raise
@@ -359,7 +364,7 @@ def train(args: argparse.Namespace, config: Configuration, plan: Launch) -> int:
         except UserError:
             raise
         except OSError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error_of_system(error)}", file=sys.stderr)
             if error.errno in LASTING:
                 return 1
             failure = str(error)

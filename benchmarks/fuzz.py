@@ -33,8 +33,9 @@ from trellis.utils.errors import ConfigError
 
 SECONDS = 10.0  # that an input may take
 SILENCE = 60.0  # seconds after which a process is ended that neither finishes an input nor stops by itself
+START = 600.0  # seconds that a process may take until its first input: atheris rewrites the whole package
 MEMORY = 6 * 2**30  # bytes of address space beyond what is there when fuzzing begins
-TURN = 120.0  # seconds of a turn
+TURN = 300.0  # seconds of a turn at most
 PACKAGES = ["trellis"]  # whose coverage guides
 # Files of this name hold the input that runs, so that a crash loses nothing.
 CURRENT = "current"
@@ -91,7 +92,7 @@ def work(name: str, seconds: float, folder: Path, seed: int) -> int:
     try:
         import atheris
     except ImportError:
-        atheris = None  # type: ignore[assignment]
+        atheris = None
     import torch
 
     torch.set_num_threads(1)
@@ -206,11 +207,11 @@ def fuzz(args: argparse.Namespace) -> int:
         minutes = (time.monotonic() - started) / 60
         number = len(findings_in(args.folder))
         print(f"{minutes:.1f} min: {name}: {inputs[name]} inputs so far; {number} findings in all", flush=True)
-    found = findings_in(args.folder)
-    print(f"{sum(inputs.values())} inputs, {json.dumps(inputs)}, {len(found)} findings: {args.folder / 'findings'}")
-    for path in found:
+    bad = findings_in(args.folder)
+    print(f"{sum(inputs.values())} inputs, {json.dumps(inputs)}, {len(bad)} findings: {args.folder / 'findings'}")
+    for path in bad:
         print(f"  {path.name}")
-    return 1 if found else 0
+    return 1 if bad else 0
 
 
 def findings_in(folder: Path) -> list[Path]:
@@ -231,7 +232,7 @@ def run_turn(folder: Path, name: str, seconds: float, seed: int) -> int:
             now = _progress(beat)
             if now != state:
                 state, seen = now, time.monotonic()
-            if time.monotonic() - seen > SILENCE + SECONDS:
+            if time.monotonic() - seen > (SILENCE + SECONDS if now[0] else START):
                 process.kill()
                 kind, code = "hang", process.wait()
                 break

@@ -210,26 +210,28 @@ def mutate_zip(rng: Random, data: bytes) -> bytes:
     """Change the content, the name or a header of a member of a zip archive."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = [[info.filename, archive.read(info)] for info in archive.infolist()]
+            names = [info.filename for info in archive.infolist()]
+            contents = [archive.read(info) for info in archive.infolist()]
     except Exception:  # what is damaged already
         return mutate_bytes(rng, data)
-    if not members:
+    if not names:
         return mutate_bytes(rng, data)
-    number = rng.randrange(len(members))
+    number = rng.randrange(len(names))
     kind = rng.randrange(6)
     if kind == 0:
-        members.append([members[number][0], rng.choice(members)[1]])
+        names.append(names[number])
+        contents.append(rng.choice(contents))
     elif kind == 1:
-        members[number][0] = rng.choice(("", "../x", "bits.npy", "sha256.npy", "format.npy", "a" * 300))
+        names[number] = rng.choice(("", "../x", "bits.npy", "sha256.npy", "format.npy", "a" * 300))
     elif kind == 2:
-        del members[number]
+        del names[number], contents[number]
     else:
-        members[number][1] = mutate_bytes(rng, members[number][1])
+        contents[number] = mutate_bytes(rng, contents[number])
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with zipfile.ZipFile(buffer, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
-            for name, content in members:
+            for name, content in zip(names, contents, strict=True):
                 archive.writestr(name or "x", content)
     out = bytearray(buffer.getvalue())
     if kind == 5 and (start := out.find(b"PK\x01\x02")) > 0:  # version, flags, method, CRC, sizes of a member
@@ -485,7 +487,7 @@ def _mutate_text(rng: Random, data: bytes) -> bytes:
 def _shards() -> list[bytes]:
     seeds = []
     for empty, form in ((False, "dense"), (True, "dense"), (True, "octree"), (True, "octree-depth")):
-        info = _tokenizer(empty).token_info(form=form)  # type: ignore[arg-type]
+        info = _tokenizer(empty).token_info(form=form)
         ids = np.arange(3 * 64).reshape(3, 64) % 32
 
         def write(path: Path, info: parquet.TokenInfo = info, ids: np.ndarray = ids) -> None:
@@ -601,7 +603,7 @@ def _meshes(suffix: str) -> list[bytes]:
     import trimesh
 
     mesh = trimesh.Trimesh(CORNERS, TRIANGLES, process=False)
-    made = mesh.export(file_type=suffix)
+    made: Any = mesh.export(file_type=suffix)
     return [made if isinstance(made, bytes) else made.encode()]
 
 

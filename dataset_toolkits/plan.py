@@ -6,9 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from trellis.utils.errors import DataError
+from trellis.utils.progress import waiting
 
 from . import inputs, records
 from .work import is_volume
@@ -61,8 +60,12 @@ def plan_files(
     stamps: dict[str, inputs.Stamp] = {}
     pool = ThreadPoolExecutor(threads)
     try:
-        hashes = tqdm(pool.map(attempt, files.values()), "hash", len(files), unit="file", leave=False, delay=1)
-        for name, result in zip(files, hashes, strict=True):
+        with waiting("hashing", len(files), "file") as progress:
+            results = []
+            for result in pool.map(attempt, files.values()):
+                results.append(result)
+                progress(len(results))
+        for name, result in zip(files, results, strict=True):
             if isinstance(result, OSError):
                 failures.append({"file": name, "reason": f"cannot be read: {result.strerror}"})
             else:

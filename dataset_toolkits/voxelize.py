@@ -18,8 +18,6 @@ from collections.abc import Container
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 from dataset_toolkits import estimate, inputs, records, report, work
@@ -29,9 +27,17 @@ from dataset_toolkits.work import Outcome, Settings, division, input_key, is_vol
 from trellis.grids import placing
 from trellis.grids.mesh_pool import run_in_pool
 from trellis.grids.volumes import FILLS
-from trellis.utils.command import available_cores, available_memory, error_of_system, report_interruption, run_command
+from trellis.utils.command import (
+    available_cores,
+    available_memory,
+    check_output_folder,
+    error_of_system,
+    report_interruption,
+    run_command,
+)
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import remove_leftovers
+from trellis.utils.progress import waiting
 
 INTERRUPTED = "interrupted: run the same command again to go on"
 LEAST_MEMORY = 2  # GiB of a worker
@@ -49,7 +55,8 @@ def voxelize(args: argparse.Namespace) -> int:
     args.up_axis = args.up_axis or records.axis_of_folder(root) or "auto"
     settings = settings_of(args)
     records.check_failed(root)
-    found = None if from_trellis else inputs.find_files(args.input, exclude=root / "voxels")
+    with waiting("listing files"):
+        found = None if from_trellis else inputs.find_files(args.input, exclude=root / "voxels")
     if found is not None:
         check_volume_flags(args, found)
     has_volumes = found is not None and any(map(is_volume, found.files.values()))
@@ -58,6 +65,7 @@ def voxelize(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_dry_run(args, root, found, settings, key)
         return 0
+    check_output_folder(root)
     record_file = records.RecordFile(root, args.rank)
     try:
         with claimed(root, key, record_file.run) as known, record_file:
@@ -72,7 +80,8 @@ def voxelize(args: argparse.Namespace) -> int:
             run = Run(args, root, settings, key, plan, known, record_file)
             run.work()
             remove_leftovers(root / "voxels")  # of workers that were killed
-            rows, _ = records.update_tables(root, plan.base)
+            with waiting("writing tables"):
+                rows, _ = records.update_tables(root, plan.base)
     except OSError as error:  # of the output; an input that cannot be read is a line of failed.csv
         raise DataError(
             f"{error_of_system(error, root)}. Mend that and run the same command again: what is finished is kept."
@@ -154,12 +163,11 @@ class Run:
         memory = memory_limit(self.args.memory, workers)
         volumes = [job for job in todo.values() if is_volume(job.path)]
         others = [job for job in todo.values() if not is_volume(job.path)]
-        style = {"unit": "file", "mininterval": 0.1 if sys.stderr.isatty() else 30, "maxinterval": 60}
-        with tqdm(total=len(todo), desc="voxelize", disable=not todo, **style) as bar:
+        with waiting("voxelizing", len(todo), "file", shown=bool(todo)) as progress:
 
             def finish(task: tuple, result: Outcome | DataError) -> None:
                 self._record(todo[task[1]], result)
-                bar.update()
+                progress(progress.done + 1)
 
             try:
                 for jobs in (others, volumes):
@@ -341,7 +349,9 @@ def print_dry_run(
     workers = min(args.max_workers, len(found.files))
     memory = memory_limit(args.memory, workers)
     print(f"{root}: dry run, nothing is written")
-    for line in estimate.dry_run(found, done, settings, workers, args.timeout, memory):
+    with waiting("trying a few files"):
+        lines = estimate.dry_run(found, done, settings, workers, args.timeout, memory)
+    for line in lines:
         print(f"  {line}")
 
 

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet
 from trellis.tokens.forms import Form
 from trellis.utils.errors import DataError
 from trellis.utils.inputs import require_file, require_memory
+from trellis.utils.progress import say
 
 ANSWERS = ("predict", "output", "response", "text")
 STEM_LENGTH = 40  # characters of an object's name that are kept; each may be four bytes of the file's name
@@ -142,7 +142,7 @@ def ids_of_text(path: str, form: Form, tokenizer: SparseStructureTokenizer, repa
         answer = answer_of(line, start) if path.lower().endswith(".jsonl") else line
         parsed = parse(answer)
         for problem in parsed.problems:
-            tqdm.write(f"repaired: {name}: {problem}")
+            say(f"repaired: {name}: {problem}")
         return parsed.ids, None
 
     for number, line in read_lines(path).items():

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, checkpoint, free_port, run, tiny_config
+from helpers import ROOT, VQ, checkpoint, free_port, run, tiny_config
 
 from trellis.datasets.sampler import ResumableSampler
 from trellis.runs.checkpoint import Checkpoints
@@ -180,7 +180,7 @@ def test_flags_out_of_range(flags, message, capsys):
 # --- the meeting of the ranks ---
 
 
-def meet(world: int, *ranks: tuple[int, int], minutes: float = 0.03) -> list[str]:
+def meet(*ranks: tuple[int, int], minutes: float = 0.03, gpu: str = "") -> list[str]:
     """Let ranks, each with the world size that it believes in, check in at one store. Return their errors."""
     store = rendezvous.host_store(0)
     errors = []
@@ -188,7 +188,7 @@ def meet(world: int, *ranks: tuple[int, int], minutes: float = 0.03) -> list[str
     def rank(number: int, believed: int) -> None:
         try:
             joined = rendezvous.join_store("localhost", store.port, 0, minutes, speak=False)
-            rendezvous.check_in(joined, number, believed, minutes, speak=True)
+            rendezvous.check_in(joined, number, believed, minutes, speak=True, gpu=gpu)
         except ConfigError as error:
             errors.append(str(error))
 
@@ -203,18 +203,23 @@ def meet(world: int, *ranks: tuple[int, int], minutes: float = 0.03) -> list[str
 
 
 def test_ranks_meet():
-    assert meet(2, (0, 2), (1, 2)) == []
+    assert meet((0, 2), (1, 2)) == []
 
 
 def test_missing_ranks_are_named():
-    assert all("ranks 1, 3 of 4 did not come within 0.03 minutes" in error for error in meet(4, (0, 4), (2, 4)))
+    assert all("ranks 1, 3 of 4 did not come within 0.03 minutes" in error for error in meet((0, 4), (2, 4)))
 
 
 def test_ranks_of_different_runs_do_not_meet():
-    errors = meet(2, (1, 3), (0, 2))
+    errors = meet((1, 3), (0, 2))
     assert len(errors) == 2 and all("was started as one of 3, rank 0" in error for error in errors)
-    errors = meet(2, (1, 2), (1, 2), (0, 2))
+    errors = meet((1, 2), (1, 2), (0, 2))
     assert len(errors) == 3 and all("two processes are rank 1" in error for error in errors)
+
+
+def test_ranks_that_share_a_gpu_are_refused():
+    errors = meet((0, 2), (1, 2), gpu="GPU-59ab")
+    assert len(errors) == 2 and all("ranks 0 and 1 take the same GPU of" in error for error in errors)
 
 
 def test_a_port_in_use_is_named():
@@ -328,22 +333,31 @@ def test_the_first_failure_is_everybodys(ended, capsys):
 
 
 @pytest.fixture
-def program(tmp_path):
-    """Start small programs with handlers, which print "ready" when a signal may come. End them after the test."""
+def popen():
+    """Start processes, with their output in pipes. End them after the test."""
     processes: list[subprocess.Popen] = []
 
-    def start(body: str, *before: str) -> subprocess.Popen:
-        path = tmp_path / f"program{len(processes)}.py"
-        path.write_text("import os, signal, sys, time\nfrom trellis.utils import signals\n" + textwrap.dedent(body))
-        command, pipe = [*before, sys.executable, str(path)], subprocess.PIPE
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+    def start(command: list[str], **settings) -> subprocess.Popen:
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, **settings, stdout=pipe, stderr=pipe, text=True))
         return processes[-1]
 
     yield start
     for process in processes:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def program(popen, tmp_path):
+    """Start small programs with handlers, which print "ready" when a signal may come."""
+
+    def start(body: str, *before: str) -> subprocess.Popen:
+        path = tmp_path / f"program{len(list(tmp_path.iterdir()))}.py"
+        path.write_text("import os, signal, sys, time\nfrom trellis.utils import signals\n" + textwrap.dedent(body))
+        return popen([*before, sys.executable, str(path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    return start
 
 
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
@@ -375,9 +389,9 @@ def test_a_main_thread_that_does_not_end_is_ended(program):
         """
         signals.UNWIND_SECONDS = 0.3
         with signals.handled():
-            print("ready", flush=True)
             while True:
                 try:
+                    print("ready", flush=True)
                     time.sleep(60)
                 except BaseException:
                     pass  # as in compiled code, which waits for another rank
@@ -591,13 +605,12 @@ def ranks_of(run_dir: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("script, ranks", [("one_node", [1]), ("several_nodes", [2]), ("task_per_gpu", [2, 2])])
-def test_the_examples_for_slurm(script, ranks, slurm, flags, tmp_path):
+def test_the_examples_for_slurm(script, ranks, slurm, flags, popen, tmp_path):
     """task_per_gpu is told in the middle that its time is over, and is requeued."""
     if script == "task_per_gpu":
         flags += ["--set", "trainer.args.max_steps=150", "--set", "trainer.args.i_save=1000"]
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
-    job = ["sbatch", str(ROOT / "scripts" / "slurm" / f"{script}.sbatch"), *flags]
-    process = subprocess.Popen(job, env=slurm, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = popen(["sbatch", str(ROOT / "scripts/slurm" / f"{script}.sbatch"), *flags], env=slurm, cwd=tmp_path)
     if script == "task_per_gpu":
         assert any(line.startswith("step 2/") for line in iter(process.stdout.readline, ""))
         os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGUSR1)
@@ -609,26 +622,21 @@ def test_the_examples_for_slurm(script, ranks, slurm, flags, tmp_path):
     assert max(steps) == (150 if script == "task_per_gpu" else 4)
 
 
-def test_pods_that_disagree_stop_and_say_who(flags, data_dir, tmp_path):
+def test_pods_that_disagree_stop_and_say_who(flags, data_dir, popen, tmp_path):
     """Two pods of a job, of which one has other data."""
     other = tmp_path / "other"
     shutil.copytree(data_dir, other)
     (other / "shapes_val.npz").unlink()
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     pods = [
-        subprocess.Popen(
+        popen(
             [sys.executable, str(ROOT / "train.py"), *flags, *(["--data_dir", str(other)] if rank else [])],
             env={**environment, "RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(2)
     ]
     host = socket.gethostname()
-    expected = (
-        rf"error: rank 1 on {host} differs from rank 0 on {host} in the data \((\d+) objects, \w+, not 24 objects, "
-    )
+    expected = rf"error: rank 1 on {host} differs from rank 0 on {host} in the data \(24 objects, \w+, not 30 objects, "
     for pod in pods:
         error = pod.communicate(timeout=120)[1]
         assert pod.returncode == 1 and re.match(expected, error) and error.count("\n") == 1, error
@@ -636,12 +644,10 @@ def test_pods_that_disagree_stop_and_say_who(flags, data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("ranks, signum", [(1, signal.SIGINT), (2, signal.SIGUSR2)])
-def test_a_signal_at_a_random_moment_ends_the_run_with_its_code(ranks, signum, flags, tmp_path):
+def test_a_signal_at_a_random_moment_ends_the_run_with_its_code(ranks, signum, flags, popen):
     """While it imports, starts its ranks, builds, or trains: never 0, never tried again."""
     flags = [*flags[:-4], "--auto_retry", "3", "--num_gpus", str(ranks), "--set", "trainer.args.max_steps=100000"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = popen([sys.executable, str(ROOT / "train.py"), *flags])
     wait_for(lambda: handles(process.pid, signum))  # before, the system ends Python
     time.sleep(random.Random(time.time_ns()).uniform(0, 8))
     process.send_signal(signum)
@@ -673,6 +679,36 @@ def test_resumed_on_other_numbers_of_ranks_a_run_sees_the_same_samples(data_dir,
         if not file.startswith("misc"):
             for name, value in one[file].items():
                 torch.testing.assert_close(several[file][name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_several_gpus_equal_one(gpus, vae_run, data_dir, write_config, tmp_path):
+    """Through NCCL, with a codebook and its averages, and nothing on standard error."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    args = {"loss_type": "bce_iou", "mix_precision_mode": None, "i_ddpcheck": 2}
+    optimizer = {"name": "SGD", "args": {"lr": 1e-2}}
+    path = write_config(tiny_config(VQ, **args, optimizer=optimizer, max_steps=6, i_eval=3))
+    for ranks in (1, gpus):
+        flags = ["--config", path, "--data_dir", data_dir, "--load_dir", str(vae_run), "--num_gpus", str(ranks)]
+        flags += ["--device", "cuda", "--output_dir", str(tmp_path / str(ranks)), "--auto_retry", "0"]
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    one, several = (checkpoint(tmp_path / str(ranks), 6) for ranks in (1, gpus))
+    for file in one:
+        if not file.startswith("misc"):
+            for name, value in one[file].items():
+                torch.testing.assert_close(several[file][name], value, atol=2e-3, rtol=1e-2)
+
+
+def test_a_run_says_that_its_batch_has_changed(data_dir, write_config, tmp_path, capsys):
+    flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "run", "--config")
+    args = {"batch_size": None, "i_eval": 100}
+    assert run(*flags, write_config(tiny_config(**args, batch_size_per_gpu=4, max_steps=1))) == 0
+    assert run(*flags, write_config(tiny_config(**args, batch_size_per_gpu=4, max_steps=2))) == 0
+    assert "samples; so far" not in capsys.readouterr().out
+    assert run(*flags, write_config(tiny_config(**args, batch_size_per_gpu=2, max_steps=3))) == 0
+    assert "from here on a step has 2 samples; so far it had 4 on average" in capsys.readouterr().out
 
 
 def test_the_order_of_samples_does_not_depend_on_ranks():

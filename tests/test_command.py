@@ -6,12 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT
 
-from trellis.utils.command import ENDING, Interrupted, pick_device, run_command
+from trellis.utils.command import (
+    ENDING,
+    REPEAT_SECONDS,
+    Interrupted,
+    check_output_folder,
+    pick_device,
+    run_command,
+)
 from trellis.utils.errors import CheckpointError, ConfigError, DataError
 
 
@@ -118,7 +126,24 @@ sys.exit(run_command(work, None))
         for line in ("ready\n", "cleaning up\n"):
             assert process.stdout.readline() == line
             process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):  # a group and a launcher may send the same one
+            process.wait(REPEAT_SECONDS)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(10) == -signal.SIGTERM
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "new" / "folder"):
+        assert check_output_folder(path) == path
+    monkeypatch.chdir(tmp_path)
+    assert check_output_folder("new") == Path("new") and not list(tmp_path.glob("new*"))
+    for path in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=rf"^--output_dir {path}: .*file is not a folder\. Give another"):
+            check_output_folder(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(ConfigError, match=rf"^--to new/folder: {tmp_path} cannot be written"):
+        check_output_folder("new/folder", "--to")
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("a bug")])

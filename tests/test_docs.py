@@ -450,7 +450,8 @@ PROGRAMS = [
         if "__main__" in path.read_text(encoding="utf-8")
     ),
 ]
-OTHER_PROGRAMS = ("pip ", "ssh ", "jupyter ", "torchrun ", "tensorboard ", "pytest ", "ruff ", "mypy ", "bash ")
+OTHER_PROGRAMS = ("pip ", "ssh ", "jupyter ", "tensorboard ", "pytest ", "ruff ", "mypy ", "bash ")
+OTHER_PROGRAMS += ("torchrun ", "accelerate ", "sbatch ", "srun ")
 
 
 # --- tables -----------------------------------------------------------------------------------------------

@@ -131,6 +131,22 @@ def test_a_holder_elsewhere_that_stands_still_is_followed_after_a_time(boot, fas
     assert time.monotonic() - begun < 0.3
 
 
+def test_what_killed_starts_have_left_is_removed_and_what_a_living_one_has_made_is_not(holder, tmp_path):
+    living = read_holder(tmp_path / "run")
+    assert living
+    for name, content, age in (
+        (".lock.1.tmp", dataclasses.replace(living, started="1"), 0),
+        (".lock_after_1", dataclasses.replace(living, started="1"), 0),
+        (".lock.2.tmp", living, 0),
+        (".lock.3.tmp", None, 1000),
+        (".lock.4.tmp", None, 0),
+    ):
+        (tmp_path / name).write_text(json.dumps(dataclasses.asdict(content)) if content else "")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    with writing(tmp_path):
+        assert {path.name for path in tmp_path.glob(".*")} == {".lock.2.tmp", ".lock.4.tmp"}
+
+
 def test_a_holder_elsewhere_that_lives_is_not_followed(fast, tmp_path, monkeypatch):
     write_lock(tmp_path, boot="another machine", host="node7", age=0.3)
     sleep = time.sleep

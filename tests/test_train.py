@@ -1,5 +1,6 @@
 """train.py as a user runs it: continuing, carrying stages over, two ranks, and what a mistake looks like."""
 
+import errno
 import json
 import os
 import random
@@ -204,10 +205,24 @@ def test_keep_last_keeps_the_last_and_the_best(data_dir, write_config, tmp_path)
     assert scores[checkpoints.best()] == max(scores.values())
 
 
-@pytest.mark.parametrize("scores, told", [([0.5, 0.2, 0.4], True), ([0.5, 0.6, 0.4], False), ([0.5, 0.5, 0.5], False)])
+@pytest.mark.parametrize(
+    "scores, told",
+    [
+        ([0.5, 0.2, 0.4], True),
+        ([0.5, 0.6, 0.4], False),
+        ([0.5, 0.5, 0.5], False),
+        ([0.5, 0.49, 0.4990], False),  # less than lies between two runs
+    ],
+)
 def test_a_run_that_ends_below_its_start_says_so(scores, told, data_dir, write_config, tmp_path, monkeypatch, capsys):
     found = iter(scores)
-    monkeypatch.setattr(SparseStructureVaeTrainer, "validate", lambda self: {"iou": next(found)})
+
+    def validate(self):
+        score = next(found)
+        self.object_scores = score + torch.linspace(-0.02, 0.02, 6)
+        return {"iou": score}
+
+    monkeypatch.setattr(SparseStructureVaeTrainer, "validate", validate)
     path = write_config(tiny_config(max_steps=6, i_eval=3))
     assert run("--config", path, "--data_dir", data_dir, "--output_dir", tmp_path / "run") == 0
     assert ("WARNING: this run made the models worse: iou 0.5000" in capsys.readouterr().out) is told
@@ -522,15 +537,39 @@ def test_a_retry_goes_on_from_what_the_run_has_saved(ckpt, fails_in, starts, vae
     assert later == ([] if ckpt == "none" else ["superseded_1"])
 
 
-def test_a_bug_ends_non_zero_after_the_last_retry(data_dir, write_config, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "message, times, last",
+    [("the same", 2, "failed twice in the same way from the same state"), ("another, {}", 4, "another, 3")],
+)
+def test_a_bug_ends_non_zero_after_the_last_retry(
+    message, times, last, data_dir, write_config, tmp_path, monkeypatch, capsys
+):
+    count = iter(range(10))
+
     def fail(self):
-        raise RuntimeError("broken on purpose")
+        raise RuntimeError(message.format(next(count)))
 
     monkeypatch.setattr(BasicTrainer, "run", fail)
     flags = ["--config", write_config(tiny_config()), "--data_dir", data_dir, "--output_dir", str(tmp_path / "out")]
-    assert train.main([*flags, "--auto_retry", "2", "--device", "cpu"]) == 1
+    assert train.main([*flags, "--auto_retry", "3", "--device", "cpu"]) == 1
     error = capsys.readouterr().err
-    assert error.count("RuntimeError: broken on purpose") == 3 and error.count("trying again") == 2
+    assert error.count("Traceback") == times and error.count("; trying again (") == times - 1
+    assert last in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number, times", [(errno.ENOSPC, 1), (errno.EROFS, 1), (errno.EIO, 2)])
+def test_a_failing_disk_is_one_line_and_only_tried_again_where_that_can_help(
+    number, times, data_dir, write_config, tmp_path, monkeypatch, capsys
+):
+    def fail(self):
+        raise OSError(number, os.strerror(number), "outputs/log.txt")
+
+    monkeypatch.setattr(BasicTrainer, "run", fail)
+    flags = ["--config", write_config(tiny_config()), "--data_dir", data_dir, "--output_dir", str(tmp_path / "out")]
+    assert train.main([*flags, "--auto_retry", "3", "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert error.count(f"error: outputs/log.txt: {os.strerror(number)}") == times
+    assert "Traceback" not in error
 
 
 def test_weights_gone_to_nan_are_not_saved(data_dir, write_config, tmp_path, capsys):

@@ -22,6 +22,7 @@ from helpers import RESOLUTION, make_tokenizer
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.meshes import mesh_to_grid
 from trellis.grids.voxels import points_to_occupancy, read_ply
+from trellis.runs.status import RunStatus
 from trellis.viewer import page_state
 from trellis.viewer.backend import Backend
 from trellis.viewer.code_usage import UsageCounter
@@ -196,7 +197,8 @@ def backend(data_dir, tmp_path_factory) -> Backend:
     names += ("codebook_perplexity", "val/iou", "val/precision", "val/recall", "val/codebook_usage")
     lines = [{"step": 1000 * step, **{name: 0.5 / step for name in names}} for step in range(1, 9)]
     (run / "log.txt").write_text("\n".join(map(json.dumps, lines)))
-    (run / "status.json").write_text('{"state": "training", "step": 8000, "max_steps": 9000, "eta_s": 600}')
+    with RunStatus(run, shown=False) as status:
+        status.set(state="finished", step=8000, max_steps=8000)
     data = SparseStructure(data_dir, resolution=RESOLUTION, split="all")
     return Backend(make_tokenizer(), data, run, "tiny")
 
@@ -365,7 +367,7 @@ def test_a_visit(page, url, backend, tmp_path):
     # The curves.
     page.open_curves()
     assert page.plots()[0] == ["loss", "bce_iou", "commit"] and len(page.plots()) == 6
-    assert page.text("state") == "training, step 8,000 of 9,000, 10 min left"
+    assert page.text("state") == "finished, step 8,000 of 8,000"
 
     page.check_requests_and_console(url)
 

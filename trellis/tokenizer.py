@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .grids.formats import reader_of
-from .grids.meshes import mesh_to_grid
+from .grids.meshes import is_trimesh, mesh_to_grid, trimesh_to_grid
 from .grids.placing import axis_to_write, check_settings
 from .grids.voxels import has_faces, points_to_occupancy, read_ply
 from .models import build, check_state, load_state, load_weights, read_weights
@@ -60,7 +60,11 @@ OBJECTS_AT_ONCE = {"cpu": 1, "cuda": 16}
 STORED_AS = (torch.float32, torch.float16, torch.bfloat16)  # precisions of saved weights
 
 Source = str | Path
-Grids = Tensor | np.ndarray | Source | Iterable[Source]
+Mesh = Union[Source, "trimesh.Trimesh", "trimesh.Scene"]  # noqa: UP007 - trimesh is not imported
+Grids = Tensor | np.ndarray | Mesh | Iterable[Mesh]
+ENCODED = (
+    "grids as a tensor or an array, the path of a mesh or voxel file, a trimesh.Trimesh or Scene, or a list of these"
+)
 
 
 class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
@@ -219,11 +223,12 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
         Tokens are in order of the lattice's x, y, z with z fastest; a token's Q codes follow one another.
 
-        grids: [B, 1, R, R, R] or [R, R, R], occupied where > 0; or a mesh, a voxel file (.ply without faces), or
-            several files.
-        up_axis: how the axes of these mesh files are taken (default: this tokenizer's setting).
-        Raise ValueError for another shape and for an up_axis beside grids, which have theirs already, DataError for a
-        file that is damaged or missing, ConfigError for an up_axis that does not go with the normalization.
+        grids: [B, 1, R, R, R] or [R, R, R], occupied where > 0; or a mesh, which is a file, a trimesh.Trimesh or a
+            trimesh.Scene; or a voxel file (.ply without faces); or several of these.
+        up_axis: how the axes of these meshes are taken (default: this tokenizer's setting).
+        Raise ValueError for another shape and for an up_axis beside grids, which have theirs already, TypeError for
+        anything else, DataError for a mesh that is damaged or missing, ConfigError for an up_axis that does not go with
+        the normalization.
         """
         parts = []
         for part, number in self._parts(self._to_grids(grids, up_axis)):
@@ -637,14 +642,16 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         if up_axis is not None:
             check_settings(up_axis, self.normalization)
             if isinstance(grids, (Tensor, np.ndarray)):
-                raise ValueError(f"up_axis {up_axis!r} goes with mesh files; these are grids, whose axes are settled")
-        if isinstance(grids, (str, Path)):
+                raise ValueError(f"up_axis {up_axis!r} goes with meshes; these are grids, whose axes are settled")
+        if isinstance(grids, (str, Path)) or is_trimesh(grids):
             grids = [grids]
         if not isinstance(grids, (Tensor, np.ndarray)):
-            files = [self.grid_of_file(path, up_axis) for path in grids]
-            if not files:
+            if not isinstance(grids, Iterable):
+                raise TypeError(f"a {type(grids).__name__} is no mesh or grids; give {ENCODED}")
+            made = [self._grid_of(mesh, up_axis) for mesh in grids]
+            if not made:
                 raise ValueError("there are no grids or files to encode; give at least one")
-            grids = torch.stack(files)
+            grids = torch.stack(made)
         grids, side = torch.as_tensor(grids), (self.resolution,) * 3
         if grids.ndim == 3:
             grids = grids[None, None]
@@ -653,6 +660,13 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
                 f"grids must be [B, 1, {', '.join(map(str, side))}] with B >= 1; they are {list(grids.shape)}"
             )
         return (grids > 0).float()
+
+    def _grid_of(self, mesh: "Source | trimesh.Trimesh | trimesh.Scene", up_axis: str | None) -> Tensor:
+        if is_trimesh(mesh):
+            return trimesh_to_grid(mesh, self.resolution, up_axis or self.up_axis, self.normalization)
+        if not isinstance(mesh, (str, Path)):
+            raise TypeError(f"a {type(mesh).__name__} among them is no mesh; give {ENCODED}")
+        return self.grid_of_file(mesh, up_axis)
 
     def grid_of_file(self, path: Source, up_axis: str | None = None) -> Tensor:
         """Return the grid of a mesh, normalized and turned by this tokenizer's settings, or of a voxel file: uint8

@@ -10,15 +10,32 @@ from collections.abc import Callable, Generator, Iterable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..utils import dist_utils, signals
 from ..utils.command import available_cores
-from ..utils.errors import DataError
+from ..utils.errors import ConfigError, DataError
 from .base import StandardDatasetBase
 from .sampler import ResumableSampler
 
 MOST_WORKERS = 8
+# A larger number of loading processes a core is a mistake: each takes memory, and none would wait for the disk.
+WORKERS_PER_CORE, WORKERS_ALLOWED = 4, 32
+# Less of it cannot even hold the queues of loading processes, in bytes.
+LEAST_SHM = 2**18
+# What torch says in a loading process, or of one, if /dev/shm is full.
+SHORT_OF_SHM = ("shared memory", "unable to write to file </torch", "unable to mmap", "unable to resize file </torch")
+
+
+def check_num_workers(num_workers: int | None, where: str) -> None:
+    """Raise ConfigError for more loading processes than this machine can run. where: what errors call the number."""
+    cores = available_cores()
+    most = max(WORKERS_ALLOWED, WORKERS_PER_CORE * cores)
+    if num_workers is not None and num_workers > most:
+        raise ConfigError(
+            f"{where} is {num_workers}, but each is a process, and this machine has {cores} cores; use at most {most} "
+            "or null, which chooses"
+        )
 
 
 def endless_batches(
@@ -80,12 +97,15 @@ def load_batches(
 
     num_workers: loading processes; None chooses by the device and the cores, which `processes` programs share.
     prefetch: let loading processes work several batches ahead.
-    Raise DataError for an item that cannot be read.
+    Raise DataError for an item that cannot be read, ConfigError if loading processes run out of shared memory.
     """
     if num_workers is None:
         # On a CPU the model itself needs every core; rows in memory only have to be put together.
         workers_pay = device.type == "cuda" and not dataset.in_memory
         num_workers = min(MOST_WORKERS, available_cores() // processes) if workers_pay else 0
+    free = _free_shm()
+    if num_workers and free is not None and free < LEAST_SHM:
+        raise _short_of_shm(num_workers)
     loader = DataLoader(
         _Batches(dataset),
         batch_sampler=batches,  # type: ignore[arg-type]  # torch's types know lists of indices only
@@ -100,6 +120,28 @@ def load_batches(
     except DataError as error:
         # A loading process wraps the message in its traceback; the message is what the user needs.
         raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+    except RuntimeError as error:
+        if not any(text in str(error) for text in SHORT_OF_SHM):
+            raise
+        raise _short_of_shm(num_workers) from None
+
+
+def _short_of_shm(num_workers: int) -> ConfigError:
+    free = _free_shm()
+    return ConfigError(
+        f"{num_workers} loading processes (trainer.args.num_workers) do not get enough shared memory: /dev/shm has "
+        f"{0 if free is None else free / 2**20:.0f} MiB free. Set trainer.args.num_workers to 0, which needs none, or "
+        "give the container more (docker run --shm-size=8g)"
+    )
+
+
+def _free_shm() -> int | None:
+    """Return how many bytes are free in /dev/shm, None if the system has none."""
+    try:
+        size = os.statvfs("/dev/shm")
+    except OSError:
+        return None
+    return size.f_bavail * size.f_frsize
 
 
 class _Batches(Dataset):
@@ -113,6 +155,13 @@ class _Batches(Dataset):
 
 
 def _collated(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put a batch into shared memory, in a loading process.
+
+    The queue would do it too, but in a thread whose error torch prints and forgets: training would wait forever.
+    """
+    if get_worker_info() is not None:
+        for value in batch.values():
+            value.share_memory_()
     return batch
 
 

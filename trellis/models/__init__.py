@@ -44,8 +44,8 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
-# Calls of torch while a model is built. The largest of the shipped configurations makes a thousand.
-MAX_CALLS = 100_000
+# Calls of torch while a model is built. The largest of the shipped configurations makes two thousand.
+MAX_CALLS = 50_000
 
 
 def build(spec: dict, where: str = "model") -> Model:

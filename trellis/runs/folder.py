@@ -11,7 +11,7 @@ from pathlib import Path
 from ..utils import dist_utils
 from ..utils.environment import versions
 from ..utils.errors import ConfigError
-from ..utils.files import LEFTOVER, atomic_write, host_name
+from ..utils.files import LEFTOVER, atomic_write, host_name, naming
 from .checkpoint import Checkpoints
 from .lock import require_lock
 
@@ -51,7 +51,7 @@ def prepare_run_folder(checkpoints: Checkpoints, config: dict, step: int, facts:
     with atomic_write(path) as partial:
         partial.write_bytes(text)
     facts = {**versions(), **facts, "ranks": dist_utils.world_size()}
-    with open(folder / "command.txt", "a", encoding="utf-8") as file:
+    with naming(folder / "command.txt"), open(folder / "command.txt", "a", encoding="utf-8") as file:
         file.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {json.dumps(facts)}\npython {shlex.join(sys.argv)}\n")
 
 

@@ -112,6 +112,7 @@ class RunLock:
                 time.sleep(0.01)
         except OSError as error:
             raise ConfigError(f"--output_dir {self.folder} cannot be written ({error.strerror})") from error
+        self._remove_leftovers()
         self._file = os.open(self.path, os.O_RDONLY)
         threading.Thread(target=self._beat, daemon=True, name="run lock").start()
         _held[self.folder.resolve()] = self
@@ -137,6 +138,15 @@ class RunLock:
                 self.path.unlink(missing_ok=True)
             if self._made_folder:  # a start that failed before it wrote anything leaves nothing
                 self.folder.rmdir()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what starts have left that were killed while they tried to get the lock."""
+        for path in self.folder.glob(f".{LOCK}[._]*"):
+            with suppress(FileNotFoundError):
+                other = _read(path)
+                old = _modified(self.path) - _modified(path) > DEAD_AFTER
+                if other is not None and (other.is_dead() or old):
+                    path.unlink()
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):

@@ -121,4 +121,4 @@ class Saver:
             return result
         if type(value) in (list, tuple):
             return type(value)(self._copy(item, (*key, i), copies) for i, item in enumerate(value))
-        return copy.deepcopy(value)
+        return value if isinstance(value, (int, float, str, bytes, type(None))) else copy.deepcopy(value)

@@ -76,6 +76,8 @@ def check_config(path: str | Path) -> None:
     for key in ("models", "info"):
         if not isinstance(config.get(key) or {}, dict):
             raise CheckpointError(f"{path}: {key} has type {json_type(config[key])}; save_pretrained writes an object")
+    if missing := [name for name in MODELS if name not in (config["models"] or {})]:
+        raise CheckpointError(f"{path}: models.{missing[0]} is missing: a tokenizer has {', '.join(MODELS)}")
 
 
 def exported_models(folder: str | Path) -> dict[str, tuple[Path, Path]]:

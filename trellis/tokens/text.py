@@ -376,9 +376,14 @@ def _choose(objects: list[list[Item]], num_tokens: int | None, length: int) -> t
 
 
 def _foreign_problems(items: list[Item]) -> list[Problem]:
-    foreign = [item for item in items if item.kind == "foreign"]
+    """Return what is said of text that is no word: at the end, where an answer was cut off, and before."""
+    broken_off = items[-1:] if items and items[-1].kind == "foreign" else []
+    between = [item for item in items[: len(items) - len(broken_off)] if item.kind == "foreign"]
     message = "{} stands between the object's words{}"
-    return [Problem(item.position, message.format(item.word, further(foreign)), "left out") for item in foreign[:1]]
+    problems = [Problem(item.position, message.format(item.word, further(between)), "left out") for item in between[:1]]
+    return problems + [
+        Problem(item.position, f"the object breaks off at {item.word}", "left out") for item in broken_off
+    ]
 
 
 def _foreign(text: str, start: int, stop: int) -> Item:

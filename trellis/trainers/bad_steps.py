@@ -6,7 +6,8 @@ exploded; while it may be, no checkpoint is written.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ STEPS_BETWEEN_LOOKS = 50
 # A finite loss that is more than so many times that of the first step, or 1 if that was less, has exploded: those of a
 # learning rate far too high for SGD stay finite.
 EXPLODED = 1e4
-# Lines at a time, names in a line, and their digits on the terminal; log.txt has all.
+# Lines on bad steps in a row, names in a line, and their digits on the terminal; log.txt has all.
 LINES_SHOWN, NAMES_SHOWN, DIGITS_SHOWN = 3, 4, 12
 # A loss that is so many times its lowest, or a gradient norm that is so many times the usual one, shows divergence.
 LOSS_ROSE, NORM_ROSE = 3.0, 30.0
@@ -51,10 +52,13 @@ class BadSteps:
         self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.first_loss = torch.full((), math.nan, dtype=torch.float64, device=device)  # of the first good step
         self.first: int | None = None  # the first step of this process
+        self.running_for = 0  # bad steps in a row among those rows
         self.reported = 0  # bad steps among the rows fetched so far
         self.cleared = np.zeros(objects, dtype=bool)  # objects that a good step of this process had
-        self.lowest_loss, self.last_loss, self.last_norm = math.inf, math.nan, math.nan
-        self.norms: list[float] = []  # of good steps, while there are few
+        self.lowest_loss = math.inf
+        # (loss, gradient norm) of the first and of the last good steps of this process
+        self.early: list[tuple[float, float]] = []
+        self.late: deque[tuple[float, float]] = deque(maxlen=STEPS_BETWEEN_LOOKS)
 
     # --- in a step ---
 
@@ -90,23 +94,28 @@ class BadSteps:
         for row in rows:
             batch = self.batch_of(row["step"])
             if round(row["bad_steps"]) == self.reported:
+                if self.running_for > LINES_SHOWN:
+                    lines.append(
+                        f"step {row['step']}  good again, after {self.running_for} bad steps; log.txt has their objects"
+                    )
+                self.running_for = 0
                 self._good(row, batch)
                 continue
+            self.running_for += 1
             self.reported = round(row["bad_steps"])
             names = sorted({self.name_of(index) for index in batch.tolist()})
             row["objects"] = names
-            lines.append(f"step {row['step']}  {self._named(row, batch, names)}")
-        if len(lines) > LINES_SHOWN:
-            lines[LINES_SHOWN:] = [f"and {len(lines) - LINES_SHOWN} more bad steps; log.txt has them all"]
+            if self.running_for <= LINES_SHOWN:
+                lines.append(f"step {row['step']}  {self._named(row, batch, names)}")
         return lines
 
     def _good(self, row: dict, batch: np.ndarray) -> None:
         self.cleared[batch] = True
         if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
             self.lowest_loss = min(self.lowest_loss, row["loss"])
-            self.last_loss, self.last_norm = row["loss"], row["grad_norm"]
-            if len(self.norms) < STEPS_BETWEEN_LOOKS:
-                self.norms.append(self.last_norm)
+            self.late.append((row["loss"], row["grad_norm"]))
+            if len(self.early) < STEPS_BETWEEN_LOOKS:
+                self.early.append(self.late[-1])
 
     def _named(self, row: dict, batch: np.ndarray, names: list[str]) -> str:
         what = "loss" if not math.isfinite(row["loss"]) else "gradient"
@@ -162,17 +171,27 @@ class BadSteps:
                 f"No step since the start was good, so it is not lr, but the weights it started from ({origin}), the "
                 f"precision (trainer.args.mix_precision_mode null is fp32) or the data.{named}"
             )
-        usual = sorted(self.norms)[len(self.norms) // 2] if self.norms else math.nan
+        loss, norm = self.late[-1] if self.late else (math.nan, math.nan)
+        norms = sorted(norm for _, norm in self.early)
+        usual = norms[len(norms) // 2] if norms else math.nan
         rose = []
-        if self.last_loss > LOSS_ROSE * self.lowest_loss:
-            rose.append(f"the loss rose from {self.lowest_loss:.3g} to {self.last_loss:.3g}")
-        if self.last_norm > NORM_ROSE * usual:
-            rose.append(f"the gradient's norm rose from {usual:.3g} to {self.last_norm:.3g}")
+        if loss > LOSS_ROSE * self.lowest_loss:
+            rose.append(f"the loss rose from {self.lowest_loss:.3g} to {loss:.3g}")
+        if norm > NORM_ROSE * usual:
+            rose.append(f"the gradient's norm rose from {usual:.3g} to {norm:.3g}")
         if rose:
             return f"Before, {' and '.join(rose)}: {lower}"
         if suspects:
             return f"All of them had {_some(suspects)}, which no good step had: leave that out, or else {lower}"
         return f"The objects differ from step to step, so the cause is rather the rate: {lower}"
+
+    def mean_losses(self) -> tuple[float, float]:
+        """Return the mean loss of the first and of the last good steps of this process; NaN without any."""
+
+        def mean(pairs: Collection[tuple[float, float]]) -> float:
+            return sum(loss for loss, _ in pairs) / len(pairs) if pairs else math.nan
+
+        return mean(self.early), mean(self.late)
 
     def state_dict(self) -> dict[str, int | float]:
         return {"total": int(self.total), "in_a_row": int(self.in_a_row), "first_loss": float(self.first_loss)}

@@ -5,9 +5,9 @@ Read `run` first. A new objective is a subclass with `training_losses`; it inher
 
 import contextlib
 import inspect
-import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from ..datasets.base import StandardDatasetBase
-from ..datasets.batches import endless_batches
+from ..datasets.batches import check_num_workers, endless_batches
 from ..datasets.sampler import Order
 from ..grids.preview import save_png
 from ..models import build
@@ -34,7 +34,7 @@ from ..utils.config import Count, Range
 from ..utils.environment import tuned_convolutions, versions
 from ..utils.errors import ConfigError
 from ..utils.registry import did_you_mean
-from . import optim
+from . import data_changes, optim
 from .bad_steps import BadSteps, require_finite
 from .configuration import as_list, complete_config
 from .ema import EMA
@@ -44,13 +44,12 @@ from .precision import Precision
 from .sinks import check_wandb
 from .skip import SkippableOptimizer, Undo
 from .standing import Reference, health, run_facts
+from .verdict import Course
 from .weights import WeightPlan
 
 # Timing cuDNN's algorithms takes about as long as 50 steps of a large network and makes them 4 % faster, so it pays for
 # the shapes of training in a run of this many steps, and never for those of validation.
 STEPS_WORTH_TUNING = 2000
-# A smaller difference between validation scores says nothing: as much lies between two runs of the same configuration.
-SPREAD = 0.003
 # Between ranks a stop request travels with a collective, which is not worth one every step: so many seconds, or steps.
 SECONDS_BETWEEN_STOP_CHECKS, STEPS_BETWEEN_STOP_CHECKS = 2.0, 50
 # A quantizer reduces its statistics over ranks itself; DDP must not overwrite them with rank 0's. torch 2.13 renamed
@@ -148,6 +147,8 @@ class BasicTrainer:
         self.step, self.samples_seen = 0, 0
         self.seconds, self.logged_seconds = 0.0, 0.0  # spent in steps, since the run began
         self.best: dict | None = None  # {"step", "by", "score"} of the best validation
+        self.object_scores: Tensor | None = None  # [n], `best_by` of each object in the last validation, on every rank
+        self.course = Course(self.best_by)
         self.last_stop_check, self.last_checked_step, self.next_stop_check = time.monotonic(), 0, 0
         self.checkpoint_owed = False  # one was due while steps were bad
         self.order = Order(len(dataset), seed)
@@ -175,7 +176,7 @@ class BasicTrainer:
     def validate(self) -> dict[str, float] | None:
         """Return scores on the validation split, the same on every rank; None without such a split.
 
-        The step with the highest score `best_by` is the best one.
+        The step with the highest score `best_by` is the best one. Also set `object_scores`, if objects have it.
         """
         return None
 
@@ -234,6 +235,7 @@ class BasicTrainer:
         if per_rank % args["batch_split"]:
             split = args["batch_split"]
             raise ConfigError(f"{where}.batch_split is {split}, which does not divide the {per_rank} samples of a rank")
+        check_num_workers(args["num_workers"], f"{where}.num_workers")
         optim.check_optimizer(args["optimizer"], f"{where}.optimizer")
         optim.check_lr_factors(args["lr_scaling"], args["lr_multipliers"], trained, args["optimizer"], where)
         optim.check_lr_scheduler(args["lr_scheduler"], args["optimizer"], args["max_steps"], f"{where}.lr_scheduler")
@@ -270,6 +272,9 @@ class BasicTrainer:
             with self.status.doing("loading the training state"):
                 self.load_training_state(*self.plan.resume)
             self.status.set(step=self.step, best=self.best, checkpoint_step=self.step)
+            before = self.samples_seen / self.step if self.step else self.global_batch
+            if before != self.global_batch:
+                self.say(f"from here on a step has {self.global_batch} samples; so far it had {before:g} on average")
         self.check_ranks_agree(ConfigError)
         self.open_log()
 
@@ -513,8 +518,7 @@ class BasicTrainer:
                 "samples_seen": self.samples_seen,
                 "seconds": self.seconds,
                 "seed": self.seed,
-                "dataset_size": len(self.dataset),
-                "data_dir": ",".join(os.path.abspath(root) for root in self.dataset.roots),
+                **self.data_facts,
                 "best": self.best,
                 "versions": self.versions,
                 "optimizer": self.optimizer.state_dict(),
@@ -522,6 +526,7 @@ class BasicTrainer:
                 "grad_clip": self.clipper.state_dict(),
                 "precision": self.precision.state_dict(),
                 "bad_steps": self.bad_steps.state_dict(),
+                "course": self.course.state_dict(),
                 **{name: state for name, state in states.items() if state},
             }
             with self.status.doing("writing the checkpoint", state="saving"):
@@ -549,8 +554,11 @@ class BasicTrainer:
         self.precision.load_state_dict(misc["precision"])
         self.bad_steps.load_state_dict(misc.get("bad_steps", {}))  # older checkpoints have none
         self.ema.load(checkpoints, step)
-        if misc["dataset_size"] != len(self.dataset):
-            self.say(f"the training split had {misc['dataset_size']} objects and has {len(self.dataset)} now")
+        if dist_utils.is_main():
+            for line in data_changes.changes(misc, self.data_facts, self.dataset):
+                self.say(f"note: the data have changed since step {step}: {line}")
+            if data_changes.same_validation(misc, self.data_facts):
+                self.course.load_state_dict(misc["course"])
         for name, part in self.parts.items():
             if name in misc:  # older checkpoints lack parts that were added since
                 part.load_state_dict(misc[name])
@@ -560,6 +568,11 @@ class BasicTrainer:
         origin = ", ".join(self.plan.origin.values())
         self.bad_steps.require_progress(self.step, self.checkpoints, self.lr, origin)
         self.precision.require_hope(self.step)
+
+    @cached_property
+    def data_facts(self) -> dict[str, Any]:
+        """What identifies the data, as they were when the run started."""
+        return data_changes.facts_of(self.dataset)
 
     # --- reporting ---
 
@@ -584,18 +597,20 @@ class BasicTrainer:
         if scores is None:
             return {}
         self.say(f"step {self.step}  validation  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        self.course.add(self.step, scores, self.object_scores)
         if self.best is None or scores[self.best_by] > self.best["score"]:
             self.best = {"step": self.step, "by": self.best_by, "score": scores[self.best_by]}
-        elif (
-            self.step == self.max_steps
-            and self.best["step"] == 0
-            and scores[self.best_by] < self.best["score"] - SPREAD
-        ):
-            self.say(
-                f"WARNING: this run made the models worse: {self.best_by} {self.best['score']:.4f} before step 1, "
-                f"{scores[self.best_by]:.4f} now. What it started from is kept as step 0 (--ckpt best, or 0). To do: "
-                'lower trainer.args.optimizer.args.lr or set trainer.args.lr_scaling to "rms", or train for longer.'
+        elif self.step == self.max_steps and self.best["step"] == 0:
+            first_loss, last_loss = self.bad_steps.mean_losses()
+            warning = self.course.verdict(
+                trained=list(self.trained),
+                lr=self.lr,
+                first_loss=first_loss,
+                last_loss=last_loss,
+                bad_steps=int(self.bad_steps.total),
             )
+            if warning is not None:
+                self.say(warning)
         self.status.set(scores={"step": self.step, **scores}, best=self.best)
         return {f"val/{name}": value for name, value in scores.items()}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..utils import dist_utils, progress
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, naming
 from .sinks import Sinks, TensorBoard, WeightsAndBiases
 
 UNREADABLE = "log_unreadable.txt"  # beside log.txt: what was no entry of it
@@ -86,7 +86,7 @@ class RunLog:
 
     def write(self, entries: list[dict[str, Any]]) -> None:
         """Append one line per entry; each has "step". Return once they are in the file."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(_finite(entry), allow_nan=False) + "\n" for entry in entries)
 
     def scalars(self, values: dict[str, float], step: int) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -23,6 +24,8 @@ DEVICES = ("auto", "cpu", "cuda")
 ENDING = tuple(  # signals that end a program in order: Ctrl-C, a scheduler's, a closed terminal's (not on Windows)
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
+# A scheduler signals every process of a job, and a launcher passes on its own signal: repeats within this time are one.
+REPEAT_SECONDS = 1.0
 
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroups 2 and 1
 
@@ -66,10 +69,10 @@ def available_memory() -> int | None:
     with contextlib.suppress(ImportError, OSError):  # not on Windows; only Linux has /proc
         import resource
 
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if limit != resource.RLIM_INFINITY:
+        allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if allowed != resource.RLIM_INFINITY:
             taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            found.append(max(0, limit - taken))
+            found.append(max(0, allowed - taken))
     return min(found, default=None)
 
 
@@ -86,17 +89,23 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def ending_signals() -> Iterator[None]:
-    """Let the signals in ENDING raise Interrupted here, once; the next one ends the program in the system's way.
+    """Let the signals in ENDING raise Interrupted here, once; a later one ends the program in the system's way.
 
     Signals that are ignored, such as SIGHUP under nohup, or have a handler, stay so. Only the main thread can do this.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    first = 0.0
 
     def stop(signum: int, frame: object) -> None:
-        for other in replaced:  # whoever sends another one does not want to wait for an orderly end
-            signal.signal(other, signal.SIG_DFL)
+        nonlocal first
+        if first and time.monotonic() - first < REPEAT_SECONDS:
+            return
+        if first:  # whoever sends another one does not want to wait for an orderly end
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        first = time.monotonic()
         raise Interrupted(signum)
 
     usual = (signal.SIG_DFL, signal.default_int_handler)
@@ -108,6 +117,22 @@ def ending_signals() -> Iterator[None]:
     finally:
         for each, before in replaced.items():
             signal.signal(each, before)
+
+
+def check_output_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
+    """Return a folder that is to be written, as a path. It need not exist, and is not made.
+
+    Raise ConfigError if it cannot be written or made, before time is spent on what it should get.
+    """
+    folder = Path(path)
+    nearest = next((each for each in (folder, *folder.absolute().parents) if os.path.lexists(each)), folder)
+    if not os.path.isdir(nearest):
+        raise ConfigError(f"{flag} {path}: {nearest} is not a folder. Give another {flag}.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{flag} {path}: {nearest} cannot be written. Give another {flag}, or change its permissions."
+        )
+    return folder
 
 
 def run_command(command: Callable[[Args], int | None], args: Args, interrupted: str = "interrupted") -> int:

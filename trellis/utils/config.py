@@ -106,10 +106,10 @@ def parse_json(text: str, where: str) -> Any:
 def _is_deep(value: Any) -> bool:
     """Return whether objects and lists nest deeper than MAX_DEPTH."""
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
         level = [child for items in inner for child in items]
-    return bool(level)
+    return any(isinstance(item, dict | list) for item in level)
 
 
 def apply_override(config: dict, assignment: str) -> None:

@@ -13,6 +13,17 @@ LEFTOVER = re.compile(r"\..*\.(?P<host>[^.]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Let an OSError of the block name a file: a full disk says in `write` that it is full, not where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path beside `path`; sync and rename it when the block ends.
 
@@ -37,9 +48,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         _remove(partial)
-        # A full disk does not say where, and nobody knows the temporary name.
-        if error.errno is not None and error.filename in (None, str(partial)):
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        if error.errno is not None and error.filename in (None, partial, str(partial)):  # a name that nobody knows
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     except BaseException:
         _remove(partial)

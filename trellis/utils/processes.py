@@ -68,7 +68,9 @@ def run_all(target: Callable[[int], int], number: int) -> int:
     stopped = [code for code in codes if code in STOP_CODES]
     if stopped:
         return stopped[0]
-    raise RankFailedError("; ".join(f"process {i} {_how(code)}" for i, code in enumerate(codes) if code))
+    raise RankFailedError(
+        "; ".join(f"process {i} {_how(code)}" for i, code in enumerate(codes) if code and i not in ended)
+    )
 
 
 def _wait(processes: Sequence[SpawnProcess]) -> None:

@@ -90,12 +90,13 @@ def describe(report: dict[str, Any] | None) -> str:
     return f"on {report['host']} at step {report['step']}, {report['place'] or 'outside of training'}"
 
 
-def check_in(store: dist.Store, rank: int, world: int, minutes: float, *, speak: bool) -> None:
+def check_in(store: dist.Store, rank: int, world: int, minutes: float, *, speak: bool, gpu: str = "") -> None:
     """Report at the store and wait until every rank has. Raise ConfigError for ranks that do not come or do not fit.
 
+    gpu: what identifies this rank's GPU, if it has one.
     speak: whether this rank says that it waits.
     """
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "world": world}
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "world": world, "gpu": gpu}
     number = store.add(f"reports of rank {rank}", 1)
     store.set(f"rank {rank}, report {number}", json.dumps(me))
     if rank > 0:
@@ -119,6 +120,7 @@ def _verdict(store: dist.Store, world: int, minutes: float, speak: bool) -> str:
     wait, missing = Wait(minutes, speak), list(range(world))
     while True:
         missing = [rank for rank in missing if not store.check([f"rank {rank}, report 1"])]
+        gpus: dict[str, int] = {}
         for rank in range(world):
             if rank not in missing:
                 report = json.loads(store.get(f"rank {rank}, report 1"))
@@ -129,6 +131,12 @@ def _verdict(store: dist.Store, world: int, minutes: float, speak: bool) -> str:
                     )
                 if store.check([f"rank {rank}, report 2"]):
                     return _twice(store, rank)
+                other = gpus.setdefault(report["gpu"] or f"none {rank}", rank)
+                if other != rank:
+                    return (
+                        f"ranks {other} and {rank} take the same GPU of {report['host']}; start one process per GPU, "
+                        "each with its own LOCAL_RANK"
+                    )
         if not missing:
             return ""
         if not wait.on(f"for {_ranks(missing)} of {world}"):

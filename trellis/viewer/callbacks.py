@@ -52,7 +52,7 @@ def add_callbacks(app: Dash, backend: Backend, usage: UsageCounter, opener: Open
         def curves(tab: str, _):
             if tab != "curves":
                 return no_update, no_update, no_update
-            return curve_panels(curves_figures(read_log(run_dir / "log.txt"))), state_of(run_dir / "status.json"), ""
+            return curve_panels(curves_figures(read_log(run_dir / "log.txt"))), state_of(run_dir), ""
 
 
 def add_browser_side(app: Dash) -> None:

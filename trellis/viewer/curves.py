@@ -10,11 +10,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ..runs.status import duration, judge, life, read_status
 from ..utils.errors import DataError
 
 POINTS = 1500  # per curve; longer ones are thinned out evenly
-ENDED = ("finished", "stopped", "failed")  # how the states of runs begin that train no more
-SILENT = 120  # seconds after which another run is shown with the time of its last word
 LOSSES, RATE = "losses", "learning rate"
 # A name that is missing here and in ELSEWHERE, and does not start with "val/", is a term of the loss.
 PLOTS = {
@@ -106,31 +105,19 @@ def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return [*points[: -1 : max(1, len(points) // POINTS)], points[-1]]
 
 
-def state_of(path: Path) -> str:
-    """Return a line on what a run's status.json says: its state, its step and the time left; "" if it says nothing."""
+def state_of(run_dir: Path) -> str:
+    """Return a line on what a run's status.json says: its state, its step and the time left; "" without such a file."""
     try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-        silent = time.time() - path.stat().st_mtime
-    except (OSError, ValueError, RecursionError):  # an older run, or one whose folder is being moved
+        status = read_status(run_dir)
+    except (DataError, RecursionError) as error:
+        return str(error)
+    if status is None:
         return ""
-    if not isinstance(status, dict) or not isinstance(status.get("state"), str):
-        return ""
-    state = status["state"]
-    parts = [state]
-    step, last, left = (status.get(key) for key in ("step", "max_steps", "eta_s"))
-    if _is_number(step):
-        parts.append(f"step {step:,} of {last:,}" if _is_number(last) else f"step {step:,}")
-    if not state.startswith(ENDED):
-        if _is_number(left):
-            parts.append(f"{duration(left)} left")
-        if silent > SILENT:
-            parts.append(f"last heard of {duration(silent)} ago")
+    now = time.time()
+    parts = [judge(status, now)]
+    step, last, left = (status[key] for key in ("step", "max_steps", "eta_s"))
+    if step is not None:
+        parts.append(f"step {step:,}" if last is None else f"step {step:,} of {last:,}")
+    if left is not None and life(status, now) == "alive":
+        parts.append(f"{duration(left)} left")
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Return a time in its largest unit, rounded: 40 s, 12 min, 7.5 h, 3.1 days."""
-    for unit, length, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"

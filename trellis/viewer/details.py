@@ -135,8 +135,9 @@ def usage_text(usage: UsageCounter, used: CodeUsage) -> str:
     if not used.tokens:
         return f"never in {usage.done} objects"
     what = "the tokens that are not empty" if usage.backend.empty_code else "all tokens"
+    times = "once" if used.tokens == 1 else f"{used.tokens:,} times"
     return (
-        f"{used.tokens:,} times in {usage.done} objects ({100 * used.share:.2g} % of {what}), in "
+        f"{times} in {usage.done} objects ({100 * used.share:.2g} % of {what}), in "
         f"{used.objects} of them; rank {used.rank:,} of {usage.backend.codebook_size:,}"
     )
 

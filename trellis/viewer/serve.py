@@ -94,16 +94,13 @@ def make_server(app: Any, listener: socket.socket, url_prefix: str = "/") -> Any
 
 
 def stop_on_signals() -> None:
-    """Make SIGINT raise KeyboardInterrupt and SIGTERM SystemExit with the exit code that shells use for it.
+    """Let SIGINT and SIGTERM end the page also if they were ignored when it started.
 
     A shell starts a command in the background with SIGINT ignored, and Python leaves that as it is.
     """
-
-    def end(number: int, _) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def build(args: argparse.Namespace):

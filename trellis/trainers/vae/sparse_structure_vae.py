@@ -119,6 +119,9 @@ class SparseStructureVaeTrainer(BasicTrainer):
                 device=self.device,
                 progress=work,
             )
+        objects = torch.zeros(len(dataset), dtype=torch.float64, device=self.device)
+        objects[first::stride] = scores.objects[self.best_by]
+        self.object_scores = dist_utils.all_sum(objects) if shared else objects
         return scores.means(dist_utils.all_sum) if shared else scores.means()
 
     @torch.no_grad()

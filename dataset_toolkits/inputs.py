@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,15 +12,9 @@ from trellis.grids.formats import MESH_SUFFIXES, VOLUME_SUFFIXES, reader_of, why
 from trellis.grids.readers.gltf_accessors import file_names
 from trellis.grids.readers.gltf_file import HEADER, MAGIC
 from trellis.utils.errors import DataError
+from trellis.utils.inputs import obstacle
 
 READ_SUFFIXES = " ".join((*MESH_SUFFIXES, *VOLUME_SUFFIXES))
-KINDS = (  # of what is no regular file
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 LINE_BREAK = re.compile("[\\n\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")  # all that str.splitlines knows
 # Headers whose data lie in a second file. All scans of one machine may have the same header.
 DATA_FILE = {
@@ -68,10 +61,13 @@ def find_files(inputs: Iterable[str | os.PathLike], exclude: Path) -> Found:
         else:
             found[os.path.abspath(path)] = path
     if not found:
-        reasons = "".join(f" {name}: {reason}." for name, reason in sorted(left_out.items())[:1])
-        others = f" {len(left_out)} files or folders are left out, the first:{reasons}" if left_out else ""
+        others = "".join(
+            f" {len(left_out)} left out{', such as' if len(left_out) > 1 else ':'} {name}: {reason}."
+            for name, reason in sorted(left_out.items())[:1]
+        )
         raise DataError(
-            f"{', '.join(map(str, paths))}: no {READ_SUFFIXES} there or below.{others} Give a folder of meshes."
+            f"{', '.join(map(str, paths))}: no mesh or volume there or below.{others} Give a folder of meshes. "
+            f"Read are {READ_SUFFIXES}."
         )
     files = dict(sorted((printable(path), path) for path in found.values()))
     return Found(files, dict(sorted(left_out.items())))
@@ -105,20 +101,6 @@ def _walk(folder: Path, exclude: Path) -> Iterator[tuple[Path, str | None]]:
         yield Path(failed.filename), f"the folder cannot be read: {failed.strerror}"
 
 
-def obstacle(path: Path) -> str | None:
-    """Return why a path is no file that could be opened, None if it is one. Reading a pipe or device may never end."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        if path.is_symlink():
-            return "is a link to what is not there"
-        return f"cannot be read: {error.strerror}"
-    if stat.S_ISREG(mode):
-        return None
-    kind = next((name for is_kind, name in KINDS if is_kind(mode)), "no file")
-    return f"is {kind} and not a file"
-
-
 def printable(path: Path) -> str:
     """Return a path as one line of valid UTF-8. File names on Linux can be other bytes."""
     text = os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
@@ -140,6 +122,21 @@ def sha256_of(path: Path, known: Container[str] = ()) -> str:
         if obstacle(data) is None:  # else reading the file says what is missing
             _add(digest, data)
     return digest.hexdigest()
+
+
+Stamp = tuple[tuple[int, int, int] | None, ...]
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Return size, time of change and number of each file that `sha256_of` hashes; None for one that is not there.
+
+    Two equal stamps mean that nobody wrote the file in between. Raise OSError if the file itself cannot be read.
+    """
+    return (_stamp(path.stat()), *(_stamp(data.stat()) if data.exists() else None for data in _data_files(path)))
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _data_files(path: Path) -> list[Path]:

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
@@ -23,8 +22,9 @@ from dataset_toolkits import records
 from trellis.datasets.packed import load_packed, packed_resolution, save_packed
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import occupancy_to_points, pack_bits, packed_size, write_ply
-from trellis.utils.command import run_command
+from trellis.utils.command import check_output_folder, run_command
 from trellis.utils.errors import DataError
+from trellis.utils.progress import waiting
 
 KEPT = ("kind", "up_axis", "normalization", "fill", "mm_per_cell", "frame")  # columns of metadata.csv
 
@@ -39,11 +39,14 @@ def pack(root: str, output: Path, resolution: int) -> int:
     if output.suffix != ".npz":
         raise DataError(f"{output}: the name of a packed file ends in .npz")
     _refuse_existing(output)
+    check_output_folder(output.parent, "--output")
     dataset = SparseStructure(root, resolution=resolution, split="all")
     print(dataset.summary())
     bits = np.empty((len(dataset), packed_size(resolution)), dtype=np.uint8)
-    for index in tqdm(range(len(dataset)), desc="packing", unit="grid", disable=None):
-        bits[index] = pack_bits(dataset[index]["ss"])[0]
+    with waiting("packing", len(dataset), "grid") as progress:
+        for index in range(len(dataset)):
+            bits[index] = pack_bits(dataset[index]["ss"])[0]
+            progress(index + 1)
     texts = {
         key: np.array([getattr(entry, key) or "" for entry in dataset.entries])
         for key in ("sha256", "name", "source", "split")
@@ -64,32 +67,39 @@ def unpack(packed: Path, output_dir: Path) -> int:
     Return their number. Raise DataError if the file cannot be read in full or `output_dir` exists.
     """
     _refuse_existing(output_dir)
+    check_output_folder(output_dir.parent)
     bits = load_packed(packed)["bits"]
     resolution = packed_resolution(bits)
     if resolution is None:
         raise DataError(f"{packed}: rows of {bits.shape[1]} bytes are not a cube of voxels")
     dataset = SparseStructure(str(packed), resolution=resolution, split="all")
     partial = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
-    (partial / "voxels").mkdir(parents=True)
     try:
+        (partial / "voxels").mkdir(parents=True)
         rows = []
         kept = {name: texts for name, texts in _kept(packed).items() if any(texts.values())}
-        for index, entry in enumerate(tqdm(dataset.entries, desc="unpacking", unit="grid", disable=None)):
-            points = occupancy_to_points(dataset[index]["ss"][0])
-            write_ply(partial / "voxels" / f"{entry.sha256}.ply", points)
-            rows.append(
-                {
-                    "sha256": entry.sha256,
-                    "file": "" if entry.name == entry.sha256 else entry.name,
-                    "source": entry.source or "",
-                    "split": entry.split,
-                    "voxelized": "True",
-                    "num_voxels": str(len(points)),
-                    **{name: texts[entry.sha256] for name, texts in kept.items()},
-                }
-            )
+        with waiting("unpacking", len(dataset), "grid") as progress:
+            for index, entry in enumerate(dataset.entries):
+                points = occupancy_to_points(dataset[index]["ss"][0])
+                write_ply(partial / "voxels" / f"{entry.sha256}.ply", points)
+                rows.append(
+                    {
+                        "sha256": entry.sha256,
+                        "file": "" if entry.name == entry.sha256 else entry.name,
+                        "source": entry.source or "",
+                        "split": entry.split,
+                        "voxelized": "True",
+                        "num_voxels": str(len(points)),
+                        **{name: texts[entry.sha256] for name, texts in kept.items()},
+                    }
+                )
+                progress(index + 1)
         records.write_table(partial / "metadata.csv", rows[0].keys(), rows)
         partial.rename(output_dir)
+    except OSError as error:  # nobody knows the temporary name
+        if error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(output_dir)) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return len(dataset)

@@ -1,13 +1,13 @@
 """What there is to do for one rank: files listed, hashed, and those of the same bytes put together."""
 
+import os
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from trellis.utils.errors import DataError
+from trellis.utils.progress import waiting
 
 from . import inputs, records
 from .work import is_volume
@@ -19,6 +19,7 @@ class Job(NamedTuple):
     sha256: str
     path: Path
     names: tuple[str, ...]  # all files with these bytes; the first is `path`, and the one recorded
+    stamp: inputs.Stamp | None = None  # of `path` before it was hashed; None if it was not hashed
 
 
 class Plan(NamedTuple):
@@ -49,26 +50,32 @@ def plan_files(
     failures = [{"file": name, "reason": found.left_out[name]} for name in share if name in found.left_out]
     files = {name: found.files[name] for name in share if name in found.files}
 
-    def attempt(path: Path) -> str | OSError:
+    def attempt(path: Path) -> tuple[inputs.Stamp, str] | OSError:
         try:
-            return inputs.sha256_of(path, known)
+            return inputs.stamp_of(path), inputs.sha256_of(path, known)
         except OSError as error:
             return error
 
     by_sha: dict[str, list[str]] = {}
+    stamps: dict[str, inputs.Stamp] = {}
     pool = ThreadPoolExecutor(threads)
     try:
-        hashes = tqdm(pool.map(attempt, files.values()), "hash", len(files), unit="file", leave=False, delay=1)
-        for name, result in zip(files, hashes, strict=True):
+        with waiting("hashing", len(files), "file") as progress:
+            results = []
+            for result in pool.map(attempt, files.values()):
+                results.append(result)
+                progress(len(results))
+        for name, result in zip(files, results, strict=True):
             if isinstance(result, OSError):
                 failures.append({"file": name, "reason": f"cannot be read: {result.strerror}"})
             else:
-                by_sha.setdefault(result, []).append(name)
+                stamps[name], sha256 = result
+                by_sha.setdefault(sha256, []).append(name)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what is left
     for names in by_sha.values():
         names.sort(key=lambda name: (name_rank(files[name]), name))
-    jobs = [Job(sha256, files[names[0]], tuple(names)) for sha256, names in by_sha.items()]
+    jobs = [Job(sha256, files[names[0]], tuple(names), stamps[names[0]]) for sha256, names in by_sha.items()]
     return Plan(jobs, failures, set(share), set(listing), {})
 
 
@@ -112,4 +119,4 @@ def plan_renders(root: Path, rank: int, world_size: int) -> Plan:
 
 def is_trellis_root(path: str) -> bool:
     """Return whether a folder is a data root of TRELLIS, with its meshes in renders/."""
-    return Path(path, "metadata.csv").is_file() and Path(path, "renders").is_dir()
+    return os.path.isfile(Path(path, "metadata.csv")) and os.path.isdir(Path(path, "renders"))

@@ -6,6 +6,7 @@ nothing is lost if a run is killed or several write at once.
 """
 
 import csv
+import io
 import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -81,21 +82,28 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
     Return the column names and the rows. Raise DataError naming the line of a damaged row.
     """
     csv.field_size_limit(LONGEST_FIELD)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        rows = []
-        try:
-            fields = list(reader.fieldnames or ())
-            for row in reader:
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"{path}: line {reader.line_num} does not have the header's "
-                        f"{len(fields)} columns. Mend or delete that line."
-                    )
-                rows.append(row)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: line {reader.line_num + 1}: {error}. Mend or delete it.") from error
-        return fields, rows
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path}: line {number} is not UTF-8 text ({error.reason}). Save the table as UTF-8."
+        ) from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows = []
+    try:
+        fields = list(reader.fieldnames or ())
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{path}: line {reader.line_num} does not have the header's "
+                    f"{len(fields)} columns. Mend or delete that line."
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num + 1}: {error}. Mend or delete it.") from error
+    return fields, rows
 
 
 def write_table(path: Path, fields: Collection[str], rows: Iterable[Row]) -> None:
@@ -120,7 +128,11 @@ def read_rows(root: Path) -> tuple[list[str], dict[str, Row]]:
         return [], {}
     fields, rows = read_table(path)
     if "sha256" not in fields:
-        raise DataError(f"{path}: has no column sha256, only {fields}. Add it, or give another --output_dir.")
+        header = ",".join(fields)
+        remedy = "Its first line must name the columns, sha256 among them"
+        if re.search("[;\t]", header):
+            remedy = "Save the table with commas between the columns"
+        raise DataError(f"{path}: begins with {header[:60]!r}, which has no column sha256. {remedy}.")
     by_sha = {}
     for row in rows:
         sha256 = row["sha256"]

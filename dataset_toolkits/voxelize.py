@@ -18,8 +18,6 @@ from collections.abc import Container
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 from dataset_toolkits import estimate, inputs, records, report, work
@@ -29,9 +27,17 @@ from dataset_toolkits.work import Outcome, Settings, division, input_key, is_vol
 from trellis.grids import placing
 from trellis.grids.mesh_pool import run_in_pool
 from trellis.grids.volumes import FILLS
-from trellis.utils.command import available_cores, available_memory, run_command
+from trellis.utils.command import (
+    available_cores,
+    available_memory,
+    check_output_folder,
+    error_of_system,
+    report_interruption,
+    run_command,
+)
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import remove_leftovers
+from trellis.utils.progress import waiting
 
 INTERRUPTED = "interrupted: run the same command again to go on"
 LEAST_MEMORY = 2  # GiB of a worker
@@ -40,8 +46,8 @@ LEAST_MEMORY = 2  # GiB of a worker
 def voxelize(args: argparse.Namespace) -> int:
     """Voxelize this rank's share, bring metadata.csv and failed.csv up to date, and print a summary.
 
-    Return the exit code: 0, or 130 after Ctrl-C. Raise UserError if nothing could be voxelized, or if the folder
-    cannot be written.
+    Return the exit code: 0, or 128 + its number after a signal. Raise UserError if nothing could be voxelized, or if
+    the folder cannot be written.
     """
     started = time.perf_counter()
     root = Path(args.output_dir or args.input[0])
@@ -49,7 +55,8 @@ def voxelize(args: argparse.Namespace) -> int:
     args.up_axis = args.up_axis or records.axis_of_folder(root) or "auto"
     settings = settings_of(args)
     records.check_failed(root)
-    found = None if from_trellis else inputs.find_files(args.input, exclude=root / "voxels")
+    with waiting("listing files"):
+        found = None if from_trellis else inputs.find_files(args.input, exclude=root / "voxels")
     if found is not None:
         check_volume_flags(args, found)
     has_volumes = found is not None and any(map(is_volume, found.files.values()))
@@ -58,6 +65,7 @@ def voxelize(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_dry_run(args, root, found, settings, key)
         return 0
+    check_output_folder(root)
     record_file = records.RecordFile(root, args.rank)
     try:
         with claimed(root, key, record_file.run) as known, record_file:
@@ -70,17 +78,18 @@ def voxelize(args: argparse.Namespace) -> int:
                 name_rank = partial(work.name_rank, settings=settings)
                 plan = plan_files(found, args.rank, args.world_size, args.max_workers, known[0].grids, name_rank)
             run = Run(args, root, settings, key, plan, known, record_file)
-            exit_code = run.work()
+            run.work()
             remove_leftovers(root / "voxels")  # of workers that were killed
-            rows, _ = records.update_tables(root, plan.base)
+            with waiting("writing tables"):
+                rows, _ = records.update_tables(root, plan.base)
     except OSError as error:  # of the output; an input that cannot be read is a line of failed.csv
         raise DataError(
-            f"{root}: {error.strerror or error}. Mend that and run the same command again: what is finished is kept."
+            f"{error_of_system(error, root)}. Mend that and run the same command again: what is finished is kept."
         ) from error
     run.print_summary(rows, time.perf_counter() - started)
-    if exit_code:
-        print(INTERRUPTED, file=sys.stderr)
-    elif (
+    if run.stopped:
+        return report_interruption(run.stopped, INTERRUPTED)
+    if (
         run.left_out
         and not run.made
         and not run.done
@@ -94,7 +103,7 @@ def voxelize(args: argparse.Namespace) -> int:
             if number > 1
             else f"the only file could not be voxelized: {name}: {reason}"
         )
-    return exit_code
+    return 0
 
 
 class Run:
@@ -104,6 +113,7 @@ class Run:
     done: jobs that earlier runs have finished.
     left_out: (file, reason) of this run, also those of earlier runs that were not tried again.
     notes: (file, note) of the new grids.
+    stopped: the signal that ended the work early.
     """
 
     def __init__(
@@ -125,6 +135,7 @@ class Run:
         self.finished: set[str] = set()
         self.left_out: list[tuple[str, str]] = []
         self.notes: list[tuple[str, str]] = []
+        self.stopped: KeyboardInterrupt | None = None
         self.objects: dict[str, list[str]] = {}  # grids of a volume, by its key
         for sha256, row in self.known.grids.items():
             if row.get("input"):
@@ -136,8 +147,8 @@ class Run:
             return input_key(job.sha256, job.path, self.settings) in self.known.inputs
         return job.sha256 in self.known.grids
 
-    def work(self) -> int:
-        """Do what is not done, and record each file as it ends. Return the exit code: 0, or 130 after Ctrl-C."""
+    def work(self) -> None:
+        """Do what is not done, and record each file as it ends. A signal that ends the work is kept in `stopped`."""
         done = {job.sha256 for job in self.done}
         todo = {job.sha256: job for job in self.plan.jobs if job.sha256 not in done}
         self._forget(done)
@@ -152,22 +163,20 @@ class Run:
         memory = memory_limit(self.args.memory, workers)
         volumes = [job for job in todo.values() if is_volume(job.path)]
         others = [job for job in todo.values() if not is_volume(job.path)]
-        style = {"unit": "file", "mininterval": 0.1 if sys.stderr.isatty() else 30, "maxinterval": 60}
-        with tqdm(total=len(todo), desc="voxelize", disable=not todo, **style) as bar:
+        with waiting("voxelizing", len(todo), "file", shown=bool(todo)) as progress:
 
             def finish(task: tuple, result: Outcome | DataError) -> None:
                 self._record(todo[task[1]], result)
-                bar.update()
+                progress(progress.done + 1)
 
             try:
                 for jobs in (others, volumes):
-                    tasks = ((job.path, job.sha256, self.root / "voxels", self.settings) for job in jobs)
+                    tasks = ((job.path, job.sha256, self.root / "voxels", self.settings, job.stamp) for job in jobs)
                     if jobs:
                         timeout = self.args.timeout * time_factor(jobs[0].path)
                         run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
-            except KeyboardInterrupt:
-                return 130
-        return 0
+            except KeyboardInterrupt as stopped:
+                self.stopped = stopped
 
     def _grids_of(self, job: Job) -> list[str]:
         """Return the grids that a finished job has."""
@@ -340,7 +349,9 @@ def print_dry_run(
     workers = min(args.max_workers, len(found.files))
     memory = memory_limit(args.memory, workers)
     print(f"{root}: dry run, nothing is written")
-    for line in estimate.dry_run(found, done, settings, workers, args.timeout, memory):
+    with waiting("trying a few files"):
+        lines = estimate.dry_run(found, done, settings, workers, args.timeout, memory)
+    for line in lines:
         print(f"  {line}")
 
 

@@ -1,22 +1,26 @@
 """What a worker process does with one file: make its grids, write them, and say what became of it."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from trellis.grids.formats import reader_of
-from trellis.grids.meshes import UNKNOWN_AXIS, mesh_voxels
+from trellis.grids.meshes import UNKNOWN_AXIS, Voxelized, mesh_voxels
 from trellis.grids.placing import Axis, axis_of_file
 from trellis.grids.voxels import voxel_centers, write_ply
 from trellis.utils.errors import ConfigError, DataError
 
 from . import records
+from .inputs import Stamp, stamp_of
 
 if TYPE_CHECKING:
     from trellis.grids.volumes import Labels
 
+CHANGED = "was changed while this program ran: a new run takes it as it is then"
 VOLUME_TIME = 10  # time limits of a mesh: a scan has many organs
 
 
@@ -128,15 +132,37 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
-def make_grids(path: Path, sha256: str, folder: Path | None, settings: Settings) -> Outcome:
+def make_grids(path: Path, sha256: str, folder: Path | None, settings: Settings, stamp: Stamp | None = None) -> Outcome:
     """Make the grids of a file, and write them as `<sha256>.ply` into a folder, if one is given.
 
     sha256: of the file's bytes.
-    Raise DataError with the reason if the file gives none, OSError if a grid cannot be written.
+    stamp: of the file before it was hashed, see `inputs.stamp_of`; None takes it as it is.
+    Raise DataError with the reason if the file gives none or is another by now, OSError if a grid cannot be written.
     """
-    try:
+    with reasons(path, stamp):
         grids, missing = _grids(path, sha256, settings)
-    except (DataError, MemoryError):
+    if folder is not None:
+        for voxels, made in grids:
+            write_ply(folder / f"{made.sha256}.ply", voxel_centers(voxels, settings.resolution))
+    return Outcome(tuple(made for _, made in grids), missing)
+
+
+def voxels_of(path: Path, stamp: Stamp | None, resolution: int, up_axis: str, normalization: str) -> Voxelized:
+    """Return the voxels of a mesh. Arguments and errors: as of `make_grids`."""
+    with reasons(path, stamp):
+        return mesh_voxels(path, resolution, up_axis, normalization)
+
+
+@contextmanager
+def reasons(path: Path, stamp: Stamp | None) -> Iterator[None]:
+    """Make whatever goes wrong with a file a DataError with the reason, also that it is another one by now."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except DataError as error:
+        if _is_changed(path, stamp):  # half a file seems damaged
+            raise DataError(CHANGED) from error
         raise
     except ConfigError as error:  # a package that few files need: the others go on without it
         raise DataError(str(error)) from error
@@ -147,10 +173,15 @@ def make_grids(path: Path, sha256: str, folder: Path | None, settings: Settings)
         raise DataError(
             f"cannot be voxelized, by a fault of this program ({type(error).__name__}: {reason})"
         ) from error
-    if folder is not None:
-        for voxels, made in grids:
-            write_ply(folder / f"{made.sha256}.ply", voxel_centers(voxels, settings.resolution))
-    return Outcome(tuple(made for _, made in grids), missing)
+    if _is_changed(path, stamp):
+        raise DataError(CHANGED)
+
+
+def _is_changed(path: Path, stamp: Stamp | None) -> bool:
+    try:
+        return stamp is not None and stamp_of(path) != stamp
+    except OSError:  # it is gone: who reads it says so, and who has read it has what was hashed
+        return False
 
 
 def _grids(path: Path, sha256: str, settings: Settings) -> tuple[list[tuple[np.ndarray, Made]], tuple[Missing, ...]]:

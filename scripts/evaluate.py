@@ -32,7 +32,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from trellis.datasets import DATASETS
 from trellis.datasets.base import StandardDatasetBase
@@ -46,11 +45,12 @@ from trellis.runs.open import open_run
 from trellis.tokens.sources import CONFIG, MODELS, OPTIONAL_MODELS, WEIGHTS, check_folder
 from trellis.trainers import TRAINERS
 from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
-from trellis.utils.command import DEVICES, pick_device, run_command
+from trellis.utils.command import DEVICES, check_output_folder, pick_device, run_command
 from trellis.utils.config import load_config
 from trellis.utils.environment import versions
 from trellis.utils.errors import CheckpointError, ConfigError
 from trellis.utils.files import atomic_write
+from trellis.utils.progress import waiting
 
 OBJECTS_PER_BLOCK = 3  # objects on the contact sheet for each of worst, median and best
 WORST = 20  # objects on the sheet of the worst
@@ -88,7 +88,7 @@ TABLES = {
         "bits": "bits_per_object",
         "entropy bits": "entropy_bits_per_object",
     },
-    f"KL in bits; an id has {ID_BITS:.0f} bits": {
+    f"KL in bits; an id of ShapeLLM-Omni, for four cells, has {ID_BITS:.0f}": {
         "groups": "groups",
         "cell": "kl_bits_per_cell",
         "group": "kl_bits_per_group",
@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--pretrained", help="folder of save_pretrained, or of exported models")
     parser.add_argument("--ckpt", default="latest", help="latest, best or a step (default: latest)")
     parser.add_argument(
-        "--resolution", type=int, default=64, help="voxels along an axis, with exported models (default: 64)"
+        "--resolution", type=int, help="voxels along an axis, with exported models that do not say it (default: 64)"
     )
     parser.add_argument("--data_dir", help="data roots, separated by commas (default: the run's)")
     parser.add_argument("--split", choices=("train", "val", "all"), default="val", help="default: val")
@@ -126,6 +126,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--batch_size is {args.batch_size}; it must be at least 1")
     if args.pretrained and not (args.data_dir and args.output_dir):
         parser.error("--pretrained needs --data_dir and --output_dir")
+    if args.pretrained and args.ckpt != "latest":
+        parser.error("--ckpt goes with --run: exported models and tokenizers are of one step")
+    if args.run and args.resolution is not None:
+        parser.error("--resolution goes with --pretrained: a run knows its own")
     return args
 
 
@@ -144,6 +148,8 @@ class Subject:
 
 def run_subject(run_dir: str, ckpt: str) -> Subject:
     """Return a checkpoint of a run. Raise CheckpointError if there is none."""
+    if (Path(run_dir) / WEIGHTS).is_file() or (Path(run_dir) / f"{MODELS[0]}.json").is_file():
+        raise CheckpointError(f"--run {run_dir}: is no run folder, but has models: give it as --pretrained")
     run = open_run(run_dir, ckpt, "--run")
     return Subject(run_dir, run.step, run.config, run.weight_sets(), run.data_dir, run.training_seconds)
 
@@ -154,6 +160,13 @@ def pretrained_subject(folder: str, resolution: int) -> Subject:
     resolution: of exported models.
     Raise CheckpointError if encoder or decoder is missing.
     """
+    if not Path(folder).is_dir():
+        what = "is a file" if Path(folder).exists() else "there is no such folder"
+        raise CheckpointError(
+            f"--pretrained {folder}: {what}. Give a folder of save_pretrained or export_pretrained.py"
+        )
+    if (Path(folder) / "ckpts").is_dir():
+        raise CheckpointError(f"--pretrained {folder}: is a run folder: give it as --run")
     weights = Path(folder) / WEIGHTS
     if weights.is_file():
         check_folder(Path(folder))
@@ -161,6 +174,11 @@ def pretrained_subject(folder: str, resolution: int) -> Subject:
         models, resolution = about["models"], about.get("resolution", resolution)
         return Subject(folder, 0, config_of(models, resolution), {"pretrained": dict.fromkeys(models, weights)})
     names = [name for name in (*MODELS, *OPTIONAL_MODELS) if (Path(folder) / f"{name}.json").is_file()]
+    if not names:
+        raise CheckpointError(
+            f"--pretrained {folder}: has neither {WEIGHTS} of save_pretrained nor {MODELS[0]}.json of "
+            "export_pretrained.py. Give a folder that has one of them"
+        )
     for name in ("encoder", "decoder"):
         if name not in names:
             raise CheckpointError(f"--pretrained {folder}: {name}.json is not there; export_pretrained.py writes it")
@@ -287,13 +305,13 @@ def score_baselines(
     """Return {baseline: its scores}; see `summary`. tables: as `tables_of_patterns` returns them."""
     number = min(len(training), MOST_TRAINING_GRIDS)
     chosen = np.linspace(0, len(training) - 1, number).round().astype(int).tolist()
-    with tqdm(total=number, desc="baselines", unit="object", disable=not sys.stderr.isatty()) as bar:
-        fitted = Baselines.fit(training, chosen, tables, lambda done: bar.update(done - bar.n))
-    result = {
-        name: summarize(scores, sources, kinds) for name, scores in fitted.scores(dataset, range(len(dataset))).items()
-    }
-    for name, bits in fitted.bits(dataset, range(len(dataset))).items():
-        result[name] = summarize_bits(bits, sources, kinds)
+    with waiting("fitting baselines", number) as progress:
+        fitted = Baselines.fit(training, chosen, tables, progress)
+    with waiting("scoring baselines"):
+        scores = fitted.scores(dataset, range(len(dataset)))
+        result = {name: summarize(each, sources, kinds) for name, each in scores.items()}
+        for name, bits in fitted.bits(dataset, range(len(dataset))).items():
+            result[name] = summarize_bits(bits, sources, kinds)
     return {name: {"training_grids": fitted.training_grids, **scores} for name, scores in result.items()}
 
 
@@ -312,16 +330,20 @@ def notes_on_data(subject: Subject, dataset: StandardDatasetBase) -> list[str]:
     return notes
 
 
-def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
-    """Score the models and write the files. Return the content of the JSON file, and its path."""
+Sheet = list[tuple[np.ndarray, np.ndarray, str]]  # rows of a contact sheet, see `example`
+
+
+def score_run(args: argparse.Namespace) -> tuple[dict, Path, list[Sheet]]:
+    """Score the models. Return the content of the JSON file, its path, and the contact sheets beside it."""
     if args.pretrained:
-        subject = pretrained_subject(args.pretrained, args.resolution)
+        subject = pretrained_subject(args.pretrained, args.resolution or 64)
     else:
         subject = run_subject(args.run, args.ckpt)
     config, data_dir = subject.config, args.data_dir or subject.data_dir
     if data_dir is None:
         raise ConfigError(f"{subject.name} does not say which data it used; give --data_dir")
     kind_of = read_kinds(args.kinds) if args.kinds else {}
+    folder = check_output_folder(args.output_dir or Path(subject.name) / "eval")
     device = pick_device(args.device)
     torch.backends.cudnn.allow_tf32 = False
 
@@ -355,7 +377,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
         ) from error
 
     results: dict[str, dict] = {}
-    sheets: list[list[tuple[np.ndarray, np.ndarray, str]]] = []
+    sheets: list[Sheet] = []
     reconstructions: dict[int, np.ndarray] = {}  # of the first set, in bits: 32 KiB for 64³
     # Seeds the sample of each object, independent of the other objects.
     sample_ids = torch.tensor([int(dataset.sha256(i)[:15], 16) for i in range(len(dataset))])
@@ -367,11 +389,11 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
         return result
 
     sets = list(subject.sets.items())
-    print(f"scoring {len(dataset)} objects", flush=True)  # minutes on a CPU, and a bar is drawn on terminals alone
+    print(f"scoring {len(dataset)} objects", flush=True)
     for label, files in sets if args.weights == "all" else sets[:1]:
         for name, model in models.items():
             load_weights(model, files[name], part=name if files[name].name == WEIGHTS else None)
-        with tqdm(total=len(dataset), desc=label, unit="object", disable=not sys.stderr.isatty()) as bar:
+        with waiting(label, len(dataset)) as progress:
             scores = evaluate(
                 reconstruct_and_keep,
                 dataset,
@@ -379,7 +401,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
                 batch_size=args.batch_size,
                 device=device,
                 detailed=True,
-                progress=lambda done: bar.update(done - bar.n),  # noqa: B023 - called within this turn
+                progress=progress,
             )
         results[label] = summarize(scores, sources, kinds)
         if not sheets:  # a later stage and the export take the first set
@@ -396,19 +418,13 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path]:
         tables = tables_of_patterns(models, dataset[0]["ss"].shape[-1])
         baselines = score_baselines(training, dataset, tables, sources, kinds)
 
-    folder = Path(args.output_dir or Path(subject.name) / "eval")
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{args.split}_step{subject.step:07d}.json"
     report = {
         "models": subject.name, "step": subject.step, "split": args.split, "data_dir": data_dir, "kinds": args.kinds,
         "device": str(device), "training_seconds": subject.training_seconds, "versions": versions(),
         "weights": results, **({"baselines": baselines} if baselines else {}),
     }  # fmt: skip
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    save_png(path.with_suffix(".png"), contact_sheet(sheets[0]))
-    save_png(worst_sheet(path), contact_sheet(sheets[1]))
-    return report, path
+    return report, path, sheets
 
 
 def worst_sheet(path: Path) -> Path:
@@ -417,10 +433,16 @@ def worst_sheet(path: Path) -> Path:
 
 
 def print_scores(args: argparse.Namespace) -> None:
-    report, path = score_run(args)
+    report, path, sheets = score_run(args)
     step = f" at step {report['step']}" if args.run else ""
     print(f"{report['models']}{step}, split {args.split}")
     print(format_report(report["weights"], report.get("baselines", {})))
+    sys.stdout.flush()  # scores took their time: they are told before the disk may turn out to be full
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for file, sheet in zip((path.with_suffix(".png"), worst_sheet(path)), sheets, strict=True):
+        save_png(file, contact_sheet(sheet))
     print(f"written: {path}, {path.with_suffix('.png')}, {worst_sheet(path)}")
 
 

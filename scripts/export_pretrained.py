@@ -19,9 +19,9 @@ import torch
 from trellis.models import build, load_weights, model_spec
 from trellis.runs.open import Run, open_run
 from trellis.tokens.sources import GRIDS
-from trellis.utils.command import run_command
+from trellis.utils.command import check_output_folder, run_command
 from trellis.utils.errors import CheckpointError, DataError
-from trellis.utils.files import atomic_write
+from trellis.utils.files import atomic_write, remove_leftovers
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,26 +54,36 @@ def grid_settings(run: Run) -> dict[str, str | int]:
 
 
 def export(args: argparse.Namespace) -> None:
-    from safetensors.torch import save_file
+    """Write the files. What a killed export of the same models has left is kept; anything else there is an error."""
+    from safetensors.torch import save
 
+    folder = check_output_folder(args.output_dir)
     run = open_run(args.run, args.ckpt, "--run")
-    folder = Path(args.output_dir)
+    paths = [folder / f"{name}{suffix}" for name in run.config["models"] for suffix in (".safetensors", ".json")]
+    present = [path for path in paths if path.exists()]
+    if len(present) == len(paths):
+        raise CheckpointError(f"{present[0]} exists already; choose another --output_dir")
     weights = run.weights(averaged=not args.raw)
-    targets = {name: folder / name for name in weights}
-    for target in targets.values():
-        if target.with_suffix(".json").exists() or target.with_suffix(".safetensors").exists():
-            raise CheckpointError(f"{target}.json or .safetensors exists already; choose another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[Path, bytes] = {}
     dtype = getattr(torch, args.dtype)
     for name, spec in run.config["models"].items():
         model = build(spec, f"models.{name}")
         load_weights(model, weights[name])
         state = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
-        with atomic_write(targets[name].with_suffix(".safetensors")) as partial:
-            save_file(state, partial, {GRIDS: json.dumps(grid_settings(run))} if name == "quantizer" else None)
-        with atomic_write(targets[name].with_suffix(".json")) as partial:
-            partial.write_text(model_spec(spec), encoding="utf-8")
-        print(f"written: {targets[name]}.json, {targets[name]}.safetensors")
+        note = {GRIDS: json.dumps(grid_settings(run))} if name == "quantizer" else None
+        files[folder / f"{name}.safetensors"] = save(state, note)
+        files[folder / f"{name}.json"] = model_spec(spec).encode()
+    for path in present:
+        if path.read_bytes() != files[path]:
+            raise CheckpointError(f"{path} exists already, of other models; choose another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    for path, content in files.items():
+        if path not in present:
+            with atomic_write(path) as partial:
+                partial.write_bytes(content)
+    for name in run.config["models"]:
+        print(f"written: {folder / name}.json, {folder / name}.safetensors")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,7 +29,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from trellis.grids.mesh_pool import run_in_pool
 from trellis.grids.placing import UP_AXES, axis_to_write
@@ -37,9 +36,10 @@ from trellis.grids.surface import save_mesh, surface_mesh
 from trellis.grids.volumes import Frame, write_nifti
 from trellis.grids.voxels import voxel_centers, write_ply
 from trellis.tokens.forms import FORMS, form_of
-from trellis.utils.command import DEVICES, available_cores, pick_device, run_command
+from trellis.utils.command import DEVICES, available_cores, check_output_folder, pick_device, run_command
 from trellis.utils.errors import DataError
 from trellis.utils.files import atomic_write, remove_leftovers
+from trellis.utils.progress import waiting
 
 # Workers import this file again, and they need no torch.
 if TYPE_CHECKING:
@@ -234,22 +234,24 @@ def write_objects(args: argparse.Namespace) -> Report:
     """
     from trellis.tokenizer import SparseStructureTokenizer
 
+    folder = check_output_folder(args.output_dir)
     device = pick_device(args.device)
     tokenizer = SparseStructureTokenizer.load(args.tokenizer).to(device)
-    plan, folder = plan_objects(args, tokenizer), Path(args.output_dir)
+    plan = plan_objects(args, tokenizer)
     paths = [folder / f"{each.stem}{FORMATS[args.format]}" for each in plan.objects]
     if args.tokens:
         check_names(folder / NAMES, plan.objects, paths)
     claim_folder(folder, args.format, plan.settings, paths)
     remove_leftovers(folder)
     missing = [not path.exists() for path in paths]
-    written, left_out, surfaces_closed = 0, [], []
+    written = 0
+    left_out: list[tuple[str, str]] = []
+    surfaces_closed: list[bool] = []
     names = {path: each.name or each.stem for path, each in zip(paths, plan.objects, strict=True)}
-    bar = tqdm(total=sum(missing), unit="object", disable=not sys.stderr.isatty())
 
     def finish(task: tuple, result: bool | DataError | None) -> None:
         nonlocal written
-        bar.update()
+        progress(progress.done + 1)
         if isinstance(result, DataError):
             left_out.append((names[task[0]], str(result)))
             return
@@ -276,7 +278,7 @@ def write_objects(args: argparse.Namespace) -> Report:
             for (path, _, frame), bits in zip(read, np.packbits(grids, axis=1), strict=True):
                 yield Task(path, bits.tobytes(), tokenizer.resolution, args.format, plan.to_y_up, frame)
 
-    with bar:
+    with waiting("writing", sum(missing)) as progress:
         if args.format == "voxels" or args.max_workers == 1:  # voxels are written in no time
             run_here(tasks(), finish)
         else:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet
 from trellis.tokens.forms import Form
 from trellis.utils.errors import DataError
+from trellis.utils.inputs import require_file, require_memory
+from trellis.utils.progress import say
 
 ANSWERS = ("predict", "output", "response", "text")
 STEM_LENGTH = 40  # characters of an object's name that are kept; each may be four bytes of the file's name
@@ -114,6 +115,8 @@ def _checked(ids: Tensor, tokenizer: SparseStructureTokenizer) -> Tensor:
 
 def read_lines(path: str) -> dict[int, str]:
     """Return the lines that are not blank, {number from 1: line}. Raise DataError if the file cannot be read."""
+    require_file(path, DataError, "give a text file or a .jsonl")
+    require_memory(4 * Path(path).stat().st_size, f"{path}: takes", DataError, "give a part of it")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
@@ -139,7 +142,7 @@ def ids_of_text(path: str, form: Form, tokenizer: SparseStructureTokenizer, repa
         answer = answer_of(line, start) if path.lower().endswith(".jsonl") else line
         parsed = parse(answer)
         for problem in parsed.problems:
-            tqdm.write(f"repaired: {name}: {problem}")
+            say(f"repaired: {name}: {problem}")
         return parsed.ids, None
 
     for number, line in read_lines(path).items():
@@ -150,7 +153,7 @@ def answer_of(line: str, start: str) -> str:
     """Return the answer in a line of a .jsonl. Raise DataError if there is none. start: the first word of a mesh."""
     try:
         value: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"is not JSON ({error})") from error
     if isinstance(value, dict):
         turns = value.get("conversations")

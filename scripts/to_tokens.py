@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.multiprocessing
 from torch import Tensor
-from tqdm import tqdm
 
 from dataset_toolkits.records import FAILED_FIELDS, write_table
 from dataset_toolkits.report import by_kind
@@ -44,8 +43,9 @@ from trellis.grids.voxels import unpack_bits_on_device
 from trellis.tokenizer import Precision, SparseStructureTokenizer
 from trellis.tokens import parquet, sharegpt
 from trellis.tokens.forms import FORMS, Form, form_of
-from trellis.utils.command import DEVICES, available_cores, pick_device, run_command
+from trellis.utils.command import DEVICES, available_cores, check_output_folder, pick_device, run_command
 from trellis.utils.errors import ConfigError, DataError, UserError
+from trellis.utils.progress import waiting
 
 FAILED = "_failed.csv"  # ending of the table of meshes that cannot be voxelized
 REASONS_SHOWN = 5
@@ -251,15 +251,8 @@ def run_process(
         nothing = torch.zeros(1, (info.resolution**3 + 7) // 8, dtype=torch.uint8)
         encode_batches(tokenizer, [nothing], args.precision, args.iou)
     total = sum(len(work.source.objects[objects]) for objects in missing.values())
-    bar = tqdm(
-        total=total,
-        desc="tokenize",
-        unit="object",
-        disable=process > 0 or not total,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-    )
     started = time.perf_counter()
-    with ThreadPoolExecutor(1) as writer, bar:
+    with ThreadPoolExecutor(1) as writer, waiting("tokenize", total, shown=process == 0 and total > 0) as progress:
         writing: Future | None = None
 
         def tokenize(shard: Shard) -> None:
@@ -286,13 +279,18 @@ def run_process(
             count += len(sha256)
 
         if missing:
-            work.source.feed(missing, tokenizer.device, processes, tokenize, bar.update)
+            work.source.feed(
+                missing, tokenizer.device, processes, tokenize, lambda read: progress(progress.done + read)
+            )
         if writing is not None:
             writing.result()
     seconds = time.perf_counter() - started
     records = 0
     if work.prompts is not None:
-        records = sum(write_conversations(work, work.prompts, tokenizer, number) for number in numbers)
+        with waiting("conversations", len(numbers), "shard", shown=process == 0) as progress:
+            for done, number in enumerate(numbers):
+                progress(done)
+                records += write_conversations(work, work.prompts, tokenizer, number)
     return Report(count, seconds, records, list(work.source.noted))
 
 
@@ -484,20 +482,24 @@ def list_failures(work: Work) -> list[dict[str, str]]:
     path = Path(beside(work.args.output_dir, FAILED))
     if rows:
         write_table(path, FAILED_FIELDS, sorted(rows, key=lambda row: row["file"]))
-    else:
-        path.unlink(missing_ok=True)
+    elif path.exists():  # else a folder that is finished, on a read-only disk, would be an error
+        path.unlink()
     return rows
 
 
 def run(args: argparse.Namespace) -> None:
     """Tokenize this machine's share and print what was done."""
     started = time.perf_counter()
+    for flag, folder in (("--output_dir", args.output_dir), ("--sharegpt", args.sharegpt)):
+        if folder:
+            check_output_folder(folder, flag)
     cuda = pick_device(args.device).type == "cuda"
     there = torch.cuda.device_count() if cuda else 1
     if cuda and args.num_gpus > there:
         raise ConfigError(f"--num_gpus is {args.num_gpus}, but this machine has {there}")
     tokenizer = SparseStructureTokenizer.load(args.tokenizer)
-    work = plan_work(args, tokenizer, cuda)
+    with waiting("reading the list of objects"):
+        work = plan_work(args, tokenizer, cuda)
     for note in work.source.notes:
         print(f"note: {note}")
     numbers = list(work.shards)[args.rank :: args.world_size]
@@ -533,10 +535,14 @@ def run(args: argparse.Namespace) -> None:
     if numbers and not rows:
         raise DataError(f"{args.output_dir}: no object has ids; {beside(args.output_dir, FAILED)} has the reasons")
     if rows and args.precision == "bf16":
-        print("  " + agreement(work, tokenizer.to("cuda" if cuda else "cpu"), numbers))
+        with waiting("encoding in fp32"):
+            text = agreement(work, tokenizer.to("cuda" if cuda else "cpu"), numbers)
+        print("  " + text)
     if args.verify and rows:
         tokenizer.to("cuda" if cuda else "cpu")
-        print("  " + verify(work, tokenizer, numbers))
+        with waiting("verifying"):
+            text = verify(work, tokenizer, numbers)
+        print("  " + text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import pack_bits, voxels_to_grid
 from trellis.tokens.sharegpt import read_captions
 from trellis.utils.errors import DataError
+
+if TYPE_CHECKING:
+    from dataset_toolkits.plan import Job
+    from trellis.grids.meshes import Voxelized
 
 BATCH = {"cpu": 8, "cuda": 64}  # objects per batch, enough to keep a device busy; ids do not depend on it
 
@@ -194,37 +198,37 @@ class MeshSource:
             running = encoder.submit(tokenize, Shard(number, objects, batches, left_out))
 
         with ThreadPoolExecutor(1) as encoder:
-            self._voxelize(list(number_of), finish, max(1, self.max_workers // processes))
+            self._voxelize([job for part in jobs.values() for job in part], finish, self.max_workers // processes)
             if running is not None:
                 running.result()
 
     def grids(self, sha256: list[str]) -> Tensor:
         """Return the grids of these objects, [n, ceil(R³ / 8)] uint8. Raise DataError for one without a grid."""
-        paths = {job.sha256: job.path for job in self.jobs}
+        jobs = {job.sha256: job for job in self.jobs}
         results: dict[Path, np.ndarray | DataError] = {}
-        self._voxelize([paths[each] for each in sha256], results.__setitem__, self.max_workers)
+        self._voxelize([jobs[each] for each in sha256], results.__setitem__, self.max_workers)
         grids: dict[Path, np.ndarray] = {}
         for path, result in results.items():
             if isinstance(result, DataError):
                 raise DataError(f"{path}: {result}")
             grids[path] = result
-        return torch.from_numpy(np.stack([grids[paths[each]] for each in sha256]))
+        return torch.from_numpy(np.stack([grids[jobs[each].path] for each in sha256]))
 
     def _voxelize(
-        self, paths: list[Path], finish: Callable[[Path, np.ndarray | DataError], None], workers: int
+        self, jobs: "list[Job]", finish: Callable[[Path, np.ndarray | DataError], None], workers: int
     ) -> None:
         """Call finish with each path and its grid, [ceil(R³ / 8)] uint8, or the reason why there is none."""
+        from dataset_toolkits.work import voxels_of
         from trellis.grids.mesh_pool import run_in_pool
-        from trellis.grids.meshes import Voxelized, mesh_voxels
 
         resolution = self.settings[0]
 
-        def pack(task: tuple, result: Voxelized | DataError) -> None:
+        def pack(task: tuple, result: "Voxelized | DataError") -> None:
             if isinstance(result, DataError):
                 finish(task[0], result)
             else:
                 self.noted += [(str(task[0]), note) for note in result.notes]
                 finish(task[0], pack_bits(voxels_to_grid(result.voxels, resolution)[None])[0])
 
-        tasks = ((path, *self.settings) for path in paths)
-        run_in_pool(mesh_voxels, tasks, pack, min(workers, len(paths)), self.timeout)
+        tasks = ((job.path, job.stamp, *self.settings) for job in jobs)
+        run_in_pool(voxels_of, tasks, pack, max(1, min(workers, len(jobs))), self.timeout)

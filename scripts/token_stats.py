@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from trellis.datasets.metadata import compare_with_tokenizer
 from trellis.datasets.sparse_structure import SparseStructure
@@ -33,10 +32,11 @@ from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet, stats
 from trellis.tokens.stats import COMPRESSORS, ORDERS, TokenSet
 from trellis.tokens.stats_report import draw, reading, require_matplotlib
-from trellis.utils.command import DEVICES, pick_device, run_command
+from trellis.utils.command import DEVICES, check_output_folder, pick_device, run_command
 from trellis.utils.environment import versions
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import atomic_write
+from trellis.utils.progress import waiting
 
 GRIDS_AT_ONCE = 64
 
@@ -175,12 +175,12 @@ def read_grids(args: argparse.Namespace, dataset: SparseStructure, subject: Subj
 
 
 def batches(indices: np.ndarray, what: str) -> Iterator[np.ndarray]:
-    """Yield indices [n] in parts, with a progress bar on a terminal."""
-    with tqdm(total=len(indices), desc=what, unit="object", disable=not sys.stderr.isatty()) as bar:
+    """Yield indices [n] in parts, and show progress."""
+    with waiting(what, len(indices)) as progress:
         for start in range(0, len(indices), GRIDS_AT_ONCE):
             part = indices[start : start + GRIDS_AT_ONCE]
             yield part
-            bar.update(len(part))
+            progress(start + len(part))
 
 
 # --- all of it --------------------------------------------------------------------------------------------------
@@ -224,11 +224,12 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def write_stats(args: argparse.Namespace) -> None:
-    folder = Path(args.output_dir)
+    folder = check_output_folder(args.output_dir)
     require_matplotlib()
     if (folder / "stats.json").exists():
         raise ConfigError(f"{folder / 'stats.json'} exists already; choose another --output_dir")
-    result = measure(args)
+    with waiting("statistics"):
+        result = measure(args)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw(result, folder)
     text = reading(result, pictures)

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +90,14 @@ def command(*flags) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *map(str, flags), "--device", "cpu", "--auto_retry", "0"]
 
 
+def forked(function: Callable, *args) -> BaseProcess:
+    """Start a function in a copy of this process, which has no imports to wait for, and return it. What it returns is
+    its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(function(*args)))
+    process.start()
+    return process
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -98,7 +109,7 @@ def checkpoint(run_dir, step: int) -> dict[str, dict]:
     checkpoints = Checkpoints(run_dir)
     assert checkpoints.is_complete(step)
     files = {path.name: torch.load(path, weights_only=True) for path in checkpoints.folder.glob(f"*step{step:07d}.pt")}
-    for key in ("seconds", "files", "config"):
+    for key in ("seconds", "files", "sums", "config"):
         files[f"misc_step{step:07d}.pt"].pop(key)
     return files
 

@@ -1,19 +1,27 @@
 """Checkpoint folders: which step is picked, what is kept, and where weights come from."""
 
+import copy
+import errno
 import json
 import os
 import re
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import VQ, run, tiny_config
+from helpers import VQ, assert_equal, checkpoint, run, tiny_config
 
 from trellis import __version__
-from trellis.models import build
+from trellis.models import build, read_weights
+from trellis.runs import open_run, sums
 from trellis.runs.checkpoint import Checkpoints, misc_file, model_file
+from trellis.runs.saver import Saver
 from trellis.trainers import SparseStructureVaeTrainer, SparseStructureVqVaeTrainer
+from trellis.trainers.basic import BasicTrainer
 from trellis.trainers.weights import plan_weights
 from trellis.utils.errors import CheckpointError, ConfigError
 
@@ -99,12 +107,18 @@ def test_a_set_that_lost_or_shortened_any_file_is_never_picked(checkpoints):
     for name in sorted(files(checkpoints, 6) - {misc_file(6)}):
         path = checkpoints.folder / name
         whole = path.read_bytes()
-        for damage in (None, b"", whole[:-1], whole + b"x"):
+        for damage, told in (
+            (None, "is missing"),
+            (b"", f"has 0 bytes; it had {len(whole)} when it was written"),
+            (whole[:-1], f"has {len(whole) - 1} bytes"),
+            (whole + b"x", f"has {len(whole) + 1} bytes"),
+        ):
             path.unlink()
             if damage is not None:
                 path.write_bytes(damage)
-            assert not checkpoints.is_complete(6) and checkpoints.latest() == 4, name
-            with pytest.raises(CheckpointError, match="--ckpt 6; complete steps: 0, 2, 4$"):
+            with pytest.warns(UserWarning, match=f"passed over: {path} {told}"):
+                assert not checkpoints.is_complete(6) and checkpoints.latest() == 4, name
+            with pytest.raises(CheckpointError, match=f"--ckpt 6; complete steps: 0, 2, 4; {path} {told}"):
                 checkpoints.resolve("6")
             path.write_bytes(whole)
     assert checkpoints.latest() == 6
@@ -141,13 +155,13 @@ def test_an_interrupted_save_is_not_a_checkpoint(checkpoints, monkeypatch):
     written, space = [], []
     original = torch.save
 
-    def failing(content, path):
+    def failing(content, file):
         if not space:
-            Path(path).write_bytes(b"half")
+            file.write(b"half")
             raise OSError("disk full")
         space.pop()
-        written.append(Path(path).name)
-        original(content, path)
+        written.append(Path(file.file.name).name)
+        original(content, file)
 
     monkeypatch.setattr(torch, "save", failing)
     for survives in range(7):
@@ -189,6 +203,161 @@ def test_a_file_that_a_set_does_not_list_is_not_its_average(checkpoints):
     assert checkpoints.ema_rates("decoder", 4) == [0.9999, 0.9]
 
 
+# --- damage ---
+
+
+def flip(path: Path, place: int, bit: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def use(checkpoints: Checkpoints, step: int) -> None:
+    """What a resume and a reader do before any weight is used."""
+    assert checkpoints.resolve(str(step)) == step
+    checkpoints.verify(step)
+    open_run(checkpoints.run_dir, str(step)).weight_sets()
+
+
+def test_any_flipped_bit_is_found_and_the_file_and_the_checkpoint_before_are_named(tmp_path):
+    """300 bits, spread over the whole of three files."""
+    checkpoints, config = Checkpoints(tmp_path), {"models": {"encoder": {}, "decoder": {}, "quantizer": {}}}
+    for step in (4, 6):
+        save(checkpoints, step, best=4, config=config, optimizer={"state": {i: weights(i) for i in range(5)}})
+    use(checkpoints, 6)
+    for name in (model_file("encoder", 6), model_file("decoder", 6, 0.9), misc_file(6)):
+        path = checkpoints.folder / name
+        size = path.stat().st_size
+        for number in range(100):
+            place = number * size // 100 if number < 60 else size - 100 + number  # the seal is at the end
+            fresh = Checkpoints(tmp_path)
+            flip(path, place, number % 8)
+            with pytest.raises(CheckpointError, match=re.escape(f"{path} is damaged")) as error:
+                use(fresh, 6)
+            whole = "lacks its end" in str(error.value)
+            assert whole or str(error.value).endswith("Restore the file, or take the one before it: --ckpt 4"), place
+            assert fresh.resolve("4") == 4
+            if name == misc_file(6) and not whole:
+                with pytest.raises(CheckpointError, match="--ckpt 4$"):
+                    fresh.latest()
+            flip(path, place, number % 8)
+    use(Checkpoints(tmp_path), 6)
+
+
+def test_damage_after_a_file_was_read_is_found_too(checkpoints):
+    checkpoints.verify(6)
+    path = checkpoints.folder / model_file("decoder", 6)
+    flip(path, path.stat().st_size // 2, 3)
+    with pytest.raises(CheckpointError, match=f"{path} is damaged"):
+        checkpoints.verify(6)
+
+
+def test_a_checkpoint_without_sums_is_compared_with_those_of_its_zip_archives(checkpoints):
+    """As versions before sums wrote it, and TRELLIS."""
+    misc = checkpoints.read_misc(6, mmap=False)
+    del misc["sums"]
+    torch.save(misc, checkpoints.folder / misc_file(6))
+    checkpoints.verify(6)
+    for name in (model_file("decoder", 6), misc_file(6)):
+        path = checkpoints.folder / name
+        for place in range(0, path.stat().st_size, path.stat().st_size // 60):
+            fresh = Checkpoints(checkpoints.run_dir)
+            flip(path, place, place % 8)
+            try:
+                fresh.verify(6)
+                loaded = read_weights(path) if name != misc_file(6) else fresh.read_misc(6, mmap=False)
+                flip(path, place, place % 8)
+                assert_equal(loaded, torch.load(path, weights_only=True))  # a bit of the archive that says nothing
+            except CheckpointError as error:
+                assert f"{path}" in str(error)
+                flip(path, place, place % 8)
+
+
+def test_a_sum_of_another_program_counts_only_for_the_file_that_is_used(tmp_path):
+    trellis_run(tmp_path, tiny_config())
+    path = tmp_path / "ckpts" / "decoder_ema0.9999_step0000010.pt"
+    flip(path, path.stat().st_size // 2, 0)
+    run = open_run(tmp_path)
+    assert run.weight_file("encoder").is_file()
+    with pytest.raises(CheckpointError, match=f"{path} is damaged .*there is no checkpoint before it"):
+        run.weight_file("decoder")
+
+
+@pytest.mark.parametrize("ckpt, code", [("latest", 1), ("2", 0)])
+def test_a_damaged_checkpoint_stops_a_resume_and_the_one_before_is_used_where_asked(
+    ckpt, code, data_dir, write_config, tmp_path, capsys
+):
+    flags = ("--config", write_config(tiny_config(max_steps=4)), "--data_dir", data_dir, "--output_dir", tmp_path)
+    assert run(*flags) == 0
+    checkpoints = Checkpoints(tmp_path)
+    want = checkpoint(tmp_path, 4)
+    path = checkpoints.folder / model_file("decoder", 4)
+    flip(path, path.stat().st_size // 2, 0)
+    before = {path: path.read_bytes() for path in checkpoints.folder.iterdir()}
+    assert run(*flags, "--ckpt", ckpt) == code
+    if code:
+        assert capsys.readouterr().err == (
+            f"error: {path} is damaged (its sum is not the one it was written with). Restore the file, or take the one "
+            "before it: --ckpt 2\n"
+        )
+        assert {path: path.read_bytes() for path in checkpoints.folder.iterdir()} == before
+    else:
+        assert_equal(checkpoint(tmp_path, 4), want)
+
+
+def test_frozen_weights_that_were_damaged_are_written_anew(checkpoints):
+    path = checkpoints.folder / model_file("encoder", 6)
+    flip(path, path.stat().st_size // 2, 0)
+    with pytest.warns(UserWarning, match=f"encoder_step0000008.pt is written anew: {path} is damaged"):
+        save(checkpoints, 8)
+    use(checkpoints, 8) if "config" in checkpoints.read_misc(8) else checkpoints.verify(8)
+    assert torch.equal(torch.load(checkpoints.folder / model_file("encoder", 8))["w"], weights(7)["w"])
+
+
+def test_what_reads_back_otherwise_is_no_checkpoint_and_removes_none(checkpoints, monkeypatch):
+    original = sums.file_sum
+    monkeypatch.setattr(sums, "file_sum", lambda path: original(path) ^ 1)
+    with pytest.raises(CheckpointError, match="a file reads back other than it was written; check the disk"):
+        save(checkpoints, 8)
+    assert checkpoints.steps() == [0, 2, 4, 6] and not list(checkpoints.folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "number, told", [(errno.ENOSPC, "No space left"), (errno.EDQUOT, "quota"), (errno.EROFS, "Read-only")]
+)
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace"])
+def test_a_disk_that_takes_no_more_is_one_error_that_names_the_file_and_the_remedy(
+    call, number, told, checkpoints, monkeypatch
+):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    original = open
+
+    def failing_open(path, mode="r", **kwargs):
+        if "x" in mode:
+            fail()
+        return original(path, mode, **kwargs)
+
+    if call == "open":
+        monkeypatch.setattr("builtins.open", failing_open)
+    elif call == "write":
+        init = sums.SumWriter.__init__
+        full = SimpleNamespace(write=fail, flush=lambda: None)  # torch then says "unexpected pos"
+        monkeypatch.setattr(sums.SumWriter, "__init__", lambda writer, file: init(writer, full))
+    else:
+        monkeypatch.setattr(os, call, fail)
+    with pytest.raises(CheckpointError) as error:
+        save(checkpoints, 8)
+    monkeypatch.undo()
+    text = str(error.value)
+    assert str(checkpoints.folder / model_file("decoder", 8)) in text and told in text and "step 6 is kept" in text
+    assert text.endswith("then run the same command again") and "\n" not in text
+    assert checkpoints.latest() == 6 and not list(checkpoints.folder.glob(".*"))
+
+
 # --- keeping ---
 
 
@@ -205,16 +374,26 @@ def test_prune_keeps_the_last_and_the_best_whole(keep_last, best, kept, checkpoi
 
 
 def test_a_removed_set_loses_its_misc_file_first(checkpoints, monkeypatch):
-    removed = []
+    """Killed at any moment, the rest is removed by the next start."""
+    whole = files(checkpoints, 2)
     original = Path.unlink
+    for survives in range(len(whole)):
+        save(checkpoints, 2)
+        left = [None] * survives
 
-    def recording(path, *args, **kwargs):
-        removed.append(path.name)
-        original(path, *args, **kwargs)
+        def failing(path, *args, left=left, **kwargs):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            original(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "unlink", recording)
-    checkpoints.remove(2)
-    assert removed[0] == misc_file(2) and len(removed) == 8 and files(checkpoints, 2) == set()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", failing)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.remove(2)
+        assert checkpoints.steps() == [0, 4, 6] and len(files(checkpoints, 2)) == len(whole) - survives
+        checkpoints.clean()
+        assert [path for path in checkpoints.folder.iterdir() if "0000002" in path.name] == []
 
 
 def test_frozen_weights_are_stored_once(checkpoints):
@@ -435,7 +614,9 @@ def test_what_the_saved_state_depends_on_may_not_change(change, named, tmp_path)
     assert f"another configuration: {'; '.join(named)}. Restore" in str(error.value)
 
 
-def test_a_new_run_over_incomplete_sets_keeps_its_own_and_uses_its_own_frozen_weights(data_dir, write_config, tmp_path):
+def test_a_run_starts_over_only_where_it_has_no_checkpoint_and_uses_its_own_frozen_weights(
+    data_dir, write_config, tmp_path, capsys
+):
     """What an earlier attempt left incomplete counts neither for keep_last nor as frozen weights to link."""
     stage1 = tiny_config(VQ, freeze=["encoder", "decoder"], keep_last=1, max_steps=1, i_eval=100)
     stale = own_run(tmp_path / "run", stage1, step=6)
@@ -443,6 +624,14 @@ def test_a_new_run_over_incomplete_sets_keeps_its_own_and_uses_its_own_frozen_we
     (tmp_path / "run" / "log.txt").write_text('{"step": 0, "old": 1}\n{"step": 6, "old": 1}\n')
     trellis_run(tmp_path / "theirs", tiny_config(), ema=False)
     flags = ("--config", write_config(stage1), "--data_dir", data_dir, "--load_dir", tmp_path / "theirs")
+    before = {path: path.read_bytes() for path in stale.folder.iterdir()}
+    assert run(*flags, "--output_dir", tmp_path / "run") == 1
+    assert (
+        f"error: {stale.folder / model_file('quantizer', 6)} is missing; {stale.folder} has no other complete "
+        f"checkpoint. Restore the file, or move {stale.folder} away to start over" in capsys.readouterr().err
+    )
+    assert {path: path.read_bytes() for path in stale.folder.iterdir()} == before
+    (stale.folder / misc_file(6)).unlink()  # a start that was cut off before its first checkpoint was whole
     assert run(*flags, "--output_dir", tmp_path / "run") == 0
     checkpoints = Checkpoints(tmp_path / "run")
     assert checkpoints.steps()[-1] == 1 and 6 not in checkpoints.steps()
@@ -452,4 +641,170 @@ def test_a_new_run_over_incomplete_sets_keeps_its_own_and_uses_its_own_frozen_we
         assert all(torch.equal(result[key], value) for key, value in source.items())
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert steps.count(0) == 1 and 6 not in steps
-    assert "old" in (checkpoints.folder / "superseded_1" / "log.txt").read_text()
+    assert "old" not in (tmp_path / "run" / "log.txt").read_text()
+
+
+# --- saving in the background ---
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Let each set be written only after `go` is set."""
+    go, original = threading.Event(), Checkpoints.save
+
+    def waiting(*args):
+        assert go.wait(20)
+        original(*args)
+
+    monkeypatch.setattr(Checkpoints, "save", waiting)
+    yield go
+    go.set()
+
+
+def state_of(value: float, kind=torch.float32) -> dict:
+    """A state with all that may be in one: layouts, types, nesting, the version that a state dict has beside it."""
+    module = torch.nn.Sequential(torch.nn.Conv3d(2, 3, 2), torch.nn.BatchNorm1d(3)).to(kind)
+    module[0].to(memory_format=torch.channels_last_3d)
+    torch.nn.init.constant_(module[0].weight, value)
+    return module.state_dict()
+
+
+def test_what_changes_right_after_a_save_is_not_in_it(slow, tmp_path):
+    written: list[int] = []
+    saver = Saver(Checkpoints(tmp_path), written.append)
+    trained, frozen = {"m": state_of(1), "h": state_of(1, torch.bfloat16)}, {"f": state_of(7)}
+    averages = {0.9: {"m": {"w": torch.full((3,), 1.5), "n": torch.tensor(4)}}}
+    misc = {
+        "best": {"step": 0, "score": 0.5},
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "groups": [[1]]},
+    }
+    want = copy.deepcopy((trained, averages, misc))
+    saver.save(0, trained, averages, frozen, misc)
+    for tree in (*trained.values(), averages[0.9]["m"], misc["optimizer"]["state"][0]):
+        for value in tree.values():
+            value.zero_()
+    misc["optimizer"]["groups"][0].append(2)
+    misc["best"]["score"] = 9.0
+    misc["late"] = True
+    slow.set()
+    saver.wait()
+    assert written == [0]
+    folder = tmp_path / "ckpts"
+    for name in ("m", "h"):
+        found = torch.load(folder / model_file(name, 0), weights_only=True)
+        assert_equal(dict(found), dict(want[0][name]))
+        assert found["0.weight"].stride() == want[0][name]["0.weight"].stride() != (16, 8, 4, 2, 1)
+        assert found._metadata == want[0][name]._metadata
+    assert_equal(torch.load(folder / model_file("m", 0, 0.9), weights_only=True), want[1][0.9]["m"])
+    found = Checkpoints(tmp_path).read_misc(0)
+    for key in ("format", "step", "files", "sums"):
+        del found[key]
+    assert_equal(found, want[2])
+    assert json.loads((tmp_path / "best.json").read_text()) == want[2]["best"]
+    assert sorted(path.stat().st_size for path in folder.glob("m_ema*"))[0] < 4000  # a tensor's own storage, no more
+
+
+def test_two_sets_are_never_in_flight_and_the_copy_is_used_again(slow, tmp_path):
+    saver = Saver(Checkpoints(tmp_path))
+    save_weights = lambda step: saver.save(step, {"m": weights(step)}, {}, {}, {"best": None})  # noqa: E731
+    save_weights(0)
+    copies = dict(saver._copies)
+    second = threading.Thread(target=save_weights, args=(2,))
+    second.start()
+    time.sleep(0.1)
+    assert second.is_alive() and threading.active_count() <= 4 and not (tmp_path / "ckpts").exists()
+    slow.set()
+    second.join()
+    saver.wait()
+    assert Checkpoints(tmp_path).steps() == [0, 2]
+    assert [saver._copies[key] is value for key, value in copies.items()] == [True]
+    for step in (0, 2):
+        assert torch.load(tmp_path / "ckpts" / model_file("m", step), weights_only=True)["w"][0] == step
+
+
+@pytest.mark.parametrize("where", ["check", "wait", "save", "context"])
+def test_an_error_of_the_writer_is_raised_in_training_once(where, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error", "somewhere")
+
+    checkpoints = Checkpoints(tmp_path)
+    saver = Saver(checkpoints)
+    monkeypatch.setattr(checkpoints, "save", fail)
+    arguments = (2, {"m": weights(0)}, {}, {}, {"best": None})
+    with pytest.raises(OSError, match="somewhere"):
+        with saver:
+            saver.save(*arguments)
+            saver._thread.join()
+            if where == "save":
+                saver.save(*arguments)
+            elif where != "context":
+                getattr(saver, where)()
+    saver.check()
+    saver.wait()
+
+
+def test_an_error_of_training_waits_for_the_checkpoint_and_is_the_one_that_is_raised(slow, tmp_path):
+    saver = Saver(Checkpoints(tmp_path))
+    threading.Timer(0.2, slow.set).start()
+    with pytest.raises(ValueError, match="of training"), saver:
+        saver.save(2, {"m": weights(0)}, {}, {}, {"best": None})
+        raise ValueError("of training")
+    assert Checkpoints(tmp_path).latest() == 2
+
+
+def test_an_interruption_does_not_wait(slow, tmp_path):
+    with pytest.raises(KeyboardInterrupt), Saver(Checkpoints(tmp_path)) as saver:
+        saver.save(2, {"m": weights(0)}, {}, {}, {"best": None})
+        raise KeyboardInterrupt
+    assert Checkpoints(tmp_path).latest() is None
+
+
+def test_the_old_checkpoint_is_kept_until_the_new_one_is_whole(checkpoints, monkeypatch):
+    monkeypatch.setattr(sums, "file_sum", lambda path: 0)
+    with pytest.raises(CheckpointError, match="reads back other"), Saver(checkpoints) as saver:
+        saver.save(8, {"m": weights(0)}, {}, {}, {"best": None}, keep_last=1)
+    monkeypatch.undo()
+    assert checkpoints.steps() == [0, 2, 4, 6]
+    with Saver(checkpoints) as saver:
+        saver.save(8, {"m": weights(0)}, {}, {}, {"best": None}, keep_last=1)
+    assert checkpoints.steps() == [8]
+
+
+def test_a_run_goes_on_while_its_checkpoint_is_written(slow, data_dir, write_config, tmp_path, monkeypatch):
+    """Steps 1 and 2 are taken before step 0 is on disk, and each file holds the state of its step."""
+    for folder in ("plain", "slow"):
+        steps, run_step = [], BasicTrainer.run_step
+
+        def counting(self, batch, steps=steps, run_step=run_step, folder=folder):
+            steps.append(self.step)
+            if len(steps) == 2:
+                assert folder == "plain" or not (tmp_path / folder / "ckpts" / misc_file(0)).exists()
+                slow.set()
+            return run_step(self, batch)
+
+        monkeypatch.setattr(BasicTrainer, "run_step", counting)
+        slow.set() if folder == "plain" else slow.clear()
+        config = write_config(tiny_config(max_steps=4, i_eval=100))
+        assert run("--config", config, "--data_dir", data_dir, "--output_dir", tmp_path / folder) == 0
+        assert len(steps) == 4
+        monkeypatch.setattr(BasicTrainer, "run_step", run_step)
+    for step in (0, 2, 4):
+        assert_equal(checkpoint(tmp_path / "slow", step), checkpoint(tmp_path / "plain", step))
+    assert [path.name for path in (tmp_path / "slow").glob(".*")] == []
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"", None, b"{}"])
+def test_a_damaged_config_of_a_run_folder_is_kept_aside_and_stops_nothing(
+    content, data_dir, write_config, tmp_path, capsys
+):
+    flags = ("--config", write_config(tiny_config(max_steps=1)), "--data_dir", data_dir, "--output_dir", tmp_path)
+    assert run(*flags) == 0
+    path = tmp_path / "config.json"
+    whole = path.read_bytes()
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    capsys.readouterr()
+    assert run(*flags) == 0
+    (kept,) = tmp_path.glob("config_until_step0000001_*.json")
+    assert path.read_bytes() == whole and (content is None or kept.read_bytes() == content)
+    assert (f"{path} is damaged; what it holds is kept as {kept}" in capsys.readouterr().out) == (content != b"{}")

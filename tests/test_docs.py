@@ -312,7 +312,7 @@ PATH = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/(?:[\w./-]*\w\.(?:py|jso
 # Files that the documents name and the programs write.
 WRITTEN = {
     *("best.json", "config.json", "dataset_info.json", "encoder.json", "generated_predictions.json", "key.json"),
-    *("name.json", "phase.json", "results.md", "stats.json", "stats.md"),
+    *("name.json", "phase.json", "results.md", "stats.json", "stats.md", "status.json", "wandb_id.json"),
 }
 
 
@@ -450,7 +450,8 @@ PROGRAMS = [
         if "__main__" in path.read_text(encoding="utf-8")
     ),
 ]
-OTHER_PROGRAMS = ("pip ", "ssh ", "jupyter ", "torchrun ", "tensorboard ", "pytest ", "ruff ", "mypy ", "bash ")
+OTHER_PROGRAMS = ("pip ", "ssh ", "jupyter ", "tensorboard ", "pytest ", "ruff ", "mypy ", "bash ")
+OTHER_PROGRAMS += ("torchrun ", "accelerate ", "sbatch ", "srun ")
 
 
 # --- tables -----------------------------------------------------------------------------------------------
@@ -577,6 +578,14 @@ def test_forms_of_tokens_have_the_scores_that_were_measured():
             ("table of 65,536 patterns", "table of 65,536 patterns"),
         ):
             assert shown[label] == sparse.column(measured)[grids], (label, grids)
+        now = table(RESULTS / "forms_h200.md", "form", "GPU-minutes")
+        for label, minutes in now.column("GPU-minutes").items():
+            name = "sparse 16³, small network, the 4695 grids" if label == "sparse 16³, small network" else label
+            assert shown[name] == now.column(column)[label], (label, grids)
+            assert (
+                forms.column("minutes")[name] == minutes
+                and forms.column("LM tokens")[name] == now.column("LM tokens")[label]
+            )
         for label, name in (("65,536", "65536"), ("8192", "8192")):
             (row,) = [r for r in baselines.rows if r[:2] == [grids, f"patterns 16×16×16, {name} ids"]]
             assert shown[f"table of {label} patterns"] == row[baselines.header.index("IoU")]
@@ -590,9 +599,9 @@ def test_the_table_of_configurations_has_the_results():
     shown = table(ROOT / "configs/README.md", "file").column("IoU reached")
     measured = table(RESULTS / "h100.md", "phase").column("IoU after")
     recipes = {name: iou for name, iou in shown.items() if name.startswith("recipe_") and "not measured" not in iou}
-    of_sparse = recipes.pop("recipe_sparse_stage1.json")
-    measured_now = table(RESULTS / "sparse_h100.md", "phase", "configuration")
-    assert ["recipe_sparse_stage1.json", of_sparse] in [[row[1], row[-1]] for row in measured_now.rows]
+    for name, file in (("recipe_sparse_stage1.json", "sparse_h100.md"), ("recipe_512_stage1.json", "forms_h200.md")):
+        phases = table(RESULTS / file, "phase", "configuration")
+        assert [name, recipes.pop(name)] in [[row[1].strip("`"), row[-1]] for row in phases.rows]
     assert recipes and recipes == {f"recipe_{phase}.json": measured[phase] for phase in map(phase_of, recipes)}
     demo = dict(re.findall(r"^ *(VAE|stage \d) +(\S+)", demo_output(), re.MULTILINE))
     for stage, name in (("VAE", "demo_vae_finetune"), ("stage 1", "demo_stage1"), ("stage 2", "demo_stage2")):

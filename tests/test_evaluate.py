@@ -313,7 +313,7 @@ def test_the_report_says_what_was_scored_and_the_sheet_is_a_picture(vae_run, sou
         "chamfer, voxels": f"{source['chamfer']:.4f}",
         "sampled IoU": f"{source['sampled_iou']:.4f}",
     }
-    kl = table(lines, "KL in bits; an id has 13 bits")
+    kl = table(lines, "KL in bits; an id of ShapeLLM-Omni, for four cells, has 13")
     for kind in ("", "_occupied", "_empty"):
         row = kl["ema0.5" + kind.replace("_", ", ")]
         for column, key in (("groups", "groups"), ("group", "kl_bits_per_group"), ("object", "kl_bits_per_object")):

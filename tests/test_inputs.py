@@ -52,7 +52,7 @@ def test_formats_that_are_not_read_are_left_out_by_name(tmp_path):
             find(tmp_path / name)
     (tmp_path / "mesh.obj").unlink()
     with pytest.raises(
-        DataError, match=r"no .glb .*5 files or folders are left out, the first: .*a.fbx: FBX is not read"
+        DataError, match=r"no mesh or volume there or below. 5 left out, such as .*a.fbx: FBX is not read"
     ):
         find(tmp_path)
 

@@ -791,7 +791,7 @@ def test_captions_give_a_record_in_either_direction(base, captioned, tmp_path, c
     (tmp_path / "new.json").write_text(json.dumps({sha256: "a chair"}))
     changed = (*more, "--captions", tmp_path / "new.json")
     assert script.main(flags(base, out, *changed, "--rank", 0, "--world_size", 2)) == 1
-    assert "other prompts or captions (captions, make), which another machine" in capsys.readouterr().err
+    assert "other prompts or captions (--captions, --prompt), which another machine" in capsys.readouterr().err
     assert script.main(flags(base, out, *changed)) == 0
     assert got() == wanted("Make a 3D model of this: {}", "Describe this 3D model: {}", {sha256: ["a chair"]})
     assert "mine" in json.loads((texts / "dataset_info.json").read_text())

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import DATA, PARITY, ROOT, assert_logits, solid_grids, tiny_config
+from helpers import DATA, PARITY, ROOT, assert_logits, make_tokenizer, solid_grids, tetrahedron, tiny_config
 from safetensors.torch import load_file, save_file
 
 from trellis import SparseStructureTokenizer, __version__
@@ -100,6 +100,52 @@ def test_grids_may_come_as_arrays_files_and_lists(tmp_path):
         assert torch.equal(tokenizer.encode(given), want)
     assert torch.equal(tokenizer.encode(ss[1, 0].numpy()), want[1:])
     assert torch.equal(tokenizer.encode(files[0]), want[:1])
+
+
+@pytest.mark.parametrize("up_axis", ["auto", "y", "z"])
+def test_a_mesh_in_memory_is_that_of_its_file(up_axis, tmp_path):
+    """A scene is all of its triangles, moved by its nodes; paths and points in it are left out."""
+    trimesh = pytest.importorskip("trimesh")
+    tokenizer = make_tokenizer()
+    mesh = tetrahedron()
+    mesh.export(tmp_path / "mesh.obj")  # of no known axis, as a mesh in memory
+    scene = trimesh.Scene()
+    half = np.diag([0.5, 0.5, 0.5, 1])
+    for transform in (np.eye(4), half):
+        scene.add_geometry(mesh, transform=transform)
+    scene.add_geometry(trimesh.PointCloud(np.full((1, 3), 99.0)))
+    both = trimesh.util.concatenate([mesh, mesh.copy().apply_transform(half)])
+    both.export(tmp_path / "both.obj")
+    for given, file in ((mesh, "mesh.obj"), (scene, "both.obj")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            want = tokenizer.encode(tmp_path / file, up_axis=up_axis)
+            assert torch.equal(tokenizer.encode(given, up_axis=up_axis), want)
+            mixed = tokenizer.encode([tmp_path / file, given], up_axis=up_axis)
+        assert torch.equal(mixed, want.expand(2, -1))
+    if up_axis == "auto":
+        with pytest.warns(
+            UserWarning, match="a Trimesh does not say which axis is up: taken as z-up. Say it by up_axis"
+        ):
+            tokenizer.encode(mesh, up_axis="auto")
+
+
+def test_what_is_no_mesh_is_refused_in_words():
+    trimesh = pytest.importorskip("trimesh")
+    tokenizer = make_tokenizer()
+    for given, name in (
+        (3, "a int is no mesh"),
+        (object(), "a object is no mesh"),
+        ([3], "a int among them is no mesh"),
+    ):
+        with pytest.raises(TypeError, match=f"{name}.*; give grids as a tensor or an array, the path of a mesh"):
+            tokenizer.encode(given)
+    with pytest.raises(DataError, match="the Scene: has no triangles"):
+        tokenizer.encode(trimesh.Scene(), up_axis="y")
+    with pytest.raises(DataError, match=r"the Trimesh: vertex \[0.0, nan, 0.0\] is not finite"):
+        tokenizer.encode(
+            trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [0, np.nan, 0]], [[0, 1, 2]], process=False), up_axis="y"
+        )
 
 
 def test_a_mesh_is_what_voxelize_makes_of_it(tmp_path):
@@ -473,7 +519,7 @@ def test_the_axes_of_files_may_be_taken_and_written_in_another_way(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name}: {reason}"):
             tokenizer.encode(tmp_path / name)
-    with pytest.raises(ValueError, match="up_axis 'y' goes with mesh files"):
+    with pytest.raises(ValueError, match="up_axis 'y' goes with meshes"):
         tokenizer.encode(grid[None], up_axis="y")
     with pytest.raises(ConfigError, match="up_axis 'x'"):
         tokenizer.save_mesh(torch.zeros(tokenizer.num_tokens), tmp_path / "x.glb", up_axis="x")

@@ -66,7 +66,11 @@ BAD = {
     "too many": (whole(1, 2, 3, 4, 5), [1, 2, 3, 4], "has 5 ids, not 4"),
     "no end": ("<mesh-start>" + words(1, 2, 3, 4), [1, 2, 3, 4], "has no end"),
     "cut off": ("<mesh-start>" + words(1, 2), [1, 2, 7, 6], "has no end|has 2 ids"),
-    "cut off within a word": ("<mesh-start>" + words(1, 2, 3) + "<mes", [1, 2, 3, 6], "'<mes' stands between"),
+    "cut off within a word": (
+        "<mesh-start>" + words(1, 2, 3) + "<mes",
+        [1, 2, 3, 6],
+        "the object breaks off at '<mes'",
+    ),
     "no start": (words(1, 2, 3, 4) + "<mesh-end>", [1, 2, 3, 4], "no start before '<mesh1>'"),
     "no start, out of range": (words(10, 2, 3, 4) + "<mesh-end>", [9, 2, 3, 4], "no start before '<mesh10>'"),
     "neither": (words(1, 2, 3, 4), [1, 2, 3, 4], "no start"),
@@ -348,7 +352,7 @@ BAD_OCTREES = {
         f"<mesh-start>{MASK_WORDS}{words(1, 2)}<me",
         [1, 0, 2, 2, 2, 2],
         [
-            "'<me' stands between the object's words; left out",
+            "the object breaks off at '<me'; left out",
             "the object has no end",
             "the sequence ends after 5 values, but the code of the token at (1, 1, 0) must follow; "
             "missing blocks are taken as empty, missing codes are the nearest token's",

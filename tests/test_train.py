@@ -1,5 +1,6 @@
 """train.py as a user runs it: continuing, carrying stages over, two ranks, and what a mistake looks like."""
 
+import errno
 import json
 import os
 import random
@@ -453,6 +454,7 @@ def test_an_old_run_whose_configuration_no_longer_holds_is_one_clear_error(data_
     misc_path = tmp_path / "run" / "ckpts" / "misc_step0000001.pt"
     misc = torch.load(misc_path, weights_only=True)
     misc["config"]["trainer"]["args"]["lr_scaling"] = "trust_ratios"
+    del misc["sums"]  # as versions had it that took this value
     torch.save(misc, misc_path)
     capsys.readouterr()
     assert run(*flags) == 1
@@ -535,15 +537,39 @@ def test_a_retry_goes_on_from_what_the_run_has_saved(ckpt, fails_in, starts, vae
     assert later == ([] if ckpt == "none" else ["superseded_1"])
 
 
-def test_a_bug_ends_non_zero_after_the_last_retry(data_dir, write_config, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "message, times, last",
+    [("the same", 2, "failed twice in the same way from the same state"), ("another, {}", 4, "another, 3")],
+)
+def test_a_bug_ends_non_zero_after_the_last_retry(
+    message, times, last, data_dir, write_config, tmp_path, monkeypatch, capsys
+):
+    count = iter(range(10))
+
     def fail(self):
-        raise RuntimeError("broken on purpose")
+        raise RuntimeError(message.format(next(count)))
 
     monkeypatch.setattr(BasicTrainer, "run", fail)
     flags = ["--config", write_config(tiny_config()), "--data_dir", data_dir, "--output_dir", str(tmp_path / "out")]
-    assert train.main([*flags, "--auto_retry", "2", "--device", "cpu"]) == 1
+    assert train.main([*flags, "--auto_retry", "3", "--device", "cpu"]) == 1
     error = capsys.readouterr().err
-    assert error.count("RuntimeError: broken on purpose") == 3 and error.count("trying again") == 2
+    assert error.count("Traceback") == times and error.count("; trying again (") == times - 1
+    assert last in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number, times", [(errno.ENOSPC, 1), (errno.EROFS, 1), (errno.EIO, 2)])
+def test_a_failing_disk_is_one_line_and_only_tried_again_where_that_can_help(
+    number, times, data_dir, write_config, tmp_path, monkeypatch, capsys
+):
+    def fail(self):
+        raise OSError(number, os.strerror(number), "outputs/log.txt")
+
+    monkeypatch.setattr(BasicTrainer, "run", fail)
+    flags = ["--config", write_config(tiny_config()), "--data_dir", data_dir, "--output_dir", str(tmp_path / "out")]
+    assert train.main([*flags, "--auto_retry", "3", "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert error.count(f"error: outputs/log.txt: {os.strerror(number)}") == times
+    assert "Traceback" not in error
 
 
 def test_weights_gone_to_nan_are_not_saved(data_dir, write_config, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from helpers import RESOLUTION, make_tokenizer, solid_grids
 
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.preview import CORRECT, EXTRA, MISSING
+from trellis.runs.status import RunStatus
 from trellis.utils.errors import DataError
 from trellis.viewer import curves, details, faces, figures, page_state
 from trellis.viewer.backend import Backend, pack_grid, pack_ids, unpack_grid, unpack_ids
@@ -236,17 +239,68 @@ def test_colors_of_codes_are_distinct_and_fit_any_quantizer(backend):
 def test_curves_are_those_of_the_log(tmp_path):
     other = {"l1_l2": 0.5, "lr": 1e-3, "codebook_usage": 0.1}
     lines = [{"step": step, "loss": 1 / (step + 1), **other} for step in range(40)]
-    lines.append({"step": 39, "seconds": 3.0, "val/iou": 0.7})
+    lines.append({"step": 39, "seconds": 3.0, "val/iou": 0.7, "peak_memory_gib": 5.0})
     (tmp_path / "log.txt").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 40, "lo')
-    figure = curves.curves_figure(curves.read_log(tmp_path / "log.txt"))
-    found = {trace["name"]: (trace["x"], trace["y"]) for trace in figure["data"]}
-    assert set(found) == {"loss", "l1_l2", "lr", "codebook_usage", "val/iou"}
+    figures = curves.curves_figures(curves.read_log(tmp_path / "log.txt"))
+    assert {title: [trace["name"] for trace in figure["data"]] for title, figure in figures.items()} == {
+        "losses": ["loss", "l1_l2"],
+        "validation": ["val/iou"],
+        "share of codes in use": ["codebook_usage"],
+        "learning rate": ["lr"],
+    }
+    found = {trace["name"]: (trace["x"], trace["y"]) for figure in figures.values() for trace in figure["data"]}
     assert found["loss"] == (list(range(40)), [1 / (step + 1) for step in range(40)])
     assert found["val/iou"] == ([39], [0.7])
     many = [(step, float(step)) for step in range(10**5)]
     assert len(curves.thinned(many)) < 2 * curves.POINTS and curves.thinned(many)[-1] == many[-1]
     with pytest.raises(DataError, match="cannot be read"):
         curves.read_log(tmp_path / "none.txt")
+
+
+def test_lines_of_a_log_that_are_damaged_are_passed_over(tmp_path):
+    lines = [b'{"step": 1, "loss": 0.5}', b"\xff\xfe{", b"5", b"[]", b"{}", b"[" * 100_000, b'{"step": "2", "loss": 1}']
+    lines += [
+        b'{"step": NaN, "loss": 1}',
+        b'{"step": 3, "loss": null}',
+        b'{"step": 4, "loss": Infinity}',
+        b'{"step": 5',
+    ]
+    (tmp_path / "log.txt").write_bytes(b"\n".join(lines))
+    assert curves.read_log(tmp_path / "log.txt") == {"loss": [(1, 0.5)]}
+    (tmp_path / "log.txt").write_bytes(b"")
+    assert curves.curves_figures(curves.read_log(tmp_path / "log.txt")) == {}
+    with pytest.raises(DataError, match="cannot be read"):
+        curves.read_log(tmp_path)
+
+
+def test_the_state_of_a_run_is_what_its_status_says(tmp_path):
+    assert curves.state_of(tmp_path) == ""
+    with RunStatus(tmp_path, shown=False) as status:
+        assert curves.state_of(tmp_path) == "starting"
+        status.set(state="training", step=1200, max_steps=3600, eta_s=4000.0)
+        status._write()
+        assert curves.state_of(tmp_path) == "training, step 1,200 of 3,600, 1 h 6 min left"
+        status.set(state="finished", step=3600, eta_s=0.0)
+    assert curves.state_of(tmp_path) == "finished, step 3,600 of 3,600"
+    path = tmp_path / "status.json"
+    died = json.loads(path.read_text()) | {"state": "training", "host": "elsewhere", "time": time.time() - 600}
+    path.write_text(json.dumps(died))
+    assert re.fullmatch("died .*, step 3,600 of 3,600", curves.state_of(tmp_path))
+    for damage in (b"", b"\xff", b'{"state": "tra', b"[]", b"[" * 100_000):
+        path.write_bytes(damage)
+        said = curves.state_of(tmp_path)
+        assert said and "\n" not in said
+
+
+@pytest.mark.parametrize("code, said", [
+    (None, "the field of the code holds no number: type a whole number from 0 to 31"),
+    (99999, "the code is 99999; it must be a whole number from 0 to 31"),
+    (-1, "the code is -1; "), (1.5, "the code is 1.5; "), (1e999, "the code is inf; "), ("7", "the code is '7'; "),
+])  # fmt: skip
+def test_a_code_that_is_none_is_named_with_the_range(code, said, backend):
+    with pytest.raises(DataError) as caught:
+        page_state.check_code(backend, code)
+    assert str(caught.value).startswith(said)
 
 
 def test_score_tiles_hold_the_metrics(backend):

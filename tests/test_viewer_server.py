@@ -2,28 +2,39 @@
 
 import argparse
 import base64
+import errno
+import http.client
 import importlib.util
 import io
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlencode, urljoin
 
 import numpy as np
 import pytest
 import torch
-from helpers import RESOLUTION, ROOT, make_tokenizer, solid_grids
+from helpers import RESOLUTION, ROOT, VQ, make_tokenizer, run, solid_grids, tiny_config
 
 from trellis import SparseStructureTokenizer
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.meshes import load_mesh, mesh_to_grid
 from trellis.grids.placing import turn_to_y_up
 from trellis.grids.voxels import occupancy_to_points, points_to_occupancy, read_ply, write_ply
-from trellis.utils.errors import DataError
+from trellis.utils.errors import ConfigError, DataError, UserError
 from trellis.viewer import page_state, uploads
 from trellis.viewer.backend import Backend
 from trellis.viewer.callbacks import saved
@@ -36,7 +47,7 @@ def needs(*names: str):
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
 
 
-needs_dash, needs_meshes = needs("dash"), needs("numba", "trimesh")
+needs_dash, needs_meshes = needs("dash", "waitress"), needs("numba", "trimesh")
 needs_surface = needs("skimage", "trimesh")
 
 
@@ -191,9 +202,11 @@ def test_downloads_hold_the_edited_object(backend, tmp_path):
     opened = page_state.open_object(backend, state, {"of": "k", "list": [[0, 3], [9, 30]]})
     ids = torch.from_numpy(opened.ids)
     grid = (backend.tokenizer.decode(ids)[0, 0] > 0).numpy()
+    untouched = page_state.open_object(backend, state, None)
+    assert saved(backend, untouched, "voxels")[0] == "ball_voxels.ply"  # so that neither replaces the other
     name, content = saved(backend, opened, "voxels")
     (tmp_path / name).write_bytes(content)
-    assert name == "ball_voxels.ply"
+    assert name == "ball_edited_voxels.ply"
     assert np.array_equal(points_to_occupancy(read_ply(tmp_path / name), RESOLUTION)[0].numpy() > 0, grid)
     name, content = saved(backend, opened, "tokens")
     facts = json.loads(content)
@@ -203,7 +216,7 @@ def test_downloads_hold_the_edited_object(backend, tmp_path):
     for kind in ("glb", "ply"):
         name, content = saved(backend, opened, kind)
         loaded = trimesh.load(io.BytesIO(content), file_type=kind, force="mesh")
-        assert name == f"ball_decoded.{kind}" and loaded.faces.shape == mesh.faces.shape
+        assert name == f"ball_edited_decoded.{kind}" and loaded.faces.shape == mesh.faces.shape
 
 
 def stool(path: Path, y_up: bool) -> Path:
@@ -363,20 +376,24 @@ def test_errors_of_callbacks_are_sentences_on_the_page(app, backend):
 
 @needs_dash
 def test_uploads_are_checked_before_they_are_opened(app):
+    from trellis.viewer.app import MAX_REQUEST
+
     client = app.server.test_client()
     ours = {"X-Viewer": "1"}
     cases = [
         ("name=a.stl&up_axis=z", b"solid", {}, "viewer's own page"),
         ("name=a.exe&up_axis=z", b"MZ", ours, ".glb"),
         ("name=a.stl&up_axis=w", b"solid", ours, "up_axis"),
-        ("name=a.stl&up_axis=z", b"", ours, "0 bytes; it must have some, and at most 64 MiB. Export it again"),
+        ("name=a.stl&up_axis=z", b"", ours, "a.stl: the file is empty. Export it again"),
     ]
     for query, content, headers, words in cases:
         answer = client.post(f"/upload?{query}", data=content, headers=headers)
         assert answer.status_code == 400 and words in answer.get_json()["error"]
     too_large = {"CONTENT_LENGTH": str(uploads.MAX_BYTES + 1)}
     answer = client.post("/upload?name=a.stl&up_axis=z", headers=ours, environ_overrides=too_large)
-    assert answer.status_code == 400 and "at most 64 MiB" in answer.get_json()["error"]
+    assert answer.status_code == 400 and "more than 64 MiB. Simplify" in answer.get_json()["error"]
+    rest = client.post("/_dash-update-component", data=b" " * (MAX_REQUEST + 1), content_type="application/json")
+    assert rest.status_code == 413
 
 
 @needs_dash
@@ -449,9 +466,137 @@ def test_an_upload_becomes_an_object_and_a_damaged_one_a_sentence(app, backend, 
 
 
 @needs_dash
+@needs_meshes
+def test_an_upload_leaves_no_file_whatever_its_name(app, tmp_path, monkeypatch):
+    content = box(tmp_path / "a.stl").read_bytes()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    before = set(tmp_path.rglob("*"))
+    client = app.server.test_client()
+    for name in ("../../b.stl", str(tmp_path / "b.stl"), "b\0.stl", "\n\u202e.stl", "b" * 5000 + ".stl", "..stl"):
+        query = urlencode({"name": name, "up_axis": "z"})
+        answer = client.post(f"/upload?{query}", data=content, headers={"X-Viewer": "1"})
+        assert answer.status_code == 200 and "/" not in answer.get_json()["object"]["name"]
+        broken = client.post(f"/upload?{query}", data=content[:50], headers={"X-Viewer": "1"})
+        assert broken.status_code == 400 and str(tmp_path) not in broken.get_json()["error"]
+    assert set(tmp_path.rglob("*")) == before
+
+
+@needs_dash
+def test_more_uploads_than_can_wait_are_refused_and_a_full_disk_is_said(app, opener, monkeypatch):
+    client, ours = app.server.test_client(), {"X-Viewer": "1"}
+
+    def said() -> str:
+        return client.post("/upload?name=a.stl&up_axis=z", data=b"solid", headers=ours).get_json()["error"]
+
+    with ExitStack() as taken:
+        for _ in range(uploads.WAITING):
+            taken.enter_context(opener._slots)
+        assert said() == "a.stl: too many files are being opened at the moment: try again in a minute"
+
+    def full(*args) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("trellis.viewer.app.open", full, raising=False)
+    assert said() == "a.stl: the server cannot keep the file (No space left on device)"
+
+
+@needs_dash
 def test_the_page_asks_for_nothing_from_outside(app):
     page = app.server.test_client().get("/").get_data(as_text=True)
     assert "http://" not in page and "https://" not in page and "assets/viewer.js" in page
+
+
+# --- what changes while it is looked at ---
+
+
+def folder_of_voxels(folder: Path) -> list[Path]:
+    """A data set of three objects, each in a file of its own."""
+    files, rows = [], ["sha256,voxelized,num_voxels,resolution,split"]
+    for number, grid in enumerate(solid_grids(3, RESOLUTION, 0)):
+        files.append(folder / "voxels" / f"{number:064x}.ply")
+        files[-1].parent.mkdir(exist_ok=True)
+        write_ply(files[-1], occupancy_to_points(grid))
+        rows.append(f"{number:064x},True,{grid.sum()},{RESOLUTION},val")
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return files
+
+
+@needs_dash
+def test_data_and_runs_that_vanish_are_sentences_on_the_page(opener, tmp_path, caplog):
+    from trellis.viewer.app import UNEXPECTED, create_app
+
+    files = folder_of_voxels(tmp_path)
+    data = SparseStructure(str(tmp_path), resolution=RESOLUTION, split="all")
+    shown = Backend(make_tokenizer(), data, tmp_path / "run")
+    usage = UsageCounter(shown)
+    app = create_app(shown, usage, opener)
+    client = app.server.test_client()
+
+    def said(output: str, values: dict) -> str:
+        return ask(client, app, output, values)["sideUpdate"]["message"]["children"]
+
+    curves = {"tabs.value": "curves", "read-curves.n_clicks": 0}
+    assert said(
+        "curves.children", curves
+    ) == f"{tmp_path}/run/log.txt: cannot be read (No such file or directory): " + ("has the run trained yet?")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.txt").write_text('{"st')
+    (tmp_path / "run" / "status.json").write_text("{")
+    answer = json.dumps(ask(client, app, "curves.children", curves)["response"])
+    assert "There is no curve yet" in answer and "status.json is damaged" in answer
+    assert "object" in ask(client, app, "object.data", {"pick.value": 1})["response"]
+    files[1].unlink()
+    files[2].write_bytes(files[2].read_bytes()[:100])
+    for index in (1, 2):
+        for output in ("object.data", "figure-mesh.data"):
+            words = said(output, {"pick.value": index})
+            assert files[index].name in words and "\n" not in words and words != UNEXPECTED
+    usage.start().wait()
+    assert files[1].name in usage.problem and "terminal" not in usage.problem
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@needs_dash
+def test_a_run_being_trained_is_shown_by_its_last_whole_checkpoint_and_a_damaged_one_is_named(
+    data_dir, write_config, tmp_path
+):
+    from trellis.viewer import __main__, serve
+
+    folder = tmp_path / "run"
+    config = tiny_config(VQ, max_steps=4, i_eval=100, i_sample=100)
+    assert run("--config", write_config(config), "--data_dir", data_dir, "--output_dir", folder) == 0
+    args = __main__.parse_args(["--run", str(folder), "--device", "cpu"])
+
+    def shown() -> str:
+        app, _, opener = serve.build(args)
+        opener.close()
+        return next(part.title for _, part in walk(app.layout) if "sha256 over" in str(getattr(part, "title", "")))
+
+    last = shown()
+    (folder / "ckpts" / "misc_step0000004.pt").rename(folder / "misc")  # as before the last file of a set is written
+    before = shown()
+    assert before != last
+    (folder / "misc").rename(folder / "ckpts" / "misc_step0000004.pt")
+    assert shown() == last
+    named = set()
+    for file in sorted((folder / "ckpts").glob("*coder_ema*step0000004.pt")):
+        content = file.read_bytes()
+        half = len(content) // 2
+        for damaged in (content[:half], content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]):
+            file.write_bytes(damaged)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                try:
+                    found = shown()
+                except UserError as error:
+                    assert file.name in str(error) and "\n" not in str(error)
+                    named.add(file.name)
+                    continue
+            assert found == before and any(file.name in str(warning.message) for warning in said)
+            named.add(file.name)
+        file.write_bytes(content)
+    assert len(named) == 2 and shown() == last
 
 
 # --- the command ---
@@ -493,7 +638,8 @@ def test_signals_end_the_page_even_if_they_were_ignored_at_the_start(number):
 
 
 @needs_dash
-def test_the_command_serves_at_this_machine_alone(tmp_path, data_dir):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_at_this_machine_alone(number, tmp_path, data_dir):
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "trellis.viewer", "--tokenizer", str(tmp_path / "tokenizer"), "--port", "0"]
@@ -510,14 +656,184 @@ def test_the_command_serves_at_this_machine_alone(tmp_path, data_dir):
         assert line.startswith("http://127.0.0.1:")
         url = line.split()[0]
         assert urllib.request.urlopen(url, timeout=30).status == 200
-        port = url.rstrip("/").rpartition(":")[2]
-        taken = subprocess.run([*command[:-1], port], capture_output=True, text=True, env=environment)
-        assert taken.returncode == 1 and taken.stderr.splitlines()[-1].startswith("error: --host 127.0.0.1")
     finally:
-        server.send_signal(signal.SIGINT)
+        server.send_signal(number)
         assert server.wait(20) == 0
-    wrong = subprocess.run([*command[:4], str(tmp_path / "none")], capture_output=True, text=True, env=environment)
-    assert wrong.returncode == 1 and wrong.stderr.startswith("error: ")
+
+
+@needs_dash
+def test_a_port_in_use_is_one_line_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    from trellis.viewer import __main__, serve
+
+    def build(args):
+        raise AssertionError("loaded")
+
+    real = serve.build
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(serve, "build", build)
+    with serve.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        assert __main__.main(["--run", str(tmp_path), "--port", str(port)]) == 1
+    said = f"error: --port {port} is in use at 127.0.0.1: give another --port, or 0 for a free one\n"
+    assert capsys.readouterr().err == said
+    for host in ("192.0.2.1", "nowhere.invalid", "a" * 300):  # 192.0.2.1: RFC 5737, of no machine
+        assert __main__.main(["--run", str(tmp_path), "--port", "0", "--host", host]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"error: --host {host} --port 0: cannot be served")
+    monkeypatch.setattr(serve, "build", real)
+    assert __main__.main(["--tokenizer", str(tmp_path / "none"), "--port", "0"]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@contextmanager
+def served(app, url_prefix: str = "/", host: str = "127.0.0.1") -> Iterator[int]:
+    """The port of a server that is as the command makes it."""
+    from trellis.viewer.serve import listen, make_server
+
+    with listen(host, 0) as listener:
+        server = make_server(app.server, listener, url_prefix)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.trigger.pull_trigger(server.close)  # in its own thread
+            thread.join(10)
+            server.task_dispatcher.shutdown()
+            assert not thread.is_alive()
+
+
+@needs_dash
+def test_the_address_of_ipv6_is_answered(backend, opener):
+    from trellis.viewer.app import create_app
+    from trellis.viewer.serve import listen
+
+    try:
+        listen("::1", 0).close()
+    except ConfigError:
+        pytest.skip("this machine has no IPv6")
+    with served(create_app(backend, UsageCounter(backend, 4), opener, "::1"), host="::1") as port:
+        assert urllib.request.urlopen(f"http://[::1]:{port}/", timeout=30).status == 200
+
+
+PREFIX = "/user/jane%40x.org/proxy/8050/"
+
+
+@contextmanager
+def proxied(port: int, strip: bool) -> Iterator[str]:
+    """The address of a reverse proxy that shows the page at PREFIX alone, with the name that the browser asks for."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def pass_on(self) -> None:
+            if not self.path.startswith(PREFIX):
+                self.send_error(404)
+                return
+            path = self.path.removeprefix(PREFIX[:-1]) if strip else self.path
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            target = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            target.request(self.command, path, body, {**self.headers, "Host": "hub.example.org"})
+            answer = target.getresponse()
+            content = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+            target.close()
+
+        do_GET = do_POST = pass_on
+
+        def log_message(self, *_) -> None:
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}{PREFIX}"
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+@needs_dash
+@needs_meshes
+@pytest.mark.parametrize("strip", [True, False])
+def test_behind_a_proxy_every_address_of_the_page_has_the_prefix(strip, backend, opener, tmp_path):
+    from trellis.viewer.app import create_app
+
+    app = create_app(backend, UsageCounter(backend, 4), opener, url_prefix=PREFIX)
+    with served(app, PREFIX) as port, proxied(port, strip) as url:
+
+        def get(address: str, **more):
+            return urllib.request.urlopen(urllib.request.Request(urljoin(url, address), **more), timeout=60)
+
+        page = get("").read().decode()
+        asked = re.findall(r'(?:src|href)="([^"]+)"', page)
+        assert any("viewer.js" in address for address in asked) and any("viewer.css" in address for address in asked)
+        for address in asked:
+            assert address.startswith(PREFIX) and get(address).status == 200
+        settings = json.loads(re.search(r'id="_dash-config"[^>]*>(.*?)</script>', page)[1])
+        assert settings["requests_pathname_prefix"] == PREFIX
+        parts = get("_dash-layout").read().decode()
+        (upload,) = (json.loads(found) for found in re.findall(r'"upload": ?("[^"]+")', parts))
+        assert upload == f"{PREFIX}upload"
+        content = box(tmp_path / "a.stl").read_bytes()
+        answer = get(f"{upload}?name=a.stl&up_axis=z", data=content, headers={"X-Viewer": "1"})
+        assert json.loads(answer.read())["object"]["name"] == "a.stl"
+        # The same server without the proxy.
+        for path in ("/", PREFIX):
+            assert urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30).status == 200
+
+
+def test_a_prefix_is_a_path(capsys):
+    from trellis.viewer.__main__ import parse_args
+
+    for given, taken in (("/", "/"), ("/a", "/a/"), ("/a/b/", "/a/b/"), (PREFIX, PREFIX), ("/~x/a;b=1/", "/~x/a;b=1/")):
+        assert parse_args(["--run", "x", "--url_prefix", given]).url_prefix == taken
+    for wrong in (
+        "",
+        "a",
+        "http://a/b",
+        "//a",
+        "/a//b",
+        "/a?b",
+        "/a b",
+        "/a#b",
+        "/a%4",
+        "/\u00e4",
+        "/a\n",
+        "/<b>",
+        '/"',
+    ):
+        with pytest.raises(SystemExit) as caught:
+            parse_args(["--run", "x", "--url_prefix", wrong])
+        assert caught.value.code == 2 and "it must be a path alone" in capsys.readouterr().err
+
+
+@needs_dash
+def test_uploads_that_never_end_hold_no_thread_and_are_closed(app, monkeypatch):
+    from trellis.viewer import serve
+
+    monkeypatch.setattr(serve, "IDLE_SECONDS", 2)
+    monkeypatch.setattr(serve, "CLEANUP_SECONDS", 1)
+    head = (
+        b"POST /upload?name=a.stl&up_axis=z HTTP/1.1\r\nHost: localhost\r\nX-Viewer: 1\r\nContent-Length: 5000\r\n\r\n"
+    )
+    with served(app) as port, ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 60)) for _ in range(40)]
+        for number, each in enumerate(slow):
+            each.sendall(head[: 60 if number % 2 else None])  # half of them do not even end the header
+        started = time.monotonic()
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30).status == 200
+        assert time.monotonic() - started < 2
+        # More than the server keeps open: those wait, until the dead ones are closed.
+        slow += [stack.enter_context(socket.create_connection(("127.0.0.1", port), 60)) for _ in range(40)]
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=50).status == 200
+        for each in slow[:40]:
+            while each.recv(1000):  # an answer of the server, if any, and then the end
+                pass
 
 
 def test_without_dash_the_error_names_the_command():

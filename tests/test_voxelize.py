@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from dataset_toolkits import build_metadata, claim, estimate, inputs, records, r
 from trellis.grids import meshes  # noqa: E402
 from trellis.grids.volumes import Frame  # noqa: E402
 from trellis.grids.voxels import points_to_occupancy, points_to_voxels, read_ply  # noqa: E402
+from trellis.utils.command import ENDING  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
 from trellis.utils.files import host_name  # noqa: E402
 
@@ -301,7 +303,7 @@ def test_trellis_folder_is_taken_as_it_is(tmp_path, serial, capsys):
     "args, message",
     [
         (["--input", "missing"], "missing: no such file or folder"),
-        (["--input", "empty"], "empty: no .glb"),
+        (["--input", "empty"], "empty: no mesh or volume there or below. Give a folder of meshes. Read are .glb"),
         (["--input", "note.txt"], "note.txt: is not one of .glb"),
         (["--input", "bad"], "the only file could not be voxelized: bad/nan.obj: "),
         (["--input", "bad", "--rank", "2", "--world_size", "2"], "--rank 2 --world_size 2"),
@@ -322,7 +324,9 @@ def test_wrong_input_is_one_error(args, message, tmp_path, monkeypatch, serial, 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("name\nx\n", "no column sha256"),
+        ("name\nx\n", "begins with 'name', which has no column sha256. Its first line must name the columns"),
+        ("sha256;file\n" + "a" * 64 + ";b\n", "no column sha256. Save the table with commas between the columns."),
+        ("sha256,file\n" + 3000 * ("a" * 64 + ",b\n") + "\udcff,b\n", "line 3002 is not UTF-8 text"),
         ("sha256,file\n" + "a" * 64 + "\n", "line 2"),
         ("sha256\n" + 2 * ("a" * 64 + "\n"), "given twice"),
         ("sha256\n../../x\n", "64 lower-case hexadecimal digits"),
@@ -331,10 +335,11 @@ def test_wrong_input_is_one_error(args, message, tmp_path, monkeypatch, serial, 
 def test_damaged_metadata_is_one_error(content, message, tmp_path, serial, capsys):
     export(tmp_path / "in", 1)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "metadata.csv").write_text(content)
+    encoded = content.encode(errors="surrogateescape")
+    (tmp_path / "out" / "metadata.csv").write_bytes(encoded)
     assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 1
     assert message in capsys.readouterr().err
-    assert (tmp_path / "out" / "metadata.csv").read_text() == content and not serial
+    assert (tmp_path / "out" / "metadata.csv").read_bytes() == encoded and not serial
 
 
 def test_program_killed_midway_goes_on(tmp_path):
@@ -385,9 +390,18 @@ if __name__ == "__main__":
 """
 
 
-def start(folder: Path, *flags: str) -> subprocess.Popen:
+def start(folder: Path, *flags: str, group: bool = False) -> subprocess.Popen:
+    """group: in a group of its own, with Ctrl-C as in a terminal, for a test may run in the background."""
     command = [sys.executable, "fast.py", "--input", "in", "--resolution", "16", "--max_workers", "1", *flags]
-    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=group,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler) if group else None,
+    )
 
 
 def events(root: Path) -> int:
@@ -490,6 +504,23 @@ def test_a_mistaken_flag_locks_a_folder_only_with_its_first_grid(mixed_input, se
     error = capsys.readouterr().err
     assert "another run is active there with --up_axis y" in error and f"delete new/records/{alive.name}" in error
     assert alive.read_text() == killed_text
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_to_the_whole_group_ends_it_in_order_and_no_file_is_blamed(number, mixed_input):
+    """As schedulers and terminals send it: to the workers too."""
+    process = start(mixed_input, "--output_dir", "out", group=True)
+    wait_for_events(process, mixed_input / "out", 8)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors.splitlines()[-1] == voxelize.INTERRUPTED and "Traceback" not in errors
+    made = table(mixed_input / "out" / "metadata.csv")  # what is done is told at once
+    assert 3 <= len(made) < 60 and {row["voxelized"] for row in made} == {"True"}
+    assert not list((mixed_input / "out").rglob("*.tmp")) and not list((mixed_input / "out").rglob("active_*"))
+    output, errors = start(mixed_input, "--output_dir", "out").communicate(timeout=120)
+    assert f"{60 - len(made)} new, {len(made)} done already" in output, errors
+    assert tree(mixed_input / "out") == tree(mixed_input / "clean")
 
 
 def test_killed_again_and_again(mixed_input):
@@ -636,6 +667,42 @@ def test_a_file_that_goes_while_it_runs_costs_itself_alone(tmp_path, serial, mon
     [row] = table(tmp_path / "out" / "failed.csv")
     assert row["file"].endswith("1.off") and row["reason"] == "cannot be read: No such file or directory"
     assert len(table(tmp_path / "out" / "metadata.csv")) == 2
+
+
+@pytest.mark.parametrize("written", ["before", "within"])
+def test_a_file_that_is_replaced_while_it_runs_is_not_taken_for_the_one_that_was_hashed(
+    written, tmp_path, serial, monkeypatch
+):
+    export(tmp_path / "in", 2)
+    replacement = tmp_path / "new.off"
+    tetrahedron(7).export(replacement)
+    planned, voxels = voxelize.plan_files, work.mesh_voxels
+
+    def replace():
+        (tmp_path / "in" / "1.off").write_bytes(replacement.read_bytes()[: None if written == "before" else 20])
+
+    def plan_and_replace(*args):
+        plan = planned(*args)
+        replace()
+        return plan
+
+    def replace_and_read(path, *args):
+        if path.name == "1.off":  # half a file: it seems damaged
+            replace()
+        return voxels(path, *args)
+
+    with monkeypatch.context() as patch:
+        if written == "before":
+            patch.setattr(voxelize, "plan_files", plan_and_replace)
+        else:
+            patch.setattr(work, "mesh_voxels", replace_and_read)
+        assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    [row] = table(tmp_path / "out" / "failed.csv")
+    assert row["file"].endswith("1.off") and row["reason"] == work.CHANGED
+    shutil.copy(replacement, tmp_path / "in" / "1.off")
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "clean") == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "clean")
 
 
 def test_a_fault_of_a_reader_costs_its_file_alone(tmp_path, serial, monkeypatch):

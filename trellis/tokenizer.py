@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args
 
 import numpy as np
 import torch
@@ -24,12 +24,12 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .grids.formats import reader_of
-from .grids.meshes import mesh_to_grid
+from .grids.meshes import is_trimesh, mesh_to_grid, trimesh_to_grid
 from .grids.placing import axis_to_write, check_settings
 from .grids.voxels import has_faces, points_to_occupancy, read_ply
-from .models import build, load_state, load_weights, read_weights
+from .models import build, check_state, load_state, load_weights, read_weights
 from .models.codebook_transformer import CodebookTransformer
-from .models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
+from .models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder, check_networks
 from .models.vqvae import VqVae
 from .modules.conv import deterministic_convolutions
 from .modules.quantizers.base import Quantizer
@@ -47,6 +47,7 @@ from .tokens.text import TokenFormat
 from .utils.config import check_component, load_config
 from .utils.errors import CheckpointError, ConfigError, DataError
 from .utils.files import atomic_write
+from .utils.inputs import obstacle, require_memory
 
 if TYPE_CHECKING:
     import trimesh
@@ -59,7 +60,11 @@ OBJECTS_AT_ONCE = {"cpu": 1, "cuda": 16}
 STORED_AS = (torch.float32, torch.float16, torch.bfloat16)  # precisions of saved weights
 
 Source = str | Path
-Grids = Tensor | np.ndarray | Source | Iterable[Source]
+Mesh = Union[Source, "trimesh.Trimesh", "trimesh.Scene"]  # noqa: UP007 - trimesh is not imported
+Grids = Tensor | np.ndarray | Mesh | Iterable[Mesh]
+ENCODED = (
+    "grids as a tensor or an array, the path of a mesh or voxel file, a trimesh.Trimesh or Scene, or a list of these"
+)
 
 
 class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
@@ -93,8 +98,9 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
     ):
         super().__init__()
         check_settings(up_axis, normalization)
-        if not isinstance(resolution, int) or resolution < 1:
+        if type(resolution) is not int or resolution < 1:
             raise ConfigError(f"resolution is {resolution!r}; it must be a whole number of at least 1")
+        require_memory(4 * resolution**3, f"resolution is {resolution}: a grid takes", ConfigError, "use a smaller one")
         missing = [name for name in MODELS if not isinstance(models, dict) or name not in models]
         if missing:
             raise ConfigError(f"models.{missing[0]} is missing: a tokenizer has {', '.join(MODELS)}")
@@ -108,6 +114,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         self.transformer = None
         for name in names:
             setattr(self, name, build(self.specs[name], f"models.{name}"))
+        check_networks(self.encoder, self.decoder)
         for network in (self.encoder, self.decoder):
             network.convert_to_fp32()  # the precision is this class's to choose
         if resolution % self.encoder.downsampling:
@@ -216,11 +223,12 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
         Tokens are in order of the lattice's x, y, z with z fastest; a token's Q codes follow one another.
 
-        grids: [B, 1, R, R, R] or [R, R, R], occupied where > 0; or a mesh, a voxel file (.ply without faces), or
-            several files.
-        up_axis: how the axes of these mesh files are taken (default: this tokenizer's setting).
-        Raise ValueError for another shape and for an up_axis beside grids, which have theirs already, DataError for a
-        file that is damaged or missing, ConfigError for an up_axis that does not go with the normalization.
+        grids: [B, 1, R, R, R] or [R, R, R], occupied where > 0; or a mesh, which is a file, a trimesh.Trimesh or a
+            trimesh.Scene; or a voxel file (.ply without faces); or several of these.
+        up_axis: how the axes of these meshes are taken (default: this tokenizer's setting).
+        Raise ValueError for another shape and for an up_axis beside grids, which have theirs already, TypeError for
+        anything else, DataError for a mesh that is damaged or missing, ConfigError for an up_axis that does not go with
+        the normalization.
         """
         parts = []
         for part, number in self._parts(self._to_grids(grids, up_axis)):
@@ -402,7 +410,10 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         path = Path(pretrained_model_name_or_path)
         if path.is_dir():
             sources.check_folder(path)
-        with sources.hub_errors(path):
+        else:
+            options = {name: kwargs[name] for name in sources.HUB_OPTIONS if name in kwargs}
+            sources.check_hub(str(pretrained_model_name_or_path), **options)
+        with sources.hub_errors(path), _named(path):
             return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
@@ -412,12 +423,23 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         if not Path(model_id).is_dir():
             options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
             weights = sources.download(model_id, token=token, local_files_only=local_files_only, **options)
-        tokenizer = cls(**settings)
-        load_state(tokenizer, read_weights(weights), weights)
+        tokenizer = cls._with_state(read_weights(weights), weights, **settings)
         if (canary := sources.read_note(weights, sources.CANARY)) is not None:
             with tokenizer._arithmetic("fp32"):
                 Canary.from_dict(canary, weights).check(tokenizer.vqvae, tokenizer.state_dict(), weights)
         return tokenizer.eval()
+
+    @classmethod
+    def _with_state(cls, state: dict[str, Tensor], path: Source, **settings: Any) -> "SparseStructureTokenizer":
+        """Build a tokenizer and load a state dict. Raise CheckpointError before memory is taken if it does not fit.
+
+        path: the file that the state is from, for errors. settings: of the constructor.
+        """
+        with torch.device("meta"):
+            check_state(cls(**settings), state, path)
+        tokenizer = cls(**settings)
+        load_state(tokenizer, state, path)
+        return tokenizer
 
     @classmethod
     def from_run(
@@ -481,7 +503,9 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
                 f"{unknown[0]}=...) takes another",
                 stacklevel=2,
             )
-        tokenizer = cls({name: load_config(str(config)) for name, (config, _) in files.items()}, **settings)
+        models = {name: load_config(str(config)) for name, (config, _) in files.items()}
+        with _named(folder):
+            tokenizer = cls(models, **settings)
         for name, (_, weights) in files.items():
             load_weights(getattr(tokenizer, name), weights)
         return tokenizer
@@ -496,13 +520,17 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         Raise CheckpointError if the file is not of this layout.
         """
         models, state = read_shapellm(path)
-        # That model has 64³ grids. Another resolution would change the lattice, not the weights.
-        tokenizer = cls(models, 64, normalization, up_axis, {"source": f"ShapeLLM-Omni's layout, {Path(path).name}"})
+        settings: dict[str, Any] = {
+            "resolution": 64,  # of that model. Another one would change the lattice, not the weights
+            "normalization": normalization,
+            "up_axis": up_axis,
+            "info": {"source": f"ShapeLLM-Omni's layout, {Path(path).name}"},
+        }
+        check_settings(up_axis, normalization)
         try:
-            tokenizer.load_state_dict(state)
-        except RuntimeError as error:
-            raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
-        return tokenizer
+            return cls._with_state(state, path, models=models, **settings)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: its tensors make no tokenizer: {error}") from error
 
     def export_shapellm(self, path: Source) -> None:
         """Write a file in ShapeLLM-Omni's layout; `from_shapellm` and ShapeLLM-Omni's own class read it.
@@ -614,14 +642,16 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         if up_axis is not None:
             check_settings(up_axis, self.normalization)
             if isinstance(grids, (Tensor, np.ndarray)):
-                raise ValueError(f"up_axis {up_axis!r} goes with mesh files; these are grids, whose axes are settled")
-        if isinstance(grids, (str, Path)):
+                raise ValueError(f"up_axis {up_axis!r} goes with meshes; these are grids, whose axes are settled")
+        if isinstance(grids, (str, Path)) or is_trimesh(grids):
             grids = [grids]
         if not isinstance(grids, (Tensor, np.ndarray)):
-            files = [self.grid_of_file(path, up_axis) for path in grids]
-            if not files:
+            if not isinstance(grids, Iterable):
+                raise TypeError(f"a {type(grids).__name__} is no mesh or grids; give {ENCODED}")
+            made = [self._grid_of(mesh, up_axis) for mesh in grids]
+            if not made:
                 raise ValueError("there are no grids or files to encode; give at least one")
-            grids = torch.stack(files)
+            grids = torch.stack(made)
         grids, side = torch.as_tensor(grids), (self.resolution,) * 3
         if grids.ndim == 3:
             grids = grids[None, None]
@@ -631,6 +661,13 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             )
         return (grids > 0).float()
 
+    def _grid_of(self, mesh: "Source | trimesh.Trimesh | trimesh.Scene", up_axis: str | None) -> Tensor:
+        if is_trimesh(mesh):
+            return trimesh_to_grid(mesh, self.resolution, up_axis or self.up_axis, self.normalization)
+        if not isinstance(mesh, (str, Path)):
+            raise TypeError(f"a {type(mesh).__name__} among them is no mesh; give {ENCODED}")
+        return self.grid_of_file(mesh, up_axis)
+
     def grid_of_file(self, path: Source, up_axis: str | None = None) -> Tensor:
         """Return the grid of a mesh, normalized and turned by this tokenizer's settings, or of a voxel file: uint8
         [1, R, R, R].
@@ -639,9 +676,10 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
         Raise DataError if the file cannot be read, ConfigError for an up_axis that does not go with the normalization.
         """
         path = Path(path)
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "there is no such file"
-            raise DataError(f"{path}: {what}. Give a mesh or a voxel file, or a list of them")
+        if not path.exists():
+            raise DataError(f"{path}: there is no such file. Give a mesh or a voxel file, or a list of them")
+        if (reason := obstacle(path)) is not None:
+            raise DataError(f"{path}: {reason}. Give a mesh or a voxel file, or a list of them")
         known = reader_of(path)
         if known is not None and known.kind == "volume":
             raise DataError(f"{path}: is a volume ({known.name}). Make grids of it with voxelize.py, and give those")
@@ -677,6 +715,15 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
                     "some are 0: an empty token has 0 alone, and another one has none"
                 )
         return ids
+
+
+@contextlib.contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Begin a ConfigError with the folder whose models or settings it is about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def _in(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,6 @@ the bits, and `dataset.unpack_batch` makes grids of them there; `dataset.augment
 """
 
 import os
-import signal
 from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ..utils import dist_utils
+from ..utils import dist_utils, signals
 from ..utils.command import available_cores
 from ..utils.errors import ConfigError, DataError
 from .base import StandardDatasetBase
@@ -114,7 +113,7 @@ def load_batches(
         collate_fn=_collated,  # type: ignore[arg-type]  # gets what __getitems__ returns, no list
         pin_memory=device.type == "cuda",
         prefetch_factor=(4 if prefetch else 1) if num_workers else None,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_ignore_signals,
     )
     try:
         yield from loader
@@ -166,9 +165,9 @@ def _collated(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ignore Ctrl-C, which reaches loading processes too: training finishes its step and needs them until then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    """Ignore what asks a run to stop, and reaches loading processes too: training finishes its step and needs them."""
+    signals.ignore()
 
 
 def to_device(dataset: StandardDatasetBase, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..grids.placing import Z_UP
 from ..utils.errors import DataError
+from ..utils.inputs import require_file
 from .packed import load_text
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def read_metadata(root: str) -> "DataFrame":
     import pandas as pd
 
     path = Path(root, "metadata.csv")
+    require_file(path, DataError, "voxelize.py writes it")
     try:
         metadata = pd.read_csv(
             path, dtype=dict.fromkeys(TEXT_COLUMNS, str), low_memory=False, keep_default_na=False, na_values=[""]

@@ -22,8 +22,6 @@ ones; it refuses a newer one, which it could misread.
 """
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ import numpy as np
 from ..utils.errors import DataError
 from ..utils.files import atomic_write
 from ..utils.formats import check_version
+from ..utils.inputs import require_file, require_memory
 
 FORMAT_VERSION = 1
 TEXT_ARRAYS = ("name", "source", "kind", "sha256", "split", "up_axis", "normalization", "fill", "mm_per_cell", "frame")
@@ -74,17 +73,30 @@ def save_packed(path: Path, bits: np.ndarray, texts: Mapping[str, np.ndarray]) -
 
 def _read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Return the arrays of these names that a file has. Unpickle nothing."""
+    require_file(path, DataError, "pack.py writes packed files")
     try:
         with open(path, "rb") as stream:
             file = np.load(stream, allow_pickle=False)
             present = getattr(file, "files", ())  # a single array has none
+            if len(set(present)) < len(present):
+                raise ValueError("it has two arrays of one name")
+            wanted = [name for name in names if name in present]
+            if present:
+                sizes = [file.zip.getinfo(f"{name}.npy").file_size for name in wanted]
+                require_memory(sum(sizes), f"{path}: takes", DataError, "pack fewer grids into a file")
             if "format" in present:
                 check_version(file["format"].tolist(), FORMAT_VERSION, path, DataError)
-            return {name: file[name] for name in names if name in present}
+            arrays = {name: file[name] for name in wanted}
+            if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"{strange[0]} is no array")
+            return arrays
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: is not a readable .npz file ({error}). Make it anew by pack.py.") from error
+    except Exception as error:  # numpy, zipfile and what decompresses raise many types for one damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: is not a readable .npz file ({reason:.200}). Make it anew by pack.py.") from error
 
 
 def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

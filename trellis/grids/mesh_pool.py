@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ..utils.command import ENDING
 from ..utils.errors import ConfigError, DataError, UserError
 from .meshes import voxelize_mesh
 
@@ -62,7 +63,7 @@ class MeshPool:
                 # Workers inherit these; set in a worker they would come too late for numpy, which is imported first.
                 self._environment = {name: os.environ.get(name) for name in THREAD_COUNTS}
                 os.environ.update(dict.fromkeys(THREAD_COUNTS, "1"))
-                self._threads = ThreadPoolExecutor(self.max_workers, "mesh pool", initializer=_block_interrupts)
+                self._threads = ThreadPoolExecutor(self.max_workers, "mesh pool", initializer=_block_signals)
             return self._threads.submit(self._run, self._threads, function, args, timeout, memory)
 
     def _run(
@@ -246,10 +247,11 @@ def _how_it_ended(process: Any) -> str:
     return f"exit code {code}"
 
 
-def _block_interrupts() -> None:
-    """Keep Ctrl-C from the workers that this thread starts, which inherit its mask. The main thread stops them."""
+def _block_signals() -> None:
+    """Keep signals to a whole group of processes, such as Ctrl-C, from the workers that this thread starts, which
+    inherit its mask. The main thread stops them; else their files would seem to have failed."""
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
 
 def _serve(connection: Connection) -> None:

@@ -7,13 +7,15 @@ the triangle-to-voxel test.
 import importlib
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import numpy as np
 
 from ..utils.errors import DataError, UserError
+from ..utils.inputs import obstacle, require_memory
 from . import formats
 from .formats import MESH_SUFFIXES, Format, reader_of, why_not
 from .geometry import Geometry, check_precision, check_triangles, note_on_precision
@@ -30,6 +32,7 @@ from .rasterize import HALF, voxelize_mesh
 from .voxels import voxels_to_grid
 
 if TYPE_CHECKING:  # torch is imported only to make a tensor: the workers of voxelize.py need none
+    import trimesh
     from torch import Tensor
 
 HEAD = 512  # bytes that tell what is no mesh at all
@@ -52,9 +55,16 @@ def load_mesh(path: Path, points: bool = False) -> Geometry:
     Raise DataError with the reason if there is nothing to voxelize, ConfigError if a package is missing. The reason
     does not name the file: the caller does, or records it beside the file's name.
     """
+    if path.exists() and (reason := obstacle(path)) is not None:
+        raise DataError(reason)
     with open(path, "rb") as file:
+        require_memory(os.fstat(file.fileno()).st_size, "takes", DataError, "give a smaller file")
         check_content(file.read(HEAD))
-    geometry = _read(path)
+    return _checked(_read(path), points)
+
+
+def _checked(geometry: Geometry, points: bool = False) -> Geometry:
+    """Return a geometry as `load_mesh` promises it."""
     vertices, faces = geometry.vertices, geometry.faces
     if not len(faces) and not (points and len(vertices)):
         only_points = f"is a cloud of {len(vertices)} points without triangles (voxelize.py --points reads it)"
@@ -205,3 +215,47 @@ def mesh_to_grid(
     if up_axis == "auto" and made.axis == "keep":
         warnings.warn(f'{path}: {UNKNOWN_AXIS}: taken as z-up. Say it by up_axis="y" or "z"', stacklevel=2)
     return torch.from_numpy(voxels_to_grid(made.voxels, resolution))[None]
+
+
+def is_trimesh(value: object) -> "TypeGuard[trimesh.Trimesh | trimesh.Scene]":
+    """Return whether a value is a trimesh.Trimesh or trimesh.Scene, without an import of trimesh."""
+    trimesh = sys.modules.get("trimesh")
+    return trimesh is not None and isinstance(value, (trimesh.Trimesh, trimesh.Scene))
+
+
+def trimesh_to_grid(
+    mesh: "trimesh.Trimesh | trimesh.Scene", resolution: int, up_axis: str = "auto", normalization: str = "cube"
+) -> "Tensor":
+    """Voxelize a mesh, or all triangles of a scene, as `mesh_to_grid` does a file.
+
+    A mesh in memory does not say which axis is up: under "auto" it is taken as it is, with a warning.
+    """
+    import torch
+
+    check_settings(up_axis, normalization)
+    try:
+        made = voxelize_geometry(_checked(_geometry_of(mesh)), resolution, up_axis, normalization)
+    except DataError as error:
+        raise DataError(f"the {type(mesh).__name__}: {error}.") from error
+    if up_axis == "auto" and made.axis == "keep":
+        warnings.warn(
+            f'a {type(mesh).__name__} does not say which axis is up: taken as z-up. Say it by up_axis="y" or "z"',
+            stacklevel=2,
+        )
+    return torch.from_numpy(voxels_to_grid(made.voxels, resolution))[None]
+
+
+def _geometry_of(mesh: "trimesh.Trimesh | trimesh.Scene") -> Geometry:
+    import trimesh
+
+    if isinstance(mesh, trimesh.Trimesh):
+        return Geometry(np.asarray(mesh.vertices), np.asarray(mesh.faces))
+    vertices, faces, count = [np.zeros((0, 3))], [np.zeros((0, 3), dtype=np.int64)], 0
+    for transform, name in (mesh.graph[node] for node in mesh.graph.nodes_geometry):
+        part = mesh.geometry[name]
+        if not isinstance(part, trimesh.Trimesh):  # paths and points
+            continue
+        vertices.append(np.asarray(part.vertices) @ transform[:3, :3].T + transform[:3, 3])
+        faces.append(np.asarray(part.faces) + count)
+        count += len(part.vertices)
+    return Geometry(np.concatenate(vertices), np.concatenate(faces))

@@ -14,6 +14,7 @@ from plyfile import PlyData, PlyElement, PlyListProperty, PlyParseError
 
 from ..utils.errors import DataError
 from ..utils.files import atomic_write
+from ..utils.inputs import require_file
 
 if TYPE_CHECKING:  # torch is imported only to make a tensor: the workers of voxelize.py need none
     from torch import Tensor
@@ -32,6 +33,7 @@ def read_ply(path: str | os.PathLike) -> np.ndarray:
     Raise DataError naming the file if it is missing, empty, truncated or not such a PLY.
     """
     path = Path(path)
+    require_file(path, DataError, "rerun voxelize.py")
     try:
         with open(path, "rb") as file:
             _check_counts(file.read(HEADER_LIMIT), os.fstat(file.fileno()).st_size)
@@ -63,6 +65,7 @@ def has_faces(path: str | os.PathLike) -> bool:
     A file whose header does not end counts as a mesh, since only a mesh's reader has a word for every damaged file.
     Raise DataError if the file cannot be read.
     """
+    require_file(path, DataError, "give a file of voxels or a mesh")
     try:
         with open(path, "rb") as file:
             header, end, _ = file.read(HEADER_LIMIT).partition(b"end_header")

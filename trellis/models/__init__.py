@@ -5,13 +5,16 @@ from the Hugging Face Hub.
 """
 
 import json
+import zipfile
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ..modules.model import Model
 from ..utils.config import check_args, check_component, load_config
 from ..utils.errors import CheckpointError, ConfigError
+from ..utils.inputs import require_file, require_memory
 from ..utils.registry import Registry
 
 MODELS = Registry(
@@ -41,8 +44,12 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
+# Calls of torch while a model is built. The largest of the shipped configurations makes two thousand.
+MAX_CALLS = 50_000
+
+
 def build(spec: dict, where: str = "model") -> Model:
-    """Build a model from {"name", "args"}. Raise ConfigError naming the wrong key.
+    """Build a model from {"name", "args"}. Raise ConfigError naming the wrong key, also for sizes beyond memory.
 
     Parameters are laid out in channels_last_3d, which makes 3-D convolutions two to four times as fast.
     """
@@ -50,10 +57,44 @@ def build(spec: dict, where: str = "model") -> Model:
     cls = MODELS.get(spec["name"], f"{where}.name")
     args = spec.get("args", {})
     check_args(args, cls, f"{where}.args")
+    _check_size(cls, args, f"{where}.args")
+    return cls(**args).to(memory_format=torch.channels_last_3d)
+
+
+def _check_size(cls: type[Model], args: dict, where: str) -> None:
+    """Build a model on the meta device, where tensors take no memory.
+
+    Raise ConfigError if the constructor refuses the arguments, or if building takes too many steps or too much memory.
+    """
+    counted = _Counted(where)
     try:
-        return cls(**args).to(memory_format=torch.channels_last_3d)
+        with torch.device("meta"), counted:
+            model = cls(**args)
     except ValueError as error:
-        raise ConfigError(f"{where}.args: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch, for sizes whose product is beyond 64 bits
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{where}: no model can have these sizes ({reason}); use smaller ones") from error
+    own = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    # A constructor holds at most two large tensors beside those that it keeps.
+    require_memory(own + 2 * counted.largest, f"{where}: the model takes", ConfigError, "use smaller sizes")
+
+
+class _Counted(TorchFunctionMode):
+    """Counts calls of torch, so that absurd numbers of layers end early, and keeps the bytes of the largest result."""
+
+    def __init__(self, where: str):
+        super().__init__()
+        self.where, self.calls, self.largest = where, 0, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        if self.calls > MAX_CALLS:
+            raise ConfigError(f"{self.where}: the model has thousands of layers or codebooks; use fewer")
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel() * result.element_size())
+        return result
 
 
 def from_pretrained(path: str) -> Model:
@@ -97,18 +138,44 @@ def pretrained_files(path: str) -> tuple[str, str]:
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a .safetensors or .pt file, on the CPU. Never unpickle objects."""
+    """Read the tensors of a .safetensors or .pt file, on the CPU. Never unpickle objects.
+
+    Raise CheckpointError if the file is missing, damaged, or holds anything but dense tensors by name.
+    """
+    if not Path(path).exists():
+        raise CheckpointError(f"{path}: there is no such file")
+    require_file(path, CheckpointError, "give a file of weights")
+    require_memory(Path(path).stat().st_size, f"{path}: takes", CheckpointError, "give a smaller file")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: there is no such file") from error
+            state = load_file(path)
+        else:
+            _refuse_compressed(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # torch and safetensors raise many types for one damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: not a readable weights file ({reason})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not tensors by name; give a state dict")
+    for key, value in state.items():
+        dense = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+        if not isinstance(key, str) or not dense or value.is_quantized or value.is_complex():
+            raise CheckpointError(f"{path}: {key!r:.80} is no dense tensor of real numbers; give a state dict")
+    return state
+
+
+def _refuse_compressed(path: str | Path) -> None:
+    """Raise CheckpointError for a .pt file whose content is larger than the file. torch compresses none."""
+    if not zipfile.is_zipfile(path):  # torch's format before 1.6
+        return
+    with zipfile.ZipFile(path) as file:
+        content = sum(member.file_size for member in file.infolist())
+    if content > Path(path).stat().st_size:
+        raise CheckpointError(f"{path}: is compressed or damaged, since torch's files are not; copy it again")
 
 
 def load_weights(model: Model, path: str | Path, part: str | None = None) -> None:
@@ -127,6 +194,12 @@ def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], path: st
 
     Raise CheckpointError naming the first tensors that do not fit.
     """
+    check_state(module, state, path)
+    module.load_state_dict(state)
+
+
+def check_state(module: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise CheckpointError unless a state dict has the module's tensors, which may be on the meta device."""
     own = module.state_dict()
     shapes = [
         f"{key} is {list(state[key].shape)} there and {list(own[key].shape)} in the model"
@@ -141,7 +214,6 @@ def load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], path: st
             f"{path} does not fit {type(module).__name__}: {'; '.join(problems[:3])}{more}. "
             "Give the weights that belong to this configuration's models, or change name or args of the model in it"
         )
-    module.load_state_dict(state)
 
 
 def model_spec(model_config: dict) -> str:

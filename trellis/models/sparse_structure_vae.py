@@ -18,6 +18,9 @@ from ..modules.conv import Conv3d
 from ..modules.model import Model
 from ..modules.norm import ChannelLayerNorm32, norm_layer
 from ..utils.config import Count, Range
+from ..utils.errors import ConfigError
+
+MAX_LEVELS = 16  # of channels; a grid of that many can be halved no further
 
 
 class _UNet(Model):
@@ -69,7 +72,7 @@ class _UNet(Model):
 
 
 class SparseStructureEncoder(_UNet):
-    """Occupancy grid to latent."""
+    """Occupancy grid to latent. Raise ValueError for channels without a level, or with too many."""
 
     def __init__(
         self,
@@ -82,6 +85,7 @@ class SparseStructureEncoder(_UNet):
         use_fp16: bool = False,  # run the torso in fp16 on a GPU
     ):
         super().__init__()
+        _check_levels(channels)
         self.in_channels, self.latent_channels = in_channels, latent_channels
         self.channels, self.use_fp16 = list(channels), use_fp16
 
@@ -117,7 +121,7 @@ class SparseStructureEncoder(_UNet):
 
 
 class SparseStructureDecoder(_UNet):
-    """Latent to occupancy logits."""
+    """Latent to occupancy logits. Raise ValueError for channels without a level, or with too many."""
 
     def __init__(
         self,
@@ -130,6 +134,7 @@ class SparseStructureDecoder(_UNet):
         use_fp16: bool = False,  # run the torso in fp16 on a GPU
     ):
         super().__init__()
+        _check_levels(channels)
         self.out_channels, self.latent_channels = out_channels, latent_channels
         self.channels, self.use_fp16 = list(channels), use_fp16
 
@@ -149,3 +154,35 @@ class SparseStructureDecoder(_UNet):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [B, out_channels, R, R, R] of x [B, latent_channels, r, r, r]; > 0 means occupied."""
         return self._run(x, self.middle_block, self.blocks)
+
+
+def _check_levels(channels: list[int]) -> None:
+    if not 1 <= len(channels) <= MAX_LEVELS:
+        raise ValueError(f"channels has {len(channels)} levels; give the widths of 1 to {MAX_LEVELS}")
+
+
+def check_networks(encoder: nn.Module, decoder: nn.Module) -> None:
+    """Raise ConfigError unless these are an encoder and a decoder of the same grids and latents."""
+    if not isinstance(encoder, SparseStructureEncoder):
+        raise ConfigError(
+            f"models.encoder.name is {type(encoder).__name__!r}, which is not an encoder; use SparseStructureEncoder"
+        )
+    if not isinstance(decoder, SparseStructureDecoder):
+        raise ConfigError(
+            f"models.decoder.name is {type(decoder).__name__!r}, which is not a decoder; use SparseStructureDecoder"
+        )
+    if encoder.in_channels != 1 or decoder.out_channels != 1:
+        raise ConfigError(
+            f"models.encoder.args.in_channels is {encoder.in_channels} and models.decoder.args.out_channels is "
+            f"{decoder.out_channels}, but an occupancy grid has one channel; set both to 1"
+        )
+    if decoder.latent_channels != encoder.latent_channels:
+        raise ConfigError(
+            f"models.decoder.args.latent_channels is {decoder.latent_channels}, but the encoder's latent has "
+            f"{encoder.latent_channels} channels; set it to {encoder.latent_channels}"
+        )
+    if len(decoder.channels) != len(encoder.channels):
+        raise ConfigError(
+            f"models.decoder.args.channels has {len(decoder.channels)} levels, but the encoder's has "
+            f"{len(encoder.channels)}; a grid keeps its size only with as many levels in both"
+        )

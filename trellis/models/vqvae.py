@@ -16,7 +16,7 @@ from ..evaluation.metrics import codebook_counts, occupied_blocks
 from ..modules.quantizers.base import Quantizer
 from ..utils.errors import ConfigError
 from .codebook_transformer import CodebookTransformer
-from .sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
+from .sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder, check_networks
 
 # Logit of a voxel in a block that is known to be empty: a probability of 3e-7, and finite in every loss.
 EMPTY_LOGIT = -15.0
@@ -47,6 +47,17 @@ class VqVae:
     def check(self, resolution: int) -> tuple[int, int, int]:
         """Return the lattice of grids of `resolution` voxels. Raise ConfigError if the models do not fit."""
         encoder, quantizer, transformer = self.encoder, self.quantizer, self.transformer
+        check_networks(encoder, self.decoder)
+        if not isinstance(quantizer, Quantizer):
+            raise ConfigError(
+                f"models.quantizer.name is {type(quantizer).__name__!r}, which is not a quantizer; use "
+                "VectorQuantizer or another one"
+            )
+        if not isinstance(transformer, CodebookTransformer | None):
+            raise ConfigError(
+                f"models.transformer.name is {type(transformer).__name__!r}, which is not one around a codebook; use "
+                "CodebookTransformer"
+            )
         if quantizer.latent_channels != encoder.latent_channels:
             raise ConfigError(
                 f"models.quantizer.args.latent_channels is {quantizer.latent_channels}, but the encoder's latent has "

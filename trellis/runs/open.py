@@ -149,9 +149,16 @@ class Run:
 
         A frozen model has raw weights only. The file is not there if the run has no such model.
         averaged: False for raw weights of every model.
+        Raise CheckpointError if the file's sum is not the one it was written with.
         """
         rates = self.checkpoints.ema_rates(model, self.step) if averaged else []
-        return self.checkpoints.folder / model_file(model, self.step, rates[0] if rates else None)
+        return self._verified(model_file(model, self.step, rates[0] if rates else None))
+
+    def _verified(self, name: str) -> Path:
+        path = self.checkpoints.folder / name
+        if path.exists() or (self.misc and name in self.misc["files"]):
+            self.checkpoints.verify_file(self.step, name)
+        return path
 
     def weights(self, averaged: bool = True) -> dict[str, Path]:
         """Return {model: weights file} of all models, each chosen as `weight_file` does."""
@@ -164,6 +171,8 @@ class Run:
         rates = {model: self.checkpoints.ema_rates(model, self.step) for model in raw}
         sets = {}
         for rate in sorted(set().union(*rates.values()), reverse=True):
-            averaged = {model: self.checkpoints.folder / model_file(model, self.step, rate) for model in raw}
-            sets[f"ema{rate}"] = {model: averaged[model] if rate in rates[model] else raw[model] for model in raw}
+            sets[f"ema{rate}"] = {
+                model: self._verified(model_file(model, self.step, rate)) if rate in rates[model] else raw[model]
+                for model in raw
+            }
         return {**sets, "raw": raw}

@@ -58,8 +58,8 @@ class Canary:
         try:
             base64.b64decode(values["grid"], validate=True)
             canary = cls(**{**values, "logits": tuple(values["logits"])})
-            for name in ("resolution", "weights"):
-                if type(values[name]) is not int or values[name] < 0:
+            for name, limit in (("resolution", 2**16), ("weights", 2**32)):
+                if type(values[name]) is not int or not 0 <= values[name] < limit:
                     raise ValueError(f"{name} is {values[name]!r}")
             if not isinstance(canary.ids, list) or not all(type(each) is int for each in canary.ids):
                 raise ValueError("ids are not whole numbers")

@@ -20,6 +20,7 @@ Axes: n rows, T ids of an object, K codes.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,10 +31,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..utils.config import differing_keys
+from ..utils.config import differing_keys, parse_json
 from ..utils.errors import ConfigError, DataError
 from ..utils.files import atomic_write
 from ..utils.formats import check_version
+from ..utils.inputs import require_file
 from .forms import form_of, octree_of
 from .octree import MASKS, Octree
 from .problems import integers
@@ -46,8 +48,15 @@ OLD_MANIFEST = "tokens.json"
 SHARD = re.compile(r"shard-(\d{5})-of-(\d{5})\.parquet")
 FORMAT_VERSION = 2  # of octree forms; the dense one is version 1
 VERSION_KEY, MADE_FROM, LEFT_OUT = "format_version", "made_from", "left_out"  # metadata beside TokenInfo's
-TEXT_COLUMNS = ("sha256", "name", "source", "frame")
+COLUMNS = {  # what a column holds; those of OPTIONAL may have nulls
+    **dict.fromkeys(("sha256", "name", "source", "frame"), "text"),
+    "tokens": "lists of whole numbers",
+    "num_voxels": "whole numbers",
+    "iou": "numbers",
+}
+OPTIONAL = ("source", "frame")
 ROWS_AT_ONCE = 256
+MAX_TOKENS = 2**24  # of an object: those of a lattice of 256³
 
 
 def _whole(value: Any) -> bool:
@@ -56,7 +65,7 @@ def _whole(value: Any) -> bool:
 
 # What the values of TokenInfo's fields must be, by the fields' types.
 VALID: dict[Any, Callable[[Any], bool]] = {
-    str: lambda value: isinstance(value, str),
+    str: lambda value: isinstance(value, str) and len(value) <= 200,
     int: _whole,
     bool: lambda value: isinstance(value, bool),
     tuple[int, int, int]: lambda value: isinstance(value, list) and len(value) == 3 and all(map(_whole, value)),
@@ -91,7 +100,7 @@ class TokenInfo:
     @property
     def num_tokens(self) -> int:
         """T, ids of an object."""
-        return int(np.prod(self.lattice)) * self.codes_per_token
+        return math.prod(self.lattice) * self.codes_per_token
 
     def to_metadata(self) -> dict[str, str]:
         """Return a file's metadata: these fields as texts, and the version of the format."""
@@ -111,13 +120,18 @@ class TokenInfo:
                 continue
             try:
                 text = (metadata or {})[key].decode()
-                value = text if field.type in (str, "str") else json.loads(text)
-            except (KeyError, ValueError) as error:
+                value = text if field.type in (str, "str") else parse_json(text, field.name)
+            except (KeyError, ValueError, ConfigError) as error:
                 raise _invalid(path, field.name) from error
             if not VALID[field.type](value):
                 raise _invalid(path, field.name)
             values[field.name] = value
         info = cls(**{**values, "lattice": tuple(values["lattice"])})
+        if info.num_tokens > MAX_TOKENS:
+            raise DataError(
+                f"{path}: its metadata are damaged: lattice {list(info.lattice)} with codes_per_token "
+                f"{info.codes_per_token} makes {info.num_tokens} ids of an object, and at most {MAX_TOKENS} are read."
+            )
         try:
             form_of(info.form, info.empty_code)
         except ConfigError as error:
@@ -164,10 +178,11 @@ def _claimed(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Return what the tokens of a folder have in common, and the file that says it; None if it has no tokens."""
     old, shards = folder / OLD_MANIFEST, sorted(path for path in folder.glob("*") if SHARD.fullmatch(path.name))
     if old.exists():
+        require_file(old, ConfigError, "delete it together with the files beside it")
         try:
             defaults = {field.name: field.default for field in fields(TokenInfo) if field.default is not MISSING}
-            return old, {**defaults, **json.loads(old.read_text(encoding="utf-8"))}
-        except (ValueError, TypeError) as error:
+            return old, {**defaults, **parse_json(old.read_text(encoding="utf-8"), str(old))}
+        except (ValueError, TypeError, ConfigError) as error:
             raise ConfigError(f"{old} is damaged ({error}); delete it together with the files beside it") from error
     for path in (folder / COMMON, *shards[:1]):
         if not path.exists():
@@ -316,8 +331,8 @@ def read_column(path: Path, name: str) -> np.ndarray:
 def read_names(source: str | Path) -> Iterator[tuple[str, str]]:
     """Yield sha256 and name of the objects of a folder's shards, or of one file, in order. Do not read their ids."""
     for path in shard_files(source):
-        table = _columns(path, ["sha256", "name"])
-        yield from zip(table.column("sha256").to_pylist(), table.column("name").to_pylist(), strict=True)
+        for batch in _batches(_open(path), path, ["sha256", "name"]):
+            yield from zip(batch.column("sha256").to_pylist(), batch.column("name").to_pylist(), strict=True)
 
 
 def read_left_out(path: Path) -> list[dict[str, str]]:
@@ -326,7 +341,10 @@ def read_left_out(path: Path) -> list[dict[str, str]]:
     Raise DataError if they are damaged.
     """
     rows = _said(path, LEFT_OUT) or []
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    keys = ("file", "sha256", "reason")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys) for row in rows
+    ):
         raise _invalid(path, LEFT_OUT)
     return rows
 
@@ -336,8 +354,12 @@ def read_data_key(source: str | Path) -> dict[str, Any] | None:
 
     Raise DataError if it is damaged.
     """
-    made_from = _said(shard_files(source)[0], MADE_FROM)
-    return made_from.get("data") if isinstance(made_from, dict) else None
+    path = shard_files(source)[0]
+    made_from = _said(path, MADE_FROM)
+    data = made_from.get("data") if isinstance(made_from, dict) else None
+    if not isinstance(data, dict | None):
+        raise _invalid(path, MADE_FROM)
+    return data
 
 
 def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
@@ -348,23 +370,13 @@ def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
     Raise DataError for missing or damaged shards, for an object whose number of ids is not T, for an id outside [0, K),
     and for a sequence that is not the octree form of an object.
     """
-    import pyarrow as pa
-
     info = read_info(source)
     for path in shard_files(source):
-        number = 0
         file = _open(path)
         _check_columns(file, schema(info).names, path)
-        kind = file.schema_arrow.field("tokens").type
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
-            raise DataError(
-                f"{path}: its tokens are {kind}, not lists of whole numbers. scripts/to_tokens.py writes such files."
-            )
-        with _reading(path):
-            for batch in file.iter_batches(ROWS_AT_ONCE):
-                number += batch.num_rows
-                yield from _rows(batch, info, path)
-        _check_rows(file, number, path)
+        _check_lengths(file, info, path)
+        for batch in _batches(file, path):
+            yield from _rows(batch, info, path)
 
 
 def _rows(batch: "pyarrow.RecordBatch", info: TokenInfo, path: Path) -> Iterator[dict[str, Any]]:
@@ -413,32 +425,76 @@ def _open(path: Path) -> "pyarrow.parquet.ParquetFile":
     require_pyarrow()
     import pyarrow.parquet
 
+    require_file(path, DataError, "scripts/to_tokens.py writes such files")
     with _reading(path):
         file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
         file.schema_arrow.names  # noqa: B018 - decodes them
     version = (file.schema_arrow.metadata or {}).get(VERSION_KEY.encode(), b"1").decode(errors="replace")
-    check_version(int(version) if version.isdecimal() else version, FORMAT_VERSION, path, DataError)
+    known = version.isdecimal() and len(version) < 10
+    check_version(int(version) if known else version[:80], FORMAT_VERSION, path, DataError)
     return file
 
 
+def _batches(
+    file: "pyarrow.parquet.ParquetFile", path: Path, names: list[str] | None = None
+) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield columns in pieces of ROWS_AT_ONCE rows, all columns by default.
+
+    Raise DataError if the file lacks one, is damaged, or has no value where there must be one.
+    """
+    _check_columns(file, names or [], path)
+    number = 0
+    batches = file.iter_batches(ROWS_AT_ONCE, columns=names)
+    while True:
+        with _reading(path):
+            batch = next(batches, None)
+        if batch is None:
+            break
+        for name in set(batch.schema.names) & COLUMNS.keys() - set(OPTIONAL):
+            if batch.column(name).null_count:
+                row = number + batch.column(name).is_null().to_pylist().index(True)
+                raise DataError(
+                    f"{path}: {name} of row {row} is missing. Delete the file and run scripts/to_tokens.py again."
+                )
+        number += batch.num_rows
+        yield batch
+    _check_rows(file, number, path)
+
+
 def _columns(path: Path, names: list[str]) -> "pyarrow.Table":
-    """Return columns. Raise DataError if the file lacks one, or is damaged."""
+    """Return columns. Raise DataError as `_batches` does."""
+    import pyarrow as pa
+
     file = _open(path)
-    _check_columns(file, names, path)
-    with _reading(path):
-        table = file.read(names)
-    _check_rows(file, table.num_rows, path)
-    return table
+    batches = list(_batches(file, path, names))
+    return pa.Table.from_batches(batches, None if batches else pa.schema([file.schema_arrow.field(n) for n in names]))
+
+
+def _check_lengths(file: "pyarrow.parquet.ParquetFile", info: TokenInfo, path: Path) -> None:
+    """Raise DataError if the lists of tokens have more values than objects can have.
+
+    Compressed, they take no space in the file: only memory, once they are read.
+    """
+    # An octree has a mask above each token and at most as many above those.
+    most = info.num_tokens if info.octree is None else info.num_tokens + 2 * math.prod(info.lattice) + info.octree.depth
+    meta = file.metadata
+    places = [place for place in range(meta.num_columns) if meta.schema.column(place).path.startswith("tokens.")]
+    for number in range(meta.num_row_groups):
+        group = meta.row_group(number)
+        values = sum(group.column(place).num_values for place in places)
+        if values > group.num_rows * max(1, most):
+            raise DataError(
+                f"{path}: has {values} ids in {group.num_rows} rows, where an object has at most {most}. Delete the "
+                "file and run scripts/to_tokens.py again."
+            )
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn what pyarrow raises for a damaged file into a DataError."""
-    import pyarrow as pa
-
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except Exception as error:  # errors of Arrow, of the system and of text, ValueError, KeyError, …
         raise _damaged(path, error) from error
 
 
@@ -455,25 +511,39 @@ def _check_rows(file: "pyarrow.parquet.ParquetFile", number: int, path: Path) ->
 
 
 def _check_columns(file: "pyarrow.parquet.ParquetFile", names: Iterable[str], path: Path) -> None:
-    """Raise DataError if a column of these names is missing, or holds bytes in place of text."""
-    import pyarrow as pa
-
-    if lacking := set(names) - set(file.schema_arrow.names):
+    """Raise DataError if a column of these names is missing, given twice, or one of COLUMNS holds something else."""
+    present = file.schema_arrow.names
+    if lacking := set(names) - set(present):
         raise DataError(f"{path}: has no column {', '.join(sorted(lacking))}. scripts/to_tokens.py writes such files.")
     for field in file.schema_arrow:
-        if field.name in TEXT_COLUMNS and not (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
+        if present.count(field.name) > 1:
+            raise DataError(f"{path}: has the column {field.name} twice. scripts/to_tokens.py writes such files.")
+        if field.name in COLUMNS and not _holds(field.type, COLUMNS[field.name]):
             raise DataError(
-                f"{path}: its column {field.name} is {field.type}, not text. Delete the file and run "
-                "scripts/to_tokens.py again."
+                f"{path}: its column {field.name} is {str(field.type):.80}, not {COLUMNS[field.name]}. Delete the file "
+                "and run scripts/to_tokens.py again."
             )
+
+
+def _holds(kind: "pyarrow.DataType", what: str) -> bool:
+    """Return whether a type is one of COLUMNS' kinds."""
+    import pyarrow as pa
+
+    if what == "text":
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if what == "whole numbers":
+        return pa.types.is_integer(kind)
+    if what == "numbers":
+        return pa.types.is_floating(kind)
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
 
 
 def _said(path: Path, key: str) -> Any:
     """Return what a file's metadata say under a key, None if nothing. Raise DataError if it is no JSON."""
     text = (_open(path).schema_arrow.metadata or {}).get(key.encode())
     try:
-        return None if text is None else json.loads(text)
-    except ValueError as error:
+        return None if text is None else parse_json(text.decode(), key)
+    except (ValueError, ConfigError) as error:
         raise _invalid(path, key) from error
 
 
@@ -482,4 +552,7 @@ def _invalid(path: Path, key: str) -> DataError:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: is not a readable Parquet file ({error}). Delete it and run scripts/to_tokens.py again.")
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return DataError(
+        f"{path}: is not a readable Parquet file ({reason}). Delete it and run scripts/to_tokens.py again."
+    )

@@ -36,7 +36,7 @@ def read_shapellm(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
             f"{path}: holds {found or 'nothing'}; a tokenizer of ShapeLLM-Omni has {TABLE}, Encoder.* and Decoder.*"
         )
     encoder, decoder = (_network(group, f"{path}: {PREFIXES[name]}") for name, group in groups.items())
-    n_embed, embed_dim = state[TABLE].shape
+    n_embed, embed_dim = _shape(state, TABLE, 2, f"{path}: ")
     latent_channels = decoder["in"]
     models = {
         "encoder": {
@@ -58,25 +58,32 @@ def read_shapellm(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 def _network(state: dict[str, Tensor], where: str) -> dict:
     """Return the sizes of an encoder or a decoder: {"in", "out": channels, "args": of its constructor}."""
-    for key in ("input_layer.weight", "out_layer.2.weight"):
-        if key not in state:
-            raise CheckpointError(f"{where}{key} is missing: no encoder or decoder of TRELLIS's sparse structures")
-    first = state["input_layer.weight"]
+    width, channels, *_ = _shape(state, "input_layer.weight", 5, where)
     depth: Counter[int] = Counter()  # residual blocks of each level
-    widths: dict[int, int] = {0: len(first)}
-    blocks = sorted({int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))})
+    widths: dict[int, int] = {0: width}
+    blocks = sorted({int(found[1]) for key in state if (found := re.match(r"blocks\.([0-9]{1,6})\.", key))})
     level = 0
     for block in blocks:
         if f"blocks.{block}.norm1.weight" in state:
             depth[level] += 1
-            widths[level] = len(state[f"blocks.{block}.norm1.weight"])
+            widths[level] = _shape(state, f"blocks.{block}.norm1.weight", 1, where)[0]
         else:
             level += 1
     if len(set(depth.values())) != 1 or len(depth) != level + 1:
         raise CheckpointError(f"{where}blocks has {list(depth.values())} residual blocks a level; they must be equal")
-    middle = {int(found[1]) for key in state if (found := re.match(r"middle_block\.(\d+)\.", key))}
+    middle = {int(found[1]) for key in state if (found := re.match(r"middle_block\.([0-9]{1,6})\.", key))}
     args = {"num_res_blocks": depth[0], "channels": list(widths.values()), "num_res_blocks_middle": len(middle)}
-    return {"in": first.shape[1], "out": len(state["out_layer.2.weight"]), "args": args}
+    return {"in": channels, "out": _shape(state, "out_layer.2.weight", 5, where)[0], "args": args}
+
+
+def _shape(state: dict[str, Tensor], key: str, ndim: int, where: str) -> list[int]:
+    """Return the shape of a tensor, [ndim]. Raise CheckpointError if it is missing or has another number of axes."""
+    if key not in state:
+        raise CheckpointError(f"{where}{key} is missing: no encoder or decoder of TRELLIS's sparse structures")
+    shape = list(state[key].shape)
+    if len(shape) != ndim or not all(shape):
+        raise CheckpointError(f"{where}{key} is {shape}; a tokenizer of ShapeLLM-Omni has {ndim} axes there")
+    return shape
 
 
 def shapellm_state(encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from ..utils.files import atomic_write
 
 DATASET = "mesh_tokens"  # of dataset_info.json, and the folder of its files
 INFO = "dataset_info.json"
+FLAGS = {"make": "--prompt", "describe": "--describe_prompt", "captions": "--captions"}  # of what SETTINGS has
 SETTINGS = "settings.json"  # what the conversations of a folder are made of
 CAPTION_COLUMNS = ("caption", "captions")
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
@@ -100,7 +101,7 @@ def claim(folder: Path, prompts: Prompts, captions: str, tokens: dict[str, Any],
             return False
         old = sorted((folder / DATASET).glob("shard-*.jsonl"))
         if old and not alone:
-            keys = ", ".join(differing_keys(found, wanted))
+            keys = ", ".join(FLAGS.get(key, key) for key in differing_keys(found, wanted))
             raise ConfigError(
                 f"{folder}: has conversations of other prompts or captions ({keys}), which another machine may be "
                 "writing. Delete the folder, or give --sharegpt another one."

@@ -1,14 +1,14 @@
 """Where a tokenizer comes from: which kind of source a path is, and checks of saved folders and of the Hub."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ..utils.config import load_config
-from ..utils.errors import CheckpointError
+from ..utils.config import json_type, load_config, parse_json
+from ..utils.errors import CheckpointError, ConfigError
 from ..utils.formats import check_version
+from ..utils.inputs import require_file
 
 Kind = Literal["pretrained", "run", "exported", "shapellm"]
 
@@ -71,8 +71,13 @@ def check_config(path: str | Path) -> None:
     config = load_config(str(path))
     check_version(config.get("format_version", 1), FORMAT_VERSION, path, CheckpointError)
     if "models" not in config or not set(config) <= KEYS:
-        strange = sorted(set(config) - KEYS) or ["no models"]
+        strange = sorted(set(config) - KEYS)[:5] or ["no models"]
         raise CheckpointError(f"{path}: has {', '.join(strange)}, so save_pretrained did not write it")
+    for key in ("models", "info"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise CheckpointError(f"{path}: {key} has type {json_type(config[key])}; save_pretrained writes an object")
+    if missing := [name for name in MODELS if name not in (config["models"] or {})]:
+        raise CheckpointError(f"{path}: models.{missing[0]} is missing: a tokenizer has {', '.join(MODELS)}")
 
 
 def exported_models(folder: str | Path) -> dict[str, tuple[Path, Path]]:
@@ -101,12 +106,30 @@ def read_note(weights: str | Path, key: str) -> dict[str, Any] | None:
     """
     from safetensors import SafetensorError, safe_open
 
+    require_file(weights, CheckpointError, "give a file of weights")
     try:
         with safe_open(weights, "pt") as file:
             text = (file.metadata() or {}).get(key)
-        return None if text is None else dict(json.loads(text))
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        note = None if text is None else parse_json(text, key)
+        if not isinstance(note, dict | None):
+            raise ValueError(f"{key} is no JSON object")
+        return note
+    except (OSError, SafetensorError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{weights}: not a readable weights file ({error})") from error
+
+
+HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")  # of `hf_hub_download`
+
+
+def check_hub(model_id: str, **options) -> None:
+    """Raise CheckpointError if the config.json of an id on the Hub is not a tokenizer's, ConfigError if it is damaged.
+
+    options: some of HUB_OPTIONS.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(model_id):
+        check_config(hf_hub_download(model_id, CONFIG, **options))
 
 
 def download(model_id: str, **options) -> str:

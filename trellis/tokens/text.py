@@ -26,6 +26,8 @@ from .problems import QUOTED, Parsed, Problem, further, integers, parsed, quote
 MAX_DIGITS = 18
 # Maximum number of characters inside a damaged word such as <mesh-5>; anything longer is text.
 MAX_DAMAGED = 32
+# Characters of a text that are read, with however many for each id: a million words take a second and 300 MB.
+MAX_TEXT, MAX_WORD = 2**22, 64
 WORDS = ("value", "unknown", "damaged")  # kinds of items that count among the object's ids
 
 
@@ -188,7 +190,14 @@ class TokenFormat:
             `Octree.from_values` does, whose value 0 is the first word after the start.
         fill: [T] ids, such as an empty grid's; None for code 0. Raise ValueError if it is not T ids in range. An octree
             needs none.
+        Raise DataError, even then, for a text that is far longer than an object.
         """
+        number = num_tokens if self.octree is None else self.octree.num_tokens
+        longest = max(MAX_TEXT, MAX_WORD * (number or 0))
+        if len(text) > longest:
+            raise DataError(
+                f"the text has {len(text)} characters, and at most {longest} are read: give one answer alone"
+            )
         return self._parse(self._items_of_text(text), len(text), num_tokens, strict, fill)
 
     def from_vocabulary(
@@ -367,9 +376,14 @@ def _choose(objects: list[list[Item]], num_tokens: int | None, length: int) -> t
 
 
 def _foreign_problems(items: list[Item]) -> list[Problem]:
-    foreign = [item for item in items if item.kind == "foreign"]
+    """Return what is said of text that is no word: at the end, where an answer was cut off, and before."""
+    broken_off = items[-1:] if items and items[-1].kind == "foreign" else []
+    between = [item for item in items[: len(items) - len(broken_off)] if item.kind == "foreign"]
     message = "{} stands between the object's words{}"
-    return [Problem(item.position, message.format(item.word, further(foreign)), "left out") for item in foreign[:1]]
+    problems = [Problem(item.position, message.format(item.word, further(between)), "left out") for item in between[:1]]
+    return problems + [
+        Problem(item.position, f"the object breaks off at {item.word}", "left out") for item in broken_off
+    ]
 
 
 def _foreign(text: str, start: int, stop: int) -> Item:

@@ -133,22 +133,25 @@ class BadSteps:
 
     def look(self, step: int) -> bool:
         """Return whether to write the log and end the run. Waits for the device now and then."""
-        return step % STEPS_BETWEEN_LOOKS == 0 and int(self.in_a_row) >= self.most
+        return step % STEPS_BETWEEN_LOOKS == 0 and self.too_many
 
     @property
     def running(self) -> bool:
         """Whether the last step was bad. Waits for the device."""
         return int(self.in_a_row) > 0
 
-    def require_progress(self, step: int, checkpoints: Checkpoints, lr: float, origin: str) -> None:
-        """Raise DivergedError after too many bad steps in a row. Call it after `report`, on all ranks at the same step.
+    @property
+    def too_many(self) -> bool:
+        """Whether the run is lost. Waits for the device."""
+        return int(self.in_a_row) >= self.most
 
-        checkpoints: of the run. lr: its present rate. origin: where its weights came from.
+    def diverged(self, step: int, checkpoints: Checkpoints, lr: float, origin: str) -> DivergedError:
+        """Return the error that ends a lost run. Call it after `report`.
+
+        checkpoints: of the run, all written. lr: its present rate. origin: where its weights came from.
         """
         in_a_row = int(self.in_a_row)
-        if in_a_row < self.most:
-            return
-        raise DivergedError(
+        return DivergedError(
             f"training has diverged: in {in_a_row} steps in a row, up to step {step}, the loss or its gradient was not "
             f"finite, or the loss above {EXPLODED * max(1, float(self.first_loss)):.3g} (by "
             f"trainer.args.max_bad_steps, {self.most} of them end this run). Nothing of them is saved; "

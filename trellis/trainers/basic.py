@@ -5,7 +5,6 @@ Read `run` first. A new objective is a subclass with `training_losses`; it inher
 
 import contextlib
 import inspect
-import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cached_property
@@ -27,29 +26,32 @@ from ..models import build
 from ..modules.model import Model
 from ..runs.checkpoint import Checkpoints
 from ..runs.folder import prepare_run_folder
-from ..utils import dist_utils
+from ..runs.lock import require_lock
+from ..runs.saver import Saver
+from ..runs.status import RunStatus, signal_name
+from ..utils import dist_utils, signals
 from ..utils.config import Count, Range
 from ..utils.environment import tuned_convolutions, versions
 from ..utils.errors import ConfigError
-from ..utils.files import atomic_write
 from ..utils.registry import did_you_mean
 from . import data_changes, optim
 from .bad_steps import BadSteps, require_finite
 from .configuration import as_list, complete_config
 from .ema import EMA
-from .interrupt import StopRequests
 from .logger import PendingSteps, Progress, RunLog
 from .part import Part
 from .precision import Precision
+from .sinks import check_wandb
 from .skip import SkippableOptimizer, Undo
+from .standing import Reference, health, run_facts
 from .verdict import Course
 from .weights import WeightPlan
 
 # Timing cuDNN's algorithms takes about as long as 50 steps of a large network and makes them 4 % faster, so it pays for
 # the shapes of training in a run of this many steps, and never for those of validation.
 STEPS_WORTH_TUNING = 2000
-# Between ranks a stop request travels with a collective, which is not worth one every step.
-STEPS_BETWEEN_STOP_CHECKS = 10
+# Between ranks a stop request travels with a collective, which is not worth one every step: so many seconds, or steps.
+SECONDS_BETWEEN_STOP_CHECKS, STEPS_BETWEEN_STOP_CHECKS = 2.0, 50
 # A quantizer reduces its statistics over ranks itself; DDP must not overwrite them with rank 0's. torch 2.13 renamed
 # the argument.
 _SYNC_BUFFERS = "forward_sync_buffers"
@@ -110,6 +112,7 @@ class BasicTrainer:
         keep_last: Count | None = None,  # checkpoints to keep beside the best one; null: all
         # steps in a row whose loss or gradient is not finite that end the run; half of max_steps if that is less
         max_bad_steps: Count = 20,
+        wandb: dict | None = None,  # {"project", …} for curves in Weights & Biases too; see `sinks.WANDB_ARGS`
     ):
         self.models, self.dataset, self.device, self.config = models, dataset, device, config
         self.output_dir, self.plan = Path(output_dir), plan
@@ -125,6 +128,7 @@ class BasicTrainer:
         self.clipper = optim.build_grad_clipper(grad_clip)
         self.ema_rates = [float(rate) for rate in as_list(ema_rate)]
         self.log_param_stats, self.prefetch_data, self.num_workers = log_param_stats, prefetch_data, num_workers
+        self.wandb = wandb
         self.i_log, self.i_eval = i_log, i_eval
         self.i_sample, self.i_save, self.i_ddpcheck, self.keep_last = i_sample, i_save, i_ddpcheck, keep_last
 
@@ -145,10 +149,16 @@ class BasicTrainer:
         self.best: dict | None = None  # {"step", "by", "score"} of the best validation
         self.object_scores: Tensor | None = None  # [n], `best_by` of each object in the last validation, on every rank
         self.course = Course(self.best_by)
+        self.last_stop_check, self.last_checked_step, self.next_stop_check = time.monotonic(), 0, 0
         self.checkpoint_owed = False  # one was due while steps were bad
         self.order = Order(len(dataset), seed)
         self.pending = PendingSteps()
         self.progress = Progress(max_steps, i_print)
+        self.saver = Saver(self.checkpoints, lambda step: self.status.set(checkpoint_step=step))  # of the main process
+        self.versions = versions()  # asks git, which takes too long for each save
+        # train.py gives the two: a status that keeps its file, and the curve beside the configuration.
+        self.status = RunStatus(None, shown=dist_utils.is_main())
+        self.reference: Reference | None = None
 
     # --- for subclasses ---
 
@@ -230,6 +240,7 @@ class BasicTrainer:
         optim.check_lr_factors(args["lr_scaling"], args["lr_multipliers"], trained, args["optimizer"], where)
         optim.check_lr_scheduler(args["lr_scheduler"], args["optimizer"], args["max_steps"], f"{where}.lr_scheduler")
         optim.build_grad_clipper(args["grad_clip"], f"{where}.grad_clip")
+        check_wandb(args["wandb"], f"{where}.wandb")
         cls.check_models(models, config)
         return config
 
@@ -247,15 +258,24 @@ class BasicTrainer:
 
         Return the signal that stopped training, after a checkpoint; None if it reached max_steps.
         """
+        self.status.set(max_steps=self.max_steps, **run_facts(self.models, self.dataset, self.device))
         for part in self.parts.values():
-            part.open()
+            with self.status.doing("opening caches"):
+                part.open()
         self.open_folder()
         if self.plan.resume is None:
-            self.initialize_models()
-            self.broadcast_models()
+            with self.status.doing("initializing models from the data"):
+                self.initialize_models()
+                self.broadcast_models()
         self.build_training_state()
         if self.plan.resume is not None:
-            self.load_training_state(*self.plan.resume)
+            with self.status.doing("loading the training state"):
+                self.load_training_state(*self.plan.resume)
+            self.status.set(step=self.step, best=self.best, checkpoint_step=self.step)
+            before = self.samples_seen / self.step if self.step else self.global_batch
+            if before != self.global_batch:
+                self.say(f"from here on a step has {self.global_batch} samples; so far it had {before:g} on average")
+        self.check_ranks_agree(ConfigError)
         self.open_log()
 
         if self.plan.resume is None:
@@ -266,7 +286,15 @@ class BasicTrainer:
         if self.step >= self.max_steps:
             self.say(f"{self.output_dir} is finished at step {self.step}; nothing is left to do")
         stopping, tuned = None, self.max_steps - self.step >= STEPS_WORTH_TUNING
-        with StopRequests() as stop, contextlib.closing(self.batches()) as batches:
+        self.status.set(state="training")
+        with (
+            signals.noted() as stop,
+            self.saver,
+            contextlib.closing(self.progress),
+            contextlib.closing(self.batches()) as batches,
+        ):
+            if dist_utils.is_main():
+                self.progress.open(self.step)
             while self.step < self.max_steps:
                 started, lr = time.monotonic(), self.lr
                 batch = next(batches)
@@ -278,10 +306,12 @@ class BasicTrainer:
                 self.pending.add(self.step, {**losses, **status}, lr=lr)
                 if dist_utils.is_main():
                     self.progress.show(self.step, losses)
+                    self.status.at_step(self.step)
+                    self.saver.check()
 
                 scores = self.measure() if self.due(self.i_eval) else {}
                 improved = bool(scores) and self.best_step == self.step
-                stopping = self.stop_requested(stop)
+                stopping = self.stop_requested(stop) if self.step < self.max_steps else None
                 saving = self.due(self.i_save) or improved or stopping or self.checkpoint_owed
                 if self.due(self.i_log) or scores or saving or self.bad_steps.look(self.step):
                     self.log(scores)
@@ -296,11 +326,15 @@ class BasicTrainer:
                     if not self.checkpoint_owed:
                         self.save()
                 if stopping:
-                    self.say(f"stopped at step {self.step}; the same command continues from there")
                     break
-        self.progress.close()
+            with self.status.doing("writing the last checkpoint", state="saving"):
+                self.saver.wait()
+        if stopping:
+            self.say(f"stopped at step {self.step}; the same command continues from there")
         if dist_utils.is_main():
             self.log_files.close()
+        ended = {"state": "stopped", "reason": signal_name(stopping)} if stopping else {"state": "finished"}
+        self.status.set(**ended, eta_s=None)
         return stopping
 
     def due(self, every: int) -> bool:
@@ -393,14 +427,20 @@ class BasicTrainer:
             return self.objective.no_sync()
         return contextlib.nullcontext()
 
-    def stop_requested(self, stop: StopRequests) -> int | None:
+    def stop_requested(self, stop: signals.Signals) -> int | None:
         """Return the signal to stop for, if any, on every rank at the same step."""
         if dist_utils.world_size() == 1:
             return stop.signum
-        if self.step % STEPS_BETWEEN_STOP_CHECKS:
+        if self.step < self.next_stop_check:
             return None
-        signum = torch.tensor(stop.signum or 0, device=self.device)
-        dist.all_reduce(signum, op=dist.ReduceOp.MAX)
+        # All ranks learn the slowest one's pace, and so agree on the step of the next check.
+        now = time.monotonic()
+        pace = (now - self.last_stop_check) / max(1, self.step - self.last_checked_step)
+        request = torch.tensor([stop.signum or 0, pace], device=self.device, dtype=torch.float64)
+        dist.all_reduce(request, op=dist.ReduceOp.MAX)
+        signum, pace = request.tolist()
+        steps = min(STEPS_BETWEEN_STOP_CHECKS, max(1, int(SECONDS_BETWEEN_STOP_CHECKS / max(pace, 1e-9))))
+        self.last_stop_check, self.last_checked_step, self.next_stop_check = now, self.step, self.step + steps
         return int(signum) or None
 
     # --- set-up ---
@@ -451,7 +491,9 @@ class BasicTrainer:
         """Open the logs after the step reached so far."""
         if dist_utils.is_main():
             # A new run also logs step 0.
-            self.log_files = RunLog(self.output_dir, self.step if self.plan.resume else -1)
+            step = self.step if self.plan.resume else -1
+            with self.status.doing("opening the logs"):
+                self.log_files = RunLog(self.output_dir, step, self.config, self.wandb, self.say)
 
     def forget_rows(self, name: str, keys: tuple[str, ...], rows: Tensor) -> None:
         """Reset what the optimizer and the averages remember of rows [n] int64 of these tensors of a model."""
@@ -464,7 +506,7 @@ class BasicTrainer:
     # --- checkpoints ---
 
     def save(self) -> None:
-        """Write the checkpoint of this step. Raise DivergedError if steps are bad or a weight is not finite."""
+        """Begin to write this step's checkpoint. Raise DivergedError if steps are bad or a weight is not finite."""
         self.require_finite()
         for name, model in self.trained.items():
             require_finite(model.state_dict(), f"step {self.step}: {name}")
@@ -478,7 +520,7 @@ class BasicTrainer:
                 "seed": self.seed,
                 **self.data_facts,
                 "best": self.best,
-                "versions": versions(),
+                "versions": self.versions,
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
                 "grad_clip": self.clipper.state_dict(),
@@ -487,19 +529,15 @@ class BasicTrainer:
                 "course": self.course.state_dict(),
                 **{name: state for name, state in states.items() if state},
             }
-            self.checkpoints.save(
-                self.step,
-                {name: model.state_dict() for name, model in self.trained.items()},
-                self.ema.averages,
-                {name: model.state_dict() for name, model in self.frozen.items()},
-                misc,
-            )
-            if self.best is not None:
-                with atomic_write(self.output_dir / "best.json") as partial:
-                    partial.write_text(json.dumps(self.best) + "\n", encoding="utf-8")
-            if self.keep_last is not None and not self.bad_steps.running:
-                self.checkpoints.prune(self.keep_last, self.best_step)
-        dist_utils.barrier()
+            with self.status.doing("writing the checkpoint", state="saving"):
+                self.saver.save(
+                    self.step,
+                    {name: model.state_dict() for name, model in self.trained.items()},
+                    self.ema.averages,
+                    {name: model.state_dict() for name, model in self.frozen.items()},
+                    misc,
+                    None if self.bad_steps.running else self.keep_last,
+                )
 
     def load_training_state(self, checkpoints: Checkpoints, step: int) -> None:
         """Load all that a step needs to continue exactly, except the models' weights, which the plan has loaded."""
@@ -527,8 +565,10 @@ class BasicTrainer:
 
     def require_finite(self) -> None:
         """Raise DivergedError after too many bad steps, or if fp16 no longer recovers from overflow."""
-        origin = ", ".join(self.plan.origin.values())
-        self.bad_steps.require_progress(self.step, self.checkpoints, self.lr, origin)
+        if self.bad_steps.too_many:
+            self.saver.wait()  # the last good checkpoint may be in the making
+            dist_utils.barrier()
+            raise self.bad_steps.diverged(self.step, self.checkpoints, self.lr, ", ".join(self.plan.origin.values()))
         self.precision.require_hope(self.step)
 
     @cached_property
@@ -573,6 +613,7 @@ class BasicTrainer:
             )
             if warning is not None:
                 self.say(warning)
+        self.status.set(scores={"step": self.step, **scores}, best=self.best)
         return {f"val/{name}": value for name, value in scores.items()}
 
     def log(self, scores: dict[str, float]) -> None:
@@ -588,15 +629,22 @@ class BasicTrainer:
 
     def write_log(self, rows: list[dict[str, Any]], scores: dict[str, float]) -> None:
         """Write fetched steps and scores to the log files."""
+        require_lock(self.output_dir)
         summary = dict(scores)
         if rows:
             elapsed, self.logged_seconds = self.seconds - self.logged_seconds, self.seconds
             summary["samples_per_second"] = len(rows) * self.global_batch / elapsed
             if self.device.type == "cuda":
                 summary["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        self.log_files.write([*rows, {"step": self.step, "seconds": self.seconds, **summary}])
         good = [row for row in rows if "objects" not in row]  # the others have NaN
-        means = {name: sum(row[name] for row in good) / len(good) for name in (good[0] if good else ())}
+        names = [name for name in (good[0] if good else ()) if name != "step"]
+        means = {name: sum(row[name] for row in good) / len(good) for name in names}
+        beside = self.reference.beside(self, scores, means.get("loss")) if self.reference and scores else {}
+        if beside:
+            self.say(beside["note"])
+            summary |= {"reference/iou": beside["iou"]} if beside["iou"] is not None else {}
+        self.log_files.write([*rows, {"step": self.step, "seconds": self.seconds, **summary}])
+        self.status.set(step=self.step, **health(rows, summary), **({"reference": beside} if beside else {}))
         if self.log_param_stats:
             for key, model in self.trained.items():
                 for name, parameter in model.named_parameters():
@@ -606,21 +654,27 @@ class BasicTrainer:
     def snapshot(self) -> None:
         """Save pictures as samples/{name}_step0000100.png and show them in TensorBoard."""
         if dist_utils.is_main():
-            for name, picture in self.run_snapshot().items():
+            require_lock(self.output_dir)
+            with self.status.doing("drawing pictures"):
+                pictures = self.run_snapshot()
+            for name, picture in pictures.items():
                 path = self.output_dir / "samples" / f"{name}_step{self.step:07d}.png"
                 path.parent.mkdir(exist_ok=True)
                 save_png(path, picture)
                 self.log_files.image(name, picture, self.step)
         dist_utils.barrier()
 
-    def check_ranks_agree(self) -> None:
-        """Raise RuntimeError if a rank's weights differ from rank 0's in any bit."""
-        for key, model in self.trained.items():
-            for name, value in model.state_dict().items():
-                reference = value.detach().clone()
-                dist_utils.broadcast_([reference])
-                if dist_utils.any_rank(not torch.equal(reference, value), self.device):
-                    raise RuntimeError(f"{key}.{name} differs between ranks at step {self.step}")
+    def check_ranks_agree(self, error: type[Exception] = RuntimeError) -> None:
+        """Raise an error if a rank's weights differ from rank 0's in any bit, naming both."""
+        if dist_utils.world_size() > 1:
+            dist_utils.agree(
+                {
+                    f"{key}.{name} at step {self.step}": dist_utils.digest(value)
+                    for key, model in self.models.items()
+                    for name, value in model.state_dict().items()
+                },
+                error,
+            )
 
     # --- without training ---
 

@@ -1,62 +1,128 @@
-"""A run's logs: log.txt (JSON lines), TensorBoard, and the terminal."""
+"""A run's logs: log.txt (JSON lines), TensorBoard and other sinks, and the terminal."""
 
+import contextlib
 import json
 import math
-import sys
+import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ..utils import dist_utils
-from ..utils.files import atomic_write
+from ..utils import dist_utils, progress
+from ..utils.files import atomic_write, naming
+from .sinks import Sinks, TensorBoard, WeightsAndBiases
+
+UNREADABLE = "log_unreadable.txt"  # beside log.txt: what was no entry of it
+LONGEST_LINE = 2**20  # bytes; an entry has a few hundred
 
 
 class RunLog:
-    """The log.txt and TensorBoard files of one run folder. Only the main process has one."""
+    """The log.txt and the sinks of one run folder. Only the main process has one.
 
-    def __init__(self, run_dir: Path, step: int):
+    config: the run's, for sinks that show it.
+    wandb: arguments of Weights & Biases; None without it.
+    say: prints a line.
+    """
+
+    def __init__(self, run_dir: Path, step: int, config: dict, wandb: dict | None, say: Callable[[str], None]):
         """Continue after `step`. Drop later lines of log.txt, which an interrupted run left."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = run_dir / "log.txt"
+        self.path, self.say = run_dir / "log.txt", say
         self._cut_back(step)
-        self.tensorboard = SummaryWriter(str(run_dir / "tb_logs"), purge_step=step + 1)
+        self.sinks = Sinks(say)
+        self.sinks.add(TensorBoard.name, lambda: TensorBoard(run_dir, step))
+        if wandb is not None:
+            self.sinks.add(WeightsAndBiases.name, lambda: WeightsAndBiases(run_dir, wandb, config, say))
 
     def _cut_back(self, step: int) -> None:
+        """Keep the entries up to a step. What is no entry is kept aside, and said. A log of any size fits in memory."""
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line during which the process was killed
-            if entry["step"] <= step:
-                kept.append(line)
-        with atomic_write(self.path) as partial:
-            partial.write_text("".join(kept), encoding="utf-8")
+        if not self.path.is_file():
+            self._put_aside()
+            return
+        end, damaged, holes = 0, 0, False  # end: of the last entry to keep; holes: something else lies before it
+        try:
+            with progress.waiting(f"reading {self.path}"), open(self.path, "rb") as file:
+                for start, line in _lines(file):
+                    found = _step_of(line)
+                    damaged += found is None and not _is_cut_off(line)
+                    if found is not None and found <= step:
+                        holes |= start > end
+                        end = start + len(line)
+        except PermissionError:
+            self._put_aside()
+            return
+        if damaged:
+            self.say(f"{self.path} has {damaged} lines that are no entries; they are kept in {UNREADABLE}")
+        if damaged or holes:
+            self._keep_entries(step)
+        elif end < self.path.stat().st_size:
+            os.truncate(self.path, end)
+
+    def _keep_entries(self, step: int) -> None:
+        """Write log.txt anew with the entries up to a step, and append lines that are none to UNREADABLE."""
+        aside = self.path.with_name(UNREADABLE)
+        with atomic_write(self.path) as partial, open(self.path, "rb") as file, open(partial, "wb") as kept:
+            with open(aside, "ab") as unreadable:
+                for _, line in _lines(file):
+                    found = _step_of(line)
+                    if found is None:
+                        unreadable.write(line)
+                    elif found <= step:
+                        kept.write(line)
+
+    def _put_aside(self) -> None:
+        """Rename what is no log that can be read, so that a new one can begin."""
+        number = 1
+        while (target := self.path.with_name(f"log_unreadable_{number}")).exists():
+            number += 1
+        self.path.rename(target)
+        self.say(f"{self.path} cannot be read; it is kept as {target.name}, and a new log begins")
 
     def write(self, entries: list[dict[str, Any]]) -> None:
         """Append one line per entry; each has "step". Return once they are in the file."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(_finite(entry), allow_nan=False) + "\n" for entry in entries)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, step)
-        self.tensorboard.flush()
+        self.sinks.scalars(values, step)
 
     def image(self, name: str, picture: np.ndarray, step: int) -> None:
-        """Write a picture, [H, W, 3] uint8, to TensorBoard."""
-        self.tensorboard.add_image(name, picture, step, dataformats="HWC")
+        """Show a picture, [H, W, 3] uint8, in the sinks."""
+        self.sinks.image(name, picture, step)
 
     def close(self) -> None:
-        self.tensorboard.close()
+        self.sinks.close()
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, line) of a file. A line longer than LONGEST_LINE comes in pieces, none of which is an entry."""
+    start = 0
+    while line := file.readline(LONGEST_LINE):
+        yield start, line
+        start += len(line)
+
+
+def _is_cut_off(line: bytes) -> bool:
+    """Return whether a line is the last one, during which the process was killed."""
+    return not line.endswith(b"\n") and len(line) < LONGEST_LINE
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a line of log.txt; None if it is cut off or no entry."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def _finite(entry: dict[str, Any]) -> dict[str, Any]:
@@ -95,37 +161,42 @@ class PendingSteps:
 
 
 class Progress:
-    """A progress bar with time left on a terminal; elsewhere a plain line every `every` steps."""
+    """A progress bar with time left on a terminal; elsewhere a line every `every` steps, and after a long silence."""
 
     def __init__(self, max_steps: int, every: int):
         self.max_steps, self.every = max_steps, every
-        self.first: int | None = None
-        self.bar: tqdm | None = None
+        self._shown = contextlib.ExitStack()
+
+    def open(self, step: int) -> None:
+        """Begin after `step`."""
+        self.first, self.step, self.started = step, step, time.monotonic()
+        self.work = progress.Work("training", self.max_steps, "step", done=step, text=self._line)
+        self._shown.enter_context(progress.show(self.work))
 
     def show(self, step: int, values: dict[str, Tensor]) -> None:
         """Show a step; call it after each. values: scalars on the device, read only when they are shown."""
-        if self.first is None:
-            self.first, self.started = step - 1, time.monotonic()
-            if sys.stderr.isatty():
-                self.bar = tqdm(total=self.max_steps, initial=step - 1, unit="step")
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
+        self.step = step
+        self.work(step)
         if step % self.every and step != self.max_steps:
             return
         text = "  ".join(f"{name} {float(value):.4g}" for name, value in values.items())
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
+        if self.work.bar is not None:
+            self.work.bar.set_postfix_str(text)
         else:
-            left = (time.monotonic() - self.started) / (step - self.first) * (self.max_steps - step)
-            print(f"step {step}/{self.max_steps}  {text}  {left / 60:.1f} min left", flush=True)
+            self.say(f"step {step}/{self.max_steps}  {text}  {self._left()}")
+
+    def _left(self) -> str:
+        passed = time.monotonic() - self.started
+        if self.step == self.first:
+            return f"{passed:.0f} s in the first step: data are loaded and kernels made"
+        return f"{passed / (self.step - self.first) * (self.max_steps - self.step) / 60:.1f} min left"
+
+    def _line(self) -> str:
+        return f"step {self.step}/{self.max_steps}  {self._left()}"
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
-        if self.bar is None:
-            print(text, flush=True)
-        else:
-            self.bar.write(text)
+        progress.say(text)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self._shown.close()

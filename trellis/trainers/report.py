@@ -8,9 +8,13 @@ import torch
 from ..modules.kernels.launch import obstacle
 from ..modules.quantizers.base import Quantizer
 from ..utils import dist_utils
-from ..utils.environment import peak_memory
+from ..utils.progress import waiting
+from . import memory
 from .basic import BasicTrainer
+from .muon import CONVOLUTION, Muon
 from .optim import preview_schedule
+
+EXAMPLES = 3  # names of tensors that stand for all
 
 
 def describe(trainer: BasicTrainer) -> None:
@@ -58,20 +62,65 @@ def _notes_on_weights(trainer: BasicTrainer) -> list[str]:
 
 
 def tryrun(trainer: BasicTrainer) -> None:
-    """Run one sample forward and backward, and print optimizer, schedule, losses and memory. Write nothing."""
+    """Run one sample forward and backward, and a few steps for their memory. Print optimizer, schedule, losses, what
+    fits, and how a run would go on. Write nothing."""
     started = time.monotonic()
-    losses = trainer.tryrun()
-    seconds = time.monotonic() - started
-    if not dist_utils.is_main():
-        return
-    _print_optimizer(trainer)
-    for fact in trainer.facts():
-        print(fact)
-    print("one sample, forward and backward: " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
-    on_gpu = trainer.device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated(trainer.device) if on_gpu else peak_memory()
-    used = "" if memory is None else f", peak memory {memory / 2**30:.2f} GiB"
-    print(f"{seconds:.1f} s{used}; a run would start")
+    with waiting("one sample, forward and backward", shown=dist_utils.is_main()):
+        losses = trainer.tryrun()
+    if dist_utils.is_main():
+        _print_optimizer(trainer)
+        for fact in [*trainer.facts(), *_codebook(trainer)]:
+            print(fact)
+        print("one sample, forward and backward: " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
+    try:
+        with waiting("steps that measure memory", shown=dist_utils.is_main()):
+            need = memory.measure(trainer)
+        found = memory.lines(need, trainer.micro_batch_size, trainer.batch_per_rank)
+    except torch.cuda.OutOfMemoryError:
+        found = ["WARNING: the GPU's memory is too small for steps of few samples; take smaller models or another GPU"]
+    if dist_utils.is_main():
+        print("\n".join([*found, *_way_on(trainer), f"{time.monotonic() - started:.1f} s; a run would start"]))
+
+
+def _codebook(trainer: BasicTrainer) -> list[str]:
+    """Return a note on a codebook that is still without codes."""
+    quantizer = trainer.models.get("quantizer")
+    if isinstance(quantizer, Quantizer) and trainer.plan.origin["quantizer"] == "initialized":
+        if quantizer.init == "kmeans":
+            return ["quantizer: k-means over latents of the data fills it when the run starts; losses here are before"]
+    return []
+
+
+def _way_on(trainer: BasicTrainer) -> list[str]:
+    """Return how a run that continues would go on."""
+    if trainer.plan.resume is None:
+        return []
+    checkpoints, step = trainer.plan.resume
+    misc = checkpoints.read_misc(step) or {}
+    if step >= trainer.max_steps:
+        return [f"{checkpoints.run_dir} is finished at step {step}; with a larger max_steps it would go on"]
+    best = (
+        f", best {misc['best']['by']} {misc['best']['score']:.4f} at step {misc['best']['step']}"
+        if misc["best"]
+        else ""
+    )
+    return [
+        f"it would go on after step {step} of {trainer.max_steps} with sample {misc['samples_seen']} in the order of "
+        f"the data; weights, optimizer, schedule and averages continue{best}"
+    ]
+
+
+def _print_muon(trainer: BasicTrainer) -> None:
+    """Print which tensors Muon orthogonalizes: how many of each model, and examples."""
+    for model, module in trainer.trained.items():
+        hidden = module.hidden_matrices()
+        names = [name for name, value in module.named_parameters() if value.ndim == CONVOLUTION or name in hidden]
+        total = sum(1 for _ in module.parameters())
+        if names:
+            shown = ", ".join(names[:EXAMPLES]) + (", …" if len(names) > EXAMPLES else "")
+            print(f"  {model}: orthogonalized are {len(names)} of {total} tensors: {shown}; AdamW moves the others")
+        else:
+            print(f"  {model}: none of {total} tensors is orthogonalized; AdamW moves them")
 
 
 def _print_optimizer(trainer: BasicTrainer) -> None:
@@ -83,6 +132,8 @@ def _print_optimizer(trainer: BasicTrainer) -> None:
     for model, lrs in rates.items():
         span = f"{min(lrs):.3g}" if len(lrs) == 1 else f"{min(lrs):.3g} to {max(lrs):.3g}"
         print(f"  {model}: {len(lrs)} group{'s' if len(lrs) > 1 else ''}, lr {span}")
+    if isinstance(trainer.optimizer, Muon):
+        _print_muon(trainer)
     schedule = preview_schedule(trainer.optimizer_spec, trainer.scheduler_spec, trainer.max_steps)
     name = trainer.scheduler_spec["name"] if trainer.scheduler_spec else "constant"
     print(f"schedule {name}: " + ", ".join(f"lr {rate:.3g} at step {step}" for step, rate in schedule.items()))

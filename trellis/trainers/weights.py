@@ -189,6 +189,7 @@ def _resume(config: dict, checkpoints: Checkpoints, step: int) -> WeightPlan:
             f"{checkpoints.run_dir} cannot continue under another configuration: {'; '.join(changes)}. Restore what "
             f"was, or {weights_alone}"
         )
+    checkpoints.verify(step)
     plan = WeightPlan(resume=(checkpoints, step))
     for key in differing_keys(old, config):
         plan.notes.append(f"{key} differs from the run so far; the new value is used from step {step} on")

@@ -3,9 +3,13 @@
 Imports torch only when a device is chosen, since worker processes import a program's module again.
 """
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +20,12 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 """Choices of `--device`; auto takes a GPU if torch finds one."""
+
+ENDING = tuple(  # signals that end a program in order: Ctrl-C, a scheduler's, a closed terminal's (not on Windows)
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+# A scheduler signals every process of a job, and a launcher passes on its own signal: repeats within this time are one.
+REPEAT_SECONDS = 1.0
 
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroups 2 and 1
 
@@ -42,7 +52,7 @@ def available_cores() -> int:
 def available_memory() -> int | None:
     """Return how many bytes this process may still take, None if the system does not say.
 
-    It is what the system has free, or a container's limit if that is less.
+    It is what the system has free, or what a container's limit or `ulimit -v` leaves if that is less.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -56,21 +66,115 @@ def available_memory() -> int | None:
             found.append(int(Path(limit).read_text()))
         except (OSError, ValueError):  # no such file, or "max"
             continue
+    with contextlib.suppress(ImportError, OSError):  # not on Windows; only Linux has /proc
+        import resource
+
+        allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if allowed != resource.RLIM_INFINITY:
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            found.append(max(0, allowed - taken))
     return min(found, default=None)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that asks a program to end, as Ctrl-C does.
+
+    signum: the signal's number.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def ending_signals() -> Iterator[None]:
+    """Let the signals in ENDING raise Interrupted here, once; a later one ends the program in the system's way.
+
+    Signals that are ignored, such as SIGHUP under nohup, or have a handler, stay so. Only the main thread can do this.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    first = 0.0
+
+    def stop(signum: int, frame: object) -> None:
+        nonlocal first
+        if first and time.monotonic() - first < REPEAT_SECONDS:
+            return
+        if first:  # whoever sends another one does not want to wait for an orderly end
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        first = time.monotonic()
+        raise Interrupted(signum)
+
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    replaced = {each: before for each in ENDING if (before := signal.getsignal(each)) in usual}
+    for each in replaced:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, before in replaced.items():
+            signal.signal(each, before)
+
+
+def check_output_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
+    """Return a folder that is to be written, as a path. It need not exist, and is not made.
+
+    Raise ConfigError if it cannot be written or made, before time is spent on what it should get.
+    """
+    folder = Path(path)
+    nearest = next((each for each in (folder, *folder.absolute().parents) if os.path.lexists(each)), folder)
+    if not os.path.isdir(nearest):
+        raise ConfigError(f"{flag} {path}: {nearest} is not a folder. Give another {flag}.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{flag} {path}: {nearest} cannot be written. Give another {flag}, or change its permissions."
+        )
+    return folder
 
 
 def run_command(command: Callable[[Args], int | None], args: Args, interrupted: str = "interrupted") -> int:
     """Call a program's work with its arguments and return the exit code: the call's result, or 0 for None.
 
     UserError, and OSError such as a full disk, become the line `error: …` on standard error and exit code 1.
-    KeyboardInterrupt becomes the line `interrupted` and exit code 130, which shells use for SIGINT.
+    A signal in ENDING becomes the line `interrupted`, and exit code 128 + its number, as shells have it.
     Other exceptions are bugs and keep their traceback.
     """
     try:
-        return command(args) or 0
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
+        with ending_signals():
+            return command(args) or 0
+    except KeyboardInterrupt as stopped:
+        return report_interruption(stopped, interrupted)
+    except OSError as error:
+        print(f"error: {error_of_system(error)}", file=sys.stderr)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        print(
+            "error: this user may start no more threads (ulimit -u): end other programs, or take fewer workers",
+            file=sys.stderr,
+        )
+    return 1
+
+
+def error_of_system(error: OSError, about: object = None) -> str:
+    """Return an error of the system for people, such as "outputs/a.json: No space left on device".
+
+    about: what it is about if the system does not say a file.
+    """
+    if error.strerror is None:
+        return str(error)
+    named = isinstance(error.filename, (str, bytes, os.PathLike))  # it may be the number of an open file too
+    name = os.fsdecode(error.filename) if named else about
+    return error.strerror if name is None else f"{name}: {error.strerror}"
+
+
+def report_interruption(stopped: KeyboardInterrupt, message: str) -> int:
+    """Print a message about a signal that ended a program, and return the exit code."""
+    with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+        print(message, file=sys.stderr)
+    return 128 + (stopped.signum if isinstance(stopped, Interrupted) else signal.SIGINT)

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from .errors import ConfigError
+from .inputs import require_file
 from .registry import Registry, did_you_mean
+
+MAX_BYTES = 4 * 2**20  # of a file of JSON; that of a large model has ten thousand
+MAX_DEPTH = 64  # of objects and lists inside each other; deeper ones exhaust Python's stack somewhere
+MAX_KEY = 200  # characters of a key
+MAX_DIGITS = 20  # of a whole number; int64 has 19
+SHOWN = 80  # characters of a value or assignment that a message quotes
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,14 @@ Count = Annotated[int, Range(min=1)]
 
 
 def load_config(path: str) -> dict:
-    """Read a JSON configuration. Raise ConfigError for a missing file, bad JSON or a key given twice."""
+    """Read a JSON configuration.
+
+    Raise ConfigError for a missing file, what is no regular file or larger than MAX_BYTES, and as `parse_json`.
+    """
+    require_file(path, ConfigError, "--config takes a JSON file", MAX_BYTES)
     try:
         with open(path, encoding="utf-8") as file:
-            config = _parse(file.read(), path)
+            config = parse_json(file.read(), path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); --config takes a JSON file") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -56,20 +67,49 @@ def load_config(path: str) -> dict:
     return config
 
 
-def _parse(text: str, where: str) -> Any:
-    """Parse JSON in which no key is given twice and every number is finite."""
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON in which no key is given twice and every number is finite.
+
+    where: what messages begin with.
+    Raise json.JSONDecodeError for what is no JSON, ConfigError for a key given twice, for NaN and Infinity, and for
+    what goes beyond MAX_DEPTH, MAX_KEY or MAX_DIGITS.
+    """
 
     def no_duplicates(pairs):
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen = set()
+        for key, _ in pairs:
+            if len(key) > MAX_KEY:
+                raise ConfigError(f"{where}: a key has {len(key)} characters; use at most {MAX_KEY}")
+            if key in seen:
                 raise ConfigError(f"{where}: key {key!r} is given twice in one object; keep one")
+            seen.add(key)
         return dict(pairs)
 
     def no_constants(name):
         raise ConfigError(f"{where}: {name} is not a number that JSON knows; give a finite number or null")
 
-    return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
+    def whole(digits):
+        if len(digits) > MAX_DIGITS:
+            raise ConfigError(f"{where}: a number has {len(digits)} digits; use at most {MAX_DIGITS - 1}")
+        return int(digits)
+
+    try:
+        value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants, parse_int=whole)
+        too_deep = _is_deep(value)
+    except RecursionError:
+        too_deep = True
+    if too_deep:
+        raise ConfigError(f"{where}: has more than {MAX_DEPTH} objects or lists inside each other; use fewer")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether objects and lists nest deeper than MAX_DEPTH."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [child for items in inner for child in items]
+    return any(isinstance(item, dict | list) for item in level)
 
 
 def apply_override(config: dict, assignment: str) -> None:
@@ -79,10 +119,11 @@ def apply_override(config: dict, assignment: str) -> None:
     """
     path, equals, text = assignment.partition("=")
     keys = path.split(".")
+    where = f"--set {shortened(assignment)}"
     if not equals or not all(keys):
-        raise ConfigError(f"--set {assignment}: write it as path.to.key=value")
+        raise ConfigError(f"{where}: write it as path.to.key=value")
     try:
-        value = _parse(text, f"--set {assignment}")
+        value = parse_json(text, where)
     except json.JSONDecodeError:
         value = text
     node = config
@@ -90,13 +131,20 @@ def apply_override(config: dict, assignment: str) -> None:
         if not isinstance(node, dict) or key not in node:
             known = node if isinstance(node, dict) else ()
             raise ConfigError(
-                f"--set {assignment}: {'.'.join(keys[: depth + 1])} is not in the configuration"
-                f"{did_you_mean(key, known) if known else ''}"
+                f"{where}: {shortened('.'.join(keys[: depth + 1]))} is not in the configuration"
+                f"{did_you_mean(key[:MAX_KEY], known) if known else ''}"
             )
         node = node[key]
     if not isinstance(node, dict):
-        raise ConfigError(f"--set {assignment}: {'.'.join(keys[:-1])} has type {json_type(node)}, not object")
+        raise ConfigError(f"{where}: {'.'.join(keys[:-1])} has type {json_type(node)}, not object")
+    if len(keys[-1]) > MAX_KEY:
+        raise ConfigError(f"{where}: a key has {len(keys[-1])} characters; use at most {MAX_KEY}")
     node[keys[-1]] = value
+
+
+def shortened(text: str) -> str:
+    """Return a text for a message: cut after SHOWN characters."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 # --- checking --------------------------------------------------------------------------------------------
@@ -131,7 +179,8 @@ def describe(annotation: Any) -> str:
 def matches(value: Any, annotation: Any) -> bool:
     """Return whether a JSON value fits an annotation.
 
-    An integer fits float. Neither a boolean nor a number out of range (1e999) is a number.
+    An integer fits float; one beyond int64 fits nothing. Neither a boolean nor a number out of range (1e999) is a
+    number.
     """
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -149,8 +198,15 @@ def matches(value: Any, annotation: Any) -> bool:
     if annotation is float:
         return (isinstance(value, float) and math.isfinite(value)) or matches(value, int)
     if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and not _is_beyond(value)
     return isinstance(value, annotation)
+
+
+def _is_beyond(value: Any) -> bool:
+    """Return whether a value is, or has in a list, a whole number beyond int64, which torch cannot take."""
+    if isinstance(value, list):
+        return any(map(_is_beyond, value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def config_arguments(cls: type) -> dict[str, tuple[Any, Any]]:
@@ -182,7 +238,8 @@ def config_arguments(cls: type) -> dict[str, tuple[Any, Any]]:
 def check_value(value: Any, annotation: Any, where: str) -> None:
     """Raise ConfigError unless the value at the path `where` fits the annotation."""
     if not matches(value, annotation):
-        raise ConfigError(f"{where} is {json.dumps(value)}; it must be {describe(annotation)}")
+        limit = ", and below 2^63" if _is_beyond(value) else ""
+        raise ConfigError(f"{where} is {shortened(json.dumps(value))}; it must be {describe(annotation)}{limit}")
 
 
 def fill_in(args: dict, cls: type) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """Ranks and the few collectives that training needs. All of it works without a process group too."""
 
 import datetime
-import os
+import hashlib
+import socket
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .errors import ConfigError
 
 
 def rank() -> int:
@@ -22,20 +25,44 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def init_process_group(device: torch.device) -> None:
-    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: NCCL for GPUs, else gloo."""
-    if device.type == "cuda":
+def init_process_group(device: torch.device, store: dist.Store, rank: int, world: int) -> None:
+    """Join the process group of the ranks that share a store: NCCL for GPUs, else gloo."""
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        # Ranks may wait while rank 0 runs k-means or downloads from the Hub.
-        timeout=datetime.timedelta(minutes=60),
+        "nccl" if cuda else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world,
+        # The last resort behind `watch`: ranks may wait while rank 0 runs k-means or downloads from the Hub.
+        timeout=datetime.timedelta(hours=2),
+        device_id=device if cuda else None,
     )
 
 
-def under_torchrun() -> bool:
-    """Return whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def agree(facts: dict[str, str], error: type[Exception] = ConfigError) -> None:
+    """Raise an error on every rank if the facts of any rank differ from rank 0's. facts: {what: a short text}."""
+    if not dist.is_initialized():
+        return
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, {"": socket.gethostname(), **facts})
+    first = gathered[0]
+    for number, other in enumerate(gathered):
+        differing = [name for name in facts if other.get(name) != first.get(name)]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            details = "; ".join(f"{name} ({other.get(name)}, not {first.get(name)})" for name in differing[:3])
+            raise error(
+                f"rank {number} on {other['']} differs from rank 0 on {first['']} in {details}{more}; start all ranks "
+                "with the same command, code and files"
+            )
+
+
+def digest(tensor: Tensor) -> str:
+    """Return text that differs for other values, to the bit."""
+    values = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+    return hashlib.sha256(values.data).hexdigest()[:12]
 
 
 def barrier() -> None:

@@ -73,6 +73,18 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of this machine's processor, as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
 @contextlib.contextmanager
 def tuned_convolutions(tuned: bool) -> Iterator[None]:
     """Let cuDNN time a few algorithms for each new shape and take the fastest.

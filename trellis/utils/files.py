@@ -1,14 +1,26 @@
 """Files that are either whole or absent."""
 
+import errno
 import os
 import re
 import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LEFTOVER = re.compile(r"\..*\.(?P<host>[^.]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Let an OSError of the block name a file: a full disk says in `write` that it is full, not where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 @contextmanager
@@ -19,6 +31,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     machine, the process id and a random number, so that several processes and threads may write the same file; the
     last one wins. After an error in the block the temporary file is removed and `path` is untouched. The file may be
     read and written by whom the umask allows, whatever the library that writes it thinks (safetensors: its owner).
+    An OSError names `path`.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name[:100]}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -34,11 +47,34 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # a full disk does not say where
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        _remove(partial)
+        if error.errno is not None and error.filename in (None, partial, str(partial)):  # a name that nobody knows
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    finally:
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(partial: Path) -> None:
+    """Remove a temporary file after an error, which counts more than that this may fail too (a read-only disk)."""
+    with suppress(OSError):
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder last through a loss of power. Windows and some network drives cannot be asked to."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows, or a folder that may be written and not read
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:

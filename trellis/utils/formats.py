@@ -15,7 +15,8 @@ def check_version(found: Any, newest: int, path: str | Path, error: type[UserErr
     """Raise `error` if a file's format version is newer than `newest`, or is not a version."""
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise error(
-            f"{path}: its format version is {found!r}, but must be a whole number of at least 1; the file is damaged"
+            f"{path}: its format version is {found!r:.80}, but must be a whole number of at least 1; the file is "
+            "damaged"
         )
     if found > newest:
         raise error(

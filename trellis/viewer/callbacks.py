@@ -18,8 +18,8 @@ from ..utils.errors import DataError
 from . import details, figures
 from .backend import Backend
 from .code_usage import UsageCounter
-from .curves import curves_figure, read_log
-from .layout import PANELS, chip
+from .curves import curves_figures, read_log, state_of
+from .layout import PANELS, chip, curve_panels
 from .page_state import EditedObject, check_code, dataset_key, dataset_mesh, edits_of, new_object, open_object
 from .uploads import Opener
 
@@ -39,11 +39,20 @@ def add_callbacks(app: Dash, backend: Backend, usage: UsageCounter, opener: Open
     if backend.dataset is not None:
         add_picking(app, backend, backend.dataset, opener)
     if backend.run_dir is not None:
-        log = backend.run_dir / "log.txt"
+        run_dir = backend.run_dir
 
-        @app.callback(Output("curves", "figure"), Input("tabs", "value"), Input("read-curves", "n_clicks"))
+        @app.callback(
+            Output("curves", "children"),
+            Output("state", "children"),
+            Output("message", "children", allow_duplicate=True),
+            Input("tabs", "value"),
+            Input("read-curves", "n_clicks"),
+            prevent_initial_call=True,
+        )
         def curves(tab: str, _):
-            return curves_figure(read_log(log)) if tab == "curves" else no_update
+            if tab != "curves":
+                return no_update, no_update, no_update
+            return curve_panels(curves_figures(read_log(run_dir / "log.txt"))), state_of(run_dir), ""
 
 
 def add_browser_side(app: Dash) -> None:
@@ -339,9 +348,10 @@ def saved(backend: Backend, shown: EditedObject, kind: str) -> tuple[str, bytes]
     """Return name and content of a file for the visitor.
 
     kind: "glb" or "ply", a smoothed mesh; "voxels", points as voxelize.py writes them; "tokens", JSON.
+    An edited object has a name of its own.
     A mesh has the axes of the file that the object comes from; but of a z-up file a GLB is y-up, as glTF says.
     """
-    stem = Path(shown.name).stem
+    stem = Path(shown.name).stem + ("_edited" if shown.edits else "")
     if kind == "tokens":
         tokenizer = backend.tokenizer
         facts = {

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +43,7 @@ class UsageCounter:
         self._tokens = np.zeros(parts, dtype=np.int64)  # [Q, codebook_size]: in row k, code k + first_code
         self._objects = np.zeros(parts, dtype=np.int64)
         self._voxels = np.zeros((*parts, int(np.prod(backend.block))), dtype=np.float32)
-        self._lock = threading.Lock()
+        self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._count_all, daemon=True)
 
     def start(self) -> "UsageCounter":
@@ -56,14 +55,20 @@ class UsageCounter:
         """Wait until counting has ended."""
         self._thread.join()
 
+    def stop(self) -> None:
+        """End counting. A thread amid torch's work when Python ends would abort the process."""
+        self._ended.set()
+        self.wait()
+
     def _count_all(self) -> None:
         try:
             for index in self.indices:
                 grid = self.backend.object(int(index))
                 ids = self.backend.encode(grid)
                 self.count(ids, self.backend.decode(ids, keep=False))
-                time.sleep(PAUSE)
-        except UserError as error:
+                if self._ended.wait(PAUSE):
+                    return
+        except (UserError, OSError) as error:  # OSError: a file of the data is there no more
             self.problem = str(error)
         except Exception as error:  # in a thread it would go unseen, and the page would wait forever
             log.exception("counting codes failed")

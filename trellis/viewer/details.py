@@ -37,7 +37,7 @@ def score_tiles(backend: Backend, shown: EditedObject) -> list:
         change = scores[key] - before[key]
         note, mood = "", ""
         if abs(change) >= 5e-5:
-            note, mood = f"{change:+.4f}", "good" if (change > 0) == upwards else "bad"
+            note, mood = f"{change:+.4f}".replace("-", "−"), "good" if (change > 0) == upwards else "bad"
         tiles.append(tile(title, form.format(scores[key]), hint, note, mood))
     empty = backend.empty(shown.ids)
     codes = sum(len(np.unique(own[own >= backend.first_code])) for own in backend.of_tokens(shown.ids).T)
@@ -63,7 +63,7 @@ def score_tiles(backend: Backend, shown: EditedObject) -> list:
 
 def tile(title: str, value: str, hint: str, note: str = "", mood: str = "") -> Any:
     """Return a number with its title. mood: "good", "bad" or "", the style of the note."""
-    parts = [html.Span(title, className="label"), html.B(value), html.Span(note, className=f"change {mood}")]
+    parts = [html.Span(title, className="label"), html.B(value), html.Div(note, className=f"change {mood}")]
     return html.Div(parts, className="tile", title=hint)
 
 
@@ -135,8 +135,9 @@ def usage_text(usage: UsageCounter, used: CodeUsage) -> str:
     if not used.tokens:
         return f"never in {usage.done} objects"
     what = "the tokens that are not empty" if usage.backend.empty_code else "all tokens"
+    times = "once" if used.tokens == 1 else f"{used.tokens:,} times"
     return (
-        f"{used.tokens:,} times in {usage.done} objects ({100 * used.share:.2g} % of {what}), in "
+        f"{times} in {usage.done} objects ({100 * used.share:.2g} % of {what}), in "
         f"{used.objects} of them; rank {used.rank:,} of {usage.backend.codebook_size:,}"
     )
 

@@ -13,10 +13,11 @@ Figure = dict[str, Any]  # or one of its traces
 ADDED, REMOVED, CHOSEN = (0, 158, 115), (230, 140, 0), (214, 39, 160)
 EMPTY = (236, 238, 241)
 BRIGHTEST = 1.3  # largest shade of a face
-CAMERA = {
+CAMERA = {  # the view of grids/preview.py, with all corners of the cube in the picture
     "eye": {"x": 1.18, "y": -1.5, "z": 0.78},
-    "center": {"x": 0, "y": 0, "z": -0.07},
-}  # the view of grids/preview.py
+    "center": {"x": 0, "y": 0, "z": -0.12},
+    "up": {"x": 0, "y": 0, "z": 1},
+}
 HOVER = "token %{customdata[0]}<br>%{text}<extra></extra>"
 BACKGROUND = "#fafafb"
 CUBE = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)])

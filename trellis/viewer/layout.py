@@ -10,7 +10,7 @@ from .backend import Backend
 from .figures import css
 from .uploads import MAX_BYTES, UPLOAD_SUFFIXES
 
-PANELS = {"mesh": "Mesh", "voxels": "Voxels", "reconstruction": "Reconstruction", "difference": "Missing and extra"}
+PANELS = {"mesh": "Mesh", "voxels": "Voxels", "reconstruction": "Reconstruction", "difference": "Difference"}
 WHICH_HAVE_CODES = {"dense": "every token has a code", "sparse": "only tokens whose block has a voxel have a code"}
 COPIED = {  # by the form of the text
     "dense": "all ids, as words for a language model",
@@ -22,8 +22,8 @@ BLANK = {"data": [], "layout": {"xaxis": {"visible": False}, "yaxis": {"visible"
 GRAPH = {"displayModeBar": False, "scrollZoom": True, "doubleClick": False}
 
 
-def page(backend: Backend) -> Component:
-    """Return the whole page."""
+def page(backend: Backend, upload: str) -> Component:
+    """Return the whole page. upload: path of the address for uploads, as the browser knows it."""
     parts = {"object": ("Object", object_tab(backend))}
     if backend.run_dir is not None:
         parts["curves"] = "Training curves", curves_tab(backend.run_dir)
@@ -40,7 +40,7 @@ def page(backend: Backend) -> Component:
                     html.Span(id="progress", className="progress"),
                 ]
             ),
-            dcc.Tabs(tabs, id="tabs", value="object", className="tabs"),
+            dcc.Tabs(tabs, id="tabs", value="object", className="tabs", mobile_breakpoint=0),
             html.Div(id="message", role="alert", className="message"),
             # What a visitor looks at: no other tab sees it, and the server forgets it with each answer.
             *(dcc.Store(id=name) for name in ("object", "edits", "chosen", "marked", "axes", "counted")),
@@ -53,6 +53,7 @@ def page(backend: Backend) -> Component:
                     "block": backend.block,
                     "suffixes": UPLOAD_SUFFIXES,
                     "max_bytes": MAX_BYTES,
+                    "upload": upload,
                 },
             ),
             dcc.Download(id="download"),
@@ -87,7 +88,7 @@ def object_tab(backend: Backend) -> Component:
 
 def toolbar(backend: Backend) -> Component:
     axes = list(UP_AXES) if backend.tokenizer.normalization == "cube" else ["auto", "y"]
-    words = [html.B("Drop a mesh"), html.Span("anywhere on the page, or click here to choose a file")]
+    words = [html.B("Drop a mesh"), html.Span("anywhere, or click to choose a file")]
     drop = html.Div(
         words,
         id="drop",
@@ -117,7 +118,7 @@ def toolbar(backend: Backend) -> Component:
             for name, text in (("previous", "‹"), ("next", "›"), ("random", "random"))
         ]
         title = f"or an object of the data set ({len(backend.dataset)})"
-        parts.append(labelled(title, html.Div([picker, *buttons], className="pick")))
+        parts.append(labelled(title, html.Div([picker, *buttons], className="pick"), "labelled picker"))
     else:
         parts.append(html.Div("no data set: give --data_dir to pick objects and to count codes", className="hint"))
     saves = [
@@ -138,12 +139,16 @@ def toolbar(backend: Backend) -> Component:
     return html.Div(parts, className="toolbar")
 
 
-def labelled(text: str, part, **style) -> Component:
-    return html.Div([html.Span(text, className="label"), part], className="labelled", style=style or None)
+def labelled(text: str, part, className: str = "labelled", **style) -> Component:
+    return html.Div([html.Span(text, className="label"), part], className=className, style=style or None)
 
 
 def panels() -> Component:
-    legend = {"difference": [chip(MISSING, "missing"), chip(EXTRA, "extra"), chip(CORRECT, "correct")]}
+    reset = html.Button("reset view", id="reset-view", n_clicks=0, className="link")
+    legend: dict[str, Any] = {
+        "mesh": html.Span(["drag to turn all, scroll to zoom, ", reset]),
+        "difference": [chip(MISSING, "missing"), chip(EXTRA, "extra"), chip(CORRECT, "correct")],
+    }
     parts = []
     for name, title in PANELS.items():
         parts.append(
@@ -156,9 +161,7 @@ def panels() -> Component:
                 className="panel",
             )
         )
-    reset = html.Button("reset view", id="reset-view", n_clicks=0, className="link")
-    hint = html.Div(["drag to turn all, scroll to zoom, ", reset], className="turn")
-    return html.Div([*parts, hint], className="panels")
+    return html.Div(parts, className="panels")
 
 
 def heading(title: str, name: str) -> Component:
@@ -218,7 +221,8 @@ def editor(backend: Backend) -> list:
         searchable=False,
         className="narrow",
     )
-    number = dcc.Input(id="code", type="number", min=0, max=backend.n_embed - 1, step=1, className="number")
+    # Without limits: in place of a number beyond them the browser would send nothing. The server says what is wrong.
+    number = dcc.Input(id="code", type="number", step="any", className="number")
     several = {} if backend.codes_per_token > 1 else {"display": "none"}
     empty = "no voxel here: id 0" if backend.empty_code else "the code that empty space has here"
     whole = "; an empty one gets it for all of its codes" if backend.empty_code and backend.codes_per_token > 1 else ""
@@ -246,12 +250,29 @@ def curves_tab(run_dir: Path) -> Component:
         [
             html.Div(
                 [
-                    html.Span(str(run_dir / "log.txt"), className="caption"),
                     html.Button("read again", id="read-curves", n_clicks=0),
+                    html.B(id="state"),
+                    html.Span(str(run_dir / "log.txt"), className="caption"),
                 ],
                 className="curves-head",
             ),
-            dcc.Graph(id="curves", config={"displayModeBar": False}, className="curves"),
+            html.Div(id="curves", className="curves"),
         ],
         className="curves-tab",
     )
+
+
+def curve_panels(figures: dict[str, dict[str, Any]]) -> list:
+    """Return a panel for each {title: figure} of a run's curves."""
+    if not figures:
+        return [html.Div("There is no curve yet: the run has logged no step.", className="hint")]
+    return [
+        html.Section(
+            [
+                html.Div(html.H2(title), className="heading"),
+                dcc.Graph(figure=figure, config={"displayModeBar": False}, className="graph curve", responsive=True),
+            ],
+            className="panel",
+        )
+        for title, figure in figures.items()
+    ]

@@ -76,9 +76,11 @@ def change(backend: Backend, ids: np.ndarray, index: int, code: int) -> None:
 
 def check_code(backend: Backend, code: int | float | None) -> int:
     """Return the code as an int. Raise DataError for a number that is not a code."""
-    if not isinstance(code, (int, float)) or code != int(code) or not 0 <= code < backend.n_embed:
-        what, empty = "nothing" if code is None else code, " (empty)" if backend.empty_code else ""
-        raise DataError(f"the code is {what}; it must be a whole number from 0{empty} to {backend.n_embed - 1}")
+    wanted = f"a whole number from 0{' (empty)' if backend.empty_code else ''} to {backend.n_embed - 1}"
+    if code is None:
+        raise DataError(f"the field of the code holds no number: type {wanted}")
+    if not isinstance(code, (int, float)) or not 0 <= code < backend.n_embed or code != int(code):
+        raise DataError(f"the code is {code!r:.40}; it must be {wanted}")
     return int(code)
 
 
@@ -106,7 +108,7 @@ def dataset_mesh(backend: Backend, opener: Opener, index: int) -> dict[str, Any]
         return {"of": key, **surface_panel(backend, backend.object(index), "its mesh file is missing")}
     try:
         shape = opener.open(file.path, backend.resolution, file.up_axis, file.normalization, voxelize=False)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: it was there a moment ago
         return {"of": key, **surface_panel(backend, backend.object(index), f"its mesh file: {error}")}
     if shape.mesh is None:
         return {"of": key, **surface_panel(backend, backend.object(index), "its file has no triangles")}

@@ -19,12 +19,13 @@ from .grid import GridQuantizer
 
 # Of each dimension, with the default n_embed as their product.
 LEVELS = [8, 8, 8, 4, 4]
+MAX_DIMENSIONS = 39  # 3^40 is beyond int64
 
 
 class FiniteScalarQuantizer(GridQuantizer):
     """A grid with a point for each learned code, the product of the levels.
 
-    Raise ValueError if the levels make another number.
+    Raise ValueError if the levels make another number, or are too many.
     """
 
     reach: Tensor  # this and the others: [d], one per dimension
@@ -40,6 +41,8 @@ class FiniteScalarQuantizer(GridQuantizer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        if len(levels) > MAX_DIMENSIONS:
+            raise ValueError(f"levels has {len(levels)} dimensions; give at most {MAX_DIMENSIONS}")
         if math.prod(levels) != self.codebook_size:
             beside = ", of which one is the empty code" if self.empty_code else ""
             raise ValueError(

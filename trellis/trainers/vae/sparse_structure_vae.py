@@ -5,7 +5,7 @@ Axes: B batch, C latent channels, X Y Z latent cells, R voxels along an axis, K 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from easydict import EasyDict
@@ -15,7 +15,7 @@ from ...datasets.sparse_structure import SparseStructure
 from ...evaluation.evaluate import Reconstruction, evaluate
 from ...evaluation.metrics import gaussian_kl_bits
 from ...grids.preview import contact_sheet
-from ...models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
+from ...models.sparse_structure_vae import SparseStructureEncoder, check_networks
 from ...modules.losses import RECONSTRUCTION_LOSSES, ReconstructionLoss, gaussian_kl
 from ...modules.model import Model
 from ...utils import dist_utils
@@ -53,31 +53,8 @@ class SparseStructureVaeTrainer(BasicTrainer):
     @classmethod
     def check_networks(cls, models: Mapping[str, nn.Module], resolution: int) -> None:
         """Raise ConfigError for models that do not fit each other or grids of `resolution` voxels along an axis."""
-        encoder, decoder = models["encoder"], models["decoder"]
-        if not isinstance(encoder, SparseStructureEncoder):
-            raise ConfigError(
-                f"models.encoder.name is {type(encoder).__name__!r}, which is not an encoder; use "
-                "SparseStructureEncoder"
-            )
-        if not isinstance(decoder, SparseStructureDecoder):
-            raise ConfigError(
-                f"models.decoder.name is {type(decoder).__name__!r}, which is not a decoder; use SparseStructureDecoder"
-            )
-        if encoder.in_channels != 1 or decoder.out_channels != 1:
-            raise ConfigError(
-                f"models.encoder.args.in_channels is {encoder.in_channels} and models.decoder.args.out_channels is "
-                f"{decoder.out_channels}, but an occupancy grid has one channel; set both to 1"
-            )
-        if decoder.latent_channels != encoder.latent_channels:
-            raise ConfigError(
-                f"models.decoder.args.latent_channels is {decoder.latent_channels}, but the encoder's latent has "
-                f"{encoder.latent_channels} channels; set it to {encoder.latent_channels}"
-            )
-        if len(decoder.channels) != len(encoder.channels):
-            raise ConfigError(
-                f"models.decoder.args.channels has {len(decoder.channels)} levels, but the encoder's has "
-                f"{len(encoder.channels)}; a grid keeps its size only with as many levels in both"
-            )
+        encoder = cast(SparseStructureEncoder, models["encoder"])
+        check_networks(encoder, models["decoder"])
         if resolution % encoder.downsampling:
             raise ConfigError(
                 f"dataset.args.resolution is {resolution}, but a latent cell of the encoder covers "
@@ -132,13 +109,15 @@ class SparseStructureVaeTrainer(BasicTrainer):
         # With fewer objects than ranks, every rank scores them all.
         shared = len(dataset) >= dist_utils.world_size()
         first, stride = (dist_utils.rank(), dist_utils.world_size()) if shared else (0, 1)
-        with self.precision.autocast():
+        own = range(first, len(dataset), stride)
+        with self.precision.autocast(), self.status.doing("validation", len(own), state="validating") as work:
             scores = evaluate(
                 lambda ss, _: self.reconstruct(models, ss),
                 dataset,
-                range(first, len(dataset), stride),
+                own,
                 batch_size=self.micro_batch_size,
                 device=self.device,
+                progress=work,
             )
         objects = torch.zeros(len(dataset), dtype=torch.float64, device=self.device)
         objects[first::stride] = scores.objects[self.best_by]

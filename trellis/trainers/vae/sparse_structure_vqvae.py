@@ -16,7 +16,6 @@ from easydict import EasyDict
 from torch import Tensor, nn
 
 from ...evaluation.evaluate import Reconstruction
-from ...models.codebook_transformer import CodebookTransformer
 from ...models.sparse_structure_vae import SparseStructureEncoder
 from ...models.vqvae import VqVae
 from ...modules.losses import RECONSTRUCTION_LOSSES, ReconstructionLoss
@@ -106,18 +105,6 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
     @classmethod
     def check_networks(cls, models: Mapping[str, nn.Module], resolution: int) -> None:
         super().check_networks(models, resolution)
-        quantizer = models["quantizer"]
-        if not isinstance(quantizer, Quantizer):
-            raise ConfigError(
-                f"models.quantizer.name is {type(quantizer).__name__!r}, which is not a quantizer; use "
-                "VectorQuantizer or another one"
-            )
-        transformer = models.get("transformer")
-        if transformer is not None and not isinstance(transformer, CodebookTransformer):
-            raise ConfigError(
-                f"models.transformer.name is {type(transformer).__name__!r}, which is not one around a codebook; use "
-                "CodebookTransformer"
-            )
         VqVae.of(models).check(resolution)
 
     @classmethod
@@ -243,15 +230,17 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         if self.plan.files["quantizer"] is not None or self.quantizer.init != "kmeans" or not dist_utils.is_main():
             return
         self.say("codebook: taking latent vectors of the training data")
-        vectors = latent_sample(
-            self._latents_to_quantize,
-            len(self.dataset),
-            self.quantizer,
-            batch_size=self.batch_per_rank,
-            seed=self.seed,
-        )
+        with self.status.doing("codebook: latents of the data"):
+            vectors = latent_sample(
+                self._latents_to_quantize,
+                len(self.dataset),
+                self.quantizer,
+                batch_size=self.batch_per_rank,
+                seed=self.seed,
+            )
         generator = torch.Generator().manual_seed(derive_seed("kmeans", self.seed))
-        self.quantizer.fit(vectors, lambda part, count: kmeans(part, count, generator=generator, report=self.say))
+        with self.status.doing("codebook: k-means"):
+            self.quantizer.fit(vectors, lambda part, count: kmeans(part, count, generator=generator, report=self.say))
 
     def _latents_to_quantize(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return what the quantizer gets of training objects, [n, C, X, Y, Z], and their grids. indices: [n] int64."""

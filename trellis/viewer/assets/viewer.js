@@ -2,10 +2,10 @@
 // Everything kept here belongs to this tab.
 (function () {
   "use strict";
-  const HOME = {eye: {x: 1.18, y: -1.5, z: 0.78}, center: {x: 0, y: 0, z: -0.07}, up: {x: 0, y: 0, z: 1}};
   const BLANK = {data: [], layout: {xaxis: {visible: false}, yaxis: {visible: false}}};
   const PANELS = ["mesh", "voxels", "reconstruction", "difference", "lattice"].map((name) => "panel-" + name);
-  let camera = HOME;         // of all panels
+  let home = null;          // the camera of the first figure
+  let camera = null;        // of all panels
   let outline = null;       // the chosen token's wire box, {x, y, z}
   let facts = null;         // layout.py's store of that name
   let upAxis = null, lastFile = null, uploads = 0;
@@ -23,6 +23,8 @@
 
   function show(figure, id) {
     if (!figure) return window.dash_clientside.no_update;
+    home = home || figure.layout.scene.camera;
+    camera = camera || home;
     const layout = {...figure.layout, scene: {...figure.layout.scene, camera: camera}};
     const data = figure.data.map((trace) => (trace.name === "chosen" && outline ? {...trace, ...outline} : trace));
     link(id);
@@ -122,29 +124,47 @@
     window.Plotly.restyle(gd, {x: [outline.x], y: [outline.y], z: [outline.z]}, [trace]);
   }
 
+  // --- captions ---
+
+  // One that is cut says the rest when the mouse is over it.
+  document.addEventListener("mouseover", (event) => {
+    const caption = event.target.closest && event.target.closest(".caption, .dash-dropdown-value");
+    if (!caption) return;
+    const cut = caption.scrollWidth > caption.clientWidth || caption.scrollHeight > caption.clientHeight;
+    caption.title = cut ? caption.textContent : "";
+  });
+
   // --- files ---
 
   function refuse(text) {
     props("message", {children: text});
   }
 
-  async function upload(file) {
+  // One file at a time; a visitor who brings more is told which one was taken.
+  function take(files) {
+    if (!files.length) return;
+    const many = files.length > 1 ? `${files.length} files came at once: only ${files[0].name} was taken.` : "";
+    upload(files[0], many);
+  }
+
+  async function upload(file, note = "") {
     const suffix = "." + file.name.split(".").pop().toLowerCase();
     if (!facts.suffixes.includes(suffix)) {
       return refuse(`${file.name}: is not one of ${facts.suffixes.join(" ")}. Convert it to one of them.`);
     }
+    if (!file.size) return refuse(`${file.name}: the file is empty. Export it again.`);
     if (file.size > facts.max_bytes) {
       return refuse(`${file.name}: has ${(file.size / 2 ** 20).toFixed(0)} MiB, more than the ` +
                     `${facts.max_bytes / 2 ** 20} MiB that may be dropped here. Simplify the mesh.`);
     }
     const number = ++uploads;
     lastFile = file;
-    refuse("");
+    refuse(note);
     document.body.classList.add("opening");
     let answer;
     try {
       const query = new URLSearchParams({name: file.name, up_axis: upAxis});
-      const response = await fetch("upload?" + query, {method: "POST", body: file, headers: {"X-Viewer": "1"}});
+      const response = await fetch(facts.upload + "?" + query, {method: "POST", body: file, headers: {"X-Viewer": "1"}});
       answer = await response.json();
     } catch (error) {
       answer = {error: `${file.name}: the server did not take it. Is it still running?`};
@@ -162,7 +182,7 @@
   input.id = "file";
   input.hidden = true;
   input.addEventListener("change", () => {
-    if (input.files.length) upload(input.files[0]);
+    take(input.files);
     input.value = "";
   });
   document.body.appendChild(input);
@@ -185,7 +205,7 @@
     if (!hasFile(event)) return;
     event.preventDefault();
     document.body.classList.remove("dragging");
-    if (event.dataTransfer.files.length) upload(event.dataTransfer.files[0]);
+    take(event.dataTransfer.files);
   });
 
   window.dash_clientside = Object.assign({}, window.dash_clientside, {
@@ -204,8 +224,8 @@
       },
       mark: mark,
       resetView(clicks) {
-        if (clicks) {
-          camera = HOME;
+        if (clicks && home) {
+          camera = home;
           turn(PANELS.map(plot));
         }
         return window.dash_clientside.no_update;

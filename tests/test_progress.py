@@ -1,0 +1,101 @@
+"""Work that takes long shows that it goes on: lines elsewhere, bars on a terminal."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from helpers import ROOT
+
+from trellis.utils import progress
+from trellis.utils.progress import waiting
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(progress, "SILENCE", 0.05)
+
+
+def wait_for_lines(capsys, number: int) -> list[str]:
+    lines: list[str] = []
+    deadline = time.monotonic() + 10
+    while len(lines) < number and time.monotonic() < deadline:
+        time.sleep(0.01)
+        lines += capsys.readouterr().out.splitlines()
+    return lines
+
+
+def test_silence_is_broken_by_a_line_with_the_count(capsys):
+    with waiting("validation", 9) as work:
+        work(4)
+        lines = wait_for_lines(capsys, 2)
+    assert all(line.startswith("validation: 4 of 9 objects, 0 s so far") for line in lines)
+    with waiting("reading data"):
+        assert wait_for_lines(capsys, 1)[0] == "reading data: 0 s so far"
+
+
+def test_the_innermost_work_speaks_and_the_outer_one_afterwards(capsys):
+    with waiting("outer"):
+        with waiting("inner"):
+            inner = wait_for_lines(capsys, 2)
+        outer = wait_for_lines(capsys, 2)
+    assert {line.split(":")[0] for line in inner} == {"inner"}
+    assert "outer" in {line.split(":")[0] for line in outer}
+
+
+def test_whoever_speaks_is_not_interrupted(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SILENCE", 0.5)
+    with waiting("work"):
+        for number in range(20):
+            progress.say(f"line {number}")
+            time.sleep(0.02)
+    assert capsys.readouterr().out.splitlines() == [f"line {number}" for number in range(20)]
+
+
+def test_nothing_is_shown_of_short_or_hidden_work_and_no_thread_is_left(capsys):
+    with pytest.raises(ValueError), waiting("short"):
+        raise ValueError
+    with waiting("hidden", shown=False):
+        time.sleep(0.2)
+    assert capsys.readouterr().out == ""
+    deadline = time.monotonic() + 5
+    while any(thread.name == "progress" for thread in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(thread.name == "progress" for thread in threading.enumerate())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_on_a_terminal_there_is_a_bar_and_lines_stand_above_it():
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    program = (
+        "import time\n"
+        "from trellis.utils import progress\n"
+        "progress.REFRESH = 0.05\n"
+        "with progress.waiting('validation', 4) as work:\n"
+        "    for done in range(5):\n"
+        "        work(done); time.sleep(0.1)\n"
+        "    progress.say('a line')\n"
+    )
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=child, stderr=child, cwd=ROOT)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            part = os.read(parent, 4096)
+        except OSError:  # Linux's word for the end
+            break
+        if not part:
+            break
+        shown += part
+    os.close(parent)
+    assert process.wait() == 0
+    text = shown.decode(errors="replace")
+    assert "2/4" in text and "4/4" in text and "\ra line\r\n" in text.replace("\x1b[A", "")

@@ -196,13 +196,16 @@ class BadSteps:
 
         return mean(self.early), mean(self.late)
 
-    def state_dict(self) -> dict[str, int | float]:
-        return {"total": int(self.total), "in_a_row": int(self.in_a_row), "first_loss": float(self.first_loss)}
+    def state_dict(self) -> dict[str, Any]:
+        first = None if self.first_loss.isnan() else float(self.first_loss)
+        return {"total": int(self.total), "in_a_row": int(self.in_a_row), "first_loss": first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`; from an empty one, which older checkpoints have, as from a fresh start."""
         self.reported = state.get("total", 0)
         self.total, self.in_a_row = self.total + self.reported, self.in_a_row + state.get("in_a_row", 0)
-        self.first_loss = torch.full_like(self.first_loss, state.get("first_loss", math.nan))
+        if state.get("first_loss") is not None:
+            self.first_loss = torch.full_like(self.first_loss, state["first_loss"])
 
 
 def _last_good(checkpoints: Checkpoints) -> str:

@@ -127,7 +127,7 @@ def assert_equal(a, b, where=""):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_equal(x, y, f"{where}/{i}")
     else:
-        assert a == b, where
+        assert a == b or (a != a and b != b), where  # NaN
 
 
 def logged(run_dir) -> list[dict]:

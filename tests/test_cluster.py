@@ -62,6 +62,7 @@ ALONE = Nodes("the command line", 1, 0, "localhost", 0)
             {"num_nodes": 3, "node_rank": 2, "master_addr": "a"},
             Nodes("the command line", 3, 2, "a", 12345),
         ),
+        ({}, {"num_nodes": 2}, Nodes("the command line", 2, 0, "localhost", 12345)),
         (TORCHRUN, {}, Joined("torchrun", 1, 2, 1, 2, "job-master-0", 23456, False)),
         (
             {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"},
@@ -140,7 +141,6 @@ def test_what_started_a_process(env, flags, expected):
         ({**NODE, "RANK": "0", "WORLD_SIZE": "1"}, {}, "WORLD_SIZE is 1, but srun has started 2 tasks"),
         ({"SLURM_PROCID": "1"}, {}, "SLURM_NTASKS is not set"),
         (MPIRUN, {}, "OMPI_COMM_WORLD_LOCAL_SIZE is not set; start with torchrun"),
-        ({}, {"num_nodes": 2}, "MASTER_ADDR is not set; give --master_addr HOST"),
         ({}, {"num_nodes": 2, "master_addr": "a", "master_port": 0}, "--master_port is 0"),
     ],
 )

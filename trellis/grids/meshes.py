@@ -39,6 +39,10 @@ HEAD = 512  # bytes that tell what is no mesh at all
 UNKNOWN_AXIS = "its format does not say which axis is up"
 
 
+class TooLarge(DataError, MemoryError):
+    """A file that does not fit into memory. A worker, whose share is less, may be given more: see `mesh_pool`."""
+
+
 class Voxelized(NamedTuple):
     """A mesh as voxels."""
 
@@ -58,7 +62,7 @@ def load_mesh(path: Path, points: bool = False) -> Geometry:
     if path.exists() and (reason := obstacle(path)) is not None:
         raise DataError(reason)
     with open(path, "rb") as file:
-        require_memory(os.fstat(file.fileno()).st_size, "takes", DataError, "give a smaller file")
+        require_memory(os.fstat(file.fileno()).st_size, "takes", TooLarge, "give a smaller file")
         check_content(file.read(HEAD))
     return _checked(_read(path), points)
 

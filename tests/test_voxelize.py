@@ -25,7 +25,6 @@ from dataset_toolkits import build_metadata, claim, estimate, inputs, records, r
 from trellis.grids import meshes  # noqa: E402
 from trellis.grids.volumes import Frame  # noqa: E402
 from trellis.grids.voxels import points_to_occupancy, points_to_voxels, read_ply  # noqa: E402
-from trellis.utils.command import ENDING  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
 from trellis.utils.files import host_name  # noqa: E402
 
@@ -506,7 +505,7 @@ def test_a_mistaken_flag_locks_a_folder_only_with_its_first_grid(mixed_input, se
     assert alive.read_text() == killed_text
 
 
-@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_ends_it_in_order_and_no_file_is_blamed(number, mixed_input):
     """As schedulers and terminals send it: to the workers too."""
     process = start(mixed_input, "--output_dir", "out", group=True)

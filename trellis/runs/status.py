@@ -191,8 +191,6 @@ def ending(error: BaseException) -> tuple[str, str]:
         return "stopped", signal_name(error.signum)
     if isinstance(error, KeyboardInterrupt):
         return "stopped", signal.SIGINT.name
-    if isinstance(error, Stopped):
-        return "stopped", signal_name(error.signum)
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
         return "stopped", signal_name(error.code - 128)
     first = (str(error).strip().splitlines() or [""])[0]

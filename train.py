@@ -6,6 +6,7 @@ The same command continues a run that was cut off. `--help` lists the flags; doc
 """
 
 # ruff: noqa: E402 - handlers come first
+import os
 import signal
 import sys
 
@@ -16,6 +17,8 @@ if __name__ in ("__main__", "__mp_main__"):
     for _signum in signals.STOPPING:
         if signal.getsignal(_signum) is not signal.SIG_IGN:
             signal.signal(_signum, signals.end_at_once)
+    # torch prints a page of C++ frames about each connection that breaks; what broke it is said in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import argparse
 import contextlib
@@ -24,7 +27,7 @@ import functools
 import gc
 import hashlib
 import json
-import os
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +56,7 @@ from trellis.utils.environment import keep_freed_memory
 from trellis.utils.errors import ConfigError, UserError
 from trellis.utils.processes import RankFailedError, end, run_all
 from trellis.utils.random_utils import derive_seed
-from trellis.utils.watch import Watch
+from trellis.utils.watch import LOOK_EVERY, Watch
 
 # --- flags -----------------------------------------------------------------------------------------------
 
@@ -205,6 +208,7 @@ def spawn(args: argparse.Namespace, config: Configuration, plan: Launch, node: N
     except (RankFailedError, UserError, OSError) as error:
         if node.num_nodes > 1:
             rendezvous.end_all(first.address, first.port, f"node {node.node_rank}: {error}")
+            time.sleep(2 * LOOK_EVERY)  # the other nodes' ranks read that in the store, which ends with this program
         if store is not None and isinstance(error, RankFailedError):
             print(f"the ranks stood: {rendezvous.where_all(store, plan.world)}", file=sys.stderr)
         raise

@@ -4,8 +4,8 @@
 
 Each target of fuzz_targets.py takes its turns in a process of its own, under limits of memory and time, and none may
 write outside of its folder, start a program or open a connection. Inputs are mutations of valid ones. With atheris
-(pip install atheris; Linux, Python 3.11 to 3.13) coverage guides them: an input that reaches new code of the package
-is kept, in FOLDER/corpus, and mutated further; without, they are drawn at random.
+(pip install atheris; Python 3.11 to 3.13) coverage guides them: an input that reaches new code of the package is kept,
+in FOLDER/corpus, and mutated further; without, they are drawn at random. Linux only.
 
 A finding is saved in FOLDER/findings: the input, and beside it what happened. Findings that end at the same place of
 the code count once. The exit code is 1 if there are any. `--replay TARGET FILE` runs one input again.
@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -88,6 +87,8 @@ def guard(folder: Path) -> Callable[[], list[str]]:
 
 def work(name: str, seconds: float, folder: Path, seed: int) -> int:
     """Fuzz one target in this process."""
+    import resource  # not on Windows
+
     sys.dont_write_bytecode = True
     try:
         import atheris
@@ -149,7 +150,7 @@ def work(name: str, seconds: float, folder: Path, seed: int) -> int:
         return bytes(changed[:max_size])
 
     options = [
-        "-max_len=1000000",
+        "-max_len=150000",
         "-timeout=0",
         "-rss_limit_mb=0",
         "-print_final_stats=0",

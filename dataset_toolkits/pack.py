@@ -10,6 +10,7 @@ object. Nothing is ever overwritten.
 
 import argparse
 import os
+import secrets
 import shutil
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import occupancy_to_points, pack_bits, packed_size, write_ply
 from trellis.utils.command import check_output_folder, run_command
 from trellis.utils.errors import DataError
+from trellis.utils.files import LEFTOVER, host_name, is_running
 from trellis.utils.progress import waiting
 
 KEPT = ("kind", "up_axis", "normalization", "fill", "mm_per_cell", "frame")  # columns of metadata.csv
@@ -73,7 +75,12 @@ def unpack(packed: Path, output_dir: Path) -> int:
     if resolution is None:
         raise DataError(f"{packed}: rows of {bits.shape[1]} bytes are not a cube of voxels")
     dataset = SparseStructure(str(packed), resolution=resolution, split="all")
-    partial = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
+    for left in output_dir.parent.glob(f".{output_dir.name}.*.tmp"):  # of an unpacking of this folder that was killed
+        found = LEFTOVER.fullmatch(left.name)
+        if found and found["host"] == host_name() and not is_running(int(found["pid"])):
+            shutil.rmtree(left)
+    name = f".{output_dir.name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    partial = output_dir.with_name(name)
     try:
         (partial / "voxels").mkdir(parents=True)
         rows = []

@@ -16,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import time
 
 from dataset_toolkits import records
 from trellis.grids.placing import UP_AXES
-from trellis.utils.command import DEVICES, pick_device, run_command
+from trellis.utils.command import DEVICES, Interrupted, pick_device, run_command
 from trellis.utils.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +64,9 @@ def run(*command: object) -> None:
     with subprocess.Popen([sys.executable, *words], cwd=ROOT) as process:
         try:
             code = process.wait()
-        except KeyboardInterrupt:  # the step is interrupted too, and saves before it ends
+        except KeyboardInterrupt as stopped:  # the step saves before it ends
+            if isinstance(stopped, Interrupted) and stopped.signum != signal.SIGINT:  # Ctrl-C reaches it by itself
+                process.send_signal(stopped.signum)
             process.wait()
             raise
     if code:

@@ -80,7 +80,7 @@ def export(args: argparse.Namespace) -> None:
     remove_leftovers(folder)
     for path, content in files.items():
         if path not in present:
-            with atomic_write(path) as partial:
+            with atomic_write(path) as partial:  # a full disk is an OSError, unlike in safetensors' save_file
                 partial.write_bytes(content)
     for name in run.config["models"]:
         print(f"written: {folder / name}.json, {folder / name}.safetensors")

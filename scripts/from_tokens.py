@@ -241,6 +241,8 @@ def write_objects(args: argparse.Namespace) -> Report:
     paths = [folder / f"{each.stem}{FORMATS[args.format]}" for each in plan.objects]
     if args.tokens:
         check_names(folder / NAMES, plan.objects, paths)
+    if not plan.objects:
+        raise DataError(f"{args.tokens}: has no object. Give a folder of scripts/to_tokens.py, or one of its shards.")
     claim_folder(folder, args.format, plan.settings, paths)
     remove_leftovers(folder)
     missing = [not path.exists() for path in paths]

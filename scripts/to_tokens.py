@@ -337,7 +337,7 @@ def run_processes(work: Work, tokenizer: SparseStructureTokenizer, numbers: list
     answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
     shares = [numbers[i::processes] for i in range(processes)]
     try:
-        torch.multiprocessing.spawn(_spawned, (work, shares, answers), nprocs=processes)
+        _join(torch.multiprocessing.spawn(_spawned, (work, shares, answers), nprocs=processes, join=False))
     except torch.multiprocessing.ProcessExitedException:
         while not answers.empty():
             if isinstance(answer := answers.get(), Exception):
@@ -350,6 +350,19 @@ def run_processes(work: Work, tokenizer: SparseStructureTokenizer, numbers: list
         sum(report.records for report in reports),
         [each for report in reports for each in report.noted],
     )
+
+
+def _join(context: torch.multiprocessing.ProcessContext) -> None:
+    """Wait for processes. Raise what torch raises if one fails; a signal to this one ends them all."""
+    try:
+        while not context.join():
+            pass
+    except KeyboardInterrupt:
+        for process in context.processes:
+            process.terminate()
+        for process in context.processes:
+            process.join()
+        raise
 
 
 # --- all of it ------------------------------------------------------------------------------------------------

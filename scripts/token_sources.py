@@ -5,8 +5,9 @@ Axes: B objects of a batch, R voxels along an axis.
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -175,6 +176,13 @@ class MeshSource:
         unfinished = {number: len(part) for number, part in jobs.items()}
         results: dict[Path, np.ndarray | DataError] = {}
         running: Future | None = None
+        stopped = threading.Event()
+
+        def unless_stopped(bits: np.ndarray) -> Iterator[Tensor]:
+            for batch in torch.from_numpy(bits).split(BATCH[device.type]):
+                if stopped.is_set():
+                    raise CancelledError
+                yield batch
 
         def finish(path: Path, result: np.ndarray | DataError) -> None:
             nonlocal running
@@ -192,15 +200,19 @@ class MeshSource:
                 else:
                     objects.append(TokenObject(job.sha256, job.names[0]))
                     bits.append(result)
-            batches = torch.from_numpy(np.stack(bits)).split(BATCH[device.type]) if bits else ()
+            batches = unless_stopped(np.stack(bits)) if bits else ()
             if running is not None:
                 running.result()
             running = encoder.submit(tokenize, Shard(number, objects, batches, left_out))
 
         with ThreadPoolExecutor(1) as encoder:
-            self._voxelize([job for part in jobs.values() for job in part], finish, self.max_workers // processes)
-            if running is not None:
-                running.result()
+            try:
+                self._voxelize([job for part in jobs.values() for job in part], finish, self.max_workers // processes)
+                if running is not None:
+                    running.result()
+            except BaseException:
+                stopped.set()  # else the end of the shard would be waited for
+                raise
 
     def grids(self, sha256: list[str]) -> Tensor:
         """Return the grids of these objects, [n, ceil(R³ / 8)] uint8. Raise DataError for one without a grid."""

@@ -62,6 +62,7 @@ ALONE = Nodes("the command line", 1, 0, "localhost", 0)
             {"num_nodes": 3, "node_rank": 2, "master_addr": "a"},
             Nodes("the command line", 3, 2, "a", 12345),
         ),
+        ({}, {"num_nodes": 2}, Nodes("the command line", 2, 0, "localhost", 12345)),
         (TORCHRUN, {}, Joined("torchrun", 1, 2, 1, 2, "job-master-0", 23456, False)),
         (
             {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"},
@@ -127,7 +128,7 @@ def test_what_started_a_process(env, flags, expected):
         (POD, {"num_nodes": 3}, "--num_nodes is 3, but by RANK and WORLD_SIZE it is 2"),
         (POD, {"master_port": 9}, "--master_port is 9, but MASTER_PORT is 23456"),
         ({**POD, "PET_NNODES": "1"}, {}, "PET_NNODES is 1, but WORLD_SIZE is 2: .*torchrun"),
-        ({"TORCHELASTIC_RUN_ID": "none"}, {}, "RANK, WORLD_SIZE, .* is not; unset TORCHELASTIC_RUN_ID"),
+        ({"TORCHELASTIC_RUN_ID": "none"}, {}, "without RANK, WORLD_SIZE, .*; unset TORCHELASTIC_RUN_ID"),
         (TORCHRUN, {"num_gpus": 2}, "--num_gpus is 2, but torchrun has started 2 processes"),
         (
             TASK,
@@ -140,7 +141,6 @@ def test_what_started_a_process(env, flags, expected):
         ({**NODE, "RANK": "0", "WORLD_SIZE": "1"}, {}, "WORLD_SIZE is 1, but srun has started 2 tasks"),
         ({"SLURM_PROCID": "1"}, {}, "SLURM_NTASKS is not set"),
         (MPIRUN, {}, "OMPI_COMM_WORLD_LOCAL_SIZE is not set; start with torchrun"),
-        ({}, {"num_nodes": 2}, "MASTER_ADDR is not set; give --master_addr HOST"),
         ({}, {"num_nodes": 2, "master_addr": "a", "master_port": 0}, "--master_port is 0"),
     ],
 )
@@ -312,6 +312,18 @@ def test_a_rank_that_moves_keeps_all_alive(ended, watch):
     assert not ended
 
 
+def test_a_watch_sees_where_the_main_thread_is():
+    found = []
+    waits = rendezvous.Wait(1, False)
+    waits.started -= 30  # so that it waits for half a second
+    other = watching.Watch(dist.HashStore(), 0, 2, 1, speaks=True)
+    timer = threading.Timer(0.1, lambda: found.append(other.where()))
+    timer.start()
+    assert waits.on("for nothing")
+    timer.join()
+    assert re.fullmatch(r"on \(utils/rendezvous\.py:\d+\)", found[-1]["place"]) and found[-1]["long"]
+
+
 def test_the_first_failure_is_everybodys(ended, capsys):
     from trellis.utils.processes import RankFailedError
     from trellis.utils.signals import Stopped
@@ -322,6 +334,11 @@ def test_the_first_failure_is_everybodys(ended, capsys):
     with pytest.raises(RankFailedError, match=r"rank 0 on \S+ failed at step 0: ValueError: broken"):
         second.fail(RuntimeError("connection closed"))
     third.fail(Stopped(signal.SIGTERM))  # stays what it is
+    lost = watching.Watch(dist.HashStore(), 1, 2, 1, speaks=False)
+    with pytest.raises(
+        RankFailedError, match=r"rank 1 on \S+ lost another rank at step 0 \(Connection reset by peer\)"
+    ):
+        lost.fail(RuntimeError("Read error: Connection reset by peer. This is typically"))
     second.start()
     while not ended:
         time.sleep(0.02)

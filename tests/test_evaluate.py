@@ -1,8 +1,11 @@
 """Scores of a run, against a recomputation object by object in numpy."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -370,6 +373,52 @@ def test_exported_weights_are_scored_without_their_run(vq_run, tmp_path, capsys)
     (pretrained / "decoder.json").unlink()
     assert script.main([*flags, "--output_dir", str(tmp_path / "out")]) == 1
     assert "decoder.json is not there" in capsys.readouterr().err
+
+
+def test_an_export_that_was_killed_is_gone_on_with_and_another_one_refused(vq_run, tmp_path, capsys):
+    from scripts import export_pretrained
+
+    command = ["--run", str(vq_run), "--output_dir", str(tmp_path / "models")]
+    assert export_pretrained.main(command) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "models").iterdir()}
+    assert len(before) == 6
+    for name in ("quantizer.json", "decoder.safetensors"):
+        (tmp_path / "models" / name).unlink()
+    assert export_pretrained.main([*command, "--raw"]) == 1
+    assert ".safetensors exists already, of other models; choose another" in capsys.readouterr().err
+    assert len(list((tmp_path / "models").iterdir())) == 4
+    assert export_pretrained.main(command) == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "models").iterdir()} == before
+    assert export_pretrained.main(command) == 1
+    assert "exists already; choose another" in capsys.readouterr().err
+
+
+def test_scores_are_told_though_the_disk_is_full(vq_run, tmp_path, monkeypatch, capsys):
+    def fail(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(script, "atomic_write", fail)
+    assert script.main(["--run", str(vq_run), "--output_dir", str(tmp_path), "--device", "cpu"]) == 1
+    out, error = capsys.readouterr()
+    assert "reconstruction:" in out and error == f"error: {tmp_path}/val_step0000004.json: No space left on device\n"
+
+
+def test_a_run_and_a_tokenizer_that_are_mixed_up_are_told_apart(vq_run, tmp_path, capsys):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "encoder.json").touch()
+    (tmp_path / "file").touch()
+    rest = ["--data_dir", "x", "--output_dir", str(tmp_path / "out")]
+    for flags, message in (
+        (["--run", "models"], "--run models: is no run folder, but has models: give it as --pretrained"),
+        (["--pretrained", str(vq_run)], "is a run folder: give it as --run"),
+        (["--pretrained", "file"], "--pretrained file: is a file. Give a folder of save_pretrained"),
+        (["--pretrained", "gone"], "--pretrained gone: there is no such folder. Give a folder of save_pretrained"),
+        (["--pretrained", "."], "has neither model.safetensors of save_pretrained nor encoder.json of"),
+        (["--run", str(vq_run), "--output_dir", "file"], "file is not a folder. Give another --output_dir"),
+    ):
+        with contextlib.chdir(tmp_path):
+            assert script.main([*rest, *flags]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_exported_models_for_another_resolution_are_one_clear_error(tmp_path, capsys):

@@ -471,6 +471,14 @@ def test_files_that_are_not_there_or_empty(base, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_files_without_an_object_are_one_error(base, tokenizer, tmp_path, capsys):
+    empty = np.zeros((0, tokenizer.num_tokens), dtype=int)
+    parquet.write_shard(tmp_path / "a.parquet", tokenizer.token_info(), [], [], [], empty, np.zeros(0))
+    assert run(base, tmp_path / "out", "--tokens", tmp_path / "a.parquet") == 1
+    assert "a.parquet: has no object. Give a folder of scripts/to_tokens.py" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_object_without_voxels_is_listed(base, tokenizer, ids, tmp_path, capsys):
     """Of a tokenizer whose decoder says no everywhere."""
     empty = SparseStructureTokenizer.load(base / "tokenizer")

@@ -1,5 +1,6 @@
 """The pool of workers: limits of time and memory, deaths, and what is raised where."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -153,6 +154,15 @@ if __name__ == "__main__":
     done = program(tmp_path, code.replace("if __name__", "if True or __name__"))
     assert done.stdout.startswith("ConfigError: a worker process cannot start (exit code 1)"), done.stderr
     assert done.returncode == 0
+
+
+def test_a_worker_that_ends_before_it_is_told_what_to_do_is_one_error(monkeypatch):
+    def fail(process):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", fail)
+    with MeshPool(1) as pool, pytest.raises(ConfigError, match=f"cannot start: {sys.executable} ended at once"):
+        outcome(pool, eval, "1")
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")

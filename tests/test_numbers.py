@@ -1,5 +1,6 @@
 """Numbers gone bad: steps that are not finite leave no trace and are named, lost runs end, and weights are checked."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -58,26 +59,41 @@ def way(request, monkeypatch) -> str:
 # --- a skipped step leaves no trace ---
 
 
-def weights() -> dict[str, nn.Parameter]:
+@contextlib.contextmanager
+def no_waiting(forbidden: bool):
+    """Let torch raise an error where the host waits for the GPU, if that is forbidden."""
+    if not forbidden:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def weights(device: str = "cpu") -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"m.conv": (4, 3, 3, 3, 3), "m.hidden": (6, 5), "m.bias": (7,)}
-    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    return {name: nn.Parameter(torch.randn(shape, generator=generator).to(device)) for name, shape in shapes.items()}
 
 
-def walk(name: str, steps: list[bool]) -> tuple[dict, dict]:
+def walk(name: str, steps: list[bool], device: str = "cpu") -> tuple[dict, dict]:
     """Weights and optimizer state after steps, those with True skipped; gradients depend on the good ones alone."""
-    named = weights()
+    named = weights(device)
     spec = {"name": name.split()[0], "args": {"lr": 0.1, **OPTIMIZERS[name]}}
     optimizer = optim.build_optimizer(spec, named, "none", hidden={"m.hidden"} if name == "Muon" else frozenset())
     skippable, number = SkippableOptimizer(optimizer), 0
     for bad in steps:
         for key, value in named.items():
             generator = torch.Generator().manual_seed(number)
-            value.grad = torch.randn(value.shape, generator=generator)
+            value.grad = torch.randn(value.shape, generator=generator).to(device)
             if bad and key != "m.hidden":
-                value.grad.view(-1)[1:3] = torch.tensor([math.nan, math.inf])
+                value.grad.view(-1)[1:3] = torch.tensor([math.nan, math.inf], device=device)
+        flag = torch.tensor(bad, device=device)
+        with no_waiting(device == "cuda" and number > 0):
+            skippable.step(flag)
         number += not bad
-        skippable.step(torch.tensor(bad))
     skippable.settle()
     return {key: value.detach() for key, value in named.items()}, optimizer.state_dict()["state"]
 
@@ -89,6 +105,15 @@ def test_a_skipped_step_of_any_optimizer_changes_nothing(name, way):
     assert_equal(want, walk(name, [good, bad, good, bad, bad, good, good, bad]), name)
     assert_equal(want, walk(name, [bad, good, good, good, good]), name)
     assert all(value.isfinite().all() for value in want[0].values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_step_on_a_gpu_changes_nothing_and_waits_for_nothing(name):
+    good, bad = False, True
+    want = walk(name, [good] * 4, "cuda")
+    assert_equal(want, walk(name, [good, bad, good, bad, bad, good, good, bad], "cuda"), name)
+    assert_equal(want, walk(name, [bad, good, good, good, good], "cuda"), name)
 
 
 def test_skipping_itself_changes_nothing():

@@ -1,5 +1,6 @@
 """Packing loses nothing, either way round, and a failure leaves nothing behind."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from trellis.datasets.packed import FORMAT_VERSION, TEXT_ARRAYS, load_packed, sa
 from trellis.datasets.sparse_structure import SparseStructure  # noqa: E402
 from trellis.grids.voxels import pack_bits  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
+from trellis.utils.files import host_name  # noqa: E402
 
 R = 8
 SHA256 = ["%064x" % (number * 0x9E3779B97F4A7C15**4 % 2**256) for number in range(1, 8)]
@@ -213,6 +215,23 @@ def test_a_failure_half_way_leaves_nothing_behind(packed, tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space"):
         unpack(packed, tmp_path / "other")
     assert len(written) == 4 and sorted(tmp_path.iterdir()) == before
+
+
+def test_what_a_killed_unpacking_has_left_is_removed_by_the_next(packed, tmp_path):
+    """That of a process which still runs, or of another folder, stays."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + (
+        "import os\nfrom pathlib import Path\nfrom dataset_toolkits import pack\n"
+        "def kill(path, points):\n    path.write_bytes(b'half')\n    os._exit(9)\n"
+        "pack.write_ply = kill\npack.unpack(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    for name in ("root", "other"):
+        done = subprocess.run([sys.executable, "-c", code, str(packed), str(tmp_path / name)], capture_output=True)
+        assert done.returncode == 9, done.stderr
+    running = tmp_path / f".root.{host_name()}.{os.getpid()}.00000000.tmp"
+    running.mkdir()
+    assert len(list(tmp_path.glob(".root.*.tmp"))) == 2 and len(list(tmp_path.glob(".other.*.tmp"))) == 1
+    unpack(packed, tmp_path / "root")
+    assert list(tmp_path.glob(".root.*.tmp")) == [running] and len(list(tmp_path.glob(".other.*.tmp"))) == 1
 
 
 def run(*flags: object, cwd: Path) -> subprocess.CompletedProcess:

@@ -1,14 +1,17 @@
 """Work that takes long shows that it goes on: lines elsewhere, bars on a terminal."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
+import torch
 from helpers import ROOT
 
+from trellis.trainers.logger import Progress
 from trellis.utils import progress
 from trellis.utils.progress import waiting
 
@@ -99,3 +102,33 @@ def test_on_a_terminal_there_is_a_bar_and_lines_stand_above_it():
     assert process.wait() == 0
     text = shown.decode(errors="replace")
     assert "2/4" in text and "4/4" in text and "\ra line\r\n" in text.replace("\x1b[A", "")
+
+
+def test_steps_show_where_training_is_without_their_losses(capsys):
+    steps = Progress(max_steps=10, every=1000)
+    steps.open(4)
+    try:
+        first = wait_for_lines(capsys, 1)
+        steps.show(5, {"loss": Unread()})
+        later = wait_for_lines(capsys, 1)
+    finally:
+        steps.close()
+    assert "step 4/10  0 s in the first step" in first[0]
+    assert any(re.fullmatch(r"step 5/10  0\.0 min left", line) for line in later)
+
+
+class Unread:
+    """A loss on a device, which no line may wait for."""
+
+    def __float__(self) -> float:
+        raise AssertionError("the host waited for the device")
+
+
+def test_steps_that_are_due_show_their_losses(capsys):
+    steps = Progress(max_steps=3, every=2)
+    steps.open(0)
+    for step in (1, 2, 3):
+        steps.show(step, {"loss": torch.tensor(step / 4)})
+    steps.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert [line.rsplit("  ", 1)[0] for line in lines] == ["step 2/3  loss 0.5", "step 3/3  loss 0.75"]

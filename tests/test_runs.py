@@ -223,7 +223,8 @@ def test_scores_come_from_the_report_else_from_the_log_at_this_step(tmp_path):
         {"step": 4, "val/iou": 0.4, "val/other": 1.0, "bce": 0.1},
         {"step": 4, "val/codebook_usage": 0.5},
     ]
-    (tmp_path / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "log.txt").write_bytes(b"\xff\n[4]\n" + text.encode() + b'{"step": 4, "val/iou": 0.')  # being written
     assert run.scores() == {"iou": 0.4, "codebook_usage": 0.5}
     (tmp_path / "eval").mkdir()
     report = {"weights": {"ema0.9": {"iou": 0.6, "objects": 3, "f_score": None, "tokens": 64}, "raw": {"iou": 0.1}}}

@@ -5,15 +5,17 @@ import hashlib
 import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, VQ, save_tokenizer, solid_grids, tiny_config
+from helpers import ROOT, VQ, save_tokenizer, solid_grids, tetrahedron, tiny_config
 
 pytest.importorskip("pyarrow")
 import pyarrow as pa
@@ -609,6 +611,37 @@ def test_masks_count_among_the_numbers_that_files_can_hold(tmp_path):
         assert [row["tokens"].tolist() for row in parquet.read_shards(path)] == [[n_embed - 1] * 4]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_ends_all_processes_in_one_line_and_a_rerun_goes_on(processes, base, tokens, tmp_path):
+    """Each shard is slow, and the signal comes after the first."""
+    (tmp_path / "slow.py").write_text(
+        f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from scripts import to_tokens
+write = to_tokens.parquet.write_shard
+def slowly(*args, **kwargs):
+    write(*args, **kwargs)
+    time.sleep(1)
+to_tokens.parquet.write_shard = slowly
+if __name__ == "__main__":
+    sys.exit(to_tokens.main(sys.argv[1:]))
+"""
+    )
+    command = [sys.executable, tmp_path / "slow.py", *flags(base, tmp_path / "out", "--iou", "--num_gpus", processes)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list((tmp_path / "out").glob("shard-*")):
+            time.sleep(0.02)
+        process.terminate()
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1] == "interrupted: run the same command again to go on" and "Traceback" not in errors
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert 2 <= len(made) < len(list(tokens.iterdir())) and not [name for name in made if name.endswith(".tmp")]
+    assert script.main(flags(base, tmp_path / "out", "--iou")) == 0
+    assert same_rows(tmp_path / "out", tokens)
+
+
 # --- meshes ---------------------------------------------------------------------------------------------------
 
 
@@ -657,6 +690,28 @@ def test_meshes_are_voxelized_as_the_tokenizer_has_it(base, tmp_path, capsys):
 
     assert script.main([*command, "--meshes", str(folder / "broken.stl"), "--output_dir", str(tmp_path / "none")]) == 1
     assert "no object has ids" in capsys.readouterr().err
+
+
+def test_meshes_that_go_or_change_while_it_runs_cost_themselves_alone(base, tmp_path, monkeypatch, capsys):
+    from dataset_toolkits import plan, work
+
+    for i in range(4):
+        tetrahedron(1 + i).export(tmp_path / f"{i}.stl")
+    planned = plan.plan_meshes
+
+    def plan_and_change(*args):
+        made = planned(*args)
+        (tmp_path / "1.stl").unlink()
+        (tmp_path / "2.stl").write_bytes((tmp_path / "3.stl").read_bytes())
+        return made
+
+    monkeypatch.setattr(plan, "plan_meshes", plan_and_change)
+    command = ["--tokenizer", base / "tokenizer", "--meshes", tmp_path, "--output_dir", tmp_path / "out"]
+    assert script.main([*map(str, command), "--device", "cpu", "--max_workers", "1"]) == 0
+    assert sorted(Path(row["name"]).name for row in parquet.read_shards(tmp_path / "out")) == ["0.stl", "3.stl"]
+    lines = (tmp_path / "out_failed.csv").read_text().splitlines()
+    failed = {Path(row["file"]).name: row["reason"] for row in csv.DictReader(lines)}
+    assert failed == {"1.stl": "cannot be read: No such file or directory", "2.stl": work.CHANGED}
 
 
 def test_the_axes_of_meshes_may_be_taken_in_another_way(base, tmp_path, capsys):

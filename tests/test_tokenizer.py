@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from trellis import SparseStructureTokenizer, __version__
 from trellis.grids.voxels import occupancy_to_points, write_ply
-from trellis.models import build
+from trellis.models import build, from_pretrained
 from trellis.runs import Run
 from trellis.tokens.text import SHAPELLM
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
@@ -702,6 +703,35 @@ def test_nothing_is_overwritten_and_damage_is_named(tmp_path):
     for source in ("./gone", "a/b/c", "gone"):
         with pytest.raises(CheckpointError, match="gone|a/b/c"):
             SparseStructureTokenizer.load(source)
+
+
+@pytest.mark.parametrize("load", [SparseStructureTokenizer.load, SparseStructureTokenizer.from_pretrained])
+def test_a_hub_out_of_reach_is_asked_once(load, tmp_path, monkeypatch):
+    """Its client would try six times within half a minute."""
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
+    monkeypatch.chdir(tmp_path)
+    message = rf"^outputs/x: there is no such file or folder in {tmp_path}, .* cannot be reached \(Name or service not"
+    with pytest.raises(CheckpointError, match=message):
+        load("outputs/x")
+    assert len(calls) == 1
+    with pytest.raises(CheckpointError, match="^a/b/sub/encoder: there is no such file or folder .* cannot be reached"):
+        from_pretrained("a/b/sub/encoder")
+    assert len(calls) == 2
+
+
+def test_files_of_a_tokenizer_are_no_tokenizers(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "a")
+    for name in ("config.json", "model.safetensors"):
+        with pytest.raises(
+            CheckpointError, match=rf"{name}: is part of a tokenizer\. Give its folder, {tmp_path / 'a'}"
+        ):
+            SparseStructureTokenizer.load(tmp_path / "a" / name)
 
 
 def test_a_slip_in_a_path_does_not_ask_the_hub(tmp_path, monkeypatch):

@@ -308,15 +308,16 @@ def test_a_visit(page, url, backend, tmp_path):
     field = page.wait(lambda: (item := page.find("code")).is_displayed() and item, "no field for the code")
     field.send_keys("\ue009a\ue000", str(code))  # control a
     page.find("edit-set").click()
-    field.send_keys("\ue009a\ue000", "99999")
-    page.find("edit-set").click()
-    wrong = f"the code is 99999; it must be a whole number from 0 to {backend.n_embed - 1}"
-    page.wait(lambda: page.text("message") == wrong, "a code that is none goes unanswered")
     text = f"{(after & ~before).sum():,} added by edits{(before & ~after).sum():,} removed"
     page.wait(lambda: page.text("legend-reconstruction") == text, "the edit is not shown")
     assert page.text("caption-reconstruction") == f"{after.sum():,} voxels"
     kinds = 1 + bool((after & ~before).any()) + bool((before & ~after).any())
     page.wait(lambda: page.meshes("reconstruction") == kinds, "the edit is not drawn")
+    page.wait(lambda: "the encoder chose" in page.text("token"), "the token does not tell of the edit")
+    field.send_keys("\ue009a\ue000", "99999")
+    page.find("edit-set").click()
+    wrong = f"the code is 99999; it must be a whole number from 0 to {backend.n_embed - 1}"
+    page.wait(lambda: page.text("message") == wrong, "a code that is none goes unanswered")
 
     # Another tab knows nothing of it.
     first = page.driver.current_window_handle

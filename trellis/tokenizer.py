@@ -578,7 +578,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the weights with a canary, and config.json, as a hook of huggingface_hub."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         with self._arithmetic("fp32"):
             canary = Canary.of(self.vqvae, self.resolution, self.state_dict())
@@ -586,7 +586,7 @@ class SparseStructureTokenizer(nn.Module, PyTorchModelHubMixin):
             raise CheckpointError(f"{save_directory}: not saved, since the tokenizer's logits are not finite numbers")
         state = {key: _in(value, self._dtype).contiguous() for key, value in self.state_dict().items()}
         with atomic_write(save_directory / WEIGHTS) as partial:
-            save_file(state, partial, {sources.CANARY: json.dumps(asdict(canary))})
+            partial.write_bytes(save(state, {sources.CANARY: json.dumps(asdict(canary))}))  # a full disk is an OSError
         config = {"format_version": FORMAT_VERSION, **self.settings, "info": self.info}
         with atomic_write(save_directory / CONFIG) as partial:
             partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import trimesh
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any folder
 
 from dataset_toolkits.shapes.household import chair, house, lamp, table, vessel
 from dataset_toolkits.shapes.natural import animal, organ, plant
 from dataset_toolkits.shapes.technical import bracket, gear, shell, spring, vehicle
-from trellis.utils.command import run_command
+from trellis.utils.command import check_output_folder, run_command
 from trellis.utils.errors import ConfigError
 from trellis.utils.files import atomic_write
+from trellis.utils.progress import waiting
 
 FORMATS = ("obj", "stl", "ply", "glb", "off")
 SPLITS = ("train", "val")
@@ -85,9 +85,11 @@ def write_shapes(root: Path, seed: int, counts: dict[str, int]) -> int:
         for index in range(counts[split])
         if not (root / split / shape_name(index)).exists()
     ]
-    for split, index, path in tqdm(missing, "shapes", mininterval=0.1 if sys.stderr.isatty() else 30):
-        path.parent.mkdir(exist_ok=True)
-        write_shape(make_shape(seed, split, index), path)
+    with waiting("making shapes", len(missing), "shape") as progress:
+        for done, (split, index, path) in enumerate(missing):
+            progress(done)
+            path.parent.mkdir(exist_ok=True)
+            write_shape(make_shape(seed, split, index), path)
     return len(missing)
 
 
@@ -96,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("num", "num_val", "seed"):
         if getattr(args, name) < 0:
             raise ConfigError(f"--{name} {getattr(args, name)}: must not be negative.")
+    check_output_folder(args.output_dir)
     written = write_shapes(Path(args.output_dir), args.seed, {"train": args.num, "val": args.num_val})
     print(f"{args.output_dir}: {args.num} training and {args.num_val} validation shapes, {written} new")
 

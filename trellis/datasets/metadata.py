@@ -226,10 +226,10 @@ def require_files(folder: str | os.PathLike, names: list[str]) -> None:
         raise DataError(f"{folder}: cannot be read ({error.strerror}). voxelize.py makes it.") from error
     missing = [name for name in names if name not in present]
     if missing:
+        others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(
-            f"{Path(folder, missing[0])}: is missing, and so are {len(missing) - 1} other files "
-            f"of the {len(names)} that metadata.csv lists. Rerun voxelize.py, which makes only "
-            "what is missing."
+            f"{Path(folder, missing[0])}: is missing{others} of the {len(names)} files that metadata.csv lists. Rerun "
+            "voxelize.py, which makes only what is missing."
         )
 
 

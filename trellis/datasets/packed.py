@@ -85,11 +85,8 @@ def _read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
                 sizes = [file.zip.getinfo(f"{name}.npy").file_size for name in wanted]
                 require_memory(sum(sizes), f"{path}: takes", DataError, "pack fewer grids into a file")
             if "format" in present:
-                check_version(file["format"].tolist(), FORMAT_VERSION, path, DataError)
-            arrays = {name: file[name] for name in wanted}
-            if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-                raise ValueError(f"{strange[0]} is no array")
-            return arrays
+                check_version(_array(file, "format").tolist(), FORMAT_VERSION, path, DataError)
+            return {name: _array(file, name) for name in wanted}
     except DataError:
         raise
     except OSError as error:
@@ -97,6 +94,14 @@ def _read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     except Exception as error:  # numpy, zipfile and what decompresses raise many types for one damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: is not a readable .npz file ({reason:.200}). Make it anew by pack.py.") from error
+
+
+def _array(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    """Return an array of an open file. Raise ValueError for what is none; numpy gives its bytes."""
+    array = file[name]
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} is no array")
+    return array
 
 
 def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

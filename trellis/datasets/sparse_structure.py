@@ -107,8 +107,9 @@ class SparseStructure(StandardDatasetBase):
                 self._compare_resolution(metadata.attrs["path"], int(other["resolution"].iloc[0]))
                 raise DataError(
                     f"{metadata.attrs['path']}: resolution of {other['sha256'].iloc[0]} is "
-                    f"{other['resolution'].iloc[0]}, but the config's is {self.resolution}. Set "
-                    "that in the config, or make the grids anew with voxelize.py --resolution."
+                    f"{other['resolution'].iloc[0]}, but {self.resolution} is asked for. Ask for "
+                    "that (dataset.args.resolution of a configuration, --resolution of a program), or make the grids "
+                    "anew with voxelize.py --resolution."
                 )
         require_files(Path(root, "voxels"), [f"{sha256}.ply" for sha256 in metadata["sha256"]])
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import traceback
 import warnings
@@ -196,6 +197,10 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         try:
             self.process.start()
+        except BrokenPipeError as error:  # it did not live to be told what to do
+            raise ConfigError(
+                f"a worker process cannot start: {sys.executable} ended at once. Its own message, if any, is above"
+            ) from error
         except OSError as error:
             raise ConfigError(
                 f"a worker process cannot start ({error.strerror or error}): take fewer workers"

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..modules.model import Model
 from ..utils.config import check_args, check_component, load_config
 from ..utils.errors import CheckpointError, ConfigError
+from ..utils.hub import check_reachable
 from ..utils.inputs import require_file, require_memory
 from ..utils.registry import Registry
 
@@ -128,6 +129,7 @@ def pretrained_files(path: str) -> tuple[str, str]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repo, name = "/".join(parts[:2]), "/".join(parts[2:])
+    check_reachable(repo, f"{name}.json", path)
     try:
         return hf_hub_download(repo, f"{name}.json"), hf_hub_download(repo, f"{name}.safetensors")
     except (OSError, HfHubHTTPError, HFValidationError) as error:
@@ -164,7 +166,9 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     for key, value in state.items():
         dense = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
         if not isinstance(key, str) or not dense or value.is_quantized or value.is_complex():
-            raise CheckpointError(f"{path}: {key!r:.80} is no dense tensor of real numbers; give a state dict")
+            raise CheckpointError(
+                f"{path}: its entry {key!r:.80} is no dense tensor of real numbers; give a state dict"
+            )
     return state
 
 

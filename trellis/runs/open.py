@@ -130,9 +130,10 @@ class Run:
         if report.is_file():
             found = next(iter(json.loads(report.read_text(encoding="utf-8"))["weights"].values()))
         elif log.is_file():
-            for line in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
-                if line["step"] == self.step:
-                    found |= {key[4:]: value for key, value in line.items() if key.startswith("val/")}
+            with log.open(encoding="utf-8", errors="replace") as file:
+                for entry in filter(None, map(_entry, file)):
+                    if entry.get("step") == self.step:
+                        found |= {key[4:]: value for key, value in entry.items() if key.startswith("val/")}
         return {key: found[key] for key in SCORES if found.get(key) is not None}
 
     def about(self) -> dict[str, dict]:
@@ -176,3 +177,12 @@ class Run:
                 for model in raw
             }
         return {**sets, "raw": raw}
+
+
+def _entry(line: str) -> dict | None:
+    """Return an entry of a log; None for a line that is none, such as one that is being written."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None

@@ -228,7 +228,7 @@ def read_status(folder: str | Path) -> dict[str, Any] | None:
         raise DataError(f"{path} cannot be read ({error}); a run that goes on writes it anew") from error
     try:
         status = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); a run that goes on writes it anew") from error
     if not isinstance(status, dict):
         raise DataError(f"{path} is damaged (it holds no JSON object); a run that goes on writes it anew")

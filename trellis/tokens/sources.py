@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ..utils.config import json_type, load_config, parse_json
 from ..utils.errors import CheckpointError, ConfigError
 from ..utils.formats import check_version
+from ..utils.hub import check_reachable
 from ..utils.inputs import require_file
 
 Kind = Literal["pretrained", "run", "exported", "shapellm"]
@@ -30,6 +31,8 @@ def kind_of(source: str | Path) -> Kind:
     anything else."""
     path = Path(source)
     if path.is_file():
+        if path.name in (CONFIG, WEIGHTS) and all((path.parent / name).is_file() for name in (CONFIG, WEIGHTS)):
+            raise CheckpointError(f"{path}: is part of a tokenizer. Give its folder, {path.parent}")
         if path.suffix not in WEIGHT_SUFFIXES:
             raise CheckpointError(
                 f"{path}: is not a tokenizer. Give a folder, or a file of ShapeLLM-Omni's layout, "
@@ -128,6 +131,7 @@ def check_hub(model_id: str, **options) -> None:
     """
     from huggingface_hub import hf_hub_download
 
+    check_reachable(model_id, CONFIG, **options)
     with hub_errors(model_id):
         check_config(hf_hub_download(model_id, CONFIG, **options))
 

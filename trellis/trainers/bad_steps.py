@@ -133,22 +133,25 @@ class BadSteps:
 
     def look(self, step: int) -> bool:
         """Return whether to write the log and end the run. Waits for the device now and then."""
-        return step % STEPS_BETWEEN_LOOKS == 0 and int(self.in_a_row) >= self.most
+        return step % STEPS_BETWEEN_LOOKS == 0 and self.too_many
 
     @property
     def running(self) -> bool:
         """Whether the last step was bad. Waits for the device."""
         return int(self.in_a_row) > 0
 
-    def require_progress(self, step: int, checkpoints: Checkpoints, lr: float, origin: str) -> None:
-        """Raise DivergedError after too many bad steps in a row. Call it after `report`, on all ranks at the same step.
+    @property
+    def too_many(self) -> bool:
+        """Whether the run is lost. Waits for the device."""
+        return int(self.in_a_row) >= self.most
 
-        checkpoints: of the run. lr: its present rate. origin: where its weights came from.
+    def diverged(self, step: int, checkpoints: Checkpoints, lr: float, origin: str) -> DivergedError:
+        """Return the error that ends a lost run. Call it after `report`.
+
+        checkpoints: of the run, all written. lr: its present rate. origin: where its weights came from.
         """
         in_a_row = int(self.in_a_row)
-        if in_a_row < self.most:
-            return
-        raise DivergedError(
+        return DivergedError(
             f"training has diverged: in {in_a_row} steps in a row, up to step {step}, the loss or its gradient was not "
             f"finite, or the loss above {EXPLODED * max(1, float(self.first_loss)):.3g} (by "
             f"trainer.args.max_bad_steps, {self.most} of them end this run). Nothing of them is saved; "
@@ -193,13 +196,16 @@ class BadSteps:
 
         return mean(self.early), mean(self.late)
 
-    def state_dict(self) -> dict[str, int | float]:
-        return {"total": int(self.total), "in_a_row": int(self.in_a_row), "first_loss": float(self.first_loss)}
+    def state_dict(self) -> dict[str, Any]:
+        first = None if self.first_loss.isnan() else float(self.first_loss)
+        return {"total": int(self.total), "in_a_row": int(self.in_a_row), "first_loss": first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`; from an empty one, which older checkpoints have, as from a fresh start."""
         self.reported = state.get("total", 0)
         self.total, self.in_a_row = self.total + self.reported, self.in_a_row + state.get("in_a_row", 0)
-        self.first_loss = torch.full_like(self.first_loss, state.get("first_loss", math.nan))
+        if state.get("first_loss") is not None:
+            self.first_loss = torch.full_like(self.first_loss, state["first_loss"])
 
 
 def _last_good(checkpoints: Checkpoints) -> str:

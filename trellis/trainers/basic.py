@@ -565,8 +565,10 @@ class BasicTrainer:
 
     def require_finite(self) -> None:
         """Raise DivergedError after too many bad steps, or if fp16 no longer recovers from overflow."""
-        origin = ", ".join(self.plan.origin.values())
-        self.bad_steps.require_progress(self.step, self.checkpoints, self.lr, origin)
+        if self.bad_steps.too_many:
+            self.saver.wait()  # the last good checkpoint may be in the making
+            dist_utils.barrier()
+            raise self.bad_steps.diverged(self.step, self.checkpoints, self.lr, ", ".join(self.plan.origin.values()))
         self.precision.require_hope(self.step)
 
     @cached_property

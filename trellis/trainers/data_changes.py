@@ -61,7 +61,7 @@ def changes(before: dict[str, Any], now: dict[str, Any], dataset: StandardDatase
     before: a checkpoint's `facts_of`; older ones have dataset_size and data_dir alone. now: those of `dataset`.
     """
     lines = []
-    if before["data_dir"] != now["data_dir"]:
+    if before.get("data_dir", now["data_dir"]) != now["data_dir"]:
         lines.append(f"--data_dir was {before['data_dir']} and is {now['data_dir']}")
     for name, values in now["settings"].items():
         old = before.get("settings", {}).get(name, values)

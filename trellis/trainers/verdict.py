@@ -84,7 +84,7 @@ class Course:
                 f"The codebook has collapsed: {used:.0%} of its codes are in use, {used_before:.0%} before. Lower "
                 f"trainer.args.optimizer.args.lr (now {lr:.3g}), or set trainer.args.revive_every."
             )
-        if last_loss > ROSE * first_loss or not math.isfinite(last_loss) or bad_steps:
+        if last_loss > ROSE * first_loss or not math.isfinite(last_loss):
             bad = f", and {bad_steps} steps were not finite" if bad_steps else ""
             return (
                 f"The loss went from {first_loss:.3g} to {last_loss:.3g}{bad}: lower trainer.args.optimizer.args.lr "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from .errors import ConfigError
 
 DEFAULT_PORT = 12345
+BY_HAND = "the command line"  # a starter
 # Slurm numbers the steps of `srun` from 0; a batch script's own step and an interactive shell's have the highest ids.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # Names of (rank, world size, rank on this node, world size on this node) under mpirun.
@@ -76,7 +77,7 @@ def where_started(env: Mapping[str, str], flags: Flags) -> Joined | Nodes:
                 f"{name} is {env[name]!r}, but {other} is not set; set both for each process, start them with torchrun "
                 f"--nproc_per_node N train.py …, or unset {name}"
             )
-    return _nodes("the command line", env, flags, 1, 0)
+    return _nodes(BY_HAND, env, flags, 1, 0)
 
 
 # --- torchrun, accelerate, pods ----------------------------------------------------------------------------
@@ -87,8 +88,8 @@ def _torchrun(env: Mapping[str, str], flags: Flags) -> Joined:
     missing = [name for name in names if name not in env]
     if missing:
         raise ConfigError(
-            f"TORCHELASTIC_RUN_ID is set, as under torchrun, but {', '.join(missing)} is not; unset "
-            "TORCHELASTIC_RUN_ID, or start with torchrun --nproc_per_node N train.py …"
+            f"TORCHELASTIC_RUN_ID is set, as under torchrun, without {', '.join(missing)}; unset TORCHELASTIC_RUN_ID, "
+            "or start with torchrun --nproc_per_node N train.py …"
         )
     return _joined("torchrun", env, flags, names[0], names[1], "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -273,7 +274,7 @@ def _meeting(
     address = flags.master_addr
     if address is None and (given or several):
         address = env.get("MASTER_ADDR") or (hosts[0] if hosts else None)
-    if address is None and several:
+    if address is None and several and starter != BY_HAND:  # by hand, TRELLIS's default holds: localhost
         raise ConfigError(
             f"by {starter} there are several nodes, but MASTER_ADDR is not set; give --master_addr HOST, the name of "
             "the first node"

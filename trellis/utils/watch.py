@@ -31,6 +31,8 @@ SILENT_SECONDS = 120.0
 LONG_PHASE = 6
 # A rank that finds the same error as the others reports it itself within this time.
 GRACE_SECONDS = 5.0
+# How gloo says that another rank has gone.
+LOST = ("Connection reset by peer", "Connection closed by peer", "Broken pipe")
 STEP_FUNCTIONS = ("run_step", "batches", "stop_requested")
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -69,18 +71,21 @@ class Watch:
         self._thread.join()
 
     def fail(self, error: BaseException) -> None:
-        """Let every rank end because of this rank's error. Raise RankFailedError if it follows from another rank's."""
+        """Let every rank end because of this rank's error. Raise RankFailedError if another rank's end led to it."""
         where = f"rank {self.rank} on {socket.gethostname()}"
         if isinstance(error, signals.Stopped):
             reason, code = f"{where} was stopped by {signal.Signals(error.signum).name}", 128 + error.signum
         elif isinstance(error, UserError):
             reason, code = f"{where}: {error}", 1
+        elif isinstance(error, RuntimeError) and (lost := [text for text in LOST if text in str(error)]):
+            reason, code = f"{where} lost another rank at step {self.step()} ({lost[0]})", 1
+            error = RankFailedError(reason)
         else:
             reason, code = f"{where} failed at step {self.step()}: {type(error).__name__}: {error}", 1
         first = self._end_all(reason, code)
         own = isinstance(error, (UserError, signals.Stopped))
-        if first not in (None, reason) and not own:
-            raise RankFailedError(str(first)) from None
+        if isinstance(error, RankFailedError) or (first not in (None, reason) and not own):
+            raise RankFailedError(first or reason) from None
 
     def _end_all(self, reason: str, code: int) -> str | None:
         """Let every rank end with this exit code. Return the first reason, or None if the store has gone."""

@@ -827,7 +827,7 @@ def test_a_dry_run_counts_what_it_had_no_time_for_by_size(tmp_path, monkeypatch)
     found = inputs.Found(files, {})
     lines = estimate.dry_run(found, set(), work.Settings(16, "auto", "cube"), 1, 60, None)
     assert lines[-1] == (
-        "3 to do: about 1.7 s with 1 worker and 3.99 KB of disk, by 2 of them that were tried, and by the size of 1 "
+        "3 to do: about 2 s with 1 worker and 3.99 kB of disk, by 2 of them that were tried, and by the size of 1 "
         "that took too long"
     )
     files["c.nii"].write_text("0" + " " * 19)

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..utils.config import differing_keys, parse_json
+from ..utils.config import differences, differing_keys, parse_json
 from ..utils.errors import ConfigError, DataError
 from ..utils.files import atomic_write
 from ..utils.formats import check_version
@@ -168,9 +168,10 @@ def claim(folder: Path, info: TokenInfo, made_from: dict[str, Any], iou: bool, f
     assert found is not None
     source, values = found
     if values != wanted:
+        changed = ", ".join(f"{key} ({old:.80}, now {new:.80})" for key, old, new in differences(values, wanted))
         raise ConfigError(
-            f"{folder}: holds tokens made with other settings. {source.name} has other values of "
-            f"{', '.join(differing_keys(values, wanted))}. Give the same as before, or another --output_dir."
+            f"{folder}: holds tokens made with other settings. {source.name} has other values of {changed}. Give the "
+            "same as before, or another --output_dir."
         )
 
 
@@ -494,6 +495,8 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn what pyarrow raises for a damaged file into a DataError."""
     try:
         yield
+    except PermissionError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Change its permissions.") from error
     except Exception as error:  # errors of Arrow, of the system and of text, ValueError, KeyError, …
         raise _damaged(path, error) from error
 

@@ -26,6 +26,7 @@ from trellis import SparseStructureTokenizer, __version__
 from trellis.evaluation.metrics import voxel_metrics
 from trellis.grids.voxels import voxel_centers, write_ply
 from trellis.tokens import parquet, sharegpt
+from trellis.tokens.footer import read_row_groups
 from trellis.utils.errors import ConfigError, DataError
 
 OBJECTS, SHARD_SIZE = 30, 8
@@ -501,6 +502,18 @@ def test_a_column_of_something_else_is_refused(tmp_path):
         list(parquet.read_names(path))
     pq.write_table(table.set_column(3, "tokens", pa.array([[0, 1, 2, 3]], pa.large_list(pa.int64()))), path)
     assert [row["tokens"].tolist() for row in parquet.read_shards(path)] == [[0, 1, 2, 3]]
+
+
+def test_the_footer_is_read_as_pyarrow_reads_it(tmp_path):
+    path = tmp_path / "shard-00000-of-00001.parquet"
+    write(path, info(), np.random.default_rng(0).integers(0, 32, (40, 4)))
+    pq.write_table(pq.read_table(path), path, row_group_size=17)
+    found, metadata = read_row_groups(path), pq.read_metadata(path)
+    assert [group.num_rows for group in found] == [17, 17, 6]
+    for number, group in enumerate(found):
+        columns = map(metadata.row_group(number).column, range(metadata.num_columns))
+        assert group.num_values == {column.path_in_schema: column.num_values for column in columns}
+        assert group.num_values["tokens.list.element"] == 4 * group.num_rows
 
 
 def test_a_flipped_bit_never_gives_other_objects(tmp_path):

@@ -36,6 +36,7 @@ from ..utils.errors import ConfigError, DataError
 from ..utils.files import atomic_write
 from ..utils.formats import check_version
 from ..utils.inputs import require_file
+from .footer import read_row_groups
 from .forms import form_of, octree_of
 from .octree import MASKS, Octree
 from .problems import integers
@@ -375,7 +376,7 @@ def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
     for path in shard_files(source):
         file = _open(path)
         _check_columns(file, schema(info).names, path)
-        _check_lengths(file, info, path)
+        _check_lengths(info, path)
         for batch in _batches(file, path):
             yield from _rows(batch, info, path)
 
@@ -471,18 +472,17 @@ def _columns(path: Path, names: list[str]) -> "pyarrow.Table":
     return pa.Table.from_batches(batches, None if batches else pa.schema([file.schema_arrow.field(n) for n in names]))
 
 
-def _check_lengths(file: "pyarrow.parquet.ParquetFile", info: TokenInfo, path: Path) -> None:
+def _check_lengths(info: TokenInfo, path: Path) -> None:
     """Raise DataError if the lists of tokens have more values than objects can have.
 
     Compressed, they take no space in the file: only memory, once they are read.
     """
     # An octree has a mask above each token and at most as many above those.
     most = info.num_tokens if info.octree is None else info.num_tokens + 2 * math.prod(info.lattice) + info.octree.depth
-    meta = file.metadata
-    places = [place for place in range(meta.num_columns) if meta.schema.column(place).path.startswith("tokens.")]
-    for number in range(meta.num_row_groups):
-        group = meta.row_group(number)
-        values = sum(group.column(place).num_values for place in places)
+    with _reading(path):
+        groups = read_row_groups(path)
+    for group in groups:
+        values = sum(count for name, count in group.num_values.items() if name.startswith("tokens."))
         if values > group.num_rows * max(1, most):
             raise DataError(
                 f"{path}: has {values} ids in {group.num_rows} rows, where an object has at most {most}. Delete the "

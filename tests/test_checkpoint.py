@@ -246,6 +246,13 @@ def test_any_flipped_bit_is_found_and_the_file_and_the_checkpoint_before_are_nam
     use(Checkpoints(tmp_path), 6)
 
 
+def test_a_misc_file_of_another_step_is_found(checkpoints):
+    """All that it lists is sound, and its own sum holds."""
+    (checkpoints.folder / misc_file(6)).write_bytes((checkpoints.folder / misc_file(4)).read_bytes())
+    with pytest.raises(CheckpointError, match=f"{misc_file(6)} is damaged .it is the one of step 4.*--ckpt 4"):
+        Checkpoints(checkpoints.run_dir).latest()
+
+
 def test_damage_after_a_file_was_read_is_found_too(checkpoints):
     checkpoints.verify(6)
     path = checkpoints.folder / model_file("decoder", 6)

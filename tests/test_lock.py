@@ -172,11 +172,27 @@ def test_a_job_that_slurm_has_started_again_follows_itself(restart, followed, tm
     assert held_by and held_by.is_dead() is (True if followed else None)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": 1}', b"\xff\xfe", b'{"pid": "x"}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": 1}', b"\xff\xfe", b'{"pid": "x"}', b"[" * 100_000])
 def test_a_lock_that_says_nothing_is_judged_by_its_age(content, fast, tmp_path):
     (tmp_path / "lock").write_bytes(content)
     take(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes", [{"pid": float("inf")}, {"token": "../../x"}, {"token": ""}])
+def test_a_lock_that_somebody_has_edited_says_nothing(changes, fast, tmp_path):
+    """The token becomes a part of a file name."""
+    write_lock(tmp_path / "run", boot="another machine", **changes)
+    take(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == [] and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nothing")])
+def test_a_lock_that_is_no_file_is_refused_at_once(make, tmp_path):
+    make(tmp_path / "lock")
+    with pytest.raises(ConfigError, match=f"--output_dir {tmp_path}: {tmp_path / 'lock'} is a .*; remove it"):
+        take(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_the_lock_is_touched_while_it_is_held(fast, tmp_path):

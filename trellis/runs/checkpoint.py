@@ -183,6 +183,8 @@ class Checkpoints:
         misc = _checked(content, path)
         if misc is not None and "sums" in misc and seal_holds(path) is None:
             raise DamagedError(self._damaged(path, step, "its own sum is lost"))
+        if misc is not None and misc.get("step", step) != step:  # listing that one's files
+            raise DamagedError(self._damaged(path, step, f"it is the one of step {misc['step']}"))
         self._sound.add(key)
         return misc
 

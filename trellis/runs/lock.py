@@ -28,6 +28,7 @@ from pathlib import Path
 
 from ..utils.errors import ConfigError
 from ..utils.files import is_running
+from ..utils.inputs import obstacle
 from ..utils.units import duration
 
 LOCK = "lock"
@@ -65,7 +66,7 @@ class Holder:
 
     def __str__(self) -> str:
         if not self.token:
-            return "a lock that says nothing"
+            return "somebody (the lock does not say who)"
         return f"process {self.pid} on {self.host} ({self.command})"
 
     def for_how_long(self) -> str:
@@ -106,6 +107,7 @@ class RunLock:
         try:
             self._made_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._require_file()
             while not self._create(self.path):
                 self._take_over()
                 if read_holder(self.folder) == self.holder:
@@ -139,6 +141,12 @@ class RunLock:
                 self.path.unlink(missing_ok=True)
             if self._made_folder:  # a start that failed before it wrote anything leaves nothing
                 self.folder.rmdir()
+
+    def _require_file(self) -> None:
+        """Raise ConfigError if something else than a file has the lock's name: it could not be taken over."""
+        reason = obstacle(self.path) if os.path.lexists(self.path) else None
+        if reason is not None and os.path.lexists(self.path):  # it may have been given back since
+            raise ConfigError(f"--output_dir {self.folder}: {self.path} {reason}; remove it")
 
     def _remove_leftovers(self) -> None:
         """Remove what starts have left that were killed while they tried to get the lock."""
@@ -292,10 +300,13 @@ def _read(path: Path) -> Holder | None:
     try:
         # Opened each time: what NFS remembers of a name is compared with the server then.
         found = json.loads(path.read_text(encoding="utf-8"))
-        return Holder(**{name: kind(found[name]) for name, kind in _FIELDS.items()})
+        holder = Holder(**{name: kind(found[name]) for name, kind in _FIELDS.items()})
+        if not holder.token.isalnum():  # becomes a part of a file name
+            raise ValueError(holder.token)
+        return holder
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return Holder(**{name: kind() for name, kind in _FIELDS.items()})
 
 

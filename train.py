@@ -99,6 +99,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="longest wait for another rank to start, or to take a step (default: 10)",
     )
     args = parser.parse_args(argv)
+    if not args.output_dir:  # such as from an unset variable of a shell; it would be the current folder
+        parser.error("--output_dir is empty; give the run folder")
+    for name in ("config", "output_dir", "data_dir", "load_dir"):
+        try:
+            (getattr(args, name) or "").encode()
+        except UnicodeEncodeError:
+            parser.error(f"--{name} is not UTF-8 text; rename the folder, or set PYTHONUTF8=1 if its name is UTF-8")
     if args.ckpt not in ("latest", "best", "none") and not args.ckpt.isdigit():
         parser.error(f"--ckpt is {args.ckpt!r}; it must be latest, best, none or a step")
     for name, low in (("auto_retry", 0), ("num_nodes", 1), ("node_rank", 0)):

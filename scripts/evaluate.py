@@ -148,7 +148,8 @@ class Subject:
 
 def run_subject(run_dir: str, ckpt: str) -> Subject:
     """Return a checkpoint of a run. Raise CheckpointError if there is none."""
-    if (Path(run_dir) / WEIGHTS).is_file() or (Path(run_dir) / f"{MODELS[0]}.json").is_file():
+    exported = (Path(run_dir) / WEIGHTS).is_file() or (Path(run_dir) / f"{MODELS[0]}.json").is_file()
+    if exported and not (Path(run_dir) / "ckpts").is_dir():
         raise CheckpointError(f"--run {run_dir}: is no run folder, but has models: give it as --pretrained")
     run = open_run(run_dir, ckpt, "--run")
     return Subject(run_dir, run.step, run.config, run.weight_sets(), run.data_dir, run.training_seconds)
@@ -437,7 +438,7 @@ def print_scores(args: argparse.Namespace) -> None:
     step = f" at step {report['step']}" if args.run else ""
     print(f"{report['models']}{step}, split {args.split}")
     print(format_report(report["weights"], report.get("baselines", {})))
-    sys.stdout.flush()  # scores took their time: they are told before the disk may turn out to be full
+    print(end="", flush=True)  # scores took their time: they are told before the disk may turn out to be full
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from trellis.models import build, load_weights, model_spec
 from trellis.runs.open import Run, open_run
 from trellis.tokens.sources import GRIDS
 from trellis.utils.command import check_output_folder, run_command
-from trellis.utils.errors import CheckpointError, DataError
+from trellis.utils.errors import CheckpointError, ConfigError, DataError
 from trellis.utils.files import atomic_write, remove_leftovers
 
 
@@ -58,6 +58,8 @@ def export(args: argparse.Namespace) -> None:
     from safetensors.torch import save
 
     folder = check_output_folder(args.output_dir)
+    if (folder / "ckpts").is_dir():  # the copy would be taken for the run's newest weights
+        raise ConfigError(f"--output_dir {folder}: is a run folder; give another --output_dir")
     run = open_run(args.run, args.ckpt, "--run")
     paths = [folder / f"{name}{suffix}" for name in run.config["models"] for suffix in (".safetensors", ".json")]
     present = [path for path in paths if path.exists()]

@@ -162,6 +162,8 @@ def test_slurms_short_forms():
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--output_dir", ""], "--output_dir is empty; give the run folder"),
+        (["--load_dir", "caf\udce9"], "--load_dir is not UTF-8 text"),
         (["--master_port", "-1"], "--master_port is -1; it must be from 0 to 65535"),
         (["--master_port", "70000"], "--master_port is 70000"),
         (["--timeout", "0"], "--timeout is 0"),

@@ -147,7 +147,7 @@ def test_components_have_a_name_and_arguments(spec, message):
         ('{"a": 1,}', "not valid JSON"),
         ("", "not valid JSON"),
         ("[1]", "the file must hold one JSON object"),
-        (b"\xff\xfe", "not valid JSON"),
+        (b"\xff\xfe", "is not UTF-8 text; --config takes a JSON file, saved as UTF-8"),
     ],
 )
 def test_a_damaged_file_is_one_clear_error(text, message, tmp_path):
@@ -156,6 +156,11 @@ def test_a_damaged_file_is_one_clear_error(text, message, tmp_path):
     with pytest.raises(ConfigError) as error:
         load_config(str(path))
     assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_damage(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert load_config(str(tmp_path / "config.json")) == {"a": 1}
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
@@ -200,7 +205,10 @@ def test_an_override_may_add_a_key_but_no_parent():
     apply_override(config, "top=2")
     assert config == {"a": {"new": 1}, "top": 2}
     for assignment, message in (
-        ("a.c.d=1", "a.c is not in the configuration"),
+        (
+            "a.c.d=1",
+            "a.c is not in the configuration; it can be one of: new; to add it, --set a.c to a",
+        ),
         ("aa.d=1", "aa is not in the configuration; did you mean a?"),
         ("a.new.d=1", "a.new has type integer, not object"),
         ("top.x.y=1", "top.x is not in the configuration"),

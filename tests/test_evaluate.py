@@ -22,6 +22,7 @@ from trellis.models import build
 from trellis.modules.quantizers import ResidualVectorQuantizer
 from trellis.runs.checkpoint import Checkpoints, model_file
 from trellis.tokens.octree import Octree
+from trellis.utils.errors import CheckpointError
 from trellis.utils.random_utils import derive_seed
 
 SOURCES = ["chairs", "tables", "chairs", "", "tables", "chairs", "lamps"]  # "": unknown
@@ -408,6 +409,14 @@ def test_a_run_and_a_tokenizer_that_are_mixed_up_are_told_apart(vq_run, tmp_path
     (tmp_path / "models" / "encoder.json").touch()
     (tmp_path / "file").touch()
     rest = ["--data_dir", "x", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):  # exported files beside it make it no other
+        (tmp_path / "models" / "ckpts").mkdir()
+        script.run_subject(str(tmp_path / "models"), "latest")
+    (tmp_path / "models" / "ckpts").rmdir()
+    from scripts import export_pretrained
+
+    assert export_pretrained.main(["--run", str(vq_run), "--output_dir", str(vq_run)]) == 1
+    assert f"--output_dir {vq_run}: is a run folder; give another" in capsys.readouterr().err
     for flags, message in (
         (["--run", "models"], "--run models: is no run folder, but has models: give it as --pretrained"),
         (["--pretrained", str(vq_run)], "is a run folder: give it as --run"),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -303,3 +304,10 @@ def test_two_runs_in_one_folder_give_one_run_and_one_error(data_dir, write_confi
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["trainer"]["args"]["seed"] == 1
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()].count(0) == 1
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=re.escape(f"--output_dir {folder}: {tmp_path / 'file'} is not a folder")):
+            RunLock(folder).acquire()

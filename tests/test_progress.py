@@ -48,6 +48,16 @@ def test_the_innermost_work_speaks_and_the_outer_one_afterwards(capsys):
     assert "outer" in {line.split(":")[0] for line in outer}
 
 
+def test_works_that_follow_each_other_are_one_silence(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SILENCE", 0.5)
+    with waiting("first"):
+        time.sleep(0.35)
+    with waiting("second"):
+        time.sleep(0.35)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("second: 0 s so far")
+
+
 def test_whoever_speaks_is_not_interrupted(capsys, monkeypatch):
     monkeypatch.setattr(progress, "SILENCE", 0.5)
     with waiting("work"):

@@ -106,6 +106,33 @@ def test_a_killed_run_is_dead_at_once_on_its_own_machine(data_dir, write_config,
     assert "died (" in line and f"process {process.pid}" in line and "the same command continues" in line
 
 
+def test_a_start_that_fails_or_does_nothing_leaves_a_finished_run_as_it_was(data_dir, tmp_path, write_config):
+    folder = tmp_path / "run"
+    flags = ["--data_dir", data_dir, "--output_dir", folder]
+    assert run("--config", write_config(tiny_config(VQ)), *flags) == 0
+    kept = ("state", "reason", "step", "loss", "scores", "best", "checkpoint_step", "health", "objects")
+    before = read_status(folder)
+    assert before["loss"] is not None and before["scores"] and before["best"]
+    assert run("--config", write_config(tiny_config()), *flags) == 1  # of another trainer
+    assert {key: read_status(folder)[key] for key in kept} == {key: before[key] for key in kept}
+    assert run("--config", write_config(tiny_config(VQ)), *flags) == 0  # nothing is left to do
+    assert {key: read_status(folder)[key] for key in kept} == {key: before[key] for key in kept}
+
+
+def test_a_failed_start_of_a_stopped_run_is_told_beside_how_far_it_was(tmp_path):
+    (tmp_path / "log.txt").touch()
+    with RunStatus(tmp_path) as status:
+        status.set(state="stopped", reason="SIGTERM", step=4, loss=0.5, best={"step": 2, "by": "iou", "score": 0.9})
+    with pytest.raises(DataError), RunStatus(tmp_path):
+        raise DataError("nowhere: no such folder")
+    found = read_status(tmp_path)
+    assert (found["state"], found["reason"]) == ("failed", "nowhere: no such folder")
+    assert (found["step"], found["loss"], found["best"]["step"]) == (4, 0.5, 2)
+    with RunStatus(tmp_path) as status:  # steps of its own end what was known
+        status.set(state="stopped", reason="SIGTERM", step=5)
+    assert read_status(tmp_path)["loss"] is None
+
+
 def test_an_error_is_kept_and_a_start_that_fails_leaves_no_folder(data_dir, write_config, tmp_path, monkeypatch):
     flags = ("--config", write_config(tiny_config()), "--data_dir", data_dir, "--output_dir", tmp_path / "run")
 

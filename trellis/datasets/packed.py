@@ -140,5 +140,5 @@ def check_resolution(path: Path, bits: np.ndarray, resolution: int) -> None:
         what = f"hold grids of resolution {found}" if found else "are not a cube"
         raise DataError(
             f"{path}: rows of {bits.shape[1]} bytes {what}, but resolution is {resolution}. "
-            "Set the config's resolution or choose another file."
+            "Ask for that (dataset.args.resolution of a configuration, --resolution of a program), or give other data."
         )

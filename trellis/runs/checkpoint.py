@@ -228,8 +228,10 @@ class Checkpoints:
     def _damaged(self, path: Path, step: int, why: str) -> str:
         """Return the message for a damaged file."""
         before = next((other for other in reversed(self.steps()) if other < step and self.is_complete(other)), None)
-        remedy = "there is no checkpoint before it" if before is None else f"take the one before it: --ckpt {before}"
-        return f"{path} is damaged ({(why.splitlines() or ['?'])[0]}). Restore the file, or {remedy}"
+        remedy = (
+            "; there is no checkpoint before it" if before is None else f", or take the one before it: --ckpt {before}"
+        )
+        return f"{path} is damaged ({(why.splitlines() or ['?'])[0]}). Restore the file{remedy}"
 
     # --- writing ---
 

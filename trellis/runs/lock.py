@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
+from ..utils.command import check_output_folder
 from ..utils.errors import ConfigError
 from ..utils.files import is_running
 from ..utils.inputs import obstacle
@@ -114,6 +115,7 @@ class RunLock:
                     break
                 time.sleep(0.01)
         except OSError as error:
+            check_output_folder(self.folder)  # says what is no folder
             raise ConfigError(f"--output_dir {self.folder} cannot be written ({error.strerror})") from error
         self._remove_leftovers()
         self._file = os.open(self.path, os.O_RDONLY)

@@ -54,6 +54,11 @@ HEARTBEAT = 20.0  # seconds between writes if nothing changes
 PAUSE = 1.0  # seconds between writes at least
 # Seconds without a heartbeat after which a run on another machine counts as dead: clocks differ, file servers cache.
 DEAD_AFTER = 150.0
+# What still holds for a run that a start has not moved on.
+LASTING = (
+    "step", "max_steps", "samples_per_second", "loss", "scores", "reference", "best", "checkpoint_step", "health",
+    "objects", "parameters",
+)  # fmt: skip
 # Seconds without a step or a new phase after which a live run is said to make no progress.
 STUCK_AFTER = 900.0
 
@@ -66,7 +71,8 @@ class RunStatus:
 
     folder: the run folder, made if need be; None keeps no file.
     shown: whether `doing` is shown on the terminal.
-    An error that leaves the block makes the state "failed", a signal "stopped".
+    An error that leaves the block makes the state "failed", a signal "stopped". A run that was finished stays so if a
+    start fails before it has begun, and what was known of a run stays known after a start that takes no step.
     """
 
     def __init__(self, folder: str | Path | None, *, shown: bool = True):
@@ -86,9 +92,12 @@ class RunStatus:
         self._dirty = self._closed = False
         self._thread: threading.Thread | None = None
         self._told = False
+        self._before: dict[str, Any] | None = None  # the status that an earlier start has left
 
     def __enter__(self) -> "RunStatus":
         if self.folder is not None:
+            with contextlib.suppress(DataError, OSError):  # it is replaced, also if it is damaged
+                self._before = read_status(self.folder)
             self._write()
             if self.folder.is_dir():
                 remove_leftovers(self.folder)
@@ -100,6 +109,7 @@ class RunStatus:
         if error is not None:
             state, reason = ending(error)
             self.set(state=state, reason=reason, eta_s=None)
+        self._take_over()
         if self._thread is not None:
             with self._changed:
                 self._closed = True
@@ -108,6 +118,17 @@ class RunStatus:
             self._write()
             if error is not None:
                 self._remove_if_alone()
+
+    def _take_over(self) -> None:
+        """Keep what the status before says, unless steps were taken since."""
+        before = self._before
+        if before is None or self.values["step"] not in (None, before["step"]):
+            return
+        if self.values["step"] is None and before["state"] == "finished":
+            self.values = {**before, "doing": None}
+            self._works.clear()
+        else:
+            self.set(**{key: before.get(key) for key in LASTING if not self.values[key]})
 
     def _remove_if_alone(self) -> None:
         """Remove the file if the folder has nothing else but the lock: a start that failed leaves no folder."""

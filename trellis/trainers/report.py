@@ -1,6 +1,5 @@
 """What a run is about to do, printed before it starts and by --tryrun."""
 
-import sys
 import time
 
 import torch
@@ -42,7 +41,7 @@ def describe(trainer: BasicTrainer) -> None:
         print(f"note: {trainer.precision.note}")
     if trainer.device.type == "cuda" and obstacle(trainer.device):
         print(f"note: plain modules run in place of the GPU kernels, which are faster: {obstacle(trainer.device)}")
-    sys.stdout.flush()
+    print(end="", flush=True)  # unlike sys.stdout.flush, also where standard output is closed
 
 
 def _notes_on_weights(trainer: BasicTrainer) -> list[str]:

@@ -56,11 +56,13 @@ def load_config(path: str) -> dict:
     """
     require_file(path, ConfigError, "--config takes a JSON file", MAX_BYTES)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # Windows editors put a byte order mark before the text
             config = parse_json(file.read(), path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); --config takes a JSON file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text; --config takes a JSON file, saved as UTF-8") from error
+    except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: the file must hold one JSON object")
@@ -130,10 +132,11 @@ def apply_override(config: dict, assignment: str) -> None:
     for depth, key in enumerate(keys[:-1]):
         if not isinstance(node, dict) or key not in node:
             known = node if isinstance(node, dict) else ()
-            raise ConfigError(
-                f"{where}: {shortened('.'.join(keys[: depth + 1]))} is not in the configuration"
-                f"{did_you_mean(key[:MAX_KEY], known) if known else ''}"
-            )
+            missing = shortened(".".join(keys[: depth + 1]))
+            hint = did_you_mean(key[:MAX_KEY], known) if known else ""
+            if depth and "did you mean" not in hint:  # it may be right, but the file leaves it out
+                hint += f"; to add it, --set {missing} to a whole JSON object"
+            raise ConfigError(f"{where}: {missing} is not in the configuration{hint}")
         node = node[key]
     if not isinstance(node, dict):
         raise ConfigError(f"{where}: {'.'.join(keys[:-1])} has type {json_type(node)}, not object")

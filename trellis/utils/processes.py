@@ -121,8 +121,8 @@ def end(code: int) -> None:
     timer.daemon = True
     timer.start()
     atexit._run_exitfuncs()  # loading processes, semaphores
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        print(end="", file=stream, flush=True)  # no error where it is closed
     os._exit(code)
 
 

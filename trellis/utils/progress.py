@@ -5,6 +5,7 @@ is seen to go on.
 """
 
 import contextlib
+import math
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 SILENCE = 10.0  # seconds without a line after which one is printed
 REFRESH = 1.0  # seconds between updates of a bar
+PAUSE = 1.0  # seconds between two works that make them one silence
 
 
 class Work:
@@ -59,14 +61,16 @@ class _Display:
         self.condition = threading.Condition(threading.RLock())
         self.works: list[Work] = []
         self.spoke = time.monotonic()
+        self.idle_since = -math.inf  # when the last work ended
         self.thread: threading.Thread | None = None
 
     def push(self, work: Work) -> None:
         with self.condition:
-            if not self.works:
+            # What came before may have spoken by other means; right after a work only `say` speaks.
+            if not self.works and time.monotonic() - self.idle_since > PAUSE:
                 self.spoke = time.monotonic()
             self.works.append(work)
-            if sys.stderr.isatty():
+            if sys.stderr is not None and sys.stderr.isatty():
                 work.bar = _bar(work, leave=len(self.works) == 1 and work.text is not None)
             if self.thread is None:
                 self.thread = threading.Thread(target=self._show, name="progress", daemon=True)
@@ -76,6 +80,7 @@ class _Display:
     def pop(self, work: Work) -> None:
         with self.condition:
             self.works.remove(work)
+            self.idle_since = time.monotonic()
             if work.bar is not None:
                 _update(work)
                 work.bar.close()

@@ -11,7 +11,8 @@ from .errors import ConfigError
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" with the nearest of the known names, or the whole list if none is near."""
     known = sorted(known)
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    other_case = [each for each in known if each.lower() == name.lower()]
+    nearest = other_case or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {nearest[0]}?" if nearest else f"; it can be one of: {', '.join(known)}"
 
 

@@ -124,7 +124,7 @@ class StandardDatasetBase(Dataset, ABC):
         if not self.instances:
             raise DataError(
                 f"{','.join(self.roots)}: no object is in split {split!r} "
-                f"({self.split_sizes()}). Set `split` of some objects in metadata.csv, add objects, "
+                f"({self.split_sizes()}). Set `split` of some objects in metadata.csv, before packing, add objects, "
                 "or choose another split (evaluate.py --split all)."
             )
 

@@ -99,7 +99,7 @@ def lines(need: Need, micro_batch: int, batch_per_rank: int) -> list[str]:
 
     micro_batch, batch_per_rank: samples at once and in a step of one process, as configured.
     """
-    how = f"measured by steps of {need.sizes[0]} and {need.sizes[1]} samples, {need.what}"
+    how = f"measured by training steps of {need.sizes[0]} and {need.sizes[1]} samples, {need.what}"
     if need.sample is None:
         return [
             f"memory: {need.base / GIB:.2f} GiB ({how}); a sample takes too little to be seen beside what the process "

@@ -14,6 +14,7 @@ from .muon import CONVOLUTION, Muon
 from .optim import preview_schedule
 
 EXAMPLES = 3  # names of tensors that stand for all
+LONGEST_SAMPLE = 5.0  # seconds of a sample on a CPU beyond which steps that measure memory would be long waited for
 
 
 def describe(trainer: BasicTrainer) -> None:
@@ -33,7 +34,7 @@ def describe(trainer: BasicTrainer) -> None:
     if not trainer.dataset.split_sizes()["val"]:
         print(
             "note: no object is in the validation split, so nothing is validated and no checkpoint is the best; "
-            "set the split column of some objects in metadata.csv to val"
+            "set the column split of some objects to val (in metadata.csv, or before packing)"
         )
     devices = f"{dist_utils.world_size()} x {trainer.device.type}"
     print(f"{devices}, {trainer.precision.name}, {trainer.global_batch} samples per step, {trainer.max_steps} steps")
@@ -71,14 +72,24 @@ def tryrun(trainer: BasicTrainer) -> None:
         for fact in [*trainer.facts(), *_codebook(trainer)]:
             print(fact)
         print("one sample, forward and backward: " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
+    found = _memory(trainer, time.monotonic() - started)
+    if dist_utils.is_main():
+        finished = trainer.plan.resume is not None and trainer.plan.resume[1] >= trainer.max_steps
+        end = "a run would find nothing left to do" if finished else "a run would start"
+        print("\n".join([*found, *_way_on(trainer), f"{time.monotonic() - started:.1f} s; {end}"]))
+
+
+def _memory(trainer: BasicTrainer, seconds: float) -> list[str]:
+    """Return what is to say of memory. seconds: of one sample, forward and backward."""
+    slow = trainer.device.type == "cpu" and seconds > LONGEST_SAMPLE
+    if dist_utils.any_rank(slow, trainer.device):
+        return [f"memory: not measured on this CPU, where one sample takes {seconds:.0f} s; on a GPU it is"]
     try:
         with waiting("steps that measure memory", shown=dist_utils.is_main()):
             need = memory.measure(trainer)
-        found = memory.lines(need, trainer.micro_batch_size, trainer.batch_per_rank)
     except torch.cuda.OutOfMemoryError:
-        found = ["WARNING: the GPU's memory is too small for steps of few samples; take smaller models or another GPU"]
-    if dist_utils.is_main():
-        print("\n".join([*found, *_way_on(trainer), f"{time.monotonic() - started:.1f} s; a run would start"]))
+        return ["WARNING: the GPU's memory is too small for steps of few samples; take smaller models or another GPU"]
+    return memory.lines(need, trainer.micro_batch_size, trainer.batch_per_rank)
 
 
 def _codebook(trainer: BasicTrainer) -> list[str]:

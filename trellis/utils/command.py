@@ -74,6 +74,8 @@ def check_output_folder(path: str | os.PathLike, flag: str = "--output_dir") -> 
 
     Raise ConfigError if it cannot be written or made, before time is spent on what it should get.
     """
+    if not os.fspath(path):
+        raise ConfigError(f"{flag} is empty; give a folder")
     folder = Path(path)
     nearest = next((each for each in (folder, *folder.absolute().parents) if os.path.lexists(each)), folder)
     if not os.path.isdir(nearest):
@@ -104,6 +106,8 @@ def run_command(
         print(f"error: {error_of_system(error)}", file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except UnicodeEncodeError as error:
+        print(f"error: a name is not UTF-8 text ({error.reason}): rename it, or set PYTHONUTF8=1", file=sys.stderr)
     except RuntimeError as error:
         if "can't start new thread" not in str(error):
             raise
@@ -119,6 +123,8 @@ def error_of_system(error: OSError, about: object = None) -> str:
 
     about: what it is about if the system does not say a file.
     """
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        return "standard output was closed by what reads it"
     if error.strerror is None:
         return str(error)
     named = isinstance(error.filename, (str, bytes, os.PathLike))  # it may be the number of an open file too

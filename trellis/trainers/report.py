@@ -81,8 +81,8 @@ def tryrun(trainer: BasicTrainer) -> None:
 
 def _memory(trainer: BasicTrainer, seconds: float) -> list[str]:
     """Return what is to say of memory. seconds: of one sample, forward and backward."""
-    slow = trainer.device.type == "cpu" and seconds > LONGEST_SAMPLE
-    if dist_utils.any_rank(slow, trainer.device):
+    seconds = dist_utils.broadcast_object(seconds)  # all ranks decide alike
+    if trainer.device.type == "cpu" and seconds > LONGEST_SAMPLE:
         return [f"memory: not measured on this CPU, where one sample takes {seconds:.0f} s; on a GPU it is"]
     try:
         with waiting("steps that measure memory", shown=dist_utils.is_main()):

@@ -397,7 +397,10 @@ def _dense_ids(lists: "pyarrow.ListArray", sha256: list[str], info: TokenInfo, p
             f"{path}: {sha256[row]} has {lengths[row]} ids, but its metadata say {info.num_tokens}. Delete the file "
             "and run scripts/to_tokens.py again."
         )
-    tokens = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64).reshape(-1, info.num_tokens)
+    values = lists.flatten()
+    tokens = values.fill_null(0).to_numpy().astype(np.int64)
+    tokens[values.is_null().to_numpy(zero_copy_only=False)] = -1  # refused below
+    tokens = tokens.reshape(-1, info.num_tokens)
     outside = ((tokens < 0) | (tokens >= info.n_embed)).any(1)
     if outside.any():
         raise DataError(

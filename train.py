@@ -344,6 +344,9 @@ def main(argv: list[str] | None = None) -> int:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except OSError as error:  # a run folder that may not be read
+            print(f"error: {error_of_system(error)}", file=sys.stderr)
+            return 1
         except signals.Stopped as stopped:
             name = signal.Signals(stopped.signum).name
             print(f"stopped by {name} outside of training; the same command continues", file=sys.stderr)

@@ -50,11 +50,11 @@ from trellis.trainers.standing import Reference
 from trellis.trainers.weights import plan_weights
 from trellis.utils import dist_utils, rendezvous
 from trellis.utils.cluster import Flags, Joined, Nodes, where_started
-from trellis.utils.command import DEVICES, error_of_system, pick_device
+from trellis.utils.command import DEVICES, error_of_system, pick_device, run_command
 from trellis.utils.config import apply_override, load_config
 from trellis.utils.environment import keep_freed_memory
 from trellis.utils.errors import ConfigError, UserError
-from trellis.utils.processes import RankFailedError, end, run_all
+from trellis.utils.processes import UNWIND_SECONDS, RankFailedError, end, run_all
 from trellis.utils.random_utils import derive_seed
 from trellis.utils.watch import LOOK_EVERY, Watch
 
@@ -335,25 +335,14 @@ def main(argv: list[str] | None = None) -> int:
 
     0: finished. 1: an error. 2 (by argparse): wrong flags. 128 + signal: stopped by it; the same command continues.
     """
-    args = parse_args(argv)
-    with signals.handled():
-        try:
-            plan = plan_launch(args)
-            config = read_config(args, plan.world)
-            return train(args, config, plan)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except OSError as error:  # a run folder that may not be read
-            print(f"error: {error_of_system(error)}", file=sys.stderr)
-            return 1
-        except signals.Stopped as stopped:
-            name = signal.Signals(stopped.signum).name
-            print(f"stopped by {name} outside of training; the same command continues", file=sys.stderr)
-            return 128 + stopped.signum
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+    stopped = "stopped outside of training; the same command continues"
+    return run_command(start, parse_args(argv), stopped, UNWIND_SECONDS)
+
+
+def start(args: argparse.Namespace) -> int:
+    """Check flags and configuration, and train. Return the exit code."""
+    plan = plan_launch(args)
+    return train(args, read_config(args, plan.world), plan)
 
 
 def train(args: argparse.Namespace, config: Configuration, plan: Launch) -> int:

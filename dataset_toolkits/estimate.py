@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from trellis.grids.formats import FORMATS, suffix_of
 from trellis.grids.mesh_pool import LostTask, MeshPool
+from trellis.utils import units
 from trellis.utils.errors import DataError
 
 from . import report
@@ -52,7 +53,7 @@ def dry_run(
     if found.left_out:
         listed += f"{', ' if listed else ''}{len(found.left_out)} not read"
     number = report.count(len(sizes) + len(found.left_out), "file")
-    lines = [f"{number}: {listed}; {report.size(sum(sizes.values()))} to read"]
+    lines = [f"{number}: {listed}; {units.size(sum(sizes.values()))} to read"]
     lines += [f"left out: {line}" for line in report.by_kind(found.left_out.items())]
     new = {name: size for name, size in sizes.items() if name not in recorded}
     if len(new) < len(sizes):
@@ -81,8 +82,8 @@ def dry_run(
     )
     disk *= len(new) / sum(sample.stands_for for sample in done)
     about = (
-        f"about {report.duration(START_SECONDS + seconds / workers)} with {report.count(workers, 'worker')} and "
-        f"{report.size(disk)} of disk"
+        f"about {units.duration(START_SECONDS + seconds / workers)} with {report.count(workers, 'worker')} and "
+        f"{units.size(disk)} of disk"
     )
     if len(done) == len(samples):
         basis = f"by {len(done)} of them, of all sizes, that were tried"

@@ -40,19 +40,3 @@ def by_kind(texts: Iterable[tuple[str, str]], objects: Container[str] = ()) -> l
     if len(ranked) > KINDS_SHOWN:
         lines.append(f"and {sum(map(len, ranked[KINDS_SHOWN:]))} more")
     return lines
-
-
-def size(count: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("bytes", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people."""
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

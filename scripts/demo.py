@@ -22,8 +22,9 @@ import time
 
 from dataset_toolkits import records
 from trellis.grids.placing import UP_AXES
-from trellis.utils.command import DEVICES, Interrupted, pick_device, run_command
+from trellis.utils.command import DEVICES, pick_device, run_command
 from trellis.utils.errors import ConfigError, DataError
+from trellis.utils.signals import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "pretrained" / "base"  # the tokenizer
@@ -64,8 +65,8 @@ def run(*command: object) -> None:
     with subprocess.Popen([sys.executable, *words], cwd=ROOT) as process:
         try:
             code = process.wait()
-        except KeyboardInterrupt as stopped:  # the step saves before it ends
-            if isinstance(stopped, Interrupted) and stopped.signum != signal.SIGINT:  # Ctrl-C reaches it by itself
+        except Stopped as stopped:  # the step saves before it ends
+            if stopped.signum != signal.SIGINT:  # Ctrl-C reaches it by itself
                 process.send_signal(stopped.signum)
             process.wait()
             raise

@@ -22,9 +22,10 @@ from typing import Any
 
 from trellis.runs.checkpoint import Checkpoints
 from trellis.runs.lock import read_holder
-from trellis.runs.status import FILE, duration, judge, life, read_status
+from trellis.runs.status import FILE, judge, life, read_status
 from trellis.utils.command import run_command
 from trellis.utils.errors import DataError
+from trellis.utils.units import duration
 
 COLUMNS = ("run", "step", "of", "ETA", "samples/s", "loss", "IoU", "best", "saved", "usage", "lr", "state")
 DEPTH = 4  # levels of folders in which runs are looked for

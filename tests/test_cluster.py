@@ -404,8 +404,7 @@ def test_a_signal_outside_of_training_ends_with_its_code(signum, program):
 def test_a_main_thread_that_does_not_end_is_ended(program):
     process = program(
         """
-        signals.UNWIND_SECONDS = 0.3
-        with signals.handled():
+        with signals.handled(0.3):
             while True:
                 try:
                     print("ready", flush=True)

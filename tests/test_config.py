@@ -21,6 +21,7 @@ from trellis.utils.config import (
     check_component,
     config_arguments,
     describe,
+    differences,
     differing_keys,
     load_config,
     matches,
@@ -221,6 +222,7 @@ def test_differing_keys_are_the_deepest_paths():
     new = {"a": {"x": 1.0, "y": [1, 3], "z": {"w": None, "n": 0}}, "c": 1, "same": {"k": [{"v": 1}]}}
     assert differing_keys(old, new) == ["a.x", "a.y", "a.z.n", "b", "c"]
     assert differing_keys(old, copy.deepcopy(old)) == []
+    assert differences({"a.b": 1, "c": True}, {"c": 1}) == [("a.b", "1", "absent"), ("c", "true", "1")]
     assert differing_keys({"a": {}}, {"a": None}, "top") == ["top.a"]
     assert differing_keys(True, 1, "flag") == ["flag"]
 

@@ -13,7 +13,7 @@ from helpers import ROOT, VQ, logged, run, tiny_config
 from trellis.models import build
 from trellis.runs.status import read_status
 from trellis.trainers.configuration import complete_config
-from trellis.trainers.standing import COLUMNS, Point, Reference, parameter_count
+from trellis.trainers.standing import COLUMNS, Point, Reference, RunSize, parameter_count
 from trellis.utils.config import load_config
 from trellis.utils.errors import ConfigError
 
@@ -37,7 +37,8 @@ def with_curve(data_dir, tmp_path_factory) -> Path:
 
 def test_a_curve_holds_what_the_run_logged(with_curve, data_dir):
     reference, log = Reference.of_config(with_curve), logged(with_curve.parent / "run")
-    assert (reference.max_steps, reference.samples_per_step, reference.train, reference.val) == (6, 4, 24, 6)
+    size = reference.size
+    assert (size.max_steps, size.samples_per_step, size.train, size.val) == (6, 4, 24, 6)
     assert reference.card == read_status(with_curve.parent / "run")["card"]
     ious = {entry["step"]: round(entry["val/iou"], 4) for entry in log if "val/iou" in entry}
     assert {point.step: point.iou for point in reference.points if point.iou is not None} == ious
@@ -83,7 +84,7 @@ def test_other_models_are_not_compared(with_curve, data_dir, tmp_path, capsys):
 
 
 def reference(points: list[Point]) -> Reference:
-    return Reference(points, "card", 1000, 16, 0, 1, 1)
+    return Reference(points, "card", RunSize(1000, 16, 0, 1, 1))
 
 
 @pytest.mark.parametrize("step, found", [(0, 0.1), (1, None), (960, 0.9), (940, None), (1040, 0.9), (2000, None)])
@@ -130,10 +131,10 @@ def test_a_shipped_curve_fits_its_configuration(curve):
     with torch.device("meta"):
         models = {name: build(spec, f"models.{name}") for name, spec in completed["models"].items()}
     reference, args = Reference.of_config(config), completed["trainer"]["args"]
-    assert parameter_count(models) == reference.parameters
-    assert reference.samples_per_step == (args["batch_size"] or args["batch_size_per_gpu"])
+    assert parameter_count(models) == reference.size.parameters
+    assert reference.size.samples_per_step == (args["batch_size"] or args["batch_size_per_gpu"])
     steps = [point.step for point in reference.points]
-    assert steps == sorted(set(steps)) and steps[-1] == reference.max_steps <= args["max_steps"]
+    assert steps == sorted(set(steps)) and steps[-1] == reference.size.max_steps <= args["max_steps"]
     assert reference.points[-1].iou is not None and reference.card
     assert all(point.iou is None or 0 <= point.iou <= 1 for point in reference.points)
 

@@ -110,6 +110,8 @@ def test_the_step_is_the_one_asked_for(tmp_path):
     "folder, ckpt, message",
     [
         ("gone", "latest", "--run {tmp}/gone does not exist; give a run folder"),
+        ("file", "latest", "--run {tmp}/file is a file; give a run folder"),
+        ("run/ckpts", "latest", "--run {tmp}/run/ckpts has the checkpoints of a run; give {tmp}/run"),
         ("", "latest", "--run {tmp} has no complete checkpoint in {tmp}/ckpts; give a run folder"),
         ("run", "3", "{tmp}/run/ckpts has no complete checkpoint for --ckpt 3; complete steps: 4"),
         ("run", "best", "{tmp}/run/ckpts has no complete checkpoint for --ckpt best; complete steps: 4"),
@@ -117,6 +119,7 @@ def test_the_step_is_the_one_asked_for(tmp_path):
 )
 def test_a_folder_without_the_checkpoint_is_one_clear_error(folder, ckpt, message, tmp_path):
     save(tmp_path / "run", 4)
+    (tmp_path / "file").touch()
     with pytest.raises(CheckpointError) as error:
         open_run(tmp_path / folder, ckpt, "--run")
     assert str(error.value) == message.format(tmp=tmp_path)

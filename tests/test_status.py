@@ -20,7 +20,6 @@ from trellis.runs.status import (
     HEARTBEAT,
     STUCK_AFTER,
     RunStatus,
-    duration,
     ending,
     judge,
     life,
@@ -29,6 +28,7 @@ from trellis.runs.status import (
 from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.signals import Stopped
+from trellis.utils.units import duration
 
 spec = importlib.util.spec_from_file_location("scripts_status", ROOT / "scripts" / "status.py")
 scripts_status = importlib.util.module_from_spec(spec)

@@ -26,6 +26,7 @@ from trellis import SparseStructureTokenizer, __version__
 from trellis.evaluation.metrics import voxel_metrics
 from trellis.grids.voxels import voxel_centers, write_ply
 from trellis.tokens import parquet, sharegpt
+from trellis.tokens.footer import read_row_groups
 from trellis.utils.errors import ConfigError, DataError
 
 OBJECTS, SHARD_SIZE = 30, 8
@@ -214,7 +215,7 @@ def test_shards_say_by_themselves_how_they_were_made(base, tokens, tmp_path, cap
     name = "shard-00002-of-00004.parquet"
     (tmp_path / name).write_bytes((tokens / name).read_bytes())
     assert script.main(flags(base, tmp_path)) == 1
-    assert f"{name} has other values of iou" in capsys.readouterr().err
+    assert f"{name} has other values of iou (true, now false)" in capsys.readouterr().err
     assert script.main(flags(base, tmp_path, "--iou")) == 0
     assert "22 of them new" in capsys.readouterr().out and same_rows(tmp_path, tokens)
 
@@ -240,7 +241,7 @@ def test_a_folder_of_an_earlier_version_is_gone_on_with(base, tokens, tmp_path, 
     del manifest["empty_code"], manifest["form"]
     (tmp_path / "tokens.json").write_text(json.dumps(manifest))
     assert script.main(flags(base, tmp_path)) == 1
-    assert "tokens.json has other values of iou" in capsys.readouterr().err
+    assert "tokens.json has other values of iou (true, now false)" in capsys.readouterr().err
     assert script.main(flags(base, tmp_path, "--iou")) == 0
     assert "14 of them new" in capsys.readouterr().out and same_rows(tmp_path, tokens)
     assert (tmp_path / "tokens.json").read_text() == json.dumps(manifest) and not (tmp_path / parquet.COMMON).exists()
@@ -503,6 +504,18 @@ def test_a_column_of_something_else_is_refused(tmp_path):
     assert [row["tokens"].tolist() for row in parquet.read_shards(path)] == [[0, 1, 2, 3]]
 
 
+def test_the_footer_is_read_as_pyarrow_reads_it(tmp_path):
+    path = tmp_path / "shard-00000-of-00001.parquet"
+    write(path, info(), np.random.default_rng(0).integers(0, 32, (40, 4)))
+    pq.write_table(pq.read_table(path), path, row_group_size=17)
+    found, metadata = read_row_groups(path), pq.read_metadata(path)
+    assert [group.num_rows for group in found] == [17, 17, 6]
+    for number, group in enumerate(found):
+        columns = map(metadata.row_group(number).column, range(metadata.num_columns))
+        assert group.num_values == {column.path_in_schema: column.num_values for column in columns}
+        assert group.num_values["tokens.list.element"] == 4 * group.num_rows
+
+
 def test_a_flipped_bit_never_gives_other_objects(tmp_path):
     path = tmp_path / "shard-00000-of-00001.parquet"
     rng = np.random.default_rng(0)
@@ -571,7 +584,7 @@ def test_files_of_every_form_hold_the_same_ids(base, sparse, tmp_path, capsys):
         answers = [record["conversations"][1]["value"] for record in read_jsonl(tmp_path / f"{form}_sharegpt")]
         assert answers == tokenizer.to_text(torch.from_numpy(ids), form)
     assert script.main(flags(base, tmp_path / "octree", "--tokenizer", sparse, "--form", "dense")) == 1
-    assert "has other values of form" in capsys.readouterr().err
+    assert 'has other values of form ("octree", now "dense")' in capsys.readouterr().err
 
 
 def test_an_octree_needs_an_empty_code(base, tmp_path, capsys):
@@ -733,7 +746,7 @@ def test_the_axes_of_meshes_may_be_taken_in_another_way(base, tmp_path, capsys):
         assert ("noted: " + str(mesh) in capsys.readouterr().out) == (up_axis == "z")
         for other in {"auto", "y", "z"} - {up_axis}:
             assert script.main([*command, *out, "--up_axis", other]) == 1
-            assert "has other values of up_axis" in capsys.readouterr().err
+            assert f'has other values of up_axis ("{up_axis}", now "{other}")' in capsys.readouterr().err
         assert script.main([*command, *out, "--up_axis", up_axis]) == 0  # said aloud
         assert "0 of them new" in capsys.readouterr().out
     command[3] = str(tmp_path / "box.obj")

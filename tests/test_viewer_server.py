@@ -39,7 +39,7 @@ from trellis.viewer import page_state, uploads
 from trellis.viewer.backend import Backend
 from trellis.viewer.callbacks import saved
 from trellis.viewer.code_usage import UsageCounter
-from trellis.viewer.serve import open_data, stop_on_signals
+from trellis.viewer.serve import open_data
 
 
 def needs(*names: str):
@@ -624,17 +624,23 @@ def test_data_of_other_settings_than_the_tokenizer_s_are_refused_or_named(tmp_pa
         assert said == (setting == "keep")
 
 
+@needs_dash
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_the_page_even_if_they_were_ignored_at_the_start(number):
+def test_a_signal_while_the_page_is_loaded_ends_with_its_code(number, monkeypatch, capsys):
+    from trellis.viewer import __main__, serve
+
+    def build(args):
+        os.kill(os.getpid(), number)
+        time.sleep(5)  # a handler runs between two instructions
+
+    monkeypatch.setattr(serve, "build", build)
     before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop_on_signals()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-            time.sleep(5)  # a handler runs between two instructions
+    try:  # also if it was ignored at the start
+        assert __main__.main(["--tokenizer", "none", "--port", "0"]) == 128 + number
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 @needs_dash

@@ -76,6 +76,8 @@ def _read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     require_file(path, DataError, "pack.py writes packed files")
     try:
         with open(path, "rb") as stream:
+            if stream.peek(1)[:2] not in (b"PK", b"\x93N"):  # numpy takes everything else for pickled objects
+                raise ValueError("it is no zip archive")
             file = np.load(stream, allow_pickle=False)
             present = getattr(file, "files", ())  # a single array has none
             if len(set(present)) < len(present):

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ..utils.command import ENDING
+from ..utils import signals
 from ..utils.errors import ConfigError, DataError, UserError
 from .meshes import voxelize_mesh
 
@@ -256,7 +256,7 @@ def _block_signals() -> None:
     """Keep signals to a whole group of processes, such as Ctrl-C, from the workers that this thread starts, which
     inherit its mask. The main thread stops them; else their files would seem to have failed."""
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOPPING)
 
 
 def _serve(connection: Connection) -> None:

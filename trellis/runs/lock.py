@@ -29,6 +29,7 @@ from pathlib import Path
 from ..utils.errors import ConfigError
 from ..utils.files import is_running
 from ..utils.inputs import obstacle
+from ..utils.units import duration
 
 LOCK = "lock"
 BEAT = 10.0  # seconds between touches
@@ -74,7 +75,7 @@ class Holder:
             seconds = (datetime.now().astimezone() - datetime.fromisoformat(self.since)).total_seconds()
         except (ValueError, TypeError):
             return "since nobody knows when"
-        return f"for {_in_words(seconds)} (since {self.since})"
+        return f"for {duration(seconds)} (since {self.since})"
 
     def is_here(self) -> bool:
         """Return whether the process numbers of this machine are those of the holder's."""
@@ -339,11 +340,3 @@ def _restarts() -> int:
     """Return how often Slurm has started this job again."""
     count = os.environ.get("SLURM_RESTART_COUNT", "")
     return int(count) if count.isdecimal() else 0
-
-
-def _in_words(seconds: float) -> str:
-    """Return a duration in the largest unit that fits."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"

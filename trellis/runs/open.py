@@ -34,10 +34,16 @@ def open_run(folder: str | Path, ckpt: str = "latest", flag: str = "") -> "Run":
     flag: the command-line flag that gave the folder, for messages.
     Raise CheckpointError if the folder has no such checkpoint.
     """
+    folder = Path(folder)
     checkpoints = Checkpoints(folder)
-    step = checkpoints.resolve(ckpt)
+    step = None
+    if not folder.is_dir():
+        state = "is a file" if folder.exists() else "does not exist"
+    elif folder.absolute().name == checkpoints.folder.name and Checkpoints(folder.parent).steps():
+        raise CheckpointError(f"{flag} {folder} has the checkpoints of a run; give {folder.absolute().parent}".lstrip())
+    else:
+        step, state = checkpoints.resolve(ckpt), f"has no complete checkpoint in {checkpoints.folder}"
     if step is None:
-        state = f"has no complete checkpoint in {checkpoints.folder}" if Path(folder).is_dir() else "does not exist"
         raise CheckpointError(f"{flag} {folder} {state}; give a run folder".lstrip())
     return Run(checkpoints, step)
 

@@ -42,6 +42,7 @@ from ..utils.files import atomic_write, is_running, remove_leftovers
 from ..utils.formats import check_version
 from ..utils.progress import Work, say, waiting
 from ..utils.signals import Stopped
+from ..utils.units import duration
 from .lock import LOCK, Holder, may_write
 
 FORMAT_VERSION = 1
@@ -191,8 +192,6 @@ def ending(error: BaseException) -> tuple[str, str]:
         return "stopped", signal_name(error.signum)
     if isinstance(error, KeyboardInterrupt):
         return "stopped", signal.SIGINT.name
-    if isinstance(error, Stopped):
-        return "stopped", signal_name(error.signum)
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
         return "stopped", signal_name(error.code - 128)
     first = (str(error).strip().splitlines() or [""])[0]
@@ -292,15 +291,3 @@ def judge(status: dict[str, Any], now: float, lock: Holder | None = None) -> str
     if state not in ENDED and now - status["progressed"] > STUCK_AFTER:
         words += f"; no progress for {duration(now - status['progressed'])}"
     return words
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the two largest of its units, such as "3 h 20 min"."""
-    left = max(0, round(seconds))
-    if left < 60:
-        return f"{left} s"
-    if left < 3600:
-        return f"{left // 60} min"
-    if left < 86400:
-        return f"{left // 3600} h {left % 3600 // 60} min"
-    return f"{left // 86400} d {left % 86400 // 3600} h"

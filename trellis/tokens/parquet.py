@@ -31,11 +31,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..utils.config import differing_keys, parse_json
+from ..utils.config import differences, differing_keys, parse_json
 from ..utils.errors import ConfigError, DataError
 from ..utils.files import atomic_write
 from ..utils.formats import check_version
 from ..utils.inputs import require_file
+from .footer import read_row_groups
 from .forms import form_of, octree_of
 from .octree import MASKS, Octree
 from .problems import integers
@@ -168,9 +169,10 @@ def claim(folder: Path, info: TokenInfo, made_from: dict[str, Any], iou: bool, f
     assert found is not None
     source, values = found
     if values != wanted:
+        changed = ", ".join(f"{key} ({old:.80}, now {new:.80})" for key, old, new in differences(values, wanted))
         raise ConfigError(
-            f"{folder}: holds tokens made with other settings. {source.name} has other values of "
-            f"{', '.join(differing_keys(values, wanted))}. Give the same as before, or another --output_dir."
+            f"{folder}: holds tokens made with other settings. {source.name} has other values of {changed}. Give the "
+            "same as before, or another --output_dir."
         )
 
 
@@ -374,7 +376,7 @@ def read_shards(source: str | Path) -> Iterator[dict[str, Any]]:
     for path in shard_files(source):
         file = _open(path)
         _check_columns(file, schema(info).names, path)
-        _check_lengths(file, info, path)
+        _check_lengths(info, path)
         for batch in _batches(file, path):
             yield from _rows(batch, info, path)
 
@@ -470,18 +472,17 @@ def _columns(path: Path, names: list[str]) -> "pyarrow.Table":
     return pa.Table.from_batches(batches, None if batches else pa.schema([file.schema_arrow.field(n) for n in names]))
 
 
-def _check_lengths(file: "pyarrow.parquet.ParquetFile", info: TokenInfo, path: Path) -> None:
+def _check_lengths(info: TokenInfo, path: Path) -> None:
     """Raise DataError if the lists of tokens have more values than objects can have.
 
     Compressed, they take no space in the file: only memory, once they are read.
     """
     # An octree has a mask above each token and at most as many above those.
     most = info.num_tokens if info.octree is None else info.num_tokens + 2 * math.prod(info.lattice) + info.octree.depth
-    meta = file.metadata
-    places = [place for place in range(meta.num_columns) if meta.schema.column(place).path.startswith("tokens.")]
-    for number in range(meta.num_row_groups):
-        group = meta.row_group(number)
-        values = sum(group.column(place).num_values for place in places)
+    with _reading(path):
+        groups = read_row_groups(path)
+    for group in groups:
+        values = sum(count for name, count in group.num_values.items() if name.startswith("tokens."))
         if values > group.num_rows * max(1, most):
             raise DataError(
                 f"{path}: has {values} ids in {group.num_rows} rows, where an object has at most {most}. Delete the "
@@ -494,6 +495,8 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn what pyarrow raises for a damaged file into a DataError."""
     try:
         yield
+    except PermissionError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Change its permissions.") from error
     except Exception as error:  # errors of Arrow, of the system and of text, ValueError, KeyError, …
         raise _damaged(path, error) from error
 

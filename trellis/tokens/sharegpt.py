@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..utils.config import differing_keys
+from ..utils.config import differing_keys, parse_json
 from ..utils.errors import ConfigError, DataError
 from ..utils.files import atomic_write
 
@@ -90,9 +90,9 @@ def claim(folder: Path, prompts: Prompts, captions: str, tokens: dict[str, Any],
     wanted = {**asdict(prompts), "captions": captions, "tokens": json.loads(json.dumps(tokens))}
     if path.exists():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_text(encoding="utf-8"), SETTINGS)
             of_other_tokens = found["tokens"] != wanted["tokens"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, ConfigError) as error:
             raise ConfigError(f"{path} is damaged ({error}); delete it together with the files beside it") from error
         if of_other_tokens:
             keys = ", ".join(differing_keys(found["tokens"], wanted["tokens"]))
@@ -216,7 +216,7 @@ def read_captions(path: Path, required: bool) -> dict[str, list[str]]:
             captions.setdefault(sha256, []).extend(_captions(value))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Give a CSV or JSON file of captions.") from error
-    except (ValueError, KeyError, TypeError) as error:  # of the parsers too
+    except (ValueError, KeyError, TypeError, ConfigError) as error:  # of the parsers too
         raise DataError(
             f"{path}: has no captions by sha256 ({error}). Give CSV with the columns sha256 and caption, "
             "or JSON {sha256: caption}."
@@ -230,7 +230,7 @@ def captions_digest(captions: Mapping[str, list[str]]) -> str:
 
 
 def _pairs_of_json(path: Path) -> Iterator[tuple[Any, Any]]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = parse_json(path.read_text(encoding="utf-8"), "the file")
     if isinstance(content, dict):
         yield from content.items()
         return
@@ -257,8 +257,8 @@ def _captions(value: Any) -> list[str]:
     """Return a caption, or several, as a list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
-        except ValueError:
+            value = parse_json(value, "a caption")
+        except (ValueError, ConfigError):
             pass  # a caption that begins with a bracket
     if isinstance(value, str):
         value = [value]

@@ -43,15 +43,14 @@ from .part import Part
 from .precision import Precision
 from .sinks import check_wandb
 from .skip import SkippableOptimizer, Undo
-from .standing import Reference, health, run_facts
+from .standing import Reference, RunSize, health, run_facts
+from .stopping import StopRequests
 from .verdict import Course
 from .weights import WeightPlan
 
 # Timing cuDNN's algorithms takes about as long as 50 steps of a large network and makes them 4 % faster, so it pays for
 # the shapes of training in a run of this many steps, and never for those of validation.
 STEPS_WORTH_TUNING = 2000
-# Between ranks a stop request travels with a collective, which is not worth one every step: so many seconds, or steps.
-SECONDS_BETWEEN_STOP_CHECKS, STEPS_BETWEEN_STOP_CHECKS = 2.0, 50
 # A quantizer reduces its statistics over ranks itself; DDP must not overwrite them with rank 0's. torch 2.13 renamed
 # the argument.
 _SYNC_BUFFERS = "forward_sync_buffers"
@@ -149,7 +148,7 @@ class BasicTrainer:
         self.best: dict | None = None  # {"step", "by", "score"} of the best validation
         self.object_scores: Tensor | None = None  # [n], `best_by` of each object in the last validation, on every rank
         self.course = Course(self.best_by)
-        self.last_stop_check, self.last_checked_step, self.next_stop_check = time.monotonic(), 0, 0
+        self.stop_requests = StopRequests(device)
         self.checkpoint_owed = False  # one was due while steps were bad
         self.order = Order(len(dataset), seed)
         self.pending = PendingSteps()
@@ -258,7 +257,7 @@ class BasicTrainer:
 
         Return the signal that stopped training, after a checkpoint; None if it reached max_steps.
         """
-        self.status.set(max_steps=self.max_steps, **run_facts(self.models, self.dataset, self.device))
+        self.status.set(max_steps=self.max_steps, **run_facts(self.size, self.device))
         for part in self.parts.values():
             with self.status.doing("opening caches"):
                 part.open()
@@ -311,7 +310,8 @@ class BasicTrainer:
 
                 scores = self.measure() if self.due(self.i_eval) else {}
                 improved = bool(scores) and self.best_step == self.step
-                stopping = self.stop_requested(stop) if self.step < self.max_steps else None
+                if self.step < self.max_steps:
+                    stopping = self.stop_requests.stop_requested(self.step, stop.signum)
                 saving = self.due(self.i_save) or improved or stopping or self.checkpoint_owed
                 if self.due(self.i_log) or scores or saving or self.bad_steps.look(self.step):
                     self.log(scores)
@@ -426,22 +426,6 @@ class BasicTrainer:
         if isinstance(self.objective, DistributedDataParallel):
             return self.objective.no_sync()
         return contextlib.nullcontext()
-
-    def stop_requested(self, stop: signals.Signals) -> int | None:
-        """Return the signal to stop for, if any, on every rank at the same step."""
-        if dist_utils.world_size() == 1:
-            return stop.signum
-        if self.step < self.next_stop_check:
-            return None
-        # All ranks learn the slowest one's pace, and so agree on the step of the next check.
-        now = time.monotonic()
-        pace = (now - self.last_stop_check) / max(1, self.step - self.last_checked_step)
-        request = torch.tensor([stop.signum or 0, pace], device=self.device, dtype=torch.float64)
-        dist.all_reduce(request, op=dist.ReduceOp.MAX)
-        signum, pace = request.tolist()
-        steps = min(STEPS_BETWEEN_STOP_CHECKS, max(1, int(SECONDS_BETWEEN_STOP_CHECKS / max(pace, 1e-9))))
-        self.last_stop_check, self.last_checked_step, self.next_stop_check = now, self.step, self.step + steps
-        return int(signum) or None
 
     # --- set-up ---
 
@@ -578,6 +562,11 @@ class BasicTrainer:
 
     # --- reporting ---
 
+    @cached_property
+    def size(self) -> RunSize:
+        """The size of models, data and schedule."""
+        return RunSize.of(self.models, self.dataset, self.max_steps, self.global_batch)
+
     @property
     def lr(self) -> float:
         """Learning rate on the configuration's scale."""
@@ -639,7 +628,11 @@ class BasicTrainer:
         good = [row for row in rows if "objects" not in row]  # the others have NaN
         names = [name for name in (good[0] if good else ()) if name != "step"]
         means = {name: sum(row[name] for row in good) / len(good) for name in names}
-        beside = self.reference.beside(self, scores, means.get("loss")) if self.reference and scores else {}
+        beside = {}
+        if self.reference and scores:
+            beside = self.reference.beside(
+                self.size, self.step, self.samples_seen, iou=scores.get("val/iou"), loss=means.get("loss")
+            )
         if beside:
             self.say(beside["note"])
             summary |= {"reference/iou": beside["iou"]} if beside["iou"] is not None else {}

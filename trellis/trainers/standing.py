@@ -16,7 +16,7 @@ scripts/reference_curve.py. Its columns:
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -26,9 +26,6 @@ from ..utils import dist_utils
 from ..utils.environment import device_name
 from ..utils.errors import ConfigError
 
-if TYPE_CHECKING:
-    from .basic import BasicTrainer
-
 COLUMNS = ("step", "loss", "iou", "card", "max_steps", "samples_per_step", "parameters", "train", "val")
 # A point of the curve is compared with a step that is at most this share of it away.
 NEAR = 0.05
@@ -36,11 +33,29 @@ NEAR = 0.05
 HEALTH = ("lr", "grad_norm", "codebook_window_usage", "bad_steps")
 
 
-def run_facts(models: dict[str, Model], dataset: StandardDatasetBase, device: torch.device) -> dict[str, Any]:
-    """Return what status.json says of a run as a whole. dataset: the training split."""
+@dataclass(frozen=True)
+class RunSize:
+    """The size of a run. The numbers are those of a curve's columns."""
+
+    max_steps: int
+    samples_per_step: int
+    parameters: int
+    train: int
+    val: int
+
+    @classmethod
+    def of(
+        cls, models: dict[str, Model], dataset: StandardDatasetBase, max_steps: int, samples_per_step: int
+    ) -> "RunSize":
+        """Return the size of a run on a training split."""
+        return cls(max_steps, samples_per_step, parameter_count(models), len(dataset), dataset.split_sizes()["val"])
+
+
+def run_facts(size: RunSize, device: torch.device) -> dict[str, Any]:
+    """Return what status.json says of a run as a whole."""
     return {
-        "objects": {"train": len(dataset), "val": dataset.split_sizes()["val"]},
-        "parameters": parameter_count(models),
+        "objects": {"train": size.train, "val": size.val},
+        "parameters": size.parameters,
         "ranks": dist_utils.world_size(),
         "card": device_name(device),
     }
@@ -71,15 +86,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference curve. The numbers are those of the columns."""
+    """A reference curve, and the card and the size of its run."""
 
     points: list[Point]
     card: str
-    max_steps: int
-    samples_per_step: int
-    parameters: int
-    train: int
-    val: int
+    size: RunSize
 
     @classmethod
     def of_config(cls, config: str | Path) -> "Reference | None":
@@ -93,7 +104,7 @@ class Reference:
             points = [Point(int(row["step"]), _number(row["loss"]), _number(row["iou"])) for row in rows]
             first = rows[0]
             facts = {name: int(first[name]) for name in COLUMNS[4:]}
-            return cls(points, first["card"], **facts)
+            return cls(points, first["card"], RunSize(**facts))
         except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
             raise ConfigError(
                 f"{path} is no reference curve ({type(error).__name__}: {error}); make it anew with "
@@ -105,45 +116,44 @@ class Reference:
 
         name: "loss" or "iou".
         """
-        step = samples / self.samples_per_step
+        step = samples / self.size.samples_per_step
         known = [(point.step, value) for point in self.points if (value := getattr(point, name)) is not None]
         nearest = min(known, key=lambda one: abs(one[0] - step), default=None)
         return nearest if nearest and abs(nearest[0] - step) <= NEAR * step else None
 
-    def beside(self, trainer: "BasicTrainer", scores: dict[str, float], loss: float | None) -> dict[str, Any]:
+    def beside(
+        self, size: RunSize, step: int, samples: int, *, iou: float | None, loss: float | None
+    ) -> dict[str, Any]:
         """Return where a run is beside the curve after a validation: {"step", "iou", "note"}; {} if it cannot be said.
 
-        scores: of the validation, by their names in the log. loss: mean of the last steps.
+        size: of the run. samples: seen so far. iou: of the validation. loss: mean of the last steps.
         """
-        if parameter_count(trainer.models) != self.parameters:  # other models
+        if size.parameters != self.size.parameters:  # other models
             return {}
-        samples = trainer.samples_seen
         there = {name: self.near(samples, name) for name in ("iou", "loss")}
-        here = {"iou": scores.get("val/iou"), "loss": loss}
+        here = {"iou": iou, "loss": loss}
         labels = {"iou": "IoU", "loss": "loss"}
         both = [name for name in labels if there[name] is not None and here[name] is not None]
         if not both:
             return {}
         run = ", ".join(f"{labels[name]} {here[name]:.4g}" for name in both)
         reference = ", ".join(
-            f"{labels[name]} {value:.4g} at step {step}"
+            f"{labels[name]} {value:.4g} at step {at}"
             for name in both
-            for step, value in [there[name] or (0, 0.0)]  # `both` has only points that exist
+            for at, value in [there[name] or (0, 0.0)]  # `both` has only points that exist
         )
-        iou = there["iou"][1] if there["iou"] else None
-        note = f"step {trainer.step}  {run}; the reference has {reference} ({self._differences(trainer)})"
-        return {"step": trainer.step, "iou": iou, "note": note}
+        note = f"step {step}  {run}; the reference has {reference} ({self._differences(size)})"
+        return {"step": step, "iou": there["iou"][1] if there["iou"] else None, "note": note}
 
-    def _differences(self, trainer: "BasicTrainer") -> str:
-        """Return the card, and what else is not as in this run."""
-        parts = [self.card]
-        objects = (len(trainer.dataset), trainer.dataset.split_sizes()["val"])
-        if objects != (self.train, self.val):
-            parts.append(f"other data: {self.train} objects, {self.val} for validation")
-        if trainer.max_steps != self.max_steps:
-            parts.append(f"another schedule: {self.max_steps} steps in all, {trainer.max_steps} here")
-        if trainer.global_batch != self.samples_per_step:
-            parts.append(f"{self.samples_per_step} samples a step, {trainer.global_batch} here")
+    def _differences(self, size: RunSize) -> str:
+        """Return the card, and what else is not as in a run of this size."""
+        own, parts = self.size, [self.card]
+        if (size.train, size.val) != (own.train, own.val):
+            parts.append(f"other data: {own.train} objects, {own.val} for validation")
+        if size.max_steps != own.max_steps:
+            parts.append(f"another schedule: {own.max_steps} steps in all, {size.max_steps} here")
+        if size.samples_per_step != own.samples_per_step:
+            parts.append(f"{own.samples_per_step} samples a step, {size.samples_per_step} here")
         return "; ".join(parts)
 
 

@@ -4,7 +4,6 @@ Each model takes the first of these that has it: a complete checkpoint in the ru
 saved tokenizer), `finetune_ckpt`, fresh initialization. The plan is made before data or a GPU are touched.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ..models import load_weights, pretrained_files
 from ..runs.checkpoint import Checkpoints, model_file
 from ..runs.open import open_run
 from ..tokens.sources import CONFIG, WEIGHTS, check_folder
-from ..utils.config import differing_keys, fill_in, load_config
+from ..utils.config import differences, differing_keys, fill_in, load_config
 from ..utils.errors import CheckpointError, ConfigError
 from .configuration import complete_config
 
@@ -152,16 +151,6 @@ def _fixed_on_resume(config: dict) -> dict:
     return {"models": config["models"], "trainer": {"name": config["trainer"]["name"], "args": fixed}}
 
 
-def _value_at(config: dict, path: str) -> str:
-    """Return the value at a dotted path as JSON, or "absent"."""
-    node = config
-    for key in path.split("."):
-        if not isinstance(node, dict) or key not in node:
-            return "absent"
-        node = node[key]
-    return json.dumps(node)
-
-
 def _resume(config: dict, checkpoints: Checkpoints, step: int) -> WeightPlan:
     """Plan to continue the run of a checkpoint. config: completed."""
     misc = checkpoints.read_misc(step)
@@ -180,10 +169,8 @@ def _resume(config: dict, checkpoints: Checkpoints, step: int) -> WeightPlan:
             f"{checkpoints.run_dir} cannot continue, since this version does not take its configuration: {error}. "
             f"Continue with the version that made it, or {weights_alone}"
         ) from error
-    before, now = _fixed_on_resume(old), _fixed_on_resume(config)
-    changes = [
-        f"{key} was {_value_at(before, key)} and is {_value_at(now, key)}" for key in differing_keys(before, now)
-    ]
+    fixed = differences(_fixed_on_resume(old), _fixed_on_resume(config))
+    changes = [f"{key} was {before} and is {now}" for key, before, now in fixed]
     if changes:
         raise ConfigError(
             f"{checkpoints.run_dir} cannot continue under another configuration: {'; '.join(changes)}. Restore what "

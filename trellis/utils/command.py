@@ -7,12 +7,11 @@ import contextlib
 import os
 import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from . import signals
 from .errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -20,12 +19,6 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 """Choices of `--device`; auto takes a GPU if torch finds one."""
-
-ENDING = tuple(  # signals that end a program in order: Ctrl-C, a scheduler's, a closed terminal's (not on Windows)
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
-# A scheduler signals every process of a job, and a launcher passes on its own signal: repeats within this time are one.
-REPEAT_SECONDS = 1.0
 
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroups 2 and 1
 
@@ -76,49 +69,6 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal that asks a program to end, as Ctrl-C does.
-
-    signum: the signal's number.
-    """
-
-    def __init__(self, signum: int):
-        super().__init__(signum)
-        self.signum = signum
-
-
-@contextlib.contextmanager
-def ending_signals() -> Iterator[None]:
-    """Let the signals in ENDING raise Interrupted here, once; a later one ends the program in the system's way.
-
-    Signals that are ignored, such as SIGHUP under nohup, or have a handler, stay so. Only the main thread can do this.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    first = 0.0
-
-    def stop(signum: int, frame: object) -> None:
-        nonlocal first
-        if first and time.monotonic() - first < REPEAT_SECONDS:
-            return
-        if first:  # whoever sends another one does not want to wait for an orderly end
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-        first = time.monotonic()
-        raise Interrupted(signum)
-
-    usual = (signal.SIG_DFL, signal.default_int_handler)
-    replaced = {each: before for each in ENDING if (before := signal.getsignal(each)) in usual}
-    for each in replaced:
-        signal.signal(each, stop)
-    try:
-        yield
-    finally:
-        for each, before in replaced.items():
-            signal.signal(each, before)
-
-
 def check_output_folder(path: str | os.PathLike, flag: str = "--output_dir") -> Path:
     """Return a folder that is to be written, as a path. It need not exist, and is not made.
 
@@ -135,15 +85,18 @@ def check_output_folder(path: str | os.PathLike, flag: str = "--output_dir") -> 
     return folder
 
 
-def run_command(command: Callable[[Args], int | None], args: Args, interrupted: str = "interrupted") -> int:
+def run_command(
+    command: Callable[[Args], int | None], args: Args, interrupted: str = "interrupted", limit: float | None = None
+) -> int:
     """Call a program's work with its arguments and return the exit code: the call's result, or 0 for None.
 
     UserError, and OSError such as a full disk, become the line `error: …` on standard error and exit code 1.
-    A signal in ENDING becomes the line `interrupted`, and exit code 128 + its number, as shells have it.
+    A signal becomes the line `interrupted`, and exit code 128 + its number, as shells have it. limit: as for
+    `signals.handled`.
     Other exceptions are bugs and keep their traceback.
     """
     try:
-        with ending_signals():
+        with signals.handled(limit):
             return command(args) or 0
     except KeyboardInterrupt as stopped:
         return report_interruption(stopped, interrupted)
@@ -177,4 +130,4 @@ def report_interruption(stopped: KeyboardInterrupt, message: str) -> int:
     """Print a message about a signal that ended a program, and return the exit code."""
     with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
         print(message, file=sys.stderr)
-    return 128 + (stopped.signum if isinstance(stopped, Interrupted) else signal.SIGINT)
+    return 128 + (stopped.signum if isinstance(stopped, signals.Stopped) else signal.SIGINT)

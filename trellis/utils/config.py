@@ -289,11 +289,24 @@ def complete_component(spec: Any, registry: Registry, where: str) -> dict[str, A
     return {"name": spec["name"], "args": check_args(spec.get("args", {}), cls, f"{where}.args")}
 
 
-def differing_keys(old: Any, new: Any, where: str = "") -> list[str]:
-    """Return the paths at which two configurations differ, such as "trainer.args.optimizer.args.lr"."""
+_ABSENT = object()
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, str, str]]:
+    """Return (path, old value, new value) where two configurations differ.
+
+    A path is such as "trainer.args.optimizer.args.lr". Values are JSON, or "absent".
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
-        missing = object()
-        parts = ((f"{where}.{key}" if where else key, old.get(key, missing), new.get(key, missing)) for key in keys)
-        return [path for where_, a, b in parts for path in differing_keys(a, b, where_)]
-    return [] if type(old) is type(new) and old == new else [where]
+        parts = ((f"{where}.{key}" if where else key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys)
+        return [found for path, a, b in parts for found in differences(a, b, path)]
+    if type(old) is type(new) and old == new:
+        return []
+    before, now = ("absent" if value is _ABSENT else json.dumps(value, default=str) for value in (old, new))
+    return [(where, before, now)]
+
+
+def differing_keys(old: Any, new: Any, where: str = "") -> list[str]:
+    """Return the paths at which two configurations differ."""
+    return [path for path, _, _ in differences(old, new, where)]

@@ -101,10 +101,3 @@ def all_sum(tensor: Tensor) -> Tensor:
 def all_mean(tensor: Tensor) -> Tensor:
     """Return the mean over ranks, as a new tensor."""
     return all_sum(tensor) / world_size()
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether the flag is set on any rank."""
-    if not dist.is_initialized():
-        return flag
-    return bool(all_sum(torch.tensor(float(flag), device=device)).item())

@@ -4,6 +4,7 @@ import os
 import stat
 from pathlib import Path
 
+from . import units
 from .command import available_memory
 from .errors import UserError
 
@@ -41,7 +42,7 @@ def require_file(path: str | os.PathLike, error: type[UserError], remedy: str, l
     if reason is not None:
         raise error(f"{path}: {reason}; {remedy}")
     if largest is not None and (size := os.stat(path).st_size) > largest:
-        raise error(f"{path}: has {in_units(size)}, and at most {in_units(largest)} are read; {remedy}")
+        raise error(f"{path}: has {units.size(size)}, and at most {units.size(largest)} are read; {remedy}")
 
 
 def require_memory(needed: int, what: str, error: type[UserError], remedy: str) -> None:
@@ -51,13 +52,4 @@ def require_memory(needed: int, what: str, error: type[UserError], remedy: str) 
     """
     free = available_memory()
     if free is not None and needed > free:
-        raise error(f"{what} {in_units(needed)} of memory, and {in_units(free)} are free; {remedy}")
-
-
-def in_units(size: int) -> str:
-    """Return a number of bytes as text, such as "1.5 GB"."""
-    if size < 1000:
-        return f"{size} bytes"
-    units = ("kB", "MB", "GB", "TB", "PB", "EB")
-    power = min((len(str(size)) - 1) // 3, len(units))
-    return f"{size / 1000**power:.3g} {units[power - 1]}"
+        raise error(f"{what} {units.size(needed)} of memory, and {units.size(free)} are free; {remedy}")

@@ -18,6 +18,8 @@ from .errors import UserError
 
 # A process that has failed tends to take the others along, by the same error or a broken connection.
 GRACE_SECONDS = 3.0
+# A process that is to end, but whose main thread waits for another rank in compiled code, is ended after this time.
+UNWIND_SECONDS = 3.0
 STOP_CODES = tuple(128 + signum for signum in signals.STOPPING)
 
 
@@ -113,7 +115,7 @@ def _run(target: Callable[[int], int], number: int, errors) -> None:
     """Run in a new process, which ends when its parent does."""
     os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    with signals.handled():
+    with signals.handled(UNWIND_SECONDS):
         try:
             code = target(number)
         except signals.Stopped as stopped:
@@ -131,7 +133,7 @@ def _run(target: Callable[[int], int], number: int, errors) -> None:
 
 def end(code: int) -> None:
     """End this process without waiting for what a failed group of ranks leaves behind: threads and communicators."""
-    timer = threading.Timer(signals.UNWIND_SECONDS, os._exit, [code])
+    timer = threading.Timer(UNWIND_SECONDS, os._exit, [code])
     timer.daemon = True
     timer.start()
     atexit._run_exitfuncs()  # loading processes, semaphores

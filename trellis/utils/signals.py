@@ -8,6 +8,7 @@ started (SIGHUP under nohup, SIGINT in the background of a script) stays ignored
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +19,13 @@ STOPPING = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name
 # A scheduler signals every process of a job, and a launcher passes on its own signal: repeats within this time are one
 # request.
 REPEAT_SECONDS = 1.0
-# A process that is to end, but whose main thread waits for another one in compiled code, is ended after this time.
-UNWIND_SECONDS = 3.0
 
 
-class Stopped(BaseException):
-    """The request to end at once, raised in the main thread."""
+class Stopped(KeyboardInterrupt):
+    """The request to end at once, raised in the main thread.
+
+    signum: the signal's number.
+    """
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -33,17 +35,19 @@ class Stopped(BaseException):
 class Signals:
     """The signals that have arrived, while handlers are set. See `handled`.
 
+    limit: seconds after Stopped in which the process must end; None if it may take its time.
     signum: the first one, or None.
     on_signal: None: the main thread raises Stopped. Else it is called by another thread with the signal and whether it
         is a later one, and the main thread goes on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float | None = None) -> None:
+        self.limit = limit
         self.signum: int | None = None
         self.on_signal: Callable[[int, bool], None] | None = None
         self._since = 0.0
         self._previous: dict[int, Any] = {}  # what signal.signal returned for each signal
-        self._pipe: tuple[int, int] | None = None
+        self._pipe: tuple[socket.socket, socket.socket] | None = None  # both ends; Windows has no other for this
         self._previous_wakeup = -1
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
@@ -51,10 +55,9 @@ class Signals:
     def _open(self) -> None:
         # Python calls handlers in the main thread once compiled code returns there, which may take an hour in a
         # collective. So a thread learns of signals, too, through the pipe that Python offers for this.
-        self._pipe = os.pipe()
-        for end in self._pipe:
-            os.set_blocking(end, end == self._pipe[0])
-        self._previous_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._pipe = socket.socketpair()
+        self._pipe[1].setblocking(False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._pipe[1].fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
         for signum in STOPPING:
@@ -67,10 +70,10 @@ class Signals:
         signal.set_wakeup_fd(self._previous_wakeup)
         self._closed.set()
         assert self._pipe is not None and self._thread is not None
-        os.write(self._pipe[1], b"\0")
+        self._pipe[1].send(b"\0")
         self._thread.join()
         for end in self._pipe:
-            os.close(end)
+            end.close()
 
     def _handle(self, signum: int, frame: Any) -> None:
         """Note the signal; in the main thread."""
@@ -81,7 +84,7 @@ class Signals:
     def _watch(self) -> None:
         assert self._pipe is not None
         while not self._closed.is_set():
-            signum = os.read(self._pipe[0], 1)[0]
+            signum = self._pipe[0].recv(1)[0]
             if signum not in self._previous:
                 continue
             now = time.monotonic()
@@ -92,7 +95,7 @@ class Signals:
             if self.on_signal is not None:
                 self.signum = self.signum or signum
                 self.on_signal(signum, later)
-            elif later or not self._closed.wait(UNWIND_SECONDS):
+            elif later or (self.limit is not None and not self._closed.wait(self.limit)):
                 os._exit(128 + signum)
 
 
@@ -100,13 +103,19 @@ _active: Signals | None = None
 
 
 @contextlib.contextmanager
-def handled() -> Iterator[Signals]:
-    """Handle signals in a block; a block within it shares its handlers. In other threads than the main one: nothing."""
+def handled(limit: float | None = None) -> Iterator[Signals]:
+    """Raise Stopped in a block at the first signal; a later one ends the process at once.
+
+    A block within it shares its handlers. In other threads than the main one: nothing.
+
+    limit: seconds after which a process is ended that has not left the block, since its main thread waits in compiled
+        code for another process; None if what it tidies up may take its time.
+    """
     global _active
     if _active is not None or threading.current_thread() is not threading.main_thread():
         yield _active or Signals()
         return
-    _active = Signals()
+    _active = Signals(limit)
     _active._open()
     try:
         yield _active
@@ -132,6 +141,13 @@ def noted(on_signal: Callable[[int, bool], None] | None = None) -> Iterator[Sign
             yield signals
         finally:
             signals.on_signal = before
+
+
+def heed(*signums: int) -> None:
+    """Let signals that were ignored at the start end the program after all."""
+    for signum in signums:
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, signal.SIG_DFL)
 
 
 def ignore() -> None:

@@ -3,13 +3,16 @@
     python -m trellis.viewer --run outputs/stage2
     python -m trellis.viewer --tokenizer pretrained/mine --data_dir data/voxels
 
-Only this machine can open the page unless --host says otherwise. Ctrl-C or SIGTERM ends it, with exit code 0.
+Only this machine can open the page unless --host says otherwise. Ctrl-C or SIGTERM ends it, with exit code
+0 once the page is shown.
 """
 
 import argparse
 import re
+import signal
 import sys
 
+from ..utils import signals
 from ..utils.command import DEVICES, run_command
 
 PREFIX = re.compile(r"(/(?!/)([\w.~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})*)+", re.ASCII)  # path of RFC 3986
@@ -51,7 +54,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command(run, parse_args(argv))
+    args = parse_args(argv)
+    # A shell starts a command in the background with SIGINT ignored; nothing else would end the page in order.
+    signals.heed(signal.SIGINT, signal.SIGTERM)
+    return run_command(run, args)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ..runs.status import duration, judge, life, read_status
+from ..runs.lock import read_holder
+from ..runs.status import judge, life, read_status
 from ..utils.errors import DataError
+from ..utils.units import duration
 
 POINTS = 1500  # per curve; longer ones are thinned out evenly
 LOSSES, RATE = "losses", "learning rate"
@@ -108,16 +110,16 @@ def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 def state_of(run_dir: Path) -> str:
     """Return a line on what a run's status.json says: its state, its step and the time left; "" without such a file."""
     try:
-        status = read_status(run_dir)
-    except (DataError, RecursionError) as error:
+        status, lock = read_status(run_dir), read_holder(run_dir)
+    except (DataError, OSError) as error:
         return str(error)
     if status is None:
         return ""
     now = time.time()
-    parts = [judge(status, now)]
+    parts = [judge(status, now, lock)]
     step, last, left = (status[key] for key in ("step", "max_steps", "eta_s"))
     if step is not None:
         parts.append(f"step {step:,}" if last is None else f"step {step:,} of {last:,}")
-    if left is not None and life(status, now) == "alive":
+    if left is not None and life(status, now, lock) == "alive":
         parts.append(f"{duration(left)} left")
     return ", ".join(parts)

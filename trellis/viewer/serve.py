@@ -8,7 +8,6 @@ import argparse
 import errno
 import logging
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -33,7 +32,6 @@ def serve(args: argparse.Namespace) -> None:
     args: see `__main__.parse_args`.
     Raise UserError if something cannot be loaded or served.
     """
-    stop_on_signals()
     try:
         import dash  # noqa: F401
         import waitress  # noqa: F401
@@ -91,16 +89,6 @@ def make_server(app: Any, listener: socket.socket, url_prefix: str = "/") -> Any
         url_prefix=unquote(url_prefix).rstrip("/"),
         ident=None,
     )
-
-
-def stop_on_signals() -> None:
-    """Let SIGINT and SIGTERM end the page also if they were ignored when it started.
-
-    A shell starts a command in the background with SIGINT ignored, and Python leaves that as it is.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
 
 
 def build(args: argparse.Namespace):

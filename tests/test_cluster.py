@@ -514,6 +514,20 @@ def test_the_error_of_a_rank_is_the_parents(program):
     assert process.communicate(timeout=20)[0] == "OSError [Errno 28] full\n" and gone(pids)
 
 
+def test_a_signal_to_the_whole_group_leaves_no_traceback_about_semaphores(program):
+    """A closed terminal, and some schedulers, signal Python's own helper too."""
+    check = """
+    from multiprocessing.resource_tracker import _resource_tracker as tracker
+    for signum in signals.STOPPING:
+        os.kill(tracker._pid, signum)
+    time.sleep(0.3)
+    print("alive", tracker._check_alive())
+"""
+    process = program(RANKS.replace("WORK", "pass") + check)
+    pids_of(process)
+    assert process.communicate(timeout=20)[0] == "returned 0\nalive True\n"
+
+
 def test_a_signal_is_passed_on_and_a_later_one_kills(program):
     work = """
     with signals.noted() as stop:

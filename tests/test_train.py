@@ -580,3 +580,15 @@ def test_weights_gone_to_nan_are_not_saved(data_dir, write_config, tmp_path, cap
     for step in checkpoints.steps():
         for path in checkpoints.folder.glob(f"*coder_step{step:07d}.pt"):
             assert all(value.isfinite().all() for value in torch.load(path, weights_only=True).values())
+
+
+def test_a_run_folder_that_may_not_be_read_is_one_line(data_dir, write_config, tmp_path, monkeypatch, capsys):
+    """As root everything may be read, so the call itself is made to fail."""
+
+    def refuse(self):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.folder))
+
+    monkeypatch.setattr(Checkpoints, "steps", refuse)
+    assert run("--config", write_config(tiny_config()), "--data_dir", data_dir, "--output_dir", tmp_path / "a") == 1
+    message = f"error: {tmp_path / 'a' / 'ckpts'}: {os.strerror(errno.EACCES)}\n"
+    assert capsys.readouterr().err == message

@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 
@@ -34,6 +35,7 @@ def run_all(target: Callable[[int], int], number: int) -> int:
     Raise UserError or OSError if a process ended by it, RankFailedError if one failed otherwise.
     """
     context = multiprocessing.get_context("spawn")
+    _start_tracker()
     errors = context.SimpleQueue()
     processes: list[SpawnProcess] = []
 
@@ -73,6 +75,20 @@ def run_all(target: Callable[[int], int], number: int) -> int:
     raise RankFailedError(
         "; ".join(f"process {i} {_how(code)}" for i, code in enumerate(codes) if code and i not in ended)
     )
+
+
+def _start_tracker() -> None:
+    """Start the process in which Python notes the semaphores of all the others, with signals blocked.
+
+    A closed terminal and some schedulers signal the whole group. Python lets this process ignore SIGINT and SIGTERM
+    alone; if another signal ends it, the next one prints a traceback about each semaphore that it does not know.
+    """
+    if hasattr(signal, "pthread_sigmask"):  # Windows lacks both
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOPPING)
+        try:
+            resource_tracker.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(processes: Sequence[SpawnProcess]) -> None:

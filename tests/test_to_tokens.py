@@ -610,9 +610,15 @@ def test_damaged_sequences_are_refused(tmp_path, damage):
         rows[2] = {"short": rows[2][:-1], "long": [*rows[2], 1], "code": [1, *rows[2][1:]], "null": None}[damage]
     changed = table.set_column(3, "tokens", pa.array(rows, table.schema.field("tokens").type))
     pq.write_table(changed.replace_schema_metadata(metadata), path)
-    where = re.escape(str(path)) if damage == "form" else re.escape(f"{path}: {2:064x}: ")
-    want = {"short": "ends after 4 values", "long": "value 5 is code 1", "code": "value 0 is code 1"}
-    with pytest.raises(DataError, match=f"{where}.*{want.get(damage, 'missing' if damage == 'null' else 'spiral')}"):
+    where = re.escape(f"{path}: {2:064x}: " if damage in ("short", "long", "code") else str(path))
+    want = {
+        "short": "ends after 4 values",
+        "long": "value 5 is code 1",
+        "code": "value 0 is code 1",
+        "null": "tokens of row 2 is missing",
+        "form": "spiral",
+    }
+    with pytest.raises(DataError, match=f"{where}.*{want[damage]}"):
         list(parquet.read_shards(path))
 
 

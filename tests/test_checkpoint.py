@@ -553,7 +553,7 @@ def test_load_dir_comes_before_finetune_ckpt_which_fills_what_is_missing(tmp_pat
     "change, load_dir, ckpt, message",
     [
         ({}, "gone", "latest", "--load_dir {tmp}/gone does not exist; give a run folder"),
-        ({}, "gone", "3", "--ckpt 3; complete steps: none"),
+        ({}, "gone", "3", "--load_dir {tmp}/gone does not exist; give a run folder"),
         ({}, None, "3", "--ckpt 3: .* has no complete checkpoint; give --load_dir too"),
         ({}, None, "best", "--ckpt best: .* give --load_dir too"),
         ({"freeze": ["encoder"]}, None, "latest", "encoder is frozen but has no weights: give --load_dir"),

@@ -537,7 +537,7 @@ def test_damaged_weights_are_one_clear_error(vq_run, tmp_path, capsys):
     decoder = run / "ckpts" / "decoder_step0000004.pt"
     decoder.write_bytes(bytes(decoder.stat().st_size))
     assert script.main(["--run", str(run), "--device", "cpu"]) == 1
-    assert f"error: {decoder}: not a readable weights file" in capsys.readouterr().err
+    assert f"error: {decoder} is damaged (its sum is not the one it was written with)" in capsys.readouterr().err
 
 
 # --- an empty code ---

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..utils import dist_utils
 from ..utils.command import available_memory
-from ..utils.environment import peak_memory
+from ..utils.environment import linux_memory, peak_memory
 from .basic import BasicTrainer
 
 GIB = 2**30
@@ -138,7 +138,7 @@ def _peak_of_step(trainer: BasicTrainer, batch: dict[str, Tensor], samples: int)
         return torch.cuda.max_memory_allocated(trainer.device)
     _forget_peak()
     _take_step(trainer, batch, samples)
-    return _status_bytes("VmHWM") or peak_memory() or 0
+    return peak_memory() or 0
 
 
 def _forget_peak() -> None:
@@ -149,16 +149,6 @@ def _forget_peak() -> None:
         pass
 
 
-def _status_bytes(name: str) -> int | None:
-    """Return a value of Linux's /proc/self/status in bytes; None if there is none."""
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{name}:")]
-    return found[0] if found else None
-
-
 def _resident() -> int:
     """Return the bytes that this process holds now."""
-    return _status_bytes("VmRSS") or peak_memory() or 0
+    return linux_memory("VmRSS") or peak_memory() or 0

@@ -205,7 +205,7 @@ def test_obstacles(tmp_path):
         ('{"' + "k" * 10_000 + '": 1}', "a key has 10000 characters"),
         ('{"a": 1', "not valid JSON"),
         ("[1]", "must hold one JSON object"),
-        ("\ufeff{}", "not valid JSON"),
+        ("\ufeff{", "not valid JSON"),
         ('{"a": "' + "x" * MAX_BYTES + '"}', "at most 4.19 MB are read"),
     ],
 )

@@ -105,11 +105,13 @@ def free_port() -> int:
 
 
 def checkpoint(run_dir, step: int) -> dict[str, dict]:
-    """All files of a step, without the wall-clock time and the command's own config."""
+    """All files of a step, without the wall-clock time, the command's own config, and the validations so far: a run that
+    stopped had one more.
+    """
     checkpoints = Checkpoints(run_dir)
     assert checkpoints.is_complete(step)
     files = {path.name: torch.load(path, weights_only=True) for path in checkpoints.folder.glob(f"*step{step:07d}.pt")}
-    for key in ("seconds", "files", "sums", "config"):
+    for key in ("seconds", "files", "sums", "config", "course"):
         files[f"misc_step{step:07d}.pt"].pop(key)
     return files
 

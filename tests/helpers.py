@@ -105,8 +105,9 @@ def free_port() -> int:
 
 
 def checkpoint(run_dir, step: int) -> dict[str, dict]:
-    """All files of a step, without the wall-clock time, the command's own config, and the validations so far: a run that
-    stopped had one more.
+    """All files of a step, without the wall-clock time and the command's own config.
+
+    The validations so far are left out too: a run that stopped had one more.
     """
     checkpoints = Checkpoints(run_dir)
     assert checkpoints.is_complete(step)

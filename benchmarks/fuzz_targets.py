@@ -607,6 +607,26 @@ def _meshes(suffix: str) -> list[bytes]:
     return [made if isinstance(made, bytes) else made.encode()]
 
 
+def _3mf() -> list[bytes]:
+    vertices = "".join(f'<vertex x="{x}" y="{y}" z="{z}"/>' for x, y, z in CORNERS)
+    triangles = "".join(f'<triangle v1="{a}" v2="{b}" v3="{c}"/>' for a, b, c in TRIANGLES)
+    model = (
+        '<model unit="millimeter" xmlns="http://schemas.microsoft.com/3dmanufacturing/core/2015/02"><resources>'
+        f'<object id="1"><mesh><vertices>{vertices}</vertices><triangles>{triangles}</triangles></mesh></object>'
+        '</resources><build><item objectid="1"/></build></model>'
+    )
+    start = (
+        '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="r0" '
+        'Type="http://schemas.microsoft.com/3dmanufacturing/2013/01/3dmodel" Target="/3D/3dmodel.model"/>'
+        "</Relationships>"
+    )
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("_rels/.rels", start)
+        archive.writestr("3D/3dmodel.model", model)
+    return [made.getvalue()]
+
+
 def _gltf() -> list[bytes]:
     import base64
 
@@ -694,5 +714,5 @@ TARGETS = {
     "stl": Target(lambda: _meshes("stl"), _opens(".stl"), mutate_bytes),
     "off": Target(lambda: _meshes("off"), _opens(".off"), mutate_words),
     "vtp": Target(_vtp, _opens(".vtp"), mutate_words),
-    "3mf": Target(lambda: _meshes("3mf"), _opens(".3mf"), mutate_zip),
+    "3mf": Target(_3mf, _opens(".3mf"), mutate_zip),
 }  # fmt: skip

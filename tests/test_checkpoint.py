@@ -237,7 +237,8 @@ def test_any_flipped_bit_is_found_and_the_file_and_the_checkpoint_before_are_nam
             with pytest.raises(CheckpointError, match=re.escape(f"{path} is damaged")) as error:
                 use(fresh, 6)
             whole = "lacks its end" in str(error.value)
-            assert whole or str(error.value).endswith("Restore the file, or take the one before it: --ckpt 4"), place
+            remedy = "Restore the file, or take the checkpoint before it: --ckpt 4"
+            assert whole or str(error.value).endswith(remedy), place
             assert fresh.resolve("4") == 4
             if name == misc_file(6) and not whole:
                 with pytest.raises(CheckpointError, match="--ckpt 4$"):
@@ -307,8 +308,8 @@ def test_a_damaged_checkpoint_stops_a_resume_and_the_one_before_is_used_where_as
     assert run(*flags, "--ckpt", ckpt) == code
     if code:
         assert capsys.readouterr().err == (
-            f"error: {path} is damaged (its sum is not the one it was written with). Restore the file, or take the one "
-            "before it: --ckpt 2\n"
+            f"error: {path} is damaged (its sum is not the one it was written with). Restore the file, or take the "
+            "checkpoint before it: --ckpt 2\n"
         )
         assert {path: path.read_bytes() for path in checkpoints.folder.iterdir()} == before
     else:

@@ -229,7 +229,9 @@ class Checkpoints:
         """Return the message for a damaged file."""
         before = next((other for other in reversed(self.steps()) if other < step and self.is_complete(other)), None)
         remedy = (
-            "; there is no checkpoint before it" if before is None else f", or take the one before it: --ckpt {before}"
+            f"; there is no checkpoint before it. Or move {self.folder} away to start over"
+            if before is None
+            else f", or take the checkpoint before it: --ckpt {before}"
         )
         return f"{path} is damaged ({(why.splitlines() or ['?'])[0]}). Restore the file{remedy}"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .errors import ConfigError
 
 DEFAULT_PORT = 12345
-BY_HAND = "the command line"  # a starter
+BY_HAND, BY_VARIABLES = "the command line", "RANK and WORLD_SIZE"  # starters
 # Slurm numbers the steps of `srun` from 0; a batch script's own step and an interactive shell's have the highest ids.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # Names of (rank, world size, rank on this node, world size on this node) under mpirun.
@@ -95,17 +95,24 @@ def _torchrun(env: Mapping[str, str], flags: Flags) -> Joined:
 
 
 def _rank_and_world_size(env: Mapping[str, str], flags: Flags) -> Joined | Nodes:
-    starter = "RANK and WORLD_SIZE"
     world = _number(env, "WORLD_SIZE", low=1)
     rank = _number(env, "RANK", below=("WORLD_SIZE", world))
-    if _in_slurm_step(env) and world < (tasks := _slurm_tasks(env)):
+    tasks = _slurm_tasks(env) if _in_slurm_step(env) else 1
+    if world < tasks:
         raise ConfigError(
             f"WORLD_SIZE is {world}, but srun has started {tasks} tasks; unset RANK and WORLD_SIZE: Slurm's own "
             "variables suffice"
         )
+    if world == tasks > 1:
+        for name, other in (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID")):
+            if name in env and other in env and _number(env, name) != _number(env, other):
+                raise ConfigError(
+                    f"{name} is {env[name]}, but {other} of this task is {env[other]}; unset RANK, WORLD_SIZE and "
+                    "LOCAL_RANK: Slurm's own variables suffice"
+                )
     if "LOCAL_RANK" in env:
-        return _joined(starter, env, flags, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if _in_slurm_step(env) and _slurm_tasks(env) == world > 1:
+        return _joined(BY_VARIABLES, env, flags, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if world == tasks > 1:
         return _slurm(env, flags)
     # A PyTorchJob numbers its pods so; a pod may have several GPUs.
     for name, expected in (("PET_NNODES", world), ("PET_NODE_RANK", rank)):
@@ -114,7 +121,7 @@ def _rank_and_world_size(env: Mapping[str, str], flags: Flags) -> Joined | Nodes
                 f"{name} is {env[name]}, but {'WORLD_SIZE' if name == 'PET_NNODES' else 'RANK'} is {expected}: this "
                 "job counts several processes per pod; start torchrun train.py … in each pod, which reads PET_*"
             )
-    return _nodes(starter, env, flags, world, rank)
+    return _nodes(BY_VARIABLES, env, flags, world, rank)
 
 
 def _joined(
@@ -266,7 +273,7 @@ def _meeting(
     The port is 0, any free one, only if one program starts all ranks.
     """
     shared = joined or several  # by programs that must know the same host and port beforehand
-    given = starter in ("torchrun", "RANK and WORLD_SIZE") and shared
+    given = starter in ("torchrun", BY_VARIABLES) and shared
     for flag, variable in (("master_addr", "MASTER_ADDR"), ("master_port", "MASTER_PORT")):
         value = getattr(flags, flag)
         if given and value is not None and env.get(variable, str(value)) != str(value):

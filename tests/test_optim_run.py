@@ -137,7 +137,10 @@ def test_a_run_whose_schedule_would_change_its_length_does_not_continue(data_dir
     null = write_config(tiny_config(max_steps=4, lr_scheduler=COSINE))
     assert run("--config", null, *flags) == 0
     assert run("--config", null, *flags, "--set", "trainer.args.max_steps=6") == 1
-    assert "trainer.args.lr_scheduler.args.T_max was 2 and is 4" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "trainer.args.lr_scheduler.args.T_max was 2 and is 4" in error
+    assert "null follows trainer.args.max_steps, which was 4 and is 6" in error
+    assert """--set 'trainer.args.finetune_ckpt={"encoder": "DIR/encoder", """ in error
     given = write_config(tiny_config(max_steps=4, lr_scheduler={**COSINE, "args": {"T_max": 2}}))
     assert run("--config", given, *flags) == 0  # the same schedule
 

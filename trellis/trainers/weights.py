@@ -4,6 +4,7 @@ Each model takes the first of these that has it: a complete checkpoint in the ru
 saved tokenizer), `finetune_ckpt`, fresh initialization. The plan is made before data or a GPU are touched.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ..utils.errors import CheckpointError, ConfigError
 from .configuration import complete_config
 
 # Trainer arguments that a resumed run must keep: the optimizer's state or the models' roles depend on them.
+T_MAX = "trainer.args.lr_scheduler.args.T_max"
 FIXED_ON_RESUME = ("optimizer", "lr_scheduler", "lr_scaling", "lr_multipliers", "freeze", "ema_rate")
 
 
@@ -158,9 +160,10 @@ def _resume(config: dict, checkpoints: Checkpoints, step: int) -> WeightPlan:
         raise CheckpointError(
             f"{checkpoints.run_dir} is a run of another program; give it as --load_dir and choose a new --output_dir"
         )
+    exported = json.dumps({name: f"DIR/{name}" for name in config["models"]})
     weights_alone = (
         f"start a new --output_dir from its weights alone: python scripts/export_pretrained.py --run "
-        f"{checkpoints.run_dir} --output_dir DIR, then --set trainer.args.finetune_ckpt.MODEL=DIR/MODEL"
+        f"{checkpoints.run_dir} --output_dir DIR, then --set 'trainer.args.finetune_ckpt={exported}'"
     )
     try:
         old = complete_config(misc["config"])
@@ -171,6 +174,9 @@ def _resume(config: dict, checkpoints: Checkpoints, step: int) -> WeightPlan:
         ) from error
     fixed = differences(_fixed_on_resume(old), _fixed_on_resume(config))
     changes = [f"{key} was {before} and is {now}" for key, before, now in fixed]
+    steps = [args["trainer"]["args"]["max_steps"] for args in (old, config)]
+    if any(key == T_MAX for key, _, _ in fixed) and steps[0] != steps[1]:
+        changes.append(f"a {T_MAX} of null follows trainer.args.max_steps, which was {steps[0]} and is {steps[1]}")
     if changes:
         raise ConfigError(
             f"{checkpoints.run_dir} cannot continue under another configuration: {'; '.join(changes)}. Restore what "

@@ -57,10 +57,10 @@ def state_of(run: Path, now: float) -> dict[str, Any]:
     """Return the status of a run with "run", "life" and "words" added; "error" in their place if it cannot be read."""
     try:
         status, lock = read_status(run), read_holder(run)
+        steps = Checkpoints(run).steps() if status is None else []
     except (DataError, OSError) as error:
         return {"run": str(run), "error": str(error)}
     if status is None:
-        steps = Checkpoints(run).steps()
         saved = f"its last checkpoint is of step {steps[-1]}" if steps else "and it has no checkpoint"
         return {"run": str(run), "error": f"{run} has no {FILE}, which runs of earlier versions lack; {saved}"}
     return {"run": str(run), **status, "life": life(status, now, lock), "words": judge(status, now, lock)}

@@ -154,7 +154,6 @@ class BasicTrainer:
         self.pending = PendingSteps()
         self.progress = Progress(max_steps, i_print)
         self.saver = Saver(self.checkpoints, lambda step: self.status.set(checkpoint_step=step))  # of the main process
-        self.versions = versions()  # asks git, which takes too long for each save
         # train.py gives the two: a status that keeps its file, and the curve beside the configuration.
         self.status = RunStatus(None, shown=dist_utils.is_main())
         self.reference: Reference | None = None
@@ -504,7 +503,7 @@ class BasicTrainer:
                 "seed": self.seed,
                 **self.data_facts,
                 "best": self.best,
-                "versions": self.versions,
+                "versions": versions(),
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.scheduler.state_dict() if self.scheduler else None,
                 "grad_clip": self.clipper.state_dict(),

@@ -136,10 +136,12 @@ def end(code: int) -> None:
     timer = threading.Timer(UNWIND_SECONDS, os._exit, [code])
     timer.daemon = True
     timer.start()
-    atexit._run_exitfuncs()  # loading processes, semaphores
-    for stream in (sys.stdout, sys.stderr):
-        print(end="", file=stream, flush=True)  # no error where it is closed
-    os._exit(code)
+    try:
+        atexit._run_exitfuncs()  # loading processes, semaphores
+        for stream in (sys.stdout, sys.stderr):
+            print(end="", file=stream, flush=True)
+    finally:  # also where nobody reads the output any more
+        os._exit(code)
 
 
 def _end_with_parent() -> None:

@@ -29,7 +29,7 @@ import hashlib
 import json
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ import torch.distributed as dist
 import trellis
 from trellis import models as model_registry
 from trellis.datasets import DATASETS
-from trellis.runs.checkpoint import Checkpoints, misc_file
+from trellis.runs.checkpoint import NO_USE_TO_RETRY, Checkpoints, misc_file
 from trellis.runs.lock import writing
 from trellis.runs.status import RunStatus
 from trellis.trainers import TRAINERS
@@ -49,7 +49,7 @@ from trellis.trainers.report import describe, tryrun
 from trellis.trainers.standing import Reference
 from trellis.trainers.weights import plan_weights
 from trellis.utils import dist_utils, rendezvous
-from trellis.utils.cluster import Flags, Joined, Nodes, where_started
+from trellis.utils.cluster import BY_VARIABLES, Flags, Joined, Nodes, where_started
 from trellis.utils.command import DEVICES, error_of_system, pick_device, run_command
 from trellis.utils.config import apply_override, load_config
 from trellis.utils.environment import keep_freed_memory
@@ -224,8 +224,7 @@ def spawn(args: argparse.Namespace, config: Configuration, plan: Launch, node: N
 def _spawned(args: argparse.Namespace, config: Configuration, device: str, first: Joined, local_rank: int) -> int:
     if device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // first.local_world))
-    mine = {"rank": first.rank + local_rank, "local_rank": local_rank}
-    return join_and_run(args, config, device, Joined(**{**asdict(first), **mine}))
+    return join_and_run(args, config, device, replace(first, rank=first.rank + local_rank, local_rank=local_rank))
 
 
 def join_and_run(args: argparse.Namespace, config: Configuration, device_type: str, place: Joined) -> int:
@@ -235,24 +234,28 @@ def join_and_run(args: argparse.Namespace, config: Configuration, device_type: s
         device = torch.device("cuda", place.local_rank if torch.cuda.device_count() > 1 else 0)
     os.environ["LOCAL_WORLD_SIZE"] = str(place.local_world)  # for the number of loading processes
     host = rendezvous.host_store(place.port) if place.rank == 0 and not place.hosted else None
+    # The first rank of a node speaks for the others; one that something started by itself may have its own terminal.
+    speaks = place.local_rank == 0 or (place.starter == BY_VARIABLES and not place.hosted)
     group_store, watch_store = (
-        rendezvous.join_store(place.address, place.port, place.attempt, args.timeout, speak=place.local_rank == 0)
-        for _ in range(2)
+        rendezvous.join_store(place.address, place.port, place.attempt, args.timeout, speak=speaks) for _ in range(2)
     )
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-    rendezvous.check_in(group_store, place.rank, place.world, args.timeout, gpu=gpu, speak=place.local_rank == 0)
-    watch = Watch(watch_store, place.rank, place.world, args.timeout, speaks=place.local_rank == 0)
-    watch.start()
     try:
+        rendezvous.check_in(group_store, place.rank, place.world, args.timeout, gpu=gpu, speak=speaks)
+    except dist.DistError as error:
+        raise RankFailedError(
+            f"rank {place.rank}: the host of the ranks' store at {place.address}:{place.port} has ended before all had "
+            "come; its output says why"
+        ) from error
+    watch = Watch(watch_store, place.rank, place.world, args.timeout, speaks=speaks)
+    watch.start()
+    with watch.failing():
         dist_utils.init_process_group(device, group_store, place.rank, place.world)
         dist_utils.agree({"the configuration": digest(json.dumps(config.completed)), "the code": code_version()})
         code = run(args, config, device, watch)
         dist_utils.barrier()  # rank 0 may still be writing
         watch.stop()
         dist_utils.barrier()  # from here on ranks leave one by one, which none may take for a failure
-    except BaseException as error:
-        watch.fail(error)
-        raise
     gc.collect()  # a trainer and its DDP refer to each other; both must go before the group they use
     dist.destroy_process_group()
     del host
@@ -280,7 +283,9 @@ def run(args: argparse.Namespace, config: Configuration, device: torch.device, w
     main, training = dist_utils.is_main(), not (args.tryrun or args.profile)
     reference = Reference.of_config(args.config)
     lock = writing(args.output_dir, looking=not training) if main else contextlib.nullcontext()
-    with lock, RunStatus(args.output_dir if main and training else None, shown=main) as status:
+    # Inside of the status, which then says what has ended another rank and not how this one noticed.
+    failing = watch.failing() if watch is not None else contextlib.nullcontext()
+    with lock, RunStatus(args.output_dir if main and training else None, shown=main) as status, failing:
         with status.doing("reading data and weights"):
             trainer = build_trainer(args, config, device)
         trainer.status, trainer.reference = status, reference
@@ -334,7 +339,7 @@ def last_checkpoint(run_dir: str) -> tuple[int, int] | None:
 
 
 # Trying again cannot help against a full or read-only disk, a quota, or missing permissions.
-LASTING = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
+LASTING = (*NO_USE_TO_RETRY, errno.EPERM)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from trellis.runs.status import (
 )
 from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
 from trellis.utils.errors import ConfigError, DataError
+from trellis.utils.processes import RankFailedError
 from trellis.utils.signals import Stopped
 from trellis.utils.units import duration
 
@@ -151,6 +152,7 @@ def test_an_error_is_kept_and_a_start_that_fails_leaves_no_folder(data_dir, writ
     "error, expected",
     [
         (ConfigError("a.json: lr is 0\nmore"), ("failed", "a.json: lr is 0")),
+        (RankFailedError("rank 0 lost another"), ("failed", "rank 0 lost another")),
         (ValueError("wrong"), ("failed", "ValueError: wrong")),
         (MemoryError(), ("failed", "MemoryError")),
         (KeyboardInterrupt(), ("stopped", "SIGINT")),

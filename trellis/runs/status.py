@@ -40,6 +40,7 @@ from ..utils.environment import versions
 from ..utils.errors import DataError, UserError
 from ..utils.files import atomic_write, is_running, remove_leftovers
 from ..utils.formats import check_version
+from ..utils.processes import RankFailedError
 from ..utils.progress import Work, say, waiting
 from ..utils.signals import Stopped
 from ..utils.units import duration
@@ -216,7 +217,8 @@ def ending(error: BaseException) -> tuple[str, str]:
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
         return "stopped", signal_name(error.code - 128)
     first = (str(error).strip().splitlines() or [""])[0]
-    return "failed", first if isinstance(error, UserError) and first else f"{type(error).__name__}: {first}".strip(": ")
+    for_people = isinstance(error, (UserError, RankFailedError)) and first
+    return "failed", first if for_people else f"{type(error).__name__}: {first}".strip(": ")
 
 
 def signal_name(number: int) -> str:

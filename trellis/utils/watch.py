@@ -4,6 +4,7 @@ A thread of every rank writes to the store where its main thread is, and reads w
 rank has moved for the time that its phase may take: ranks that wait for one that works do not move either.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,17 @@ class Watch:
         """Stop watching, before the ranks leave one by one."""
         self._stopped.set()
         self._thread.join()
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Call `fail` with an error that ends the block. One block may lie in another."""
+        try:
+            yield
+        except RankFailedError:  # the inner block has told
+            raise
+        except BaseException as error:
+            self.fail(error)
+            raise
 
     def fail(self, error: BaseException) -> None:
         """Let every rank end because of this rank's error. Raise RankFailedError if another rank's end led to it."""

@@ -140,11 +140,6 @@ def test_what_started_a_process(env, flags, expected):
         ({**TASK, "SLURM_STEP_NODELIST": "n[1-"}, {}, r"SLURM_NODELIST is 'n\[1-', which is no list"),
         ({**NODE, "RANK": "0", "WORLD_SIZE": "1"}, {}, "WORLD_SIZE is 1, but srun has started 2 tasks"),
         ({**TASK, "RANK": "0", "WORLD_SIZE": "8"}, {}, "RANK is 0, but SLURM_PROCID of this task is 6; unset RANK"),
-        (
-            {**TASK, "RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "3"},
-            {},
-            "LOCAL_RANK is 3, but SLURM_LOCALID of this task is 2",
-        ),
         ({"SLURM_PROCID": "1"}, {}, "SLURM_NTASKS is not set"),
         (MPIRUN, {}, "OMPI_COMM_WORLD_LOCAL_SIZE is not set; start with torchrun"),
         ({}, {"num_nodes": 2, "master_addr": "a", "master_port": 0}, "--master_port is 0"),

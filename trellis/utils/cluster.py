@@ -103,13 +103,12 @@ def _rank_and_world_size(env: Mapping[str, str], flags: Flags) -> Joined | Nodes
             f"WORLD_SIZE is {world}, but srun has started {tasks} tasks; unset RANK and WORLD_SIZE: Slurm's own "
             "variables suffice"
         )
-    if world == tasks > 1:
-        for name, other in (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID")):
-            if name in env and other in env and _number(env, name) != _number(env, other):
-                raise ConfigError(
-                    f"{name} is {env[name]}, but {other} of this task is {env[other]}; unset RANK, WORLD_SIZE and "
-                    "LOCAL_RANK: Slurm's own variables suffice"
-                )
+    # LOCAL_RANK may differ from SLURM_LOCALID: it is 0 where each task is shown its own GPU alone.
+    if world == tasks > 1 and rank != _number(env, "SLURM_PROCID"):
+        raise ConfigError(
+            f"RANK is {rank}, but SLURM_PROCID of this task is {env['SLURM_PROCID']}; unset RANK, WORLD_SIZE and "
+            "LOCAL_RANK: Slurm's own variables suffice"
+        )
     if "LOCAL_RANK" in env:
         return _joined(BY_VARIABLES, env, flags, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if world == tasks > 1:

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 import train
 from benchmarks import fuzz
-from benchmarks.fuzz_targets import TARGETS, Finding, Target, attempt, mutated, tiny_models
+from benchmarks.common import tiny_models
+from benchmarks.fuzz_targets import TARGETS, Finding, Target, attempt, mutated
 from trellis import SparseStructureTokenizer
 from trellis.datasets.metadata import read_metadata
 from trellis.datasets.packed import load_packed, save_packed
@@ -141,7 +142,7 @@ READERS = {
     "c.npz": load_packed,
     "p.ply": read_ply,
     "f.ply": has_faces,
-    "m.ply": mesh_to_grid,
+    "m.ply": lambda path: mesh_to_grid(path, 16),
     "m.glb": lambda path: mesh_to_grid(path, 16),
     "w.pt": read_weights,
     "w.safetensors": read_weights,
@@ -151,7 +152,6 @@ READERS = {
     "3DVQVAE.bin": SparseStructureTokenizer.from_shapellm,
     "grid.ply": lambda path: SparseStructureTokenizer(tiny_models(), 16).encode(path),
 }
-READERS["m.ply"] = READERS["m.glb"]
 
 
 @pytest.mark.parametrize("kind", ["a named pipe", "a device", "a folder"])

@@ -342,10 +342,9 @@ def test_the_first_failure_is_everybodys(ended, capsys):
     ):
         lost.fail(RuntimeError("Read error: Connection reset by peer. This is typically"))
     second.start()
-    while not ended:
-        time.sleep(0.02)
+    came = wait_for(lambda: ended)
     second.stop()
-    assert set(ended) == {1} and "error: rank 0 on" in capsys.readouterr().err
+    assert came and set(ended) == {1} and "error: rank 0 on" in capsys.readouterr().err
 
 
 # --- signals ---
@@ -680,12 +679,13 @@ def test_a_signal_at_a_random_moment_ends_the_run_with_its_code(ranks, signum, f
     """While it imports, starts its ranks, builds, or trains: never 0, never tried again."""
     flags = [*flags[:-4], "--auto_retry", "3", "--num_gpus", str(ranks), "--set", "trainer.args.max_steps=100000"]
     process = popen([sys.executable, str(ROOT / "train.py"), *flags])
-    wait_for(lambda: handles(process.pid, signum))  # before, the system ends Python
-    time.sleep(random.Random(time.time_ns()).uniform(0, 8))
+    assert wait_for(lambda: handles(process.pid, signum))  # before, the system ends Python
+    moment = random.Random(time.time_ns()).uniform(0, 8)
+    time.sleep(moment)
     process.send_signal(signum)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signum, error
-    assert "Traceback" not in error and "trying again" not in error
+    assert process.returncode == 128 + signum, f"after {moment:.3f} s: {error}"
+    assert "Traceback" not in error and "trying again" not in error, f"after {moment:.3f} s: {error}"
 
 
 def handles(pid: int, signum: int) -> bool:

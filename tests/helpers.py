@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -96,6 +97,14 @@ def forked(function: Callable, *args) -> BaseProcess:
     process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(function(*args)))
     process.start()
     return process
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20) -> bool:
+    """Return whether a condition comes true within some time."""
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(met)
 
 
 def free_port() -> int:

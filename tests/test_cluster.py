@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, VQ, checkpoint, free_port, run, tiny_config
+from helpers import ROOT, VQ, checkpoint, free_port, run, tiny_config, wait_for
 
 from trellis.datasets.sampler import ResumableSampler
 from trellis.runs.checkpoint import Checkpoints
@@ -259,13 +259,6 @@ def ended(monkeypatch) -> list[int]:
     monkeypatch.setattr(watching, "LOOK_EVERY", 0.02)
     monkeypatch.setattr(watching, "GRACE_SECONDS", 0.0)
     return codes
-
-
-def wait_for(condition, seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return bool(condition())
 
 
 class OtherRank:

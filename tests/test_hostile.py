@@ -203,6 +203,7 @@ def test_obstacles(tmp_path):
         ('{"a": -Infinity}', "-Infinity is not a number"),
         ('{"a": ' + "9" * 5000 + "}", "a number has 5000 digits"),
         ('{"' + "k" * 10_000 + '": 1}', "a key has 10000 characters"),
+        ('{"a\\nb": 1}', r"the key 'a\\nb' has a line break"),
         ('{"a": 1', "not valid JSON"),
         ("[1]", "must hold one JSON object"),
         ("\ufeff{", "not valid JSON"),
@@ -245,6 +246,13 @@ def test_set_takes_no_more_than_a_file(value):
     with pytest.raises(ConfigError, match="^--set trainer.args.max_steps=") as caught:
         apply_override(tiny_config(), f"trainer.args.max_steps={value}")
     assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("assignment", ["a\nb", "a\nb=1", "models.a\nb.c=1", "trainer.args.a\nb=1", "a\n.b=x\ny"])
+def test_set_with_line_breaks_is_told_in_one_line(assignment):
+    with pytest.raises(ConfigError) as caught:
+        apply_override(tiny_config(), assignment)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["a" * 100_000, ".".join(["trainer"] * 10_000), "trainer." + "a" * 10_000])

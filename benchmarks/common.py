@@ -241,6 +241,19 @@ def grids_of(rows: np.ndarray, device: torch.device) -> Tensor:
 # --- weights ---------------------------------------------------------------------------------------------
 
 
+def tiny_models(**quantizer: object) -> dict[str, dict]:
+    """Return the models of a tokenizer of 16³ grids with 4³ tokens."""
+    shape = {"latent_channels": 4, "num_res_blocks": 1, "num_res_blocks_middle": 1}
+    return {
+        "encoder": {"name": "SparseStructureEncoder", "args": {"in_channels": 1, "channels": [4, 8, 8], **shape}},
+        "decoder": {"name": "SparseStructureDecoder", "args": {"out_channels": 1, "channels": [8, 8, 4], **shape}},
+        "quantizer": {
+            "name": "VectorQuantizer",
+            "args": {"n_embed": 32, "embed_dim": 4, "latent_channels": 4, **quantizer},
+        },
+    }
+
+
 def random_weights(models: dict[str, dict], rows: np.ndarray, folder: Path, device: torch.device) -> dict[str, str]:
     """Write random weights for the `models` of a configuration and return {model: path} for finetune_ckpt.
 

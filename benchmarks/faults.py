@@ -1,13 +1,13 @@
 """Runs that are killed or whose disk fails, and what is lost by it.
 
-    python benchmarks/faults.py --kills 100       # half of them inside a write, half at a random moment
+    python benchmarks/faults.py --kills 100       # inside calls to the file system, and at random moments
     python benchmarks/faults.py --steps 20000     # memory, open files, threads and log of a long run
 
 Each trial starts a tiny run by train.py's own `main` in a copy (fork) of this process. A first start is killed at one
 of its calls to the file system (open, in the middle of a write, fsync, rename, link, unlink, mkdir), a second one at a
 random moment, and a third one ends. In every fifth trial the disk fails first: it is full, read-only, over quota, or
 broken. A reader opens the run all the time, with all its weights. CPU only: there final weights are equal to the last
-bit.
+bit. The exit code is 1 if any run, reader or message was not as it must be.
 """
 
 import builtins
@@ -55,11 +55,8 @@ _FORK = multiprocessing.get_context("fork" if os.name == "posix" else None)
 
 def tiny_config(**trainer: object) -> dict:
     """Return the configuration of a KL run at 16³ that takes milliseconds a step."""
-    shape = {"latent_channels": 4, "num_res_blocks": 1, "num_res_blocks_middle": 1}
-    models = {
-        "encoder": {"name": "SparseStructureEncoder", "args": {"in_channels": 1, "channels": [4, 8, 8], **shape}},
-        "decoder": {"name": "SparseStructureDecoder", "args": {"out_channels": 1, "channels": [8, 8, 4], **shape}},
-    }
+    models = common.tiny_models()
+    del models["quantizer"]
     args = {"max_steps": STEPS, "batch_size": 2, "optimizer": {"name": "AdamW", "args": {"lr": 1e-3}}, "grad_clip": 1.0}
     args |= {"i_save": I_SAVE, "keep_last": 2, "i_log": 2, "i_print": 1000, "i_eval": 4, "i_sample": 1000}
     return {
@@ -328,8 +325,8 @@ def what_differs(flags: list[str], folder: Path, output: Path, want: dict) -> st
 # --- many of them ----------------------------------------------------------------------------------------
 
 
-def run_kills(number: int, folder: Path, report: Report, say: Callable[[str], None]) -> str:
-    """Kill runs, and let disks fail, and return the report."""
+def run_kills(number: int, folder: Path, report: Report, say: Callable[[str], None]) -> tuple[str, int]:
+    """Kill runs, and let disks fail. Return the report, and how much was not as it must be."""
     config, data_dir = folder / "config.json", make_data(folder)
     config.write_text(json.dumps(tiny_config()))
     output = folder / "output.txt"
@@ -386,7 +383,7 @@ def run_kills(number: int, folder: Path, report: Report, say: Callable[[str], No
         f"Steps are repeated back to the last whole checkpoint: at most i_save ({I_SAVE}), and those that were taken "
         "while the next one was being written: up to i_save here, a few seconds' worth in a run of full size.",
     )
-    return report.write(*notes, table)
+    return report.write(*notes, table), unequal + bad_readers + bad_words
 
 
 # --- one long one ----------------------------------------------------------------------------------------
@@ -427,7 +424,7 @@ def run_steps(steps: int, folder: Path, report: Report, say: Callable[[str], Non
     return report.write(f"{steps} steps, a checkpoint every {every}, keep_last 2.", Table(columns, rows))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     flags = common.parser(__doc__, data=False)
     flags.add_argument("--kills", type=int, default=100, help="kill this many starts (default: 100)")
     flags.add_argument("--steps", type=int, help="measure a run of this many steps instead")
@@ -438,10 +435,12 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.steps is None:
-            print(run_kills(args.kills, folder, report, lambda text: print(text, flush=True)))
+            text, wrong = run_kills(args.kills, folder, report, lambda text: print(text, flush=True))
         else:
-            print(run_steps(args.steps, folder, report, lambda text: print(text, flush=True)))
+            text, wrong = run_steps(args.steps, folder, report, lambda text: print(text, flush=True)), 0
+    print(text)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

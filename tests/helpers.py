@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -98,6 +99,14 @@ def forked(function: Callable, *args) -> BaseProcess:
     return process
 
 
+def wait_for(condition: Callable[[], object], seconds: float = 20) -> bool:
+    """Return whether a condition comes true within some time."""
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(met)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -107,7 +116,7 @@ def free_port() -> int:
 def checkpoint(run_dir, step: int) -> dict[str, dict]:
     """All files of a step, without the wall-clock time and the command's own config.
 
-    The validations so far are left out too: a run that stopped had one more.
+    `course` is left out too: a run that stopped has validated once more. It is for `course` to compare.
     """
     checkpoints = Checkpoints(run_dir)
     assert checkpoints.is_complete(step)
@@ -117,10 +126,17 @@ def checkpoint(run_dir, step: int) -> dict[str, dict]:
     return files
 
 
+def course(run_dir, step: int) -> dict:
+    """What a checkpoint holds of the validations that the end of a run is judged by."""
+    misc = Checkpoints(run_dir).read_misc(step, mmap=False)
+    assert misc is not None
+    return misc["course"]
+
+
 def assert_equal(a, b, where=""):
-    """Equal to the last bit."""
+    """The same numbers, to the last bit, of the same types and shapes."""
     if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7)), where
+        torch.testing.assert_close(a, b, atol=0, rtol=0, equal_nan=True, msg=lambda text: f"{where}: {text}")
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:

@@ -270,6 +270,7 @@ def test_a_checkpoint_without_sums_is_compared_with_those_of_its_zip_archives(ch
     checkpoints.verify(6)
     for name in (model_file("decoder", 6), misc_file(6)):
         path = checkpoints.folder / name
+        found = 0
         for place in range(0, path.stat().st_size, path.stat().st_size // 60):
             fresh = Checkpoints(checkpoints.run_dir)
             flip(path, place, place % 8)
@@ -281,6 +282,8 @@ def test_a_checkpoint_without_sums_is_compared_with_those_of_its_zip_archives(ch
             except CheckpointError as error:
                 assert f"{path}" in str(error)
                 flip(path, place, place % 8)
+                found += 1
+        assert found >= 20, name
 
 
 def test_a_sum_of_another_program_counts_only_for_the_file_that_is_used(tmp_path):
@@ -321,7 +324,7 @@ def test_frozen_weights_that_were_damaged_are_written_anew(checkpoints):
     flip(path, path.stat().st_size // 2, 0)
     with pytest.warns(UserWarning, match=f"encoder_step0000008.pt is written anew: {path} is damaged"):
         save(checkpoints, 8)
-    use(checkpoints, 8) if "config" in checkpoints.read_misc(8) else checkpoints.verify(8)
+    checkpoints.verify(8)
     assert torch.equal(torch.load(checkpoints.folder / model_file("encoder", 8))["w"], weights(7)["w"])
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, VQ, checkpoint, free_port, run, tiny_config
+from helpers import ROOT, VQ, checkpoint, free_port, run, tiny_config, wait_for
 
 from trellis.datasets.sampler import ResumableSampler
 from trellis.runs.checkpoint import Checkpoints
@@ -262,13 +262,6 @@ def ended(monkeypatch) -> list[int]:
     return codes
 
 
-def wait_for(condition, seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return bool(condition())
-
-
 class OtherRank:
     """Rank 1, which writes its reports to a store; `step` does not change by itself."""
 
@@ -343,10 +336,9 @@ def test_the_first_failure_is_everybodys(ended, capsys):
     ):
         lost.fail(RuntimeError("Read error: Connection reset by peer. This is typically"))
     second.start()
-    while not ended:
-        time.sleep(0.02)
+    came = wait_for(lambda: ended)
     second.stop()
-    assert set(ended) == {1} and "error: rank 0 on" in capsys.readouterr().err
+    assert came and set(ended) == {1} and "error: rank 0 on" in capsys.readouterr().err
 
 
 # --- signals ---
@@ -681,12 +673,13 @@ def test_a_signal_at_a_random_moment_ends_the_run_with_its_code(ranks, signum, f
     """While it imports, starts its ranks, builds, or trains: never 0, never tried again."""
     flags = [*flags[:-4], "--auto_retry", "3", "--num_gpus", str(ranks), "--set", "trainer.args.max_steps=100000"]
     process = popen([sys.executable, str(ROOT / "train.py"), *flags])
-    wait_for(lambda: handles(process.pid, signum))  # before, the system ends Python
-    time.sleep(random.Random(time.time_ns()).uniform(0, 8))
+    assert wait_for(lambda: handles(process.pid, signum))  # before, the system ends Python
+    moment = random.Random(time.time_ns()).uniform(0, 8)
+    time.sleep(moment)
     process.send_signal(signum)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signum, error
-    assert "Traceback" not in error and "trying again" not in error
+    assert process.returncode == 128 + signum, f"after {moment:.3f} s: {error}"
+    assert "Traceback" not in error and "trying again" not in error, f"after {moment:.3f} s: {error}"
 
 
 def handles(pid: int, signum: int) -> bool:

@@ -4,11 +4,10 @@ import platform
 import re
 import subprocess
 import sys
-import time
 import tomllib
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, wait_for
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -158,10 +157,7 @@ def test_a_process_that_nobody_waited_for_does_not_run():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert is_running(process.pid)
     process.kill()
-    deadline = time.monotonic() + 10
-    while is_running(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not is_running(process.pid)
+    assert wait_for(lambda: not is_running(process.pid), 10)
     process.communicate()
     assert not is_running(process.pid)
 

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 import train
 from benchmarks import fuzz
-from benchmarks.fuzz_targets import TARGETS, Finding, Target, attempt, mutated, tiny_models
+from benchmarks.common import tiny_models
+from benchmarks.fuzz_targets import TARGETS, Finding, Target, attempt, mutated
 from trellis import SparseStructureTokenizer
 from trellis.datasets.metadata import read_metadata
 from trellis.datasets.packed import load_packed, save_packed
@@ -141,7 +142,7 @@ READERS = {
     "c.npz": load_packed,
     "p.ply": read_ply,
     "f.ply": has_faces,
-    "m.ply": mesh_to_grid,
+    "m.ply": lambda path: mesh_to_grid(path, 16),
     "m.glb": lambda path: mesh_to_grid(path, 16),
     "w.pt": read_weights,
     "w.safetensors": read_weights,
@@ -151,7 +152,6 @@ READERS = {
     "3DVQVAE.bin": SparseStructureTokenizer.from_shapellm,
     "grid.ply": lambda path: SparseStructureTokenizer(tiny_models(), 16).encode(path),
 }
-READERS["m.ply"] = READERS["m.glb"]
 
 
 @pytest.mark.parametrize("kind", ["a named pipe", "a device", "a folder"])
@@ -203,6 +203,7 @@ def test_obstacles(tmp_path):
         ('{"a": -Infinity}', "-Infinity is not a number"),
         ('{"a": ' + "9" * 5000 + "}", "a number has 5000 digits"),
         ('{"' + "k" * 10_000 + '": 1}', "a key has 10000 characters"),
+        ('{"a\\nb": 1}', r"the key 'a\\nb' has a line break"),
         ('{"a": 1', "not valid JSON"),
         ("[1]", "must hold one JSON object"),
         ("\ufeff{", "not valid JSON"),
@@ -245,6 +246,13 @@ def test_set_takes_no_more_than_a_file(value):
     with pytest.raises(ConfigError, match="^--set trainer.args.max_steps=") as caught:
         apply_override(tiny_config(), f"trainer.args.max_steps={value}")
     assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("assignment", ["a\nb", "a\nb=1", "models.a\nb.c=1", "trainer.args.a\nb=1", "a\n.b=x\ny"])
+def test_set_with_line_breaks_is_told_in_one_line(assignment):
+    with pytest.raises(ConfigError) as caught:
+        apply_override(tiny_config(), assignment)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["a" * 100_000, ".".join(["trainer"] * 10_000), "trainer." + "a" * 10_000])

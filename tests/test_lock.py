@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import forked, run, tiny_config
+from helpers import forked, run, tiny_config, wait_for
 
 from trellis.runs import lock
 from trellis.runs.checkpoint import Checkpoints
@@ -199,10 +199,7 @@ def test_a_lock_that_is_no_file_is_refused_at_once(make, tmp_path):
 def test_the_lock_is_touched_while_it_is_held(fast, tmp_path):
     with writing(tmp_path):
         os.utime(tmp_path / "lock", (0, 0))
-        deadline = time.monotonic() + 5
-        while (tmp_path / "lock").stat().st_mtime == 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        assert wait_for(lambda: (tmp_path / "lock").stat().st_mtime > 0, 5)
 
 
 def test_a_holder_that_lost_its_lock_stops_before_it_writes_and_leaves_the_lock_to_the_other(fast, tmp_path):

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, wait_for
 
 pytest.importorskip("numba")
 
@@ -124,8 +124,7 @@ def test_closing_ends_what_runs(monkeypatch):
     with MeshPool(1) as pool:
         task = pool.submit(eval, "__import__('time').sleep(60)", timeout=100)
         pool.submit(eval, "1", timeout=100)
-        while not task.running():
-            time.sleep(0.01)
+        assert wait_for(task.running)
         started = time.monotonic()
     assert time.monotonic() - started < 10
 
@@ -180,10 +179,7 @@ if __name__ == "__main__":
 """
     done = program(tmp_path, code)
     worker = Path("/proc", done.stdout.strip())
-    deadline = time.monotonic() + 10
-    while worker.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert done.returncode == -9 and not worker.exists()
+    assert done.returncode == -9 and wait_for(lambda: not worker.exists(), 10)
 
 
 def test_a_start_that_is_killed_is_tried_again(monkeypatch):

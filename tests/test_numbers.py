@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import VQ, assert_equal, checkpoint, logged, run, tiny_config
+from helpers import VQ, assert_equal, checkpoint, course, logged, run, tiny_config
 from torch import nn
 
 import train
@@ -389,6 +389,9 @@ def test_data_that_changed_under_a_run_are_told_before_it_goes_on(write_config, 
     ) in out
     assert f"the data have changed since step 3: validation objects: 1 removed: {removed}…\n" in out
     assert out.index("have changed") < out.index("step 4/4")
+    assert [step for step, _ in course(tmp_path / "run", 3)["last"]] == [2, 3]
+    assert [step for step, _ in course(tmp_path / "run", 4)["last"]] == [4]  # other objects say nothing of these
+    assert course(tmp_path / "run", 4)["objects"] is None
 
     elsewhere = packed(tmp_path / "other", changed[::-1], val[:2])
     assert run(*flags, "--data_dir", elsewhere, "--set", "trainer.args.max_steps=5") == 0
@@ -439,7 +442,7 @@ def test_a_drop_counts_if_the_spread_over_objects_cannot_make_it():
     assert drop_by_chance(spread - 0.5) < 1e-3
     assert drop_by_chance(torch.full((4,), -0.1, dtype=torch.float64)) == 0
     assert drop_by_chance(torch.tensor([-0.9], dtype=torch.float64)) == 1
-    # Of a thousand pairs of runs that are equal, about one is called worse.
+    # Of 4000 pairs of runs that are equal, one in a hundred has a drop of this probability.
     noise = torch.randn(4000, 8, generator=generator, dtype=torch.float64)
     assert sum(drop_by_chance(row) < 1e-2 for row in noise) == pytest.approx(40, abs=20)
 

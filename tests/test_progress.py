@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, wait_for
 
 from trellis.trainers.logger import Progress
 from trellis.utils import progress
@@ -73,10 +73,7 @@ def test_nothing_is_shown_of_short_or_hidden_work_and_no_thread_is_left(capsys):
     with waiting("hidden", shown=False):
         time.sleep(0.2)
     assert capsys.readouterr().out == ""
-    deadline = time.monotonic() + 5
-    while any(thread.name == "progress" for thread in threading.enumerate()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not any(thread.name == "progress" for thread in threading.enumerate())
+    assert wait_for(lambda: not any(thread.name == "progress" for thread in threading.enumerate()), 5)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")

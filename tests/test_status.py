@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, VQ, command, logged, run, tiny_config
+from helpers import ROOT, VQ, command, logged, run, tiny_config, wait_for
 
 from trellis.runs.lock import Holder
 from trellis.runs.status import (
@@ -96,9 +96,8 @@ def test_a_killed_run_is_dead_at_once_on_its_own_machine(data_dir, write_config,
     flags = ("--config", path, "--data_dir", data_dir, "--output_dir", tmp_path / "run")
     process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True)
     assert any("step 2/4000" in line for line in iter(process.stdout.readline, ""))
-    while not (status := read_status(tmp_path / "run")) or status["state"] != "training":
-        time.sleep(0.01)
-    assert life(status, time.time()) == "alive"
+    assert wait_for(lambda: (read_status(tmp_path / "run") or {}).get("state") == "training")
+    assert life(read_status(tmp_path / "run"), time.time()) == "alive"
     process.kill()
     process.wait()
     assert life(read_status(tmp_path / "run"), time.time()) == "died"

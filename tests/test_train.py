@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import VQ, assert_equal, checkpoint, command, free_port, logged, run, tiny_config
+from helpers import VQ, assert_equal, checkpoint, command, course, free_port, logged, run, tiny_config
 
 import train
 from trellis.runs.checkpoint import Checkpoints
@@ -60,6 +60,21 @@ def test_two_halves_equal_the_whole(config, data_dir, write_config, tmp_path):
     assert [line for line in whole if "loss" in line] == [line for line in parts if "loss" in line]
 
 
+@pytest.mark.parametrize("stop, validated", [(3, [3, 6]), (4, [4, 6])])
+def test_two_halves_are_judged_by_the_validations_of_both(stop, validated, data_dir, write_config, tmp_path):
+    """Step 3 is validated in any case, step 4 only because the run stops there."""
+    flags = ("--config", write_config(tiny_config(VQ, **STAGE2)), "--data_dir", data_dir)
+    assert run(*flags, "--output_dir", tmp_path / "whole") == 0
+    assert run(*flags, "--output_dir", tmp_path / "parts", "--set", f"trainer.args.max_steps={stop}") == 0
+    assert run(*flags, "--output_dir", tmp_path / "parts") == 0
+    whole, parts = course(tmp_path / "whole", 6), course(tmp_path / "parts", 6)
+    assert parts["objects"].shape == (6,) and parts["first"].keys() >= {"iou", "codebook_usage"}
+    assert [step for step, _ in parts["last"]] == validated
+    for each in () if stop == 3 else (whole, parts):
+        del each["last"][0]
+    assert_equal(parts, whole)
+
+
 def test_killed_at_random_moments_ends_in_the_same_weights(stage1_run, data_dir, write_config, tmp_path):
     path = write_config(tiny_config(VQ, **STAGE2, max_steps=16, i_save=1, i_eval=4))
     flags = ("--config", path, "--data_dir", data_dir, "--load_dir", stage1_run)
@@ -76,6 +91,7 @@ def test_killed_at_random_moments_ends_in_the_same_weights(stage1_run, data_dir,
     assert kills
     assert run(*flags, "--output_dir", checkpoints.run_dir) == 0
     assert_equal(checkpoint(tmp_path / "whole", 16), checkpoint(checkpoints.run_dir, 16))
+    assert_equal(course(tmp_path / "whole", 16), course(checkpoints.run_dir, 16))
     assert logged(tmp_path / "whole") == logged(checkpoints.run_dir)
 
 
@@ -214,7 +230,11 @@ def test_keep_last_keeps_the_last_and_the_best(data_dir, write_config, tmp_path)
         ([0.5, 0.49, 0.4990], False),  # less than lies between two runs
     ],
 )
-def test_a_run_that_ends_below_its_start_says_so(scores, told, data_dir, write_config, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("stop", [None, 3])
+def test_a_run_that_ends_below_its_start_says_so(
+    stop, scores, told, data_dir, write_config, tmp_path, monkeypatch, capsys
+):
+    """Also one that stopped in between."""
     found = iter(scores)
 
     def validate(self):
@@ -223,8 +243,12 @@ def test_a_run_that_ends_below_its_start_says_so(scores, told, data_dir, write_c
         return {"iou": score}
 
     monkeypatch.setattr(SparseStructureVaeTrainer, "validate", validate)
-    path = write_config(tiny_config(max_steps=6, i_eval=3))
-    assert run("--config", path, "--data_dir", data_dir, "--output_dir", tmp_path / "run") == 0
+    flags = ("--config", write_config(tiny_config(max_steps=6, i_eval=3)), "--data_dir", data_dir)
+    flags += ("--output_dir", tmp_path / "run")
+    if stop is not None:
+        assert run(*flags, "--set", f"trainer.args.max_steps={stop}") == 0
+        capsys.readouterr()
+    assert run(*flags) == 0
     assert ("WARNING: this run made the models worse: iou 0.5000" in capsys.readouterr().out) is told
     assert Checkpoints(tmp_path / "run").best() == scores.index(max(scores)) * 3
 

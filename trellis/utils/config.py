@@ -73,15 +73,14 @@ def parse_json(text: str, where: str) -> Any:
     """Parse JSON in which no key is given twice and every number is finite.
 
     where: what messages begin with.
-    Raise json.JSONDecodeError for what is no JSON, ConfigError for a key given twice, for NaN and Infinity, and for
-    what goes beyond MAX_DEPTH, MAX_KEY or MAX_DIGITS.
+    Raise json.JSONDecodeError for what is no JSON, ConfigError for a key given twice, for NaN and Infinity, for
+    a key with a line break, and for what goes beyond MAX_DEPTH, MAX_KEY or MAX_DIGITS.
     """
 
     def no_duplicates(pairs):
         seen = set()
         for key, _ in pairs:
-            if len(key) > MAX_KEY:
-                raise ConfigError(f"{where}: a key has {len(key)} characters; use at most {MAX_KEY}")
+            _check_key(key, where)
             if key in seen:
                 raise ConfigError(f"{where}: key {key!r} is given twice in one object; keep one")
             seen.add(key)
@@ -140,14 +139,21 @@ def apply_override(config: dict, assignment: str) -> None:
         node = node[key]
     if not isinstance(node, dict):
         raise ConfigError(f"{where}: {'.'.join(keys[:-1])} has type {json_type(node)}, not object")
-    if len(keys[-1]) > MAX_KEY:
-        raise ConfigError(f"{where}: a key has {len(keys[-1])} characters; use at most {MAX_KEY}")
+    _check_key(keys[-1], where)
     node[keys[-1]] = value
 
 
+def _check_key(key: str, where: str) -> None:
+    """Raise ConfigError for a key that no message of one line could name."""
+    if len(key) > MAX_KEY:
+        raise ConfigError(f"{where}: a key has {len(key)} characters; use at most {MAX_KEY}")
+    if "\n" in key:
+        raise ConfigError(f"{where}: the key {key!r} has a line break; keep it on one line")
+
+
 def shortened(text: str) -> str:
-    """Return a text for a message: cut after SHOWN characters."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    """Return a text for a message: on one line, cut after SHOWN characters."""
+    return (text if len(text) <= SHOWN else f"{text[:SHOWN]}…").replace("\n", "\\n")
 
 
 # --- checking --------------------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import argparse
 import contextlib
+import functools
+import pickle
+import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +34,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.multiprocessing
 from torch import Tensor
 
 from dataset_toolkits.records import FAILED_FIELDS, write_table
@@ -44,8 +46,10 @@ from trellis.tokenizer import Precision, SparseStructureTokenizer
 from trellis.tokens import parquet, sharegpt
 from trellis.tokens.forms import FORMS, Form, form_of
 from trellis.utils.command import DEVICES, available_cores, check_output_folder, pick_device, run_command
-from trellis.utils.errors import ConfigError, DataError, UserError
+from trellis.utils.errors import ConfigError, DataError
+from trellis.utils.processes import run_all
 from trellis.utils.progress import waiting
+from trellis.utils.signals import Stopped
 
 FAILED = "_failed.csv"  # ending of the table of meshes that cannot be voxelized
 REASONS_SHOWN = 5
@@ -315,54 +319,34 @@ def write_conversations(work: Work, prompts: sharegpt.Prompts, tokenizer: Sparse
     )
 
 
-def _spawned(process: int, work: Work, numbers: list[list[int]], answers) -> None:
-    """Run one process. Put its Report, or the error that ends it, into `answers`."""
+def _spawned(work: Work, numbers: list[list[int]], reports: Path, process: int) -> int:
+    """Run one process, which leaves its Report in a folder: a pipe may be too short for what there is to note."""
     if not work.cuda:
         torch.set_num_threads(max(1, torch.get_num_threads() // len(numbers)))
-    try:
-        tokenizer = SparseStructureTokenizer.load(work.args.tokenizer)
-        if work.cuda:
-            torch.cuda.set_device(process)
-            tokenizer.to(torch.device("cuda", process))
-        answers.put(run_process(work, tokenizer, numbers[process], process, len(numbers)))
-    except (UserError, OSError) as error:
-        answers.put(error)
-        sys.exit(1)
+    tokenizer = SparseStructureTokenizer.load(work.args.tokenizer)
+    if work.cuda:
+        torch.cuda.set_device(process)
+        tokenizer.to(torch.device("cuda", process))
+    report = run_process(work, tokenizer, numbers[process], process, len(numbers))
+    (reports / str(process)).write_bytes(pickle.dumps(report))
+    return 0
 
 
 def run_processes(work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int], processes: int) -> Report:
     """Divide the shards among processes, one for each GPU, and add up their reports."""
     if processes == 1:
         return run_process(work, tokenizer, numbers, 0, 1)
-    answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
     shares = [numbers[i::processes] for i in range(processes)]
-    try:
-        _join(torch.multiprocessing.spawn(_spawned, (work, shares, answers), nprocs=processes, join=False))
-    except torch.multiprocessing.ProcessExitedException:
-        while not answers.empty():
-            if isinstance(answer := answers.get(), Exception):
-                raise answer from None
-        raise
-    reports = [answers.get() for _ in range(processes)]
+    with tempfile.TemporaryDirectory() as folder:
+        if code := run_all(functools.partial(_spawned, work, shares, Path(folder)), processes):
+            raise Stopped(code - 128)
+        reports = [pickle.loads((Path(folder) / str(process)).read_bytes()) for process in range(processes)]
     return Report(
         sum(report.objects for report in reports),
         max(report.seconds for report in reports),
         sum(report.records for report in reports),
         [each for report in reports for each in report.noted],
     )
-
-
-def _join(context: torch.multiprocessing.ProcessContext) -> None:
-    """Wait for processes. Raise what torch raises if one fails; a signal to this one ends them all."""
-    try:
-        while not context.join():
-            pass
-    except KeyboardInterrupt:
-        for process in context.processes:
-            process.terminate()
-        for process in context.processes:
-            process.join()
-        raise
 
 
 # --- all of it ------------------------------------------------------------------------------------------------

@@ -295,6 +295,27 @@ def test_two_processes_write_what_one_writes_wherever_they_are_started(base, tok
     assert same_rows(tmp_path / "out", tokens)
 
 
+def test_a_process_that_is_killed_is_one_error(base, tmp_path):
+    """As by a system whose memory has run out."""
+    (tmp_path / "killed.py").write_text(
+        f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from scripts import to_tokens
+def write_shard(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+to_tokens.parquet.write_shard = write_shard
+if __name__ == "__main__":
+    sys.exit(to_tokens.main(sys.argv[1:]))
+"""
+    )
+    command = [sys.executable, tmp_path / "killed.py", *flags(base, tmp_path / "out", "--num_gpus", 2)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: process ") and "was killed by SIGKILL" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_verify_notices_rows_that_are_not_those_of_their_grids(base, tokens, tmp_path, capsys):
     for path in tokens.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

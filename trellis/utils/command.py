@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from . import signals
 from .errors import ConfigError, UserError
+from .processes import RankFailedError
 
 if TYPE_CHECKING:
     import torch
@@ -92,9 +93,9 @@ def run_command(
 ) -> int:
     """Call a program's work with its arguments and return the exit code: the call's result, or 0 for None.
 
-    UserError, and OSError such as a full disk, become the line `error: …` on standard error and exit code 1.
-    A signal becomes the line `interrupted`, and exit code 128 + its number, as shells have it. limit: as for
-    `signals.handled`.
+    UserError, OSError such as a full disk, and the end of a process become the line `error: …` on standard error and
+    exit code 1. A signal becomes the line `interrupted`, and exit code 128 + its number, as shells have it. limit: as
+    for `signals.handled`.
     Other exceptions are bugs and keep their traceback.
     """
     try:
@@ -104,7 +105,7 @@ def run_command(
         return report_interruption(stopped, interrupted)
     except OSError as error:
         print(f"error: {error_of_system(error)}", file=sys.stderr)
-    except UserError as error:
+    except (UserError, RankFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
     except UnicodeEncodeError as error:
         print(f"error: a name is not UTF-8 text ({error.reason}): rename it, or set PYTHONUTF8=1", file=sys.stderr)

@@ -224,11 +224,7 @@ class Run:
             row = {
                 name: text for name, text in self.plan.base[job.sha256].items() if name not in records.METADATA_FIELDS
             }
-            try:
-                columns[job.sha256] = columns_of_row(row)
-            except ValueError as error:
-                table = Path(self.args.input[0], "metadata.csv")
-                raise DataError(f"{table}: the row of {job.sha256} cannot be read ({error}). Mend it.") from error
+            columns[job.sha256] = columns_of_row(str(Path(self.args.input[0], "metadata.csv")), row)
         return columns
 
     def _columns(self, job: Job, made: Made) -> dict[str, object]:
@@ -245,7 +241,7 @@ class Run:
             made.mm_per_cell,
             made.frame,
         )
-        return {**self.base.get(job.sha256, {}), **columns_of_row(dict(zip(COLUMNS, row, strict=True)))}
+        return {**self.base.get(job.sha256, {}), **columns_of_row(str(job.path), dict(zip(COLUMNS, row, strict=True)))}
 
     def _write_shards(self) -> None:
         """Write the grids that wait for it as a shard, then record their jobs. A signal waits until that is done."""

@@ -1,6 +1,8 @@
 """What a worker process does with one file: make its grids, write them, and say what became of it."""
 
 import hashlib
+import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,6 +147,33 @@ def make_grids(path: Path, sha256: str, folder: Path | None, settings: Settings,
         for voxels, made in grids:
             write_ply(folder / f"{made.sha256}.ply", voxel_centers(voxels, settings.resolution))
     return Outcome(tuple(made for _, made in grids), missing)
+
+
+def make_files(
+    path: Path, sha256: str, settings: Settings, stamp: Stamp | None = None
+) -> tuple[Outcome, dict[str, bytes]]:
+    """Make the grids of a file on another machine. Return them as {name of a file: its bytes in zlib's format}.
+
+    Arguments and errors: as of `make_grids`.
+    """
+    here = None if stamp is None else local_stamp(path, stamp)
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = make_grids(path, sha256, Path(folder), settings, here)
+        return outcome, {file.name: zlib.compress(file.read_bytes()) for file in Path(folder).iterdir()}
+
+
+def local_stamp(path: Path, stamp: Stamp) -> Stamp:
+    """Return the stamp of a file on this machine, where it may have another number.
+
+    stamp: of another machine. Raise DataError if size or time of change differ, or if it cannot be read.
+    """
+    try:
+        here = stamp_of(path)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}") from error
+    if [part and part[:2] for part in here] != [part and part[:2] for part in stamp]:
+        raise DataError(CHANGED)
+    return here
 
 
 def voxels_of(path: Path, stamp: Stamp | None, resolution: int, up_axis: str, normalization: str) -> Voxelized:

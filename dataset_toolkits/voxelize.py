@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 import zlib
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from dataset_toolkits import estimate, inputs, records, report, work
 from dataset_toolkits.claim import claimed
 from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_renders
-from dataset_toolkits.work import Outcome, Settings, division, input_key, is_volume, make_files, make_grids, time_factor
+from dataset_toolkits.work import Outcome, Settings, division, input_key, is_volume, make_grids, time_factor
 from trellis.grids import placing
 from trellis.grids.mesh_pool import memory_limit, run_in_pool
 from trellis.grids.volumes import FILLS
@@ -178,19 +178,22 @@ class Run:
 
             try:
                 for jobs in (others, volumes):
-                    if not jobs:
-                        continue
-                    timeout = self.args.timeout * time_factor(jobs[0].path)
-                    if self.cluster is not None:
-                        self._work_on_cluster(self.cluster, jobs, finish, timeout)
-                        continue
                     tasks = ((job.path, job.sha256, self.root / "voxels", self.settings, job.stamp) for job in jobs)
-                    run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
+                    if jobs:
+                        timeout = self.args.timeout * time_factor(jobs[0].path)
+                        if self.cluster is None:
+                            run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
+                        else:
+                            self._work_on_cluster(self.cluster, tasks, finish, timeout)
             except KeyboardInterrupt as stopped:
                 self.stopped = stopped
 
     def _work_on_cluster(
-        self, cluster: "Cluster", jobs: list[Job], finish: Callable[[tuple, Outcome | DataError], None], timeout: float
+        self,
+        cluster: "Cluster",
+        tasks: Iterable[tuple],
+        finish: Callable[[tuple, Outcome | DataError], None],
+        timeout: float,
     ) -> None:
         """Do as run_in_pool does on a Ray cluster, whose nodes need not see the output folder."""
         from trellis.grids.mesh_cluster import run_on_cluster
@@ -201,12 +204,12 @@ class Run:
                 return
             outcome, files = result
             for name, data in files.items():
-                with atomic_write(self.root / "voxels" / name) as partial:
+                with atomic_write(task[2] / name) as partial:
                     partial.write_bytes(zlib.decompress(data))
             finish(task, outcome)
 
-        tasks = ((job.path.absolute(), job.sha256, self.settings, job.stamp) for job in jobs)
-        run_on_cluster(cluster, make_files, tasks, write, self.args.workers_of_node, timeout, self.args.memory)
+        workers, memory = self.args.workers_of_node, self.args.memory
+        run_on_cluster(cluster, work.make_grids_elsewhere, tasks, write, workers, timeout, memory)
 
     def _grids_of(self, job: Job) -> list[str]:
         """Return the grids that a finished job has."""

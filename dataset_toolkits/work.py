@@ -149,17 +149,20 @@ def make_grids(path: Path, sha256: str, folder: Path | None, settings: Settings,
     return Outcome(tuple(made for _, made in grids), missing)
 
 
-def make_files(
-    path: Path, sha256: str, settings: Settings, stamp: Stamp | None = None
+def make_grids_elsewhere(
+    path: Path, sha256: str, folder: Path | None, settings: Settings, stamp: Stamp | None = None
 ) -> tuple[Outcome, dict[str, bytes]]:
-    """Make the grids of a file on another machine. Return them as {name of a file: its bytes in zlib's format}.
+    """Make the grids of a file on another machine than the one that has asked for it and has the folder.
 
-    Arguments and errors: as of `make_grids`.
+    Return what `make_grids` returns, and what it would write: {name of a file: its bytes, as zlib makes them smaller}.
+    Arguments and errors: as of `make_grids`. stamp: of the file on the machine that has asked.
     """
     here = None if stamp is None else local_stamp(path, stamp)
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = make_grids(path, sha256, Path(folder), settings, here)
-        return outcome, {file.name: zlib.compress(file.read_bytes()) for file in Path(folder).iterdir()}
+    if folder is None:
+        return make_grids(path, sha256, None, settings, here), {}
+    with tempfile.TemporaryDirectory() as made:
+        outcome = make_grids(path, sha256, Path(made), settings, here)
+        return outcome, {file.name: zlib.compress(file.read_bytes()) for file in Path(made).iterdir()}
 
 
 def local_stamp(path: Path, stamp: Stamp) -> Stamp:

@@ -4,20 +4,21 @@ Both give out shards, which are runs of their objects, with grids as packed bits
 Axes: B objects of a batch, R voxels along an axis.
 """
 
+import copy
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trellis.datasets.batches import load_batches
-from trellis.datasets.metadata import Split, compare_with_tokenizer
+from trellis.datasets.metadata import Entry, Split, compare_with_tokenizer
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import pack_bits, voxels_to_grid
 from trellis.tokens.sharegpt import read_captions
@@ -48,6 +49,32 @@ class Shard(NamedTuple):
     left_out: list[dict[str, str]]  # {"file", "sha256", "reason"} of the objects without a grid
 
 
+class DataObjects(Sequence[TokenObject]):
+    """The objects of a dataset, made when they are asked for: a list of a million takes a gigabyte."""
+
+    def __init__(self, dataset: SparseStructure):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenObject: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenObject]: ...
+    def __getitem__(self, index: int | slice) -> TokenObject | list[TokenObject]:
+        if isinstance(index, slice):
+            return [_token_object(entry) for entry in self.dataset.entries[index]]
+        return _token_object(self.dataset.entries[index])
+
+    def __iter__(self) -> Iterator[TokenObject]:
+        return map(_token_object, self.dataset.entries)
+
+
+def _token_object(entry: Entry) -> TokenObject:
+    return TokenObject(entry.sha256, entry.name, entry.source, entry.frame)
+
+
 class DataSource:
     """Grids of data roots, in the order of the dataset.
 
@@ -63,9 +90,7 @@ class DataSource:
     def __init__(self, roots: str, split: Split, resolution: int, up_axis: str, normalization: str):
         self.given = roots, split, resolution, up_axis, normalization
         self.dataset = SparseStructure(roots, resolution=resolution, split=split)
-        self.objects = [
-            TokenObject(entry.sha256, entry.name, entry.source, entry.frame) for entry in self.dataset.entries
-        ]
+        self.objects = DataObjects(self.dataset)
         self.failures: list[dict[str, str]] = []
         differing = compare_with_tokenizer(self.dataset.settings, up_axis, normalization)
         self.notes = [*self.dataset.notes, *differing]
@@ -152,6 +177,12 @@ class MeshSource:
         self.noted: list[tuple[str, str]] = []  # (file, note) of what this process has voxelized
         self.settings = resolution, up_axis, normalization
         self.max_workers, self.timeout = max_workers, timeout
+
+    def part(self, objects: slice) -> "MeshSource":
+        """Return a source of some of the objects."""
+        part = copy.copy(self)
+        part.jobs, part.objects, part.failures, part.noted = self.jobs[objects], self.objects[objects], [], []
+        return part
 
     def key(self) -> dict[str, str | int]:
         """Return what identifies the grids."""

@@ -1,7 +1,6 @@
 """Meshes read on a Ray cluster: a pool of worker processes on each node, with the limits of `mesh_pool`."""
 
 import os
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ from ..utils.files import host_name
 from ..utils.ray_cluster import Cluster, Lost, Node, Slot
 from .mesh_pool import LostTask, MeshPool, memory_limit
 
+ATTEMPTS = 2  # workers that may be lost over a file, and as many again in the end
 LARGEST = 64  # files that a pool is given at once; more of one node's work would be done again if it is lost
 
 
@@ -30,8 +30,6 @@ class NodePool:
     def __init__(self, function: Callable, timeout: float, memory: float | None, alone: bool, slot: Slot):
         self.function, self.timeout = function, timeout
         self.memory = memory_limit(memory and memory * slot.cpus if alone else memory, slot.threads)
-        # A worker runs the program of its parent again, which here is Ray's and loads much.
-        vars(sys.modules["__main__"]).pop("__file__", None)
         self.pool = MeshPool(slot.threads)
         self.pool.submit(int, timeout=timeout).result()  # raises ConfigError if workers cannot start
 
@@ -88,5 +86,5 @@ def run_on_cluster(
             take(task, result)
 
     work = partial(NodePool, function, timeout, memory)
-    cluster.run_tasks(partial(work, False), slots, tasks, take_or_keep, LARGEST)
-    cluster.run_tasks(partial(work, True), one_at_a_time, lost, take)
+    cluster.run_tasks(partial(work, False), slots, tasks, take_or_keep, LARGEST, attempts=ATTEMPTS)
+    cluster.run_tasks(partial(work, True), one_at_a_time, lost, take, most=len(lost), attempts=ATTEMPTS)

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import os
+import pickle
 import signal
 import sys
 import time
@@ -23,7 +24,6 @@ from .errors import ConfigError, UserError
 from .files import host_name
 
 LOCAL = "local"  # the address of a cluster that is made of this machine for one run
-ATTEMPTS = 3  # workers that may be lost over a task
 STARTS = 3  # workers of a node that may be lost in a row before they are ready
 LOOK_SECONDS = 5.0  # between two looks for nodes
 # A batch comes back after this time, done or not, so that progress is seen and little is lost with a worker.
@@ -55,7 +55,7 @@ class Slot(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """The result of a task whose workers were lost, ATTEMPTS in a row."""
+    """The result of a task over which too many workers were lost."""
 
     reason: str
 
@@ -71,11 +71,13 @@ class Cluster:
     """A Ray cluster that this program has joined, see `joined`.
 
     processes: of all workers that were ready once.
+    ready: when the first of them was, of time.monotonic; None: none was yet.
     """
 
     def __init__(self, ray: Any, address: str):
         self.ray, self.address = ray, address
         self.processes: list[Process] = []
+        self.ready: float | None = None
 
     def nodes(self) -> list[Node]:
         """Return the nodes that live."""
@@ -97,6 +99,8 @@ class Cluster:
         tasks: Iterable[Any],
         finish: Callable[[Any, Any], None],
         largest: int = 1,
+        most: int | None = None,
+        attempts: int = 3,
     ) -> None:
         """Do each task on some node, and call finish(task, result) here as soon as it has ended.
 
@@ -104,10 +108,11 @@ class Cluster:
             tasks and the results are pickled.
         slots: what workers may take of a node.
         largest: number of tasks that a worker may be given at once; only quick ones are.
-        A result is a Lost if its workers were lost.
+        most: number of workers; None: one for each slot.
+        attempts: number of workers that may be lost over a task; then its result is a Lost.
         Raise ConfigError if no node has a slot or workers cannot start, and what a task raises.
         """
-        run = _Run(self, make, slots, iter(tasks), finish, largest)
+        run = _Run(self, make, slots, iter(tasks), finish, largest, most, attempts)
         try:
             run.work()
         finally:
@@ -144,8 +149,7 @@ def joined(address: str, packages: Sequence[str]) -> Iterator[Cluster]:
             logging_level=logging.ERROR,
         )
     except (ConnectionError, RuntimeError, ValueError, AssertionError, TimeoutError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"--ray {address}: cannot join the cluster: {reason}") from error
+        raise ConfigError(f"--ray {address}: cannot join the cluster: {_in_short(error)}") from error
     except SystemExit:  # Ray's own answer to SIGTERM
         raise signals.stopped() or signals.Stopped(signal.SIGTERM) from None
     finally:
@@ -157,6 +161,11 @@ def joined(address: str, packages: Sequence[str]) -> Iterator[Cluster]:
         ray.shutdown()
 
 
+def _in_short(error: Exception) -> str:
+    """Return an error of Ray, which may be long, in one line."""
+    return " ".join(str(error).split())[:300]
+
+
 def _folder(package: str) -> str:
     """Return the folder of a package."""
     spec = find_spec(package)
@@ -165,16 +174,23 @@ def _folder(package: str) -> str:
 
 
 class _Actor:
-    """A worker, as it runs on its node."""
+    """A worker, as it runs on its node. make: pickled, see `Cluster.run_tasks`."""
 
-    def __init__(self, make: Callable[[Slot], Callable[[Any], Any]], slot: Slot):
+    def __init__(self, make: bytes, slot: Slot):
         self._make, self._slot = make, slot
 
-    def start(self) -> Process:
+    def start(self, folder: str) -> Process:
+        """Get ready. folder: where the program was started, which relative paths start from."""
+        # Processes that Python starts run the program of their parent again, which here is Ray's and loads much.
+        vars(sys.modules["__main__"]).pop("__file__", None)
+        with contextlib.suppress(OSError):  # without it absolute paths may do
+            os.chdir(folder)
         try:
-            self._do = self._make(self._slot)
+            self._do = pickle.loads(self._make)(self._slot)
+        except ImportError as error:
+            raise ConfigError(f"{error} on node {host_name()}: install there what this machine has") from error
         except UserError as error:
-            raise type(error)(f"{error} (on node {host_name()})") from error
+            raise type(error)(f"on node {host_name()}: {error}") from error
         return Process(host_name(), os.getpid())
 
     def work(self, tasks: list[Any]) -> tuple[list[Any], float]:
@@ -201,7 +217,7 @@ class _Worker:
 
     def __init__(self, actor: Any, node: Node, slot: Slot):
         self.actor, self.node, self.slot = actor, node, slot
-        self.starting: Any = actor.start.remote()
+        self.starting: Any = actor.start.remote(os.getcwd())
         self.calls: dict[Any, list[_Task]] = {}
 
 
@@ -216,12 +232,15 @@ class _Run:
         tasks: Iterator[Any],
         finish: Callable[[Any, Any], None],
         largest: int,
+        most: int | None,
+        attempts: int,
     ):
         self.cluster, self.ray, self.slots, self.finish = cluster, cluster.ray, slots, finish
         self.tasks = map(_Task, tasks)
         self.again: deque[_Task] = deque()  # taken before `tasks`
         self.largest, self.size = largest, 1  # of batches
-        self.make = self.ray.put(make)  # once for all workers
+        self.most, self.attempts = most, attempts
+        self.make = self.ray.put(pickle.dumps(make))  # once for all workers
         self.actor = self.ray.remote(_Actor)
         self.workers: list[_Worker] = []
         self.failed: dict[str, int] = {}  # workers lost in a row before they were ready, by node
@@ -269,7 +288,8 @@ class _Run:
         offered = {node: list(self.slots(node)) for node in nodes}
         for node, slots in offered.items():
             if self.failed.get(node.id, 0) < STARTS:
-                self.workers += [self._start(node, slot) for slot in slots[hired[node.id] :]]
+                free = None if self.most is None else max(0, self.most - len(self.workers))
+                self.workers += [self._start(node, slot) for slot in slots[hired[node.id] :][:free]]
         if not self.workers:
             if self.reason and any(offered.values()):
                 raise ConfigError(f"--ray {self.cluster.address}: workers cannot start: {self.reason}")
@@ -336,6 +356,7 @@ class _Run:
             self.failed[worker.node.id] = 0
             self.idle_since = None
             self.cluster.processes.append(answer)
+            self.cluster.ready = self.cluster.ready or time.monotonic()
             return
         results, seconds = answer
         batch = worker.calls.pop(call)
@@ -349,7 +370,7 @@ class _Run:
 
     def _lose(self, worker: _Worker, error: Exception) -> None:
         """Give the tasks of a worker that was lost to others."""
-        self.reason = f"{worker.node.name}: {' '.join(str(error).split())[:300]}"
+        self.reason = f"{worker.node.name}: {_in_short(error)}"
         self.workers.remove(worker)
         self.looked = -LOOK_SECONDS
         if all(each.starting for each in self.workers):
@@ -358,10 +379,10 @@ class _Run:
         if worker.starting is not None:
             self.failed[worker.node.id] = self.failed.get(worker.node.id, 0) + 1
         for task, losses in itertools.chain.from_iterable(worker.calls.values()):
-            if losses + 1 < ATTEMPTS:
+            if losses + 1 < self.attempts:
                 self.again.append(_Task(task, losses + 1))
             else:
-                self.finish(task, Lost(f"its worker was lost {ATTEMPTS} times, the last one on {self.reason}"))
+                self.finish(task, Lost(f"its worker was lost {self.attempts} times, the last one on {self.reason}"))
 
     def dismiss(self) -> None:
         """End the workers."""

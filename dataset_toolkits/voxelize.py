@@ -18,7 +18,6 @@ import zlib
 from collections.abc import Callable, Container, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
@@ -27,6 +26,7 @@ from dataset_toolkits.claim import claimed
 from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_renders
 from dataset_toolkits.work import Outcome, Settings, division, input_key, is_volume, make_grids, time_factor
 from trellis.grids import placing
+from trellis.grids.mesh_cluster import run_on_cluster
 from trellis.grids.mesh_pool import memory_limit, run_in_pool
 from trellis.grids.volumes import FILLS
 from trellis.utils.command import (
@@ -39,15 +39,13 @@ from trellis.utils.command import (
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import atomic_write, remove_leftovers
 from trellis.utils.progress import waiting
-
-if TYPE_CHECKING:
-    from trellis.utils.ray_cluster import Cluster
+from trellis.utils.ray_cluster import Cluster, joined
 
 PACKAGES = ("trellis", "dataset_toolkits")  # what workers on other machines need of the project
 INTERRUPTED = "interrupted: run the same command again to go on"
 
 
-def voxelize(args: argparse.Namespace, cluster: "Cluster | None" = None) -> int:
+def voxelize(args: argparse.Namespace, cluster: Cluster | None = None) -> int:
     """Voxelize this rank's share, bring metadata.csv and failed.csv up to date, and print a summary.
 
     cluster: of Ray, which does the work; None: this machine.
@@ -82,7 +80,9 @@ def voxelize(args: argparse.Namespace, cluster: "Cluster | None" = None) -> int:
                 plan = plan_renders(Path(args.input[0]), args.rank, args.world_size)
             else:
                 name_rank = partial(work.name_rank, settings=settings)
-                plan = plan_files(found, args.rank, args.world_size, args.max_workers, known[0].grids, name_rank)
+                threads = args.max_workers if cluster is None else args.workers_of_node
+                sharing = args.rank, args.world_size, threads
+                plan = plan_files(found, *sharing, known[0].grids, name_rank, cluster)
             run = Run(args, root, settings, key, plan, known, record_file, cluster)
             run.work()
             remove_leftovers(root / "voxels")  # of workers that were killed
@@ -131,7 +131,7 @@ class Run:
         plan: Plan,
         known: tuple[records.Known, dict[str, records.Row]],
         record_file: records.RecordFile,
-        cluster: "Cluster | None" = None,
+        cluster: Cluster | None = None,
     ):
         self.args, self.root, self.settings, self.plan = args, root, settings, plan
         self.record_file, self.cluster = record_file, cluster
@@ -190,13 +190,12 @@ class Run:
 
     def _work_on_cluster(
         self,
-        cluster: "Cluster",
+        cluster: Cluster,
         tasks: Iterable[tuple],
         finish: Callable[[tuple, Outcome | DataError], None],
         timeout: float,
     ) -> None:
         """Do as run_in_pool does on a Ray cluster, whose nodes need not see the output folder."""
-        from trellis.grids.mesh_cluster import run_on_cluster
 
         def write(task: tuple, result: tuple[Outcome, dict[str, bytes]] | DataError) -> None:
             if isinstance(result, DataError):
@@ -492,8 +491,6 @@ def run(args: argparse.Namespace) -> int:
     check_args(args)
     if args.ray is None:
         return voxelize(args)
-    from trellis.utils.ray_cluster import joined
-
     with joined(args.ray, PACKAGES) as cluster:
         return voxelize(args, cluster)
 

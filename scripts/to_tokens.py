@@ -209,9 +209,12 @@ def run_processes(work: Work, tokenizer: SparseStructureTokenizer, numbers: list
 # --- all of it ------------------------------------------------------------------------------------------------
 
 
-def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cuda: bool) -> Work:
+def plan_work(
+    args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cuda: bool, cluster: "Cluster | None" = None
+) -> Work:
     """Read the data's index, and claim the output folder.
 
+    cluster: of Ray, which does the work; None: this machine.
     Raise UserError if the folder was made with other settings, or if there is nothing to do.
     """
     parquet.require_pyarrow()
@@ -221,7 +224,7 @@ def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cud
     settings = tokenizer.resolution, up_axis, tokenizer.normalization
     source: DataSource | MeshSource
     if args.meshes:
-        source = MeshSource(args.meshes, *settings, args.max_workers, args.timeout, folder)
+        source = MeshSource(args.meshes, *settings, args.max_workers, args.timeout, folder, cluster)
     else:
         source = DataSource(args.data_dir, args.split, *settings)
     form = form_of(args.form, tokenizer.empty_code)
@@ -375,7 +378,7 @@ def run_here(args: argparse.Namespace, started: float, cluster: "Cluster | None"
     there, cuda = count_gpus(args, cluster)
     tokenizer = SparseStructureTokenizer.load(args.tokenizer)
     with waiting("reading the list of objects"):
-        work = plan_work(args, tokenizer, cuda)
+        work = plan_work(args, tokenizer, cuda, cluster)
     for note in work.source.notes:
         print(f"note: {note}")
     numbers = list(work.shards)[args.rank :: args.world_size]

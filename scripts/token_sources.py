@@ -27,6 +27,7 @@ from trellis.utils.errors import DataError
 if TYPE_CHECKING:
     from dataset_toolkits.plan import Job
     from trellis.grids.meshes import Voxelized
+    from trellis.utils.ray_cluster import Cluster
 
 BATCH = {"cpu": 8, "cuda": 64}  # objects per batch, enough to keep a device busy; ids do not depend on it
 
@@ -154,6 +155,7 @@ class MeshSource:
     max_workers: worker processes of this machine.
     timeout: seconds for a file.
     output_dir: its folder `voxels` is not searched: grids are PLY files too.
+    cluster: of Ray, which hashes many files; None: this machine.
     Raise DataError if there is no mesh, ConfigError if a package is missing.
     """
 
@@ -166,10 +168,11 @@ class MeshSource:
         max_workers: int,
         timeout: float,
         output_dir: Path,
+        cluster: "Cluster | None" = None,
     ):
         from dataset_toolkits.plan import plan_meshes
 
-        plan = plan_meshes(inputs, output_dir, max_workers)
+        plan = plan_meshes(inputs, output_dir, max_workers if cluster is None else None, cluster)
         self.jobs = sorted(plan.jobs)  # by sha256, so that the spelling of paths does not matter
         self.objects = [TokenObject(job.sha256, job.names[0]) for job in self.jobs]
         self.failures = plan.failures

@@ -19,7 +19,7 @@ trimesh = pytest.importorskip("trimesh")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from dataset_toolkits import voxelize  # noqa: E402
+from dataset_toolkits import hashing, voxelize  # noqa: E402
 from scripts import to_tokens  # noqa: E402
 from trellis.grids import mesh_cluster, mesh_pool  # noqa: E402
 from trellis.utils import ray_cluster  # noqa: E402
@@ -214,6 +214,20 @@ def test_a_file_that_a_node_does_not_see_is_an_error_that_names_both(cluster, tm
         with pytest.raises(ConfigError, match=rf"node \S+ does not see {gone}, as this machine does"):
             mesh_cluster.run_on_cluster(joined, print, [(gone,)], print, 1, 60)
     assert [str(result) for result in results] == ["cannot be read: No such file or directory"]
+
+
+def test_files_are_hashed_on_the_nodes_as_here(cluster, meshes, tmp_path, monkeypatch):
+    paths = [*sorted(meshes.iterdir()), tmp_path / "gone.stl", tmp_path]
+    steps = []
+    with ray_cluster.joined(cluster.address, ("trellis", "dataset_toolkits")) as joined:
+        there = hashing.hash_on_cluster(joined, paths, (), None, lambda: steps.append(1))
+        monkeypatch.setattr(hashing.os.path, "lexists", lambda path: True)
+        with pytest.raises(ConfigError, match=r"does not see \S+/gone.stl"):
+            hashing.hash_on_cluster(joined, paths, (), None, lambda: None)
+    here = hashing.hash_here(paths, (), 1, lambda: None)
+    assert len(steps) == len(paths)
+    found = [[result.strerror if isinstance(result, OSError) else result for result in each] for each in (there, here)]
+    assert found[0] == found[1] and found[0][-2:] == ["No such file or directory", "Is a directory"]
 
 
 def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,22 @@ LARGEST = 64  # files that a pool is given at once; more of one node's work woul
 
 
 class Unseen(DataError):
-    """A file that is not there on a node."""
+    """A file that is not there on a node, with the node's name."""
+
+
+def check_seen(cluster: Cluster, path: str | os.PathLike, result: Any) -> None:
+    """Raise ConfigError if a result is an Unseen of a file that this machine sees."""
+    if isinstance(result, Unseen) and os.path.lexists(path):
+        raise ConfigError(
+            f"--ray {cluster.address}: node {result} does not see {os.fspath(path)}, as this machine does. Every node "
+            "must have the input at the same path: mount it there, or leave the node out."
+        )
+
+
+def slots_of_node(threads: int | None, node: Node) -> list[Slot]:
+    """Return one slot with all CPUs of a node, or as many as threads are asked for; none without CPUs."""
+    threads = threads or node.cpus
+    return [Slot(min(threads, node.cpus), 0, threads)] if node.cpus else []
 
 
 class NodePool:
@@ -60,19 +75,13 @@ def run_on_cluster(
     """
     lost: list[tuple] = []
 
-    def slots(node: Node) -> list[Slot]:
-        threads = max_workers or node.cpus
-        return [Slot(min(threads, node.cpus), 0, threads)] if node.cpus else []
+    slots = partial(slots_of_node, max_workers)
 
     def one_at_a_time(node: Node) -> list[Slot]:
         return [Slot(slot.cpus, 0, 1) for slot in slots(node)]
 
     def take(task: tuple, result: Any) -> None:
-        if isinstance(result, Unseen) and os.path.lexists(task[0]):
-            raise ConfigError(
-                f"--ray {cluster.address}: node {result} does not see {task[0]}, as this machine does. Every node must "
-                "have the input at the same path: mount it there, or leave the node out."
-            )
+        check_seen(cluster, task[0], result)
         if isinstance(result, Unseen):
             result = DataError("cannot be read: No such file or directory")
         elif isinstance(result, Lost):

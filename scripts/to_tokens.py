@@ -239,7 +239,7 @@ def plan_work(
     prompts, captions = plan_conversations(args, source) if args.sharegpt else (None, {})
 
     folder.mkdir(parents=True, exist_ok=True)
-    frames = any(item.frame for item in source.objects)
+    frames = source.has_frames()
     made_from = {"data": source.key(), "iou": args.iou, "shard_size": args.shard_size, "shards": len(shards)}
     parquet.claim(folder, info, made_from, args.iou, frames)
     if prompts is not None:

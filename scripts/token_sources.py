@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trellis.datasets.base import Rows
 from trellis.datasets.batches import load_batches
-from trellis.datasets.metadata import Entry, Split, compare_with_tokenizer
+from trellis.datasets.metadata import Split, compare_with_tokenizer
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import pack_bits, voxels_to_grid
-from trellis.tokens.sharegpt import read_captions
+from trellis.tokens.sharegpt import CAPTION_COLUMNS, captions_of, read_captions
 from trellis.utils.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from trellis.utils.ray_cluster import Cluster
 
 BATCH = {"cpu": 8, "cuda": 64}  # objects per batch, enough to keep a device busy; ids do not depend on it
+AT_ONCE = 10_000  # objects whose texts are looked up together
 
 
 class TokenObject(NamedTuple):
@@ -50,32 +52,6 @@ class Shard(NamedTuple):
     left_out: list[dict[str, str]]  # {"file", "sha256", "reason"} of the objects without a grid
 
 
-class DataObjects(Sequence[TokenObject]):
-    """The objects of a dataset, made when they are asked for: a list of a million takes a gigabyte."""
-
-    def __init__(self, dataset: SparseStructure):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    @overload
-    def __getitem__(self, index: int) -> TokenObject: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TokenObject]: ...
-    def __getitem__(self, index: int | slice) -> TokenObject | list[TokenObject]:
-        if isinstance(index, slice):
-            return [_token_object(entry) for entry in self.dataset.entries[index]]
-        return _token_object(self.dataset.entries[index])
-
-    def __iter__(self) -> Iterator[TokenObject]:
-        return map(_token_object, self.dataset.entries)
-
-
-def _token_object(entry: Entry) -> TokenObject:
-    return TokenObject(entry.sha256, entry.name, entry.source, entry.frame)
-
-
 class DataSource:
     """Grids of data roots, in the order of the dataset.
 
@@ -91,7 +67,7 @@ class DataSource:
     def __init__(self, roots: str, split: Split, resolution: int, up_axis: str, normalization: str):
         self.given = roots, split, resolution, up_axis, normalization
         self.dataset = SparseStructure(roots, resolution=resolution, split=split)
-        self.objects = DataObjects(self.dataset)
+        self.objects: Sequence[TokenObject] = Rows(len(self.dataset), self._objects_at)  # a list would take a gigabyte
         self.failures: list[dict[str, str]] = []
         differing = compare_with_tokenizer(self.dataset.settings, up_axis, normalization)
         self.notes = [*self.dataset.notes, *differing]
@@ -104,12 +80,32 @@ class DataSource:
         """Return what identifies the grids."""
         return self.dataset.content_key()
 
+    def _objects_at(self, indices: np.ndarray) -> list[TokenObject]:
+        columns = (self.dataset.texts(name, indices) for name in TokenObject._fields)
+        return [TokenObject(*values) for values in zip(*columns, strict=True)]
+
+    def has_frames(self) -> bool:
+        """Return whether an object says where it lies in its scan."""
+        return any(any(self.dataset.texts("frame", indices)) for indices in self._parts())
+
+    def _parts(self) -> Iterator[np.ndarray]:
+        """Yield the indices of all objects, some at a time."""
+        yield from np.split(np.arange(len(self.dataset)), range(AT_ONCE, len(self.dataset), AT_ONCE))
+
     def captions(self) -> dict[str, list[str]]:
-        """Return captions by sha256, if metadata.csv has any."""
+        """Return captions by sha256, if metadata.csv or shards have any."""
         captions: dict[str, list[str]] = {}
-        for root in self.dataset.roots:
-            if (path := Path(root, "metadata.csv")).is_file():
-                captions |= read_captions(path, required=False)
+        tables = [path for root in self.dataset.roots if (path := Path(root, "metadata.csv")).is_file()]
+        for path in tables:
+            captions |= read_captions(path, required=False)
+        if len(tables) == len(self.dataset.roots):
+            return captions
+        for indices in self._parts():
+            columns = self.dataset.columns_of(indices)
+            for name in CAPTION_COLUMNS:
+                for sha256, value in zip(columns["sha256"], columns.get(name, ()), strict=False):
+                    if value is not None and (found := captions_of(value)):
+                        captions.setdefault(sha256, found)
         return captions
 
     def feed(
@@ -142,8 +138,10 @@ class DataSource:
 
     def grids(self, sha256: list[str]) -> Tensor:
         """Return the grids of these objects, [n, ceil(R³ / 8)] uint8."""
-        index_of = {entry.sha256: index for index, entry in enumerate(self.dataset.entries)}
-        return self.dataset.get_batch(np.array([index_of[each] for each in sha256]))["bits"]
+        indices = self.dataset.find(sha256)
+        if (indices < 0).any():
+            raise DataError(f"{','.join(self.dataset.roots)}: has no object {sha256[int(indices.argmin())]}")
+        return self.dataset.get_batch(indices)["bits"]
 
 
 class MeshSource:
@@ -180,17 +178,23 @@ class MeshSource:
         self.noted: list[tuple[str, str]] = []  # (file, note) of what this process has voxelized
         self.settings = resolution, up_axis, normalization
         self.max_workers, self.timeout = max_workers, timeout
+        self.elsewhere = False  # than where the files were hashed
 
     def part(self, objects: slice) -> "MeshSource":
-        """Return a source of some of the objects."""
+        """Return a source of some of the objects, for another machine."""
         part = copy.copy(self)
         part.jobs, part.objects, part.failures, part.noted = self.jobs[objects], self.objects[objects], [], []
+        part.elsewhere = True
         return part
 
     def key(self) -> dict[str, str | int]:
         """Return what identifies the grids."""
         digest = hashlib.sha256("\n".join(job.sha256 for job in self.jobs).encode())
         return {"dataset": "meshes", "objects": len(self.jobs), "data": digest.hexdigest()}
+
+    def has_frames(self) -> bool:
+        """Return that no object is from a scan."""
+        return False
 
     def captions(self) -> dict[str, list[str]]:
         """Return no captions: mesh files have none."""
@@ -264,7 +268,7 @@ class MeshSource:
         self, jobs: "list[Job]", finish: Callable[[Path, np.ndarray | DataError], None], workers: int
     ) -> None:
         """Call finish with each path and its grid, [ceil(R³ / 8)] uint8, or the reason why there is none."""
-        from dataset_toolkits.work import voxels_of
+        from dataset_toolkits.work import voxels_elsewhere, voxels_of
         from trellis.grids.mesh_pool import run_in_pool
 
         resolution = self.settings[0]
@@ -277,4 +281,10 @@ class MeshSource:
                 finish(task[0], pack_bits(voxels_to_grid(result.voxels, resolution)[None])[0])
 
         tasks = ((job.path, job.stamp, *self.settings) for job in jobs)
-        run_in_pool(voxels_of, tasks, pack, max(1, min(workers, len(jobs))), self.timeout)
+        run_in_pool(
+            voxels_elsewhere if self.elsewhere else voxels_of,
+            tasks,
+            pack,
+            max(1, min(workers, len(jobs))),
+            self.timeout,
+        )

@@ -236,7 +236,7 @@ class BasicTrainer:
         check_num_workers(args["num_workers"], f"{where}.num_workers")
         optim.check_optimizer(args["optimizer"], f"{where}.optimizer")
         optim.check_lr_factors(args["lr_scaling"], args["lr_multipliers"], trained, args["optimizer"], where)
-        optim.check_lr_scheduler(args["lr_scheduler"], args["optimizer"], args["max_steps"], f"{where}.lr_scheduler")
+        optim.check_lr_scheduler(args["lr_scheduler"], args["optimizer"], f"{where}.lr_scheduler")
         optim.build_grad_clipper(args["grad_clip"], f"{where}.grad_clip")
         check_wandb(args["wandb"], f"{where}.wandb")
         cls.check_models(models, config)

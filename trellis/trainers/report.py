@@ -37,6 +37,11 @@ def describe(trainer: BasicTrainer) -> None:
             "note: no object is in the validation split, so nothing is validated and no checkpoint is the best; "
             "set the column split of some objects to val (in metadata.csv, or before packing)"
         )
+    if trainer.scored < trainer.size.val:
+        print(
+            f"validation scores {trainer.scored:,} of {trainer.size.val:,} objects, the same in every run; "
+            "trainer.args.val_objects null takes all"
+        )
     devices = f"{dist_utils.world_size()} x {trainer.device.type}"
     print(f"{devices}, {trainer.precision.name}, {trainer.global_batch} samples per step, {trainer.max_steps} steps")
     if trainer.precision.note:

@@ -6,7 +6,7 @@ import torch
 from helpers import TEST_DATA, needs_test_data, solid_grids
 
 from trellis.datasets import duplicates
-from trellis.datasets.duplicates import Duplicates, Grid, Sketcher, Sketches, compare, find_duplicates, orbits
+from trellis.datasets.duplicates import Duplicates, Grid, Sketcher, Sketches, compare, orbits, sketch_all
 from trellis.grids.symmetries import SYMMETRIES
 from trellis.grids.voxels import pack_bits, unpack_bits
 
@@ -53,8 +53,14 @@ def connected(near: np.ndarray) -> np.ndarray:
 
 
 def found_in(grids: np.ndarray, iou: float = 0.9) -> Duplicates:
-    bits = pack_bits(grids)
-    return find_duplicates(lambda numbers: bits[numbers], len(bits), grids.shape[-1], iou)
+    return found_in_bits(pack_bits(grids), grids.shape[-1], iou)
+
+
+def found_in_bits(bits: np.ndarray, resolution: int, iou: float = 0.9) -> Duplicates:
+    def read(numbers: np.ndarray) -> np.ndarray:
+        return bits[numbers]
+
+    return Duplicates(sketch_all(read, len(bits), resolution, iou), read, resolution, iou)
 
 
 @pytest.mark.parametrize("resolution", [3, 4, 6])
@@ -112,7 +118,7 @@ def test_pairs_at_the_threshold_share_a_key():
     both = Sketches(*(np.concatenate(pair) for pair in zip(first, second, strict=True)))
     pairs, bits = np.arange(200), pack_bits(np.concatenate([grids, near]))
     found = Duplicates(both, lambda numbers: bits[numbers], 32)
-    assert found.plausible(pairs, pairs + 200).all()
+    assert both.plausible(pairs, pairs + 200).all()
     assert (found.family[pairs + 200] == found.family[pairs]).all()
 
 
@@ -204,6 +210,6 @@ def test_real_grids_against_all_pairs():
         for b in others[shared >= 0.9 * (sizes[a] + sizes[others] - shared)]:
             grid, other = (unpack_bits(bits[i][None], 64)[0].bool() for i in (a, b))
             near[a, b] = near[b, a] = max(iou_of(symmetry(grid).numpy(), other.numpy()) for symmetry in ALL) >= 0.9
-    found = find_duplicates(lambda chosen: bits[chosen], 700, 64)
+    found = found_in_bits(bits, 64)
     assert near.any()
     assert np.array_equal(found.family, connected(near))

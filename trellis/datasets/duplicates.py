@@ -8,10 +8,10 @@ object, and for two objects
 
 since the voxels that two grids share in an orbit are at most the lesser of its counts. The left side is the Jaccard
 index of the sets {(o, k): 1 <= k <= a_o}, which MinHash estimates (Broder 1997, "On the resemblance and containment of
-documents"). One hash of each element suffices: hashes are divided into bins, and each bin has its least (one-permutation
-hashing, Li, Owen, Zhang 2012, arXiv:1208.1259); an empty bin takes that of another (Shrivastava 2017, arXiv:1703.04664).
-Bands of bins are keys: objects that share none are no candidates. A band is as long as it may be for a pair at t to
-share a key with a probability of at least 1 - MISS.
+documents"). One hash of each element suffices: hashes are divided into bins, and each bin has its least
+(one-permutation hashing, Li, Owen, Zhang 2012, arXiv:1208.1259); an empty bin takes that of another (Shrivastava 2017,
+arXiv:1703.04664). Bands of bins are keys: objects that share none are no candidates. A band is as long as it may be
+for a pair at t to share a key with a probability of at least 1 - MISS.
 
 Candidates are then compared exactly: their numbers of voxels along each axis say which of the symmetries are possible,
 and for those the shared voxels are counted. Nothing is sampled there and no bucket is cut short, so what is reported is
@@ -63,7 +63,12 @@ def orbits(resolution: int) -> np.ndarray:
 
 
 def band_length(iou: float) -> int:
-    """Return how many bins make a key: the most with which a pair at the threshold is missed by at most MISS."""
+    """Return how many bins make a key: the most with which a pair at the threshold is missed by at most MISS.
+
+    Raise ValueError for a threshold outside [LOWEST_IOU, 1].
+    """
+    if not LOWEST_IOU <= iou <= 1:
+        raise ValueError(f"iou must lie in [{LOWEST_IOU}, 1], not {iou}")
     return max(r for r in range(1, BINS + 1) if (1 - iou**r) ** (BINS // r) <= MISS)
 
 
@@ -80,6 +85,18 @@ class Sketches(NamedTuple):
     prints: np.ndarray
     num_voxels: np.ndarray
     digests: np.ndarray
+
+    def plausible(self, first: np.ndarray, second: np.ndarray, iou: float = IOU) -> np.ndarray:
+        """Return [P] bool: whether pairs, [P] int64 each, may be at a threshold by their sizes and prints."""
+        voxels, prints = self.num_voxels, self.prints
+        less = np.minimum(voxels[first], voxels[second])
+        kept = less >= iou * np.maximum(voxels[first], voxels[second])
+        least = PRINTS * iou - DEVIATIONS * (PRINTS * iou * (1 - iou)) ** 0.5
+        chosen = np.flatnonzero(kept)
+        for start in range(0, len(chosen), 1 << 16):
+            part = chosen[start : start + (1 << 16)]
+            kept[part] = np.count_nonzero(prints[first[part]] == prints[second[part]], axis=1) >= least
+        return kept
 
 
 class Sketcher:
@@ -232,7 +249,6 @@ class Duplicates:
     ):
         self.sketches, self.iou = sketches, iou
         self.compared = 0
-        self._least_equal = PRINTS * iou - DEVIATIONS * (PRINTS * iou * (1 - iou)) ** 0.5
 
         @functools.lru_cache(maxsize=32)
         def grid(number: int) -> Grid:
@@ -275,7 +291,7 @@ class Duplicates:
         """Compare pairs of objects, [P] each, and join the families of those at the threshold."""
         new = self._roots(first) != self._roots(second)
         first, second = first[new], second[new]
-        kept = self.plausible(first, second)
+        kept = self.sketches.plausible(first, second, self.iou)
         first, second = first[kept], second[kept]
         earlier = (self.sketches.keys[first, :band] == self.sketches.keys[second, :band]).any(axis=1)
         for a, b in zip(first[~earlier].tolist(), second[~earlier].tolist(), strict=True):
@@ -285,18 +301,6 @@ class Duplicates:
             self.compared += 1
             if compare(self._grid(a), self._grid(b), self.iou, best=False):
                 self._parents[max(root_a, root_b)] = min(root_a, root_b)
-
-    def plausible(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Return [P] bool: whether pairs, [P] int64 each, may be at the threshold by their sizes and prints."""
-        voxels, prints = self.sketches.num_voxels, self.sketches.prints
-        less = np.minimum(voxels[first], voxels[second])
-        kept = less >= self.iou * np.maximum(voxels[first], voxels[second])
-        chosen = np.flatnonzero(kept)
-        for start in range(0, len(chosen), 1 << 16):
-            part = chosen[start : start + (1 << 16)]
-            equal = np.count_nonzero(prints[first[part]] == prints[second[part]], axis=1)
-            kept[part] = equal >= self._least_equal
-        return kept
 
     def _root(self, number: int) -> int:
         parents = self._parents
@@ -332,7 +336,7 @@ class Duplicates:
                 yield number, same[digest], Match(1.0, SYMMETRIES["all"][0])
                 continue
             kept = np.array(stays, np.intp)
-            for other in kept[self.plausible(kept, np.full(len(kept), number))].tolist():
+            for other in kept[self.sketches.plausible(kept, np.full(len(kept), number), self.iou)].tolist():
                 match = compare(self._grid(other), self._grid(number), self.iou)
                 if match is not None:
                     yield number, other, match
@@ -342,20 +346,13 @@ class Duplicates:
                 same[digest] = number
 
 
-def find_duplicates(
-    read: Read,
-    count: int,
-    resolution: int,
-    iou: float = IOU,
-    progress: tuple[Callable[[int], None], Callable[[int], None]] | None = None,
-) -> Duplicates:
-    """Find the families of near-duplicates among objects 0 ... count - 1.
+def sketch_all(
+    read: Read, count: int, resolution: int, iou: float = IOU, progress: Callable[[int], None] | None = None
+) -> Sketches:
+    """Return the sketches of objects 0 ... count - 1.
 
-    progress: called with the number of objects that were read, and of bands that were compared.
-    Raise ValueError for a threshold outside [LOWEST_IOU, 1].
+    progress: called with the number of objects that were read.
     """
-    if not LOWEST_IOU <= iou <= 1:
-        raise ValueError(f"iou must lie in [{LOWEST_IOU}, 1], not {iou}")
     sketcher = Sketcher(resolution, iou)
     sketches = Sketches(
         np.empty((count, sketcher.bands), np.uint32),
@@ -368,8 +365,8 @@ def find_duplicates(
         for array, part in zip(sketches, sketcher(read(numbers)), strict=True):
             array[numbers] = part
         if progress is not None:
-            progress[0](start + len(numbers))
-    return Duplicates(sketches, read, resolution, iou, None if progress is None else progress[1])
+            progress(start + len(numbers))
+    return sketches
 
 
 def _first_of_equal(digests: np.ndarray) -> np.ndarray:

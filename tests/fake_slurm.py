@@ -15,9 +15,11 @@ from helpers import ROOT, wait_for
 SRUN = """
 import os, signal, subprocess, sys
 
-command = sys.argv[1:]
+flags, command = [], sys.argv[1:]
 while command[0].startswith("-"):
-    del command[0]
+    flags.append(command.pop(0))
+# Without this flag a task gets one core.
+assert f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}" in flags
 nodes = int(os.environ["SLURM_NNODES"])
 tasks = int(os.environ["SLURM_NTASKS"])
 names = ",".join(["localhost"] * nodes)
@@ -58,6 +60,7 @@ os.makedirs("jobs", exist_ok=True)
 def run(element):
     number = f"{os.getpid()}{element:02}"  # each element of an array has a number of its own
     job = {"JOB_ID": number, "NNODES": nodes, "NTASKS": tasks, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+    job["CPUS_PER_TASK"] = options["cpus-per-task"]
     if elements:
         job |= {"ARRAY_JOB_ID": os.getpid(), "ARRAY_TASK_ID": element, "ARRAY_TASK_COUNT": elements}
     variables = {f"SLURM_{name}": str(value) for name, value in job.items()}

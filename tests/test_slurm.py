@@ -2,8 +2,11 @@
 results are those of an undisturbed run of each program alone."""
 
 import json
+import re
+import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import fake_slurm
@@ -17,22 +20,28 @@ from dataset_toolkits import voxelize  # noqa: E402
 from dataset_toolkits.shapes.make_shapes import make_shape, write_shape  # noqa: E402
 from scripts import to_tokens  # noqa: E402
 
-SLOW = range(2, 10)  # numbers of the meshes that take a while
-MESHES = 24
+MESHES = 16
+# A program stops here once until the test goes on: a worker before it reads a mesh, to_tokens before it names a file.
+HOOK = """
+import os, sys, time
+
+def hold(event, arguments):
+    if event in ("open", "os.rename") and any(os.environ["HELD"] in str(each) for each in arguments[:2]):
+        if not os.path.exists("held"):
+            os.mkdir("held")
+            while not os.path.exists("held/go_on"):
+                time.sleep(0.02)
+
+command = str(sys.orig_argv)
+if "HELD" in os.environ and ("multiprocessing-fork" in command or "to_tokens" in command):
+    sys.addaudithook(hold)
+"""
 
 
 def write_meshes(folder: Path) -> None:
-    """Write small meshes, and large ones near the front, so that a signal after the first one comes in the middle."""
-    import trimesh
-
     folder.mkdir()
-    sphere = trimesh.creation.icosphere(subdivisions=5)
     for number in range(MESHES):
-        path = folder / f"{number:02}.obj"
-        if number in SLOW:
-            sphere.apply_scale((1, 1, 1.1)).export(path)
-        else:
-            write_shape(make_shape(0, "train", number), path)
+        write_shape(make_shape(0, "train", number), folder / f"{number:02}.obj")
 
 
 class Cluster:
@@ -41,22 +50,35 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         self.environment = fake_slurm.install(folder / "bin")
+        (folder / "bin/sitecustomize.py").write_text(HOOK)
+        self.environment["PYTHONPATH"] += f":{folder / 'bin'}"
         for name in ("train.py", "dataset_toolkits", "scripts"):
             (folder / name).symlink_to(ROOT / name)
 
-    def submit(self, script: str, *flags: str) -> subprocess.Popen:
+    def submit(self, script: str, *flags: str, held: str | None = None) -> subprocess.Popen:
         command = ["sbatch", fake_slurm.script(script), *flags]
-        return subprocess.Popen(command, cwd=self.folder, env=self.environment)
+        environment = self.environment | ({"HELD": held} if held else {})
+        return subprocess.Popen(command, cwd=self.folder, env=environment)
 
     def run(self, script: str, *flags: str) -> None:
         assert self.submit(script, *flags).wait(120) == 0, self.logs()
 
-    def stop_and_wait(self, process: subprocess.Popen, element: int, signum: int) -> None:
-        """Stop an element of an array, which goes on in a second start; let the other end."""
+    def run_and_stop(self, script: str, *flags: str, held: str, element: int, signum: int) -> str:
+        """Run an array. Stop an element when its program comes to a file; it goes on in a second start.
+
+        Return what that element printed.
+        """
+        process = self.submit(script, *flags, held=held)
         jobs = [fake_slurm.Job(self.folder, process.pid, number) for number in range(2)]
+        marker = self.folder / "held"
+        assert wait_for(marker.exists, 60), self.logs()
         jobs[element].signal(signum)
+        time.sleep(0.5)  # until the signal is there
+        (marker / "go_on").touch()
         assert process.wait(120) == 0, self.logs()
         assert [job.starts for job in jobs] == [1 + (number == element) for number in range(2)], self.logs()
+        shutil.rmtree(marker)
+        return jobs[element].log
 
     def logs(self) -> str:
         return "\n".join(path.read_text() for path in sorted((self.folder / "jobs").glob("*.log")))
@@ -78,9 +100,10 @@ def test_from_meshes_to_tokens(cluster, vae_run):
     """voxelize is preempted, which Slurm itself requeues; to_tokens meets its time limit, and asks to be requeued."""
     write_meshes(Path("meshes"))
     flags = ["--input", "meshes", "--resolution", "16", "--max_workers", "1"]
-    job = cluster.submit("voxelize", *flags, "--output_dir", "voxels")
-    assert wait_for(lambda: list(Path("voxels/voxels").glob("*.ply")), 60), cluster.logs()
-    cluster.stop_and_wait(job, 0, signal.SIGTERM)
+    into = ("--output_dir", "voxels")
+    log = cluster.run_and_stop("voxelize", *flags, *into, held="06.obj", element=0, signum=signal.SIGTERM)
+    assert re.search(r"8 meshes \(rank 0 of 2\): 3 new, 0 done already", log), log
+    assert re.search(r"8 meshes \(rank 0 of 2\): 5 new, 3 done already", log), log
     assert voxelize.main([*flags, "--output_dir", "alone"]) == 0
     assert files_of(Path("voxels"), "records") == files_of(Path("alone"), "records")
 
@@ -90,9 +113,9 @@ def test_from_meshes_to_tokens(cluster, vae_run):
     assert ranks_of(Path("run")) == [1]
 
     flags = ["--tokenizer", "run", "--data_dir", "voxels", "--device", "cpu", "--shard_size", "1"]
-    job = cluster.submit("to_tokens", *flags, "--output_dir", "tokens")
-    assert wait_for(lambda: list(Path("tokens").glob("*.parquet")), 60), cluster.logs()
-    cluster.stop_and_wait(job, 1, signal.SIGUSR1)
+    into = ("--output_dir", "tokens")
+    log = cluster.run_and_stop("to_tokens", *flags, *into, held="shard-00005-", element=1, signum=signal.SIGUSR1)
+    assert re.search(r"tokens: 8 objects, [56] of them new; shards: 8 \(rank 1 of 2\)", log), log
     assert to_tokens.main([*flags, "--output_dir", "alone_tokens"]) == 0
     assert files_of(Path("tokens")) == files_of(Path("alone_tokens"))
     assert len(list(Path("tokens").glob("*.parquet"))) == MESHES

@@ -16,7 +16,8 @@ files and metadata.csv, for more objects than a file system likes as files.
 import argparse
 import sys
 import time
-from collections.abc import Container
+import zlib
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -29,29 +30,32 @@ from dataset_toolkits.shard_files import GridBuffer, columns_of_row
 from dataset_toolkits.work import Made, Outcome, Settings, division, input_key, is_volume, make_grids, time_factor
 from trellis.datasets.shards import require_pyarrow
 from trellis.grids import placing
-from trellis.grids.mesh_pool import run_in_pool
+from trellis.grids.mesh_cluster import run_on_cluster
+from trellis.grids.mesh_pool import memory_limit, run_in_pool
 from trellis.grids.volumes import FILLS
 from trellis.utils import signals
 from trellis.utils.command import (
     available_cores,
-    available_memory,
     check_output_folder,
     error_of_system,
     report_interruption,
     run_command,
 )
 from trellis.utils.errors import ConfigError, DataError
-from trellis.utils.files import remove_leftovers
+from trellis.utils.files import atomic_write, remove_leftovers
 from trellis.utils.progress import waiting
+from trellis.utils.ray_cluster import Cluster, joined
 
+PACKAGES = ("trellis", "dataset_toolkits")  # what workers on other machines need of the project
 INTERRUPTED = "interrupted: run the same command again to go on"
-LEAST_MEMORY = 2  # GiB of a worker
 COLUMNS = ("sha256", "name", "split", "up_axis", "normalization", "fill", "axis", "notes", "mm_per_cell", "frame")
 SHARD_SECONDS = 300  # after which grids are written as a shard, however few: what a killed run may lose
 
 
-def voxelize(args: argparse.Namespace) -> int:
+def voxelize(args: argparse.Namespace, cluster: Cluster | None = None) -> int:
     """Voxelize this rank's share, bring metadata.csv and failed.csv up to date, and print a summary.
+
+    cluster: of Ray, which does the work; None: this machine.
 
     Return the exit code: 0, or 128 + its number after a signal. Raise UserError if nothing could be voxelized, or if
     the folder cannot be written.
@@ -91,8 +95,10 @@ def voxelize(args: argparse.Namespace) -> int:
                 plan = plan_renders(Path(args.input[0]), args.rank, args.world_size)
             else:
                 name_rank = partial(work.name_rank, settings=settings)
-                plan = plan_files(found, args.rank, args.world_size, args.max_workers, known[0].grids, name_rank)
-            run = Run(args, root, settings, key, plan, known, record_file)
+                threads = args.max_workers if cluster is None else args.workers_of_node
+                sharing = args.rank, args.world_size, threads
+                plan = plan_files(found, *sharing, known[0].grids, name_rank, cluster)
+            run = Run(args, root, settings, key, plan, known, record_file, cluster)
             run.work()
             remove_leftovers(root / "voxels")  # of workers that were killed
             with waiting("writing tables"):
@@ -140,9 +146,10 @@ class Run:
         plan: Plan,
         known: tuple[records.Known, dict[str, records.Row]],
         record_file: records.RecordFile,
+        cluster: Cluster | None = None,
     ):
         self.args, self.root, self.settings, self.plan = args, root, settings, plan
-        self.record_file = record_file
+        self.record_file, self.cluster = record_file, cluster
         self.common = dict(zip(records.SETTINGS, key, strict=True))
         self.common["fill"] = "" if settings.fill == "surface" else self.common["fill"]
         self.known, self.failed_before = known
@@ -199,7 +206,10 @@ class Run:
                     tasks = ((job.path, job.sha256, folder, self.settings, job.stamp) for job in jobs)
                     if jobs:
                         timeout = self.args.timeout * time_factor(jobs[0].path)
-                        run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
+                        if self.cluster is None:
+                            run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
+                        else:
+                            self._work_on_cluster(self.cluster, tasks, finish, timeout)
             except KeyboardInterrupt as stopped:
                 self.stopped = stopped
             finally:
@@ -255,6 +265,28 @@ class Run:
             self.written_at = time.monotonic()
         if handled.signum is not None and before is None:
             raise signals.Stopped(handled.signum)
+
+    def _work_on_cluster(
+        self,
+        cluster: Cluster,
+        tasks: Iterable[tuple],
+        finish: Callable[[tuple, Outcome | DataError], None],
+        timeout: float,
+    ) -> None:
+        """Do as run_in_pool does on a Ray cluster, whose nodes need not see the output folder."""
+
+        def write(task: tuple, result: tuple[Outcome, dict[str, bytes]] | DataError) -> None:
+            if isinstance(result, DataError):
+                finish(task, result)
+                return
+            outcome, files = result
+            for name, data in files.items():
+                with atomic_write(task[2] / name) as partial:
+                    partial.write_bytes(zlib.decompress(data))
+            finish(task, outcome)
+
+        workers, memory = self.args.workers_of_node, self.args.memory
+        run_on_cluster(cluster, work.make_grids_elsewhere, tasks, write, workers, timeout, memory)
 
     def _grids_of(self, job: Job) -> list[str]:
         """Return the grids that a finished job has."""
@@ -405,14 +437,6 @@ def check_volume_flags(args: argparse.Namespace, found: inputs.Found) -> None:
             raise ConfigError(f"{flag}: there is no volume among the files, and it is about volumes. Leave it out.")
 
 
-def memory_limit(gib: float | None, workers: int) -> int | None:
-    """Return the bytes that a worker may take: those asked for, else its share of what is free. None if not known."""
-    if gib is not None:
-        return int(gib * 2**30)
-    free = available_memory()
-    return None if free is None else max(LEAST_MEMORY * 2**30, free // max(1, workers))
-
-
 def print_dry_run(
     args: argparse.Namespace, root: Path, found: inputs.Found | None, settings: Settings, key: records.Settings
 ) -> None:
@@ -479,8 +503,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max_workers",
         type=int,
-        default=available_cores(),
-        help="worker processes of one thread each; default: one per core",
+        help="worker processes of one thread each, with --ray on each node; default: one per core",
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="do the work on a Ray cluster, see docs/cluster.md: auto for the one of this machine, or host:port; "
+        "without ADDRESS, one that is made of this machine",
     )
     parser.add_argument(
         "--timeout", type=float, default=120, help="seconds for a mesh (default 120); a volume gets ten times as much"
@@ -508,7 +539,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="write nothing; say what there is to do, what would be left out, and about how long it would take",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.workers_of_node = args.max_workers
+    if args.max_workers is None:
+        args.max_workers = available_cores()
+    return args
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -518,6 +553,12 @@ def check_args(args: argparse.Namespace) -> None:
     for name, low, high in limits:
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             raise ConfigError(f"--{name} {getattr(args, name)}: must lie between {low:g} and {high:g}.")
+    if args.ray is not None and args.world_size > 1:
+        raise ConfigError(
+            "--ray does not go with --rank and --world_size: Ray shares the work itself. Give one of them."
+        )
+    if args.ray is not None and args.dry_run:
+        raise ConfigError("--dry_run tries files on this machine, without Ray. Leave --ray out.")
     trellis_roots = [path for path in args.input if is_trellis_root(path)]
     if trellis_roots and len(args.input) > 1:
         raise ConfigError(f"--input {trellis_roots[0]}: a TRELLIS folder must be the only input.")
@@ -541,7 +582,10 @@ def check_args(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_args(args)
-    return voxelize(args)
+    if args.ray is None:
+        return voxelize(args)
+    with joined(args.ray, PACKAGES) as cluster:
+        return voxelize(args, cluster)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,8 @@
 """What a worker process does with one file: make its grids, write them, and say what became of it."""
 
 import hashlib
+import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,10 +159,46 @@ def _squeezed(voxels: np.ndarray, resolution: int) -> bytes:
     return squeeze(pack_bits(voxels_to_grid(voxels, resolution)[None])[0])
 
 
+def make_grids_elsewhere(
+    path: Path, sha256: str, folder: Path | None, settings: Settings, stamp: Stamp | None = None
+) -> tuple[Outcome, dict[str, bytes]]:
+    """Make the grids of a file on another machine than the one that has asked for it and has the folder.
+
+    Return what `make_grids` returns, and what it would write: {name of a file: its bytes, as zlib makes them smaller}.
+    Arguments and errors: as of `make_grids`. stamp: of the file on the machine that has asked.
+    """
+    here = None if stamp is None else local_stamp(path, stamp)
+    if folder is None:
+        return make_grids(path, sha256, None, settings, here), {}
+    with tempfile.TemporaryDirectory() as made:
+        outcome = make_grids(path, sha256, Path(made), settings, here)
+        return outcome, {file.name: zlib.compress(file.read_bytes()) for file in Path(made).iterdir()}
+
+
+def local_stamp(path: Path, stamp: Stamp) -> Stamp:
+    """Return the stamp of a file on this machine, where it may have another number.
+
+    stamp: of another machine. Raise DataError if size or time of change differ, or if it cannot be read.
+    """
+    try:
+        here = stamp_of(path)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}") from error
+    if [part and part[:2] for part in here] != [part and part[:2] for part in stamp]:
+        raise DataError(CHANGED)
+    return here
+
+
 def voxels_of(path: Path, stamp: Stamp | None, resolution: int, up_axis: str, normalization: str) -> Voxelized:
     """Return the voxels of a mesh. Arguments and errors: as of `make_grids`."""
     with reasons(path, stamp):
         return mesh_voxels(path, resolution, up_axis, normalization)
+
+
+def voxels_elsewhere(path: Path, stamp: Stamp | None, resolution: int, up_axis: str, normalization: str) -> Voxelized:
+    """Return what `voxels_of` returns, on another machine than the one that the stamp is from."""
+    here = None if stamp is None else local_stamp(path, stamp)
+    return voxels_of(path, here, resolution, up_axis, normalization)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ..utils import units
 from ..utils.errors import ConfigError, DataError
 from ..utils.files import LEFTOVER, atomic_write, host_name, is_running
 from ..utils.progress import waiting
-from .shards import SUFFIX
+from .shards import SUFFIX, shards_in
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+://")
 PACKAGES = {
@@ -69,10 +69,7 @@ def shard_files(root: str) -> list[tuple[Path, str]]:
     if is_url(root):
         return [(shard.copy, f"{shard.url} ({shard.copy})") for shard in local_shards(root)]
     path = Path(root)
-    if path.suffix == SUFFIX and path.is_file():
-        return [(path, root)]
-    found = sorted(path.glob(f"*{SUFFIX}"))
-    return [(each, str(each)) for each in found if not each.name.startswith(".")]  # hidden: being written
+    return [(each, root if each == path else str(each)) for each in shards_in(path)]
 
 
 def local_shards(url: str) -> list[Shared]:

@@ -83,6 +83,13 @@ def require_pyarrow() -> None:
         raise ConfigError(f"shards of grids need pyarrow ({error}): pip install pyarrow") from error
 
 
+def shards_in(root: Path) -> list[Path]:
+    """Return the shards of a root: itself, or the files of a folder by name. Temporary files have hidden names."""
+    if root.suffix == SUFFIX and root.is_file():
+        return [root]
+    return sorted(path for path in root.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+
+
 def write_shard(path: Path, bits: np.ndarray, resolution: int, columns: Mapping[str, Sequence[Any]]) -> None:
     """Write a shard atomically.
 

@@ -15,6 +15,7 @@ from helpers import ROOT, save_tokenizer, solid_grids, tetrahedron, wait_for
 ray = pytest.importorskip("ray")
 pytest.importorskip("numba")
 pytest.importorskip("pyarrow")
+nibabel = pytest.importorskip("nibabel")
 trimesh = pytest.importorskip("trimesh")
 
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -74,14 +75,29 @@ def meshes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(meshes) -> list[str]:
-    """Flags of voxelize.py. A file of 720 MB does not fit in the memory, so it is tried once more in the end."""
+    """Flags of voxelize.py, with a file that is tried once more in the end, since its 720 MB do not fit in the memory,
+    and a scan of several organs."""
     header = b"ply\nformat binary_little_endian 1.0\nelement vertex 60000000\n"
     header += b"".join(b"property float %c\n" % axis for axis in b"xyz") + b"end_header\n"
     large = meshes.parent / "large.ply"
     with open(large, "wb") as file:
         file.write(header)
         file.truncate(len(header) + 720_000_000)  # a sparse file: it takes no disk
-    return ["--input", str(meshes), str(large), "--points", "--memory", "0.2", "--max_workers", "1", "--output_dir"]
+    scan = np.zeros((24, 20, 16), np.uint8)
+    scan[2:10, 4:12, 3:9], scan[14:20, 4:12, 3:9], scan[12, 0, :3] = 1, 2, 5
+    nibabel.save(nibabel.Nifti1Image(scan, np.diag([1, 1, 2, 1])), meshes.parent / "scan.nii.gz")
+    return [
+        "--input",
+        str(meshes),
+        str(large),
+        str(meshes.parent / "scan.nii.gz"),
+        "--points",
+        "--memory",
+        "0.2",
+        "--max_workers",
+        "1",
+        "--output_dir",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +158,7 @@ def test_voxelize_makes_what_a_local_run_makes_though_a_worker_is_killed(
     assert len(killed) == 1
     assert contents(tmp_path / "ray") == contents(local)
     assert "needs more memory than the limit of 0.2 GiB" in (tmp_path / "ray" / "failed.csv").read_text()
-    assert f"{tmp_path / 'ray'}: 33 meshes: 30 new, 0 done already, 1 duplicate, 2 left out; " in said
+    assert "34 files: 32 new grids, 0 files done already, 1 duplicate, 2 files and 1 object left out; " in said
     assert not ray.is_initialized()
 
 

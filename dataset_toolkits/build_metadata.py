@@ -14,14 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 from dataset_toolkits import records
-from dataset_toolkits.shard_files import shards_of
+from trellis.datasets.shards import shards_in
 from trellis.utils.command import run_command
 from trellis.utils.errors import DataError
 
 
 def build_metadata(root: Path) -> str:
     """Bring both tables up to date and return a summary. Raise DataError if there are neither it nor records."""
-    in_shards = bool(shards_of(root))
+    in_shards = bool(shards_in(root))
     if not in_shards and not (root / "metadata.csv").exists() and not records.read_records(root).grids:
         raise DataError(f"{root}: has neither metadata.csv nor records nor shards. Run voxelize.py first.")
     records.check_failed(root)

@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from trellis.datasets.metadata import is_sha256
-from trellis.datasets.shards import Shard
+from trellis.datasets.shards import Shard, shards_in
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import atomic_write
-
-from .shard_files import shards_of
 
 RECORD_FIELDS = (
     "event",
@@ -465,7 +463,7 @@ def rows_of_shards(root: Path) -> dict[str, Row]:
     Raise DataError for a damaged shard.
     """
     rows: dict[str, Row] = {}
-    for path in shards_of(root):
+    for path in shards_in(root):
         try:
             shard = Shard(path)
             said = {

@@ -11,21 +11,21 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trellis.datasets.shards import SUFFIX, TYPES, Shard, write_shard
+from trellis.datasets.shards import SUFFIX, shards_in, write_shard
+from trellis.datasets.tables import typed
 from trellis.grids.voxels import pack_bits, packed_size, points_to_voxels, read_ply, voxels_to_grid
 from trellis.utils import signals
 from trellis.utils.errors import DataError
 
 BITS_PER_SHARD = 2**30  # 128 MiB, which a process that writes a shard holds
 NUMBER = re.compile(r"grids-(\d{6,})-.*\.arrow")
-IMPLIED = ("grid", "checksum", "num_voxels", "resolution", "voxelized")  # columns that a shard's grids say
 
 
 def grids_per_shard(resolution: int) -> int:
@@ -33,39 +33,20 @@ def grids_per_shard(resolution: int) -> int:
     return max(1, min(4096, BITS_PER_SHARD // resolution**3))
 
 
-def shards_of(folder: Path) -> list[Path]:
-    """Return the shards of a folder, in their order."""
-    return sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
-
-
 def next_number(folder: Path) -> int:
     """Return a number greater than that of all shards in a folder, so that new ones come after them."""
-    found = (NUMBER.fullmatch(path.name) for path in shards_of(folder))
+    found = (NUMBER.fullmatch(path.name) for path in shards_in(folder))
     return max((int(match[1]) for match in found if match), default=0) + 1
 
 
-def present_in(folder: Path) -> set[str]:
-    """Return the sha256 of all objects in the shards of a folder. Raise DataError for a damaged shard."""
-    return {sha256 for path in shards_of(folder) for sha256 in Shard(path).column("sha256").to_pylist()}
+def columns_of_row(where: str, row: Mapping[str, str]) -> dict[str, Any]:
+    """Return {column of a shard: value} of a row of texts without its blanks.
 
-
-def columns_of_row(row: Mapping[str, str]) -> dict[str, Any]:
-    """Return {column of a shard: value} of a row of metadata.csv without its blanks. Raise ValueError for no number."""
+    where: what errors call it.
+    Raise DataError for what is no number.
+    """
     given = {"captions" if name == "caption" else name: text for name, text in row.items() if text}
-    return {name: _typed(name, text) for name, text in given.items() if name not in IMPLIED}
-
-
-def _typed(name: str, text: str) -> Any:
-    match TYPES.get(name):
-        case "double":
-            return float(text)
-        case "list<string>":
-            with suppress(ValueError):
-                found = json.loads(text)
-                if isinstance(found, list) and all(isinstance(each, str) for each in found):
-                    return found
-            return [text]
-    return text
+    return {name: typed(where, name, [text])[0] for name, text in given.items()}
 
 
 def digest_of(parts: Iterable[object]) -> str:
@@ -74,6 +55,16 @@ def digest_of(parts: Iterable[object]) -> str:
     for part in parts:
         digest.update(json.dumps(part, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()[:12]
+
+
+def squeeze(bits: np.ndarray) -> bytes:
+    """Return a grid as bits, uint8 [R^3 / 8], in little memory and time, on its way to a shard."""
+    return zlib.compress(bits.tobytes(), 1)
+
+
+def unsqueeze(grid: bytes) -> np.ndarray:
+    """Undo `squeeze`."""
+    return np.frombuffer(zlib.decompress(grid), np.uint8)
 
 
 class GridBuffer:
@@ -96,7 +87,7 @@ class GridBuffer:
         return len(self._grids)
 
     def add(self, bits: bytes, values: Mapping[str, Any]) -> None:
-        """Add a grid, as of `work.Made`, and its values of columns."""
+        """Add a grid, as of `squeeze`, and its values of columns."""
         self._grids.append((bits, values))
 
     def write(self) -> None:
@@ -105,7 +96,7 @@ class GridBuffer:
             part = self._grids[: self.limit]
             self._number = self._number or next_number(self.folder)
             path = self.folder / f"grids-{self._number:06d}-{self.run}-{self._written:05d}{SUFFIX}"
-            bits = np.stack([np.frombuffer(zlib.decompress(grid), np.uint8) for grid, _ in part])
+            bits = np.stack([unsqueeze(grid) for grid, _ in part])
             columns = {name: [values.get(name) for _, values in part] for name in self.columns}
             write_shard(path, bits, self.resolution, columns)
             self._written += 1
@@ -118,22 +109,24 @@ class Task:
 
     columns: as for `write_shard`, N values each.
     voxel_files: {row: PLY file} of some rows.
-    bits: grids of the other rows in their order, uint8 [N - len(voxel_files), R^3 / 8].
+    grids: those of the other rows in their order, as of `squeeze`: a process has several tasks waiting.
     """
 
     path: Path
     resolution: int
     columns: Mapping[str, Sequence[Any]]
     voxel_files: Mapping[int, Path]
-    bits: np.ndarray
+    grids: Sequence[bytes]
 
     def __len__(self) -> int:
-        return len(self.bits) + len(self.voxel_files)
+        return len(self.grids) + len(self.voxel_files)
 
     def write(self) -> None:
         """Read the voxel files and write the shard. Raise DataError for a file that cannot be read."""
         bits = np.empty((len(self), packed_size(self.resolution)), np.uint8)
-        bits[[row for row in range(len(self)) if row not in self.voxel_files]] = self.bits
+        others = (row for row in range(len(self)) if row not in self.voxel_files)
+        for row, grid in zip(others, self.grids, strict=True):
+            bits[row] = unsqueeze(grid)
         for row, path in self.voxel_files.items():
             voxels = points_to_voxels(read_ply(path), self.resolution, name=str(path))
             bits[row] = pack_bits(voxels_to_grid(voxels, self.resolution)[None])[0]
@@ -151,7 +144,7 @@ def write_shards(tasks: Iterable[Task], workers: int, done: Callable[[int], None
             task.write()
             done(len(task))
         return
-    others = multiprocessing.active_children()
+    others = set(multiprocessing.active_children())
     with _signals_blocked():
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start)
     with pool:
@@ -160,9 +153,9 @@ def write_shards(tasks: Iterable[Task], workers: int, done: Callable[[int], None
                 done(count)
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                if process not in others:
-                    process.kill()
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+                process.join()
             if isinstance(error, BrokenProcessPool):
                 raise DataError(
                     "a process that packs grids was killed, perhaps for want of memory: take fewer --max_workers, or "

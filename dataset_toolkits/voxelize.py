@@ -225,8 +225,8 @@ class Run:
             return
         for made in result.made:
             if made.sha256 not in self.known.grids:  # of a volume that has lost others
-                self.buffer.add(made.bits, self._columns(job, made))
-        self.waiting.append((job, Outcome(tuple(made._replace(bits=b"") for made in result.made), result.missing)))
+                self.buffer.add(made.grid, self._columns(job, made))
+        self.waiting.append((job, Outcome(tuple(made._replace(grid=b"") for made in result.made), result.missing)))
         if len(self.buffer) >= self.buffer.limit or time.monotonic() - self.written_at > SHARD_SECONDS:
             self._write_shards()
 
@@ -237,11 +237,7 @@ class Run:
             row = {
                 name: text for name, text in self.plan.base[job.sha256].items() if name not in records.METADATA_FIELDS
             }
-            try:
-                columns[job.sha256] = columns_of_row(row)
-            except ValueError as error:
-                table = Path(self.args.input[0], "metadata.csv")
-                raise DataError(f"{table}: the row of {job.sha256} cannot be read ({error}). Mend it.") from error
+            columns[job.sha256] = columns_of_row(str(Path(self.args.input[0], "metadata.csv")), row)
         return columns
 
     def _columns(self, job: Job, made: Made) -> dict[str, object]:
@@ -258,7 +254,7 @@ class Run:
             made.mm_per_cell,
             made.frame,
         )
-        return {**self.base.get(job.sha256, {}), **columns_of_row(dict(zip(COLUMNS, row, strict=True)))}
+        return {**self.base.get(job.sha256, {}), **columns_of_row(str(job.path), dict(zip(COLUMNS, row, strict=True)))}
 
     def _write_shards(self) -> None:
         """Write the grids that wait for it as a shard, then record their jobs. A signal waits until that is done."""

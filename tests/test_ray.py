@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,8 @@ def act(path, what):
     if what == "fail":
         raise KeyError(what)
     return what
+def end(slot):
+    os._exit(1)
 '''
 
 
@@ -246,6 +249,36 @@ class TestTasks:
         assert isinstance(died, mesh_pool.LostTask) and "its process died (SIGKILL)" in str(died)
         assert isinstance(lost, DataError) and "its worker was lost 2 times" in str(lost)
         assert results == {what: what for what in whats if what not in ("die", "lose")}
+
+    def test_workers_that_cannot_start_are_an_error_that_says_why(self, joined, monkeypatch):
+        import ray_tasks
+
+        monkeypatch.setattr(ray_cluster, "STARTS", 1)
+        with pytest.raises(ConfigError, match="workers cannot start: .*died"):
+            joined.run_tasks(ray_tasks.end, partial(mesh_cluster.slots_of_node, None), [1], print)
+        with pytest.raises(ConfigError, match=r"no node can take this work: \S+ \(1 CPUs, 0 GPUs\)"):
+            joined.run_tasks(ray_tasks.end, lambda node: [ray_cluster.Slot(0, 1, 1)] * node.gpus, [1], print)
+
+    def test_workers_wait_for_nodes_that_others_have_taken(self, joined, tmp_path, monkeypatch):
+        monkeypatch.setattr(ray_cluster, "LOOK_SECONDS", 0.2)
+        monkeypatch.setattr(ray_cluster, "NOTE_SECONDS", 0.5)
+
+        class Holder:
+            def hold(self) -> None: ...
+
+        holders = [ray.remote(Holder).options(num_cpus=1).remote() for _ in range(2)]
+        ray.get([holder.hold.remote() for holder in holders])
+        notes, results = [], []
+
+        def note(text: str, file: object) -> None:
+            notes.append(text)
+            for holder in holders:
+                ray.kill(holder)
+
+        monkeypatch.setattr(ray_cluster, "print", note, raising=False)
+        mesh_cluster.run_on_cluster(joined, str, [(tmp_path,)], lambda task, result: results.append(result), None, 60)
+        assert results == [str(tmp_path)]
+        assert len(notes) == 1 and "no worker has started for 0.5 s; awaited: 1 CPUs and 0 GPUs of" in notes[0]
 
     def test_a_bug_ends_the_run(self, joined, tmp_path):
         import ray_tasks

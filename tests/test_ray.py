@@ -22,7 +22,7 @@ trimesh = pytest.importorskip("trimesh")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from dataset_toolkits import hashing, voxelize  # noqa: E402
-from scripts import to_tokens  # noqa: E402
+from scripts import to_tokens, token_work  # noqa: E402
 from trellis.datasets.shards import Shard  # noqa: E402
 from trellis.grids import mesh_cluster, mesh_pool  # noqa: E402
 from trellis.utils import ray_cluster  # noqa: E402
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the cluster is 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 HEALTH = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 TASKS = '''
-import os, signal
+import os, signal, time
 def act(path, what):
     """Do a task, in a process of a pool, whose parent is the worker."""
     marker = path + what
@@ -48,6 +48,8 @@ def act(path, what):
     return what
 def end(slot):
     os._exit(1)
+def gpu(slot):
+    return lambda task: time.sleep(0.2) or os.environ["CUDA_VISIBLE_DEVICES"]
 '''
 
 
@@ -259,6 +261,17 @@ class TestTasks:
         with pytest.raises(ConfigError, match=r"no node can take this work: \S+ \(1 CPUs, 0 GPUs\)"):
             joined.run_tasks(ray_tasks.end, lambda node: [ray_cluster.Slot(0, 1, 1)] * node.gpus, [1], print)
 
+    def test_each_worker_has_a_gpu_of_its_own(self, cluster, joined):
+        """Ray takes the number of GPUs of a node as it is told."""
+        import ray_tasks
+
+        node = cluster.add_node(**NODE, num_gpus=2)
+        shown = []
+        slots = partial(token_work.slots_of_node, -1, True)
+        joined.run_tasks(ray_tasks.gpu, slots, range(20), lambda task, result: shown.append(result))
+        cluster.remove_node(node)
+        assert set(shown) == {"0", "1"} and len(shown) == 20
+
     def test_workers_wait_for_nodes_that_others_have_taken(self, joined, tmp_path, monkeypatch):
         monkeypatch.setattr(ray_cluster, "LOOK_SECONDS", 0.2)
         monkeypatch.setattr(ray_cluster, "NOTE_SECONDS", 0.5)
@@ -333,3 +346,8 @@ def test_workers_stand_where_their_node_has_room():
     assert [found[0](node) for node in nodes] == [[], [(2, 0, 2)], [(64, 0, 64)]]
     assert [found[2](node) for node in nodes] == [[], [(2, 0, 4)], [(4, 0, 4)]]
     assert [found[3](node) for node in nodes] == [[], [(2, 0, 1)], [(4, 0, 1)]]
+    wanted = {(-1, True): [[], [(8, 1, 1)] * 2], (1, True): [[], [(16, 1, 1)]], (8, True): [[], [(8, 1, 1)] * 2]}
+    wanted |= {(-1, False): [[(4, 0, 1)], [(16, 0, 1)]], (3, False): [[(1, 0, 1)] * 3, [(5, 0, 1)] * 3]}
+    nodes = [ray_cluster.Node("", "", 4, 0), ray_cluster.Node("", "", 16, 2)]
+    assert {key: [token_work.slots_of_node(*key, node) for node in nodes] for key in wanted} == wanted
+    assert token_work.slots_of_node(3, False, ray_cluster.Node("", "", 0, 0)) == []

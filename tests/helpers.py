@@ -156,6 +156,12 @@ def logged(run_dir) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in timings} for line in lines]
 
 
+def ranks_of(run_dir: Path) -> list[int]:
+    """The number of ranks of each start."""
+    lines = (run_dir / "command.txt").read_text().splitlines()
+    return [json.loads(line.split(maxsplit=3)[3])["ranks"] for line in lines if line.startswith("#")]
+
+
 # --- reference outputs ---
 
 

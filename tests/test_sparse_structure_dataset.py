@@ -333,7 +333,7 @@ def another_resolution(path: Path) -> Path:
 
 BAD_ROOTS = {
     "missing": (lambda path: path / "root", "root: does not exist"),
-    "plain file": (plain_file, "root.txt: is neither a folder nor an .npz file"),
+    "plain file": (plain_file, "root.txt: is neither a folder nor an .npz or .arrow file"),
     "empty folder": (folder("x"), "root: has neither metadata.csv .*npz.*voxelize.py"),
     "two layouts": (both, "root: has both metadata.csv and a.npz"),
     "no metadata": (without("metadata.csv"), "root: has neither metadata.csv"),

@@ -19,6 +19,8 @@ from ..grids.placing import Z_UP
 from ..utils.errors import DataError
 from ..utils.inputs import require_file
 from .packed import load_text
+from .remote import shard_files
+from .shards import Shard
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val")
 Split = Literal["train", "val", "all"]
 VAL_FRACTION = 0.05
+SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|val)$", re.IGNORECASE)  # not in interval.npz
 NAME_COLUMNS = ("name", "file", "file_identifier")  # packed files, voxelize.py, TRELLIS
 SETTINGS = ("up_axis", "normalization", "fill")
 Settings = dict[str, set[str | None]]  # {one of SETTINGS: values that objects have; None: some do not say}
@@ -44,9 +47,10 @@ class Entry(NamedTuple):
     frame: str | None = None  # where it lies in its scan, see grids.volumes.Frame; None if it comes from no scan
 
 
-def read_metadata(root: str) -> "DataFrame":
+def read_metadata(root: str, as_text: bool = False) -> "DataFrame":
     """Read `root/metadata.csv` as a table to filter; `attrs["path"]` is what errors call it.
 
+    as_text: read every column as the text that is there, not only TEXT_COLUMNS.
     Raise DataError if it cannot be read or has no sha256 column.
     """
     import pandas as pd
@@ -55,7 +59,11 @@ def read_metadata(root: str) -> "DataFrame":
     require_file(path, DataError, "voxelize.py writes it")
     try:
         metadata = pd.read_csv(
-            path, dtype=dict.fromkeys(TEXT_COLUMNS, str), low_memory=False, keep_default_na=False, na_values=[""]
+            path,
+            dtype=str if as_text else dict.fromkeys(TEXT_COLUMNS, str),
+            low_memory=False,
+            keep_default_na=False,
+            na_values=[""],
         )  # a mesh may be called 007 or NA
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). voxelize.py writes it.") from error
@@ -95,20 +103,22 @@ def settings_of_data(roots: Iterable[str | os.PathLike], name: str) -> dict[str 
     Missing roots are skipped. Raise DataError for a root that cannot be read.
     """
     found: dict[str | None, str] = {}
-    for root in map(Path, roots):
+    for given in map(str, roots):
+        root = Path(given)
+        shards = shard_files(given)
+        values: set[str | None] = set().union(*(Shard(*file).setting(name) for file in shards))
         packed = [root] if root.suffix == ".npz" else sorted(root.glob("*.npz"))
-        values: set[str | None] = set()
         for path in packed if all(map(Path.is_file, packed)) else ():
             texts = load_text(path, name)
             values |= {None} if texts is None else {text or None for text in texts}
             if name == "fill":
                 values = {value or "surface" for value in values}
-        if not packed and (root / "metadata.csv").is_file():
+        if not packed and not shards and (root / "metadata.csv").is_file():
             metadata = read_metadata(str(root))
             if "voxelized" in metadata:
                 metadata = metadata[read_flags(metadata, "voxelized")]
             values |= settings_of_rows(metadata, name)
-        found |= {value: str(root) for value in values if value not in found}
+        found |= {value: given for value in values if value not in found}
     return found
 
 
@@ -255,27 +265,3 @@ def check_sha256(where: str, column: "Series") -> None:
             f"{where}: sha256 {column[repeated].iloc[0]} is listed twice ({int(repeated.sum())} "
             "repetitions in all). Remove the repeated rows."
         )
-
-
-def entries_of(root: str, where: str, metadata: "DataFrame") -> list[Entry]:
-    """Return the entries of a root. Raise DataError for a split that does not exist."""
-
-    def texts(*columns: str) -> list[str | None]:
-        """Return the first of these columns that exists, with None for a blank."""
-        for column in columns:
-            if column in metadata:
-                return [
-                    str(value) if present and value != "" else None
-                    for value, present in zip(metadata[column], metadata[column].notna(), strict=True)
-                ]
-        return [None] * len(metadata)
-
-    entries = []
-    columns = (texts(name) for name in ("source", "split", "kind", "frame"))
-    for sha256, name, source, split, kind, frame in zip(
-        metadata["sha256"], texts(*NAME_COLUMNS), *columns, strict=True
-    ):
-        if split not in (*SPLITS, None):
-            raise DataError(f"{where}: split of {sha256} is {split!r}; it must be train, val or blank")
-        entries.append(Entry(root, sha256, name or sha256, source, split or split_of(sha256), kind, frame))
-    return entries

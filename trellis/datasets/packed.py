@@ -138,7 +138,12 @@ def check_resolution(path: Path, bits: np.ndarray, resolution: int) -> None:
     found = packed_resolution(bits)
     if found != resolution:
         what = f"hold grids of resolution {found}" if found else "are not a cube"
-        raise DataError(
-            f"{path}: rows of {bits.shape[1]} bytes {what}, but resolution is {resolution}. "
-            "Ask for that (dataset.args.resolution of a configuration, --resolution of a program), or give other data."
-        )
+        raise other_resolution(path, f"rows of {bits.shape[1]} bytes {what}", resolution)
+
+
+def other_resolution(path: Path | str, found: str, resolution: int) -> DataError:
+    """Return the error for a file of grids of another resolution. found: what it has."""
+    return DataError(
+        f"{path}: {found}, but resolution is {resolution}. "
+        "Ask for that (dataset.args.resolution of a configuration, --resolution of a program), or give other data."
+    )

@@ -1,0 +1,132 @@
+"""Objects read from data roots in parts, and written as a new folder of shards."""
+
+import argparse
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trellis.datasets.shards import SUFFIX, require_pyarrow, write_shard
+from trellis.datasets.sparse_structure import SparseStructure
+from trellis.utils.command import check_output_folder
+from trellis.utils.errors import ConfigError, DataError
+from trellis.utils.files import LEFTOVER, host_name, is_running
+from trellis.utils.progress import waiting
+
+CHUNK = 1024  # objects that are read at a time
+BITS_PER_SHARD = 2**30  # 128 MiB of memory while one is written
+GRIDS_PER_SHARD = 4096  # at most, which is about 5 MB
+
+
+def open_roots(args: argparse.Namespace) -> SparseStructure:
+    """Open --roots, all splits, and print what there is."""
+    dataset = SparseStructure(args.roots, resolution=args.resolution, split="all")
+    print(dataset.summary())
+    return dataset
+
+
+def chunks(indices: np.ndarray, size: int = CHUNK) -> Iterator[np.ndarray]:
+    """Yield indices [n] in parts."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def bits_of(dataset: SparseStructure, indices: np.ndarray) -> np.ndarray:
+    """Return the grids of objects as bits, [n, R^3 / 8] uint8."""
+    return dataset.get_batch(indices)["bits"].numpy()
+
+
+def voxel_counts(bits: np.ndarray) -> np.ndarray:
+    """Return the number of occupied voxels of grids as bits, [n] int64."""
+    return np.array([int.from_bytes(row.tobytes(), "big").bit_count() for row in bits], np.int64)
+
+
+def column_names(dataset: SparseStructure) -> set[str]:
+    """Return the columns that some root of the data has."""
+    first = {root: index for index, root in reversed(list(enumerate(dataset.texts("root"))))}
+    return {name for index in first.values() for name in dataset.columns_of(np.array([index]))}
+
+
+def check_new(path: Path, flag: str) -> None:
+    """Raise ConfigError if what is to be written exists or cannot be written."""
+    if path.exists():
+        raise ConfigError(f"{flag} {path}: exists already. Delete it or give another name.")
+    check_output_folder(path.parent, flag)
+
+
+def check_shard_folder(args: argparse.Namespace) -> None:
+    """Raise ConfigError if --output cannot become a folder of shards, before the data are read."""
+    require_pyarrow()
+    if args.resolution % 2:
+        raise ConfigError(f"--resolution {args.resolution}: shards hold grids of an even resolution.")
+    if args.output.suffix:
+        raise ConfigError(f"--output {args.output}: is to be a folder of shards; give a name without an ending.")
+    check_new(args.output, "--output")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `output`, which gets that name if the block ends well, and goes if it does not."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for left in output.parent.glob(f".{output.name}.*.tmp"):  # of a process that was killed
+        found = LEFTOVER.fullmatch(left.name)
+        if found and found["host"] == host_name() and not is_running(int(found["pid"])):
+            shutil.rmtree(left)
+    partial = output.with_name(f".{output.name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        partial.mkdir()
+        yield partial
+        if output.exists():
+            raise DataError(f"{output}: another program has made it meanwhile. Give another name.")
+        partial.rename(output)
+    except OSError as error:  # nobody knows the temporary name
+        if error.errno is not None and str(partial) in str(error.filename or partial):
+            raise OSError(error.errno, os.strerror(error.errno), str(output)) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_objects(
+    dataset: SparseStructure,
+    indices: np.ndarray,
+    output: Path,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    what: str = "writing",
+    beside: Callable[[Path], None] | None = None,
+) -> int:
+    """Write objects as a new folder of shards, and return the number of shards.
+
+    indices: of the objects, [n] int64, in the order to write.
+    columns: {name: n values} in place of the dataset's.
+    beside: writes further files into the folder.
+    Raise DataError if there are none, or if a grid cannot be read.
+    """
+    if not len(indices):
+        raise DataError(f"{output}: no object is left to write.")
+    size = max(1, min(GRIDS_PER_SHARD, BITS_PER_SHARD // dataset.resolution**3))
+    parts = list(chunks(np.arange(len(indices)), size))
+    digest = hashlib.sha256()
+    for part in chunks(indices):
+        digest.update("".join(dataset.texts("sha256", part)).encode())
+    with new_folder(output) as folder, waiting(what, len(indices)) as progress:
+        for number, part in enumerate(parts):
+            bits = np.concatenate([bits_of(dataset, indices[some]) for some in chunks(part)])
+            values: dict[str, Sequence[Any]] = {
+                name: column
+                for name, column in dataset.columns_of(indices[part]).items()
+                if name == "sha256" or any(value is not None for value in column)
+            }
+            values.update({name: [column[row] for row in part] for name, column in (columns or {}).items()})
+            path = folder / f"grids-000001-{digest.hexdigest()[:12]}-{number:05d}{SUFFIX}"
+            write_shard(path, bits, dataset.resolution, values)
+            progress(progress.done + len(part))
+        if beside is not None:
+            beside(folder)
+    return len(parts)

@@ -1,0 +1,172 @@
+"""dataset.py verify: every row and every sum is read; what is damaged is named with the objects lost."""
+
+import argparse
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dataset_toolkits.report import count
+from trellis.datasets.metadata import is_sha256
+from trellis.datasets.shards import SUFFIX, Shard, require_pyarrow
+from trellis.datasets.sparse_structure import SparseStructure
+from trellis.utils.errors import ConfigError, DataError
+from trellis.utils.progress import say, waiting
+
+from .objects import bits_of, chunks, voxel_counts
+
+SHOWN = 10  # damaged objects of a file that are named
+
+
+class Finding(NamedTuple):
+    """What was read of a shard."""
+
+    path: Path
+    rows: int  # 0 if it could not be opened
+    lost: int
+    problems: list[str]
+
+
+def check_shard(path: Path, resolution: int) -> Finding:
+    """Read a shard in full."""
+    try:
+        shard = Shard(path)
+    except DataError as error:
+        return Finding(path, 0, 0, [str(error)])
+    if shard.resolution != resolution:
+        reason = f"{path}: has grids of resolution {shard.resolution}, not {resolution}: give --resolution"
+        return Finding(path, len(shard), len(shard), [reason])
+    problems = []
+    for name in shard.names:
+        try:
+            shard.column(name)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        return Finding(path, len(shard), len(shard), problems)
+    names, counts = shard.column("sha256").to_pylist(), shard.column("num_voxels").to_pylist()
+    lost = 0
+    for row, (name, expected) in enumerate(zip(names, counts, strict=True)):
+        problem = None
+        if not is_sha256(name):
+            problem = f"{path}: row {row}: sha256 {name!r} is not 64 lower-case hexadecimal digits"
+        else:
+            try:
+                found = int(voxel_counts(shard.bits(row)[None])[0])
+                if found != expected:
+                    problem = f"{path}: row {row}, {name}: has {found} voxels, and num_voxels says {expected}"
+            except DataError as error:
+                problem = str(error)
+        if problem is not None:
+            lost += 1
+            if lost <= SHOWN:
+                problems.append(problem)
+    if lost > SHOWN:
+        problems.append(f"{path}: and {lost - SHOWN} more of its {len(shard)} objects")
+    return Finding(path, len(shard), lost, problems)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.max_workers < 1:
+        raise ConfigError(f"--max_workers {args.max_workers}: must be at least 1.")
+    roots = [root.strip() for root in args.roots.split(",")]
+    findings: list[Finding] = []
+    whole = True
+    objects = 0
+    for root in roots:
+        shards = _shards_of(root)
+        found = list(_check_shards(shards, args.resolution, args.max_workers)) if shards else []
+        findings += found
+        damaged = any(finding.problems for finding in found)
+        if not damaged:  # what concerns several files, or files of another kind
+            problems, rows = _check_root(root, args.resolution, grids=not shards)
+            for problem in problems:
+                say(problem)
+            objects += rows
+            whole &= not problems
+        else:
+            objects += sum(finding.rows for finding in found)
+            whole = False
+    lost = sum(finding.lost for finding in findings)
+    bad = sum(bool(finding.problems) for finding in findings)
+    unread = sum(not finding.rows for finding in findings)
+    if whole:
+        files = f" in {count(len(findings), 'shard')}" if findings else ""
+        print(f"{args.roots}: {count(objects, 'object')}{files}, all whole")
+        return 0
+    if bad:
+        unknown = f", and all objects of {count(unread, 'file')} that cannot be opened" if unread else ""
+        print(f"{args.roots}: {bad} of {count(len(findings), 'shard')} damaged: {count(lost, 'object')} lost{unknown}")
+    else:
+        print(f"{args.roots}: damaged, see above")
+    return 1
+
+
+def _shards_of(root: str) -> list[Path]:
+    path = Path(root)
+    if path.suffix == SUFFIX:
+        return [path]
+    return sorted(file for file in path.glob(f"*{SUFFIX}") if not file.name.startswith("."))
+
+
+def _check_shards(paths: list[Path], resolution: int, workers: int) -> Iterator[Finding]:
+    """Read shards in processes, print what is wrong, and yield what was found."""
+    require_pyarrow()
+    workers = min(workers, len(paths))
+    with waiting("verifying", len(paths), "shard") as progress:
+        if workers == 1:
+            results: Iterator[Finding] = (check_shard(path, resolution) for path in paths)
+        else:
+            results = _in_processes(paths, resolution, workers)
+        for finding in results:
+            for problem in finding.problems:
+                say(problem)
+            progress(progress.done + 1)
+            yield finding
+
+
+def _in_processes(paths: list[Path], resolution: int, workers: int) -> Iterator[Finding]:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(check_shard, path, resolution): path for path in paths}
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool as error:
+            left = [str(path) for future, path in futures.items() if not future.done() or future.exception()]
+            raise DataError(
+                f"a process that reads shards was killed; one of {', '.join(left[:3])}"
+                f"{' …' if len(left) > 3 else ''} may be the reason. Try again with --max_workers 1."
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_root(root: str, resolution: int, grids: bool) -> tuple[list[str], int]:
+    """Open a root as training does, and with `grids` read each grid. Return what is wrong, and the objects."""
+    try:
+        dataset = SparseStructure(root, resolution=resolution, split="all")
+    except DataError as error:
+        return [str(error)], 0
+    problems: list[str] = []
+    bad = 0
+    if grids:
+        with waiting(f"reading {root}", len(dataset)) as progress:
+            for part in chunks(np.arange(len(dataset))):
+                try:
+                    bits_of(dataset, part)
+                except DataError:
+                    for index in part.tolist():
+                        try:
+                            bits_of(dataset, np.array([index]))
+                        except DataError as error:
+                            bad += 1
+                            if bad <= SHOWN:
+                                problems.append(str(error))
+                progress(progress.done + len(part))
+        if bad > SHOWN:
+            problems.append(f"{root}: and {bad - SHOWN} more of its {len(dataset)} objects")
+    return problems, len(dataset)

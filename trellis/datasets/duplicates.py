@@ -1,0 +1,379 @@
+"""Near-duplicates: objects whose grids overlap with IoU >= t under one of the 48 symmetries of the cube.
+
+Comparing all pairs is quadratic, so candidates are found by hashing. A symmetry moves a voxel within its orbit, the up
+to 48 voxels that it can be moved to. So the number of occupied voxels of each orbit is the same for all forms of an
+object, and for two objects
+
+    sum_o min(a_o, b_o) / sum_o max(a_o, b_o)  >=  IoU under any symmetry,
+
+since the voxels that two grids share in an orbit are at most the lesser of its counts. The left side is the Jaccard
+index of the sets {(o, k): 1 <= k <= a_o}, which MinHash estimates (Broder 1997, "On the resemblance and containment of
+documents"). One hash of each element suffices: hashes are divided into bins, and each bin has its least
+(one-permutation hashing, Li, Owen, Zhang 2012, arXiv:1208.1259); an empty bin takes that of another (Shrivastava 2017,
+arXiv:1703.04664). Bands of bins are keys: objects that share none are no candidates. A band is as long as it may be
+for a pair at t to share a key with a probability of at least 1 - MISS.
+
+Candidates are then compared exactly: their numbers of voxels along each axis say which of the symmetries are possible,
+and for those the shared voxels are counted. Nothing is sampled there and no bucket is cut short, so what is reported is
+right, and what is missed is missed by hashing alone.
+
+Axes: N objects, B bands, R voxels along an axis, V voxels of an object, O orbits.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ..grids.symmetries import SYMMETRIES, Symmetry
+
+IOU = 0.9
+LOWEST_IOU = 0.5  # below, hashing finds too many candidates to compare
+BINS = 512
+PRINTS = 128  # bins that are kept, as a byte each, to estimate the Jaccard index of a pair
+MISS = 1e-4  # probability that a pair at the threshold shares no key
+DEVIATIONS = 6  # standard deviations below the threshold at which an estimate rules a pair out
+SMALL_BUCKET = 64  # objects of a bucket whose pairs are listed; larger ones are compared object by object
+BATCH = 256  # grids read at a time
+EMPTY = np.uint32(2**32 - 1)
+SEED = 48
+AXES = np.array([symmetry.axes for symmetry in SYMMETRIES["all"]])  # [48, 3]
+MIRRORED = np.array([symmetry.mirrored for symmetry in SYMMETRIES["all"]], np.intp)  # [48, 3]
+
+Read = Callable[[np.ndarray], np.ndarray]
+"""Returns the grids of objects [n] int64 as bits [n, R^3 / 8] uint8, see grids.voxels.pack_bits."""
+
+
+class Match(NamedTuple):
+    """How far two objects overlap."""
+
+    iou: float  # the highest under the 48 symmetries
+    symmetry: Symmetry  # the one that turns the first object to the second
+
+
+def orbits(resolution: int) -> np.ndarray:
+    """Return the number of each voxel's orbit under the 48 symmetries, [R^3] int64 in C order, in [0, O)."""
+    axis = np.arange(resolution)
+    folded = np.minimum(axis, resolution - 1 - axis)
+    triples = np.stack(np.meshgrid(folded, folded, folded, indexing="ij"), -1).reshape(-1, 3)
+    triples.sort(axis=1)
+    return np.unique(np.ravel_multi_index(tuple(triples.T), (resolution,) * 3), return_inverse=True)[1].reshape(-1)
+
+
+def band_length(iou: float) -> int:
+    """Return how many bins make a key: the most with which a pair at the threshold is missed by at most MISS.
+
+    Raise ValueError for a threshold outside [LOWEST_IOU, 1].
+    """
+    if not LOWEST_IOU <= iou <= 1:
+        raise ValueError(f"iou must lie in [{LOWEST_IOU}, 1], not {iou}")
+    return max(r for r in range(1, BINS + 1) if (1 - iou**r) ** (BINS // r) <= MISS)
+
+
+class Sketches(NamedTuple):
+    """What is kept of objects to find candidates: about 300 bytes each at t = 0.9.
+
+    keys: [N, B] uint32, of the bands; candidates share one.
+    prints: [N, PRINTS] uint8, the hashes of some bins: the share that is equal estimates the Jaccard index.
+    num_voxels: [N] int64.
+    digests: [N, 2] uint64, half a SHA-256 of the bits: equal for equal grids alone.
+    """
+
+    keys: np.ndarray
+    prints: np.ndarray
+    num_voxels: np.ndarray
+    digests: np.ndarray
+
+    def plausible(self, first: np.ndarray, second: np.ndarray, iou: float = IOU) -> np.ndarray:
+        """Return [P] bool: whether pairs, [P] int64 each, may be at a threshold by their sizes and prints."""
+        voxels, prints = self.num_voxels, self.prints
+        less = np.minimum(voxels[first], voxels[second])
+        kept = less >= iou * np.maximum(voxels[first], voxels[second])
+        least = PRINTS * iou - DEVIATIONS * (PRINTS * iou * (1 - iou)) ** 0.5
+        chosen = np.flatnonzero(kept)
+        for start in range(0, len(chosen), 1 << 16):
+            part = chosen[start : start + (1 << 16)]
+            kept[part] = np.count_nonzero(prints[first[part]] == prints[second[part]], axis=1) >= least
+        return kept
+
+
+class Sketcher:
+    """The hash functions for one resolution and threshold. The same in every process.
+
+    resolution: R.
+    iou: t.
+    """
+
+    def __init__(self, resolution: int, iou: float = IOU):
+        random = np.random.default_rng(SEED)
+        self.resolution = resolution
+        self._orbits = orbits(resolution)
+        sizes = np.bincount(self._orbits)
+        self._count = len(sizes)
+        self._starts = np.cumsum(sizes) - sizes  # element (o, k) has the number starts[o] + k - 1
+        self._hashes = random.integers(EMPTY, size=resolution**3, dtype=np.uint32)  # of elements; the upper bits: bin
+        self._bounds = np.arange(BINS, dtype=np.uint32) * np.uint32(2**32 // BINS)
+        # Bins that an empty one asks, in this order.
+        self._others = random.permuted(np.tile(np.arange(BINS, dtype=np.uint16), (BINS, 1)), axis=1).T
+        self._length = band_length(iou)
+        self.bands = BINS // self._length
+        self._factors = random.integers(2**64, size=self.bands * self._length, dtype=np.uint64) | np.uint64(1)
+
+    def __call__(self, bits: np.ndarray) -> Sketches:
+        """Return the sketches of grids [N, R^3 / 8] uint8, each with an occupied voxel."""
+        hashes = np.empty((len(bits), BINS), np.uint32)
+        digests = np.empty((len(bits), 2), np.uint64)
+        num_voxels = np.empty(len(bits), np.int64)
+        for number, row in enumerate(bits):
+            digests[number] = np.frombuffer(hashlib.sha256(row).digest()[:16], np.uint64)
+            voxels = voxels_of(row, self.resolution)
+            num_voxels[number] = len(voxels)
+            hashes[number] = self._least(np.bincount(self._orbits[voxels], minlength=self._count))
+        hashes = self._filled(hashes)
+        used = hashes[:, : len(self._factors)].astype(np.uint64) * self._factors
+        keys = used.reshape(len(bits), self.bands, self._length).sum(axis=2) >> np.uint64(32)
+        prints = hashes[:, :: BINS // PRINTS].astype(np.uint8)
+        return Sketches(keys.astype(np.uint32), prints, num_voxels, digests)
+
+    def _least(self, counts: np.ndarray) -> np.ndarray:
+        """Return the least hash of each bin, [BINS] uint32, of the elements that counts [O] stand for."""
+        occupied = np.flatnonzero(counts)
+        counts = counts[occupied]
+        before = np.cumsum(counts) - counts
+        elements = np.repeat(self._starts[occupied] - before, counts) + np.arange(counts.sum())
+        hashes = np.append(np.sort(self._hashes[elements]), EMPTY)
+        least = hashes[np.searchsorted(hashes, self._bounds)]
+        return np.where(least - self._bounds < 2**32 // BINS, least, EMPTY)
+
+    def _filled(self, hashes: np.ndarray) -> np.ndarray:
+        """Return the hashes [N, BINS] with those of other bins in place of EMPTY."""
+        empty = hashes == EMPTY
+        rows = np.flatnonzero(empty.any(axis=1))
+        found = hashes.copy()
+        for others in self._others:
+            if not len(rows):
+                break
+            known = hashes[rows]
+            found[rows] = np.where(found[rows] == EMPTY, known[:, others], found[rows])
+            rows = rows[(found[rows] == EMPTY).any(axis=1)]
+        return found
+
+
+def voxels_of(row: np.ndarray, resolution: int) -> np.ndarray:
+    """Return the numbers of the occupied voxels of a grid as bits [R^3 / 8], in C order, [V] int64."""
+    return np.flatnonzero(np.unpackbits(row, count=resolution**3).view(bool))
+
+
+class Grid:
+    """A grid to be compared with others.
+
+    row: the grid as bits [R^3 / 8] uint8.
+    resolution: R.
+    """
+
+    def __init__(self, row: np.ndarray, resolution: int):
+        self.resolution = resolution
+        self.occupied = np.unpackbits(row, count=resolution**3).view(bool)
+        voxels = np.flatnonzero(self.occupied)
+        self.num_voxels = len(voxels)
+        self._voxels = voxels
+        x, rest = np.divmod(voxels, resolution * resolution)
+        y, z = np.divmod(rest, resolution)
+        self.profiles = np.stack([np.bincount(values, minlength=resolution) for values in (x, y, z)])  # [3, R]
+        self._coordinates = (x, y, z)
+
+    @functools.cached_property
+    def coordinates(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each axis the coordinates of the voxels, [V] each, as they are and mirrored."""
+        return [(values, self.resolution - 1 - values) for values in self._coordinates]
+
+    def shared(self, other: "Grid", symmetry: int) -> int:
+        """Return how many voxels this grid, under one of the 48 symmetries, shares with another."""
+        x, y, z = (
+            self.coordinates[axis][mirrored] for axis, mirrored in zip(AXES[symmetry], MIRRORED[symmetry], strict=True)
+        )
+        places = (x * self.resolution + y) * self.resolution + z
+        return int(np.count_nonzero(other.occupied[places]))
+
+
+def compare(first: Grid, second: Grid, iou: float = IOU, best: bool = True) -> Match | None:
+    """Return how far two grids of one resolution overlap, None if the IoU is below a threshold in all orientations.
+
+    best: find the symmetry of the highest IoU; else the first one found at the threshold.
+    """
+    total = first.num_voxels + second.num_voxels
+    both = np.stack([first.profiles, first.profiles[:, ::-1]], axis=1)  # [3, 2, R]
+    distance = np.abs(both[None] - second.profiles[:, None, None]).sum(axis=-1)  # [3, 3, 2]
+    differing = distance[np.arange(3), AXES, MIRRORED].max(axis=1)  # [48]: at least so many voxels differ
+    found, least = None, None
+    for symmetry in np.argsort(differing, kind="stable").tolist():
+        bound = int(differing[symmetry])
+        if (total - bound) / (total + bound) < iou or (least is not None and bound >= least):
+            break
+        shared = first.shared(second, symmetry)
+        value = shared / (total - shared)
+        if value >= iou and (found is None or value > found.iou):
+            found = Match(value, SYMMETRIES["all"][symmetry])
+            least = total - 2 * shared
+            if not best:
+                break
+    return found
+
+
+class Duplicates:
+    """Families of near-duplicates among objects, and which of them may stay.
+
+    A family is what pairs at the threshold connect, so its ends may be farther apart. It is what must not be divided
+    between train and val.
+
+    sketches: of all objects.
+    read: reads grids.
+    resolution: R.
+    iou: t, in [LOWEST_IOU, 1].
+    progress: called with the number of bands that are done.
+
+    Attributes:
+        family: [N] int64, the lowest number of an object of the family.
+        compared: pairs that were compared exactly.
+    """
+
+    def __init__(
+        self,
+        sketches: Sketches,
+        read: Read,
+        resolution: int,
+        iou: float = IOU,
+        progress: Callable[[int], None] | None = None,
+    ):
+        self.sketches, self.iou = sketches, iou
+        self.compared = 0
+
+        @functools.lru_cache(maxsize=32)
+        def grid(number: int) -> Grid:
+            return Grid(read(np.array([number]))[0], resolution)
+
+        self._grid = grid
+        first = _first_of_equal(sketches.digests)
+        self._parents = first.copy()
+        self._different = np.flatnonzero(first == np.arange(len(first)))
+        for band in range(sketches.keys.shape[1]):
+            self._join_band(band)
+            self._parents = self._roots(np.arange(len(first)))
+            if progress is not None:
+                progress(band + 1)
+        self.family = self._parents
+
+    def _join_band(self, band: int) -> None:
+        """Compare the objects that share a key of this band and none of an earlier one."""
+        keys = self.sketches.keys[self._different, band]
+        order = np.argsort(keys, kind="stable")
+        members, keys = self._different[order], keys[order]
+        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+        sizes = np.diff(np.append(starts, len(keys)))
+        small = np.repeat(sizes <= SMALL_BUCKET, sizes)
+        for shift in range(1, min(SMALL_BUCKET, int(sizes.max()))):
+            pairs = np.flatnonzero((keys[shift:] == keys[:-shift]) & small[shift:])
+            if not len(pairs):
+                break
+            self._join(members[pairs], members[pairs + shift], band)
+        for start, size in zip(starts[sizes > SMALL_BUCKET], sizes[sizes > SMALL_BUCKET], strict=True):
+            bucket = members[start : start + size]
+            for place in range(size - 1):
+                roots = self._roots(bucket)
+                if (roots == roots[0]).all():
+                    break
+                others = bucket[place + 1 :][roots[place + 1 :] != roots[place]]
+                self._join(np.full(len(others), bucket[place]), others, band)
+
+    def _join(self, first: np.ndarray, second: np.ndarray, band: int) -> None:
+        """Compare pairs of objects, [P] each, and join the families of those at the threshold."""
+        new = self._roots(first) != self._roots(second)
+        first, second = first[new], second[new]
+        kept = self.sketches.plausible(first, second, self.iou)
+        first, second = first[kept], second[kept]
+        earlier = (self.sketches.keys[first, :band] == self.sketches.keys[second, :band]).any(axis=1)
+        for a, b in zip(first[~earlier].tolist(), second[~earlier].tolist(), strict=True):
+            root_a, root_b = self._root(a), self._root(b)
+            if root_a == root_b:
+                continue
+            self.compared += 1
+            if compare(self._grid(a), self._grid(b), self.iou, best=False):
+                self._parents[max(root_a, root_b)] = min(root_a, root_b)
+
+    def _root(self, number: int) -> int:
+        parents = self._parents
+        while parents[number] != number:
+            parents[number] = parents[parents[number]]
+            number = int(parents[number])
+        return number
+
+    def _roots(self, numbers: np.ndarray) -> np.ndarray:
+        roots = self._parents[numbers]
+        while ((above := self._parents[roots]) != roots).any():
+            roots = above
+        return roots
+
+    def families(self) -> list[np.ndarray]:
+        """Return the numbers of the objects of each family of several, ascending; the largest family first."""
+        order = np.argsort(self.family, kind="stable")
+        starts = np.flatnonzero(np.diff(self.family[order], prepend=-1))
+        found = [part for part in np.split(order, starts[1:]) if len(part) > 1] if len(order) else []
+        return sorted(found, key=len, reverse=True)
+
+    def choose(self, family: np.ndarray) -> Iterator[tuple[int, int, Match]]:
+        """Yield (object, the one that stays in its place, how they overlap) for what may go of a family.
+
+        family: its objects, the most wanted first. An object goes if it is at the threshold to one before it that
+        stays: the first such. The symmetry turns the one that stays to the other.
+        """
+        stays: list[int] = []
+        same: dict[bytes, int] = {}  # digest -> object that stays
+        for number in family.tolist():
+            digest = self.sketches.digests[number].tobytes()
+            if digest in same:
+                yield number, same[digest], Match(1.0, SYMMETRIES["all"][0])
+                continue
+            kept = np.array(stays, np.intp)
+            for other in kept[self.sketches.plausible(kept, np.full(len(kept), number), self.iou)].tolist():
+                match = compare(self._grid(other), self._grid(number), self.iou)
+                if match is not None:
+                    yield number, other, match
+                    break
+            else:
+                stays.append(number)
+                same[digest] = number
+
+
+def sketch_all(
+    read: Read, count: int, resolution: int, iou: float = IOU, progress: Callable[[int], None] | None = None
+) -> Sketches:
+    """Return the sketches of objects 0 ... count - 1.
+
+    progress: called with the number of objects that were read.
+    """
+    sketcher = Sketcher(resolution, iou)
+    sketches = Sketches(
+        np.empty((count, sketcher.bands), np.uint32),
+        np.empty((count, PRINTS), np.uint8),
+        np.empty(count, np.int64),
+        np.empty((count, 2), np.uint64),
+    )
+    for start in range(0, count, BATCH):
+        numbers = np.arange(start, min(start + BATCH, count))
+        for array, part in zip(sketches, sketcher(read(numbers)), strict=True):
+            array[numbers] = part
+        if progress is not None:
+            progress(start + len(numbers))
+    return sketches
+
+
+def _first_of_equal(digests: np.ndarray) -> np.ndarray:
+    """Return for each digest, [N, 2] uint64, the number of the first that equals it, [N] int64."""
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal ones stay in the order of their numbers
+    ordered = digests[order]
+    new = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(axis=1)])
+    first = np.empty(len(digests), np.int64)
+    first[order] = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
+    return first

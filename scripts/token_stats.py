@@ -138,7 +138,7 @@ def encode_grids(
         parts.append(tokenizer.encode(dataset.unpack_batch(batch)["ss"]).int().cpu().numpy())
     tokens = TokenSet(
         np.concatenate(parts),
-        np.array([dataset.sha256(i) for i in chosen]),
+        np.array(dataset.texts("sha256", chosen)),
         tokenizer.lattice,
         tokenizer.codes_per_token,
         tokenizer.n_embed,
@@ -155,17 +155,18 @@ def read_grids(args: argparse.Namespace, dataset: SparseStructure, subject: Subj
     Those of the n objects are compressed whose ids are, too.
     Raise DataError if --data_dir lacks the grid of an object.
     """
-    numbers = {sha256: i for i, (_, sha256) in enumerate(dataset.instances)}
-    missing = [sha256 for sha256 in subject.tokens.objects.tolist() if sha256 not in numbers]
-    if missing:
+    sha256s = subject.tokens.objects.tolist()
+    numbers = dataset.find(sha256s)
+    missing = np.flatnonzero(numbers < 0)
+    if len(missing):
         raise DataError(
-            f"{args.data_dir}: has no grid of {missing[0]} ({len(missing)} such objects in {args.tokens}). "
+            f"{args.data_dir}: has no grid of {sha256s[missing[0]]} ({len(missing)} such objects in {args.tokens}). "
             "Give the roots and the split that its ids come from."
         )
     occupied, sizes, done = [], [], 0
     compressed = np.zeros(len(subject.tokens.objects), bool)
     compressed[stats.spread(len(compressed), stats.OBJECTS_TO_COMPRESS)] = True
-    for indices in batches(np.array([numbers[sha256] for sha256 in subject.tokens.objects.tolist()]), "grids"):
+    for indices in batches(numbers, "grids"):
         batch = dataset.get_batch(indices)
         chosen = compressed[done : done + len(indices)]
         if chosen.any():

@@ -2,11 +2,13 @@
 
 import concurrent.futures
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
+from trellis.datasets.shards import LEVEL
 from trellis.grids.formats import FORMATS, suffix_of
 from trellis.grids.mesh_pool import LostTask, MeshPool
 from trellis.utils import units
@@ -14,10 +16,11 @@ from trellis.utils.errors import DataError
 
 from . import report
 from .inputs import Found, printable
-from .work import Outcome, Settings, make_grids, time_factor
+from .work import Made, Outcome, Settings, make_grids, time_factor
 
 SAMPLES = 12
 SAMPLE_SECONDS = 10
+SHARD_ROW = 200  # bytes of an object in a shard besides its grid: sha256, name, settings
 START_SECONDS = 1  # until the workers of a run have started, once
 PLY_HEADER = 130  # bytes of a voxel file besides 12 for each voxel
 NO_SHA256 = "0" * 64  # the name of a grid that is not written
@@ -34,13 +37,20 @@ class _Sample(NamedTuple):
 
 
 def dry_run(
-    found: Found, recorded: set[str], settings: Settings, workers: int, timeout: float, memory: int | None
+    found: Found,
+    recorded: set[str],
+    settings: Settings,
+    workers: int,
+    timeout: float,
+    memory: int | None,
+    shards: bool = False,
 ) -> list[str]:
     """Return what a run would do, in lines for people.
 
     found: the files of this rank.
     recorded: names of files that have a grid by metadata.csv.
     workers, timeout, memory: as of the run.
+    shards: whether the run writes shards.
     """
     sizes = {}
     for name, path in found.files.items():
@@ -77,9 +87,8 @@ def dry_run(
         for sample in samples
     )
     good = [(sample, sample.outcome) for sample in done if isinstance(sample.outcome, Outcome)]
-    disk: float = sum(
-        sample.stands_for * sum(12 * made.num_voxels + PLY_HEADER for made in outcome.made) for sample, outcome in good
-    )
+    size_of = _size_in_shard if shards else _size_as_ply
+    disk: float = sum(sample.stands_for * sum(map(size_of, outcome.made)) for sample, outcome in good)
     disk *= len(new) / sum(sample.stands_for for sample in done)
     about = (
         f"about {units.duration(START_SECONDS + seconds / workers)} with {report.count(workers, 'worker')} and "
@@ -105,6 +114,18 @@ def dry_run(
     objects = {name for name, each in made if each.part}
     lines += [f"of those tried, noted: {line}" for line in report.by_kind(notes, objects)]
     return lines
+
+
+def _size_in_shard(made: Made) -> int:
+    import pyarrow as pa
+
+    codec = pa.Codec("zstd", compression_level=LEVEL)
+    frame = codec.compress(zlib.decompress(made.bits), asbytes=True)
+    return len(frame) + len(made.frame) + len(made.part) + SHARD_ROW
+
+
+def _size_as_ply(made: Made) -> int:
+    return 12 * made.num_voxels + PLY_HEADER
 
 
 def _try(

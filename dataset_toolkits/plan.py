@@ -1,16 +1,21 @@
 """What there is to do for one rank: files listed, hashed, and those of the same bytes put together."""
 
 import os
-from collections.abc import Callable, Container
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from trellis.utils.command import available_cores
 from trellis.utils.errors import DataError
-from trellis.utils.progress import waiting
+from trellis.utils.progress import Work, waiting
+from trellis.utils.ray_cluster import Cluster
 
 from . import inputs, records
+from .hashing import hash_here, hash_on_cluster
 from .work import is_volume
+
+HASHED_HERE = 1000  # files that are hashed sooner than workers on other machines have started
 
 
 class Job(NamedTuple):
@@ -36,12 +41,14 @@ def plan_files(
     found: inputs.Found,
     rank: int,
     world_size: int,
-    threads: int,
-    known: Container[str] = (),
+    threads: int | None,
+    known: Collection[str] = (),
     name_rank: Callable[[Path], int] = lambda path: 0,
+    cluster: Cluster | None = None,
 ) -> Plan:
     """Hash this rank's share of some files; files with the same bytes make one job.
 
+    threads: that hash here, or on each node of a Ray cluster; None: one for each CPU of a node.
     known: sha256 of the grids that exist.
     name_rank: of files with the same bytes, one of the lowest comes first, see `work.name_rank`.
     """
@@ -50,39 +57,31 @@ def plan_files(
     failures = [{"file": name, "reason": found.left_out[name]} for name in share if name in found.left_out]
     files = {name: found.files[name] for name in share if name in found.files}
 
-    def attempt(path: Path) -> tuple[inputs.Stamp, str] | OSError:
-        try:
-            return inputs.stamp_of(path), inputs.sha256_of(path, known)
-        except OSError as error:
-            return error
-
+    with waiting("hashing", len(files), "file") as progress:
+        step = partial(_add, progress)
+        if cluster is None or len(files) < HASHED_HERE:
+            results = hash_here([*files.values()], known, threads or available_cores(), step)
+        else:
+            results = hash_on_cluster(cluster, [*files.values()], known, threads, step)
     by_sha: dict[str, list[str]] = {}
     stamps: dict[str, inputs.Stamp] = {}
-    pool = ThreadPoolExecutor(threads)
-    try:
-        with waiting("hashing", len(files), "file") as progress:
-            results = []
-            for result in pool.map(attempt, files.values()):
-                results.append(result)
-                progress(len(results))
-        for name, result in zip(files, results, strict=True):
-            if isinstance(result, OSError):
-                failures.append({"file": name, "reason": f"cannot be read: {result.strerror}"})
-            else:
-                stamps[name], sha256 = result
-                by_sha.setdefault(sha256, []).append(name)
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what is left
+    for name, result in zip(files, results, strict=True):
+        if isinstance(result, OSError):
+            failures.append({"file": name, "reason": f"cannot be read: {result.strerror}"})
+        else:
+            stamps[name], sha256 = result
+            by_sha.setdefault(sha256, []).append(name)
     for names in by_sha.values():
         names.sort(key=lambda name: (name_rank(files[name]), name))
     jobs = [Job(sha256, files[names[0]], tuple(names), stamps[names[0]]) for sha256, names in by_sha.items()]
     return Plan(jobs, failures, set(share), set(listing), {})
 
 
-def plan_meshes(paths: list[str], output_dir: Path, threads: int) -> Plan:
+def plan_meshes(paths: list[str], output_dir: Path, threads: int | None, cluster: Cluster | None = None) -> Plan:
     """List and hash the mesh files of some files and folders, for programs that take meshes and no volumes.
 
     output_dir: its folder `voxels` is not searched.
+    threads, cluster: as for `plan_files`.
     Volumes are among the failures. Raise DataError if there is no mesh.
     """
     found = inputs.find_files(paths, exclude=output_dir / "voxels")
@@ -94,7 +93,7 @@ def plan_meshes(paths: list[str], output_dir: Path, threads: int) -> Plan:
         raise DataError(
             f"{', '.join(paths)}: no mesh, only volumes. Make grids with voxelize.py, and give their folder."
         )
-    return plan_files(inputs.Found(files, left_out), 0, 1, threads)
+    return plan_files(inputs.Found(files, left_out), 0, 1, threads, cluster=cluster)
 
 
 def plan_renders(root: Path, rank: int, world_size: int) -> Plan:
@@ -115,6 +114,10 @@ def plan_renders(root: Path, rank: int, world_size: int) -> Plan:
                 {"file": name, "sha256": sha256, "reason": "is missing: not rendered yet?" if missing else reason}
             )
     return Plan(jobs, failures, set(share.values()), set(names.values()), base)
+
+
+def _add(progress: Work) -> None:
+    progress(progress.done + 1)
 
 
 def is_trellis_root(path: str) -> bool:

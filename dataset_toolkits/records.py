@@ -3,6 +3,8 @@
 A dataset folder holds `voxels/<sha256>.ply`, `metadata.csv`, `failed.csv` and `records/`. Each run appends to a file of
 its own in `records/` as it goes. `metadata.csv` and `failed.csv` are made from all of them, without a lock, so that
 nothing is lost if a run is killed or several write at once.
+A folder of shards has `*.arrow` in place of the voxel files and of `metadata.csv`: what is known of a grid is beside it
+in its shard, and records have only the grids of volumes, which tell when one of a volume is gone.
 """
 
 import csv
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from trellis.datasets.metadata import is_sha256
+from trellis.datasets.shards import Shard, shards_in
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import atomic_write
 
@@ -34,6 +37,7 @@ RECORD_FIELDS = (
     "mm_per_cell",
     "frame",
     "input",
+    "grid_format",
     "labels",
     "components",
 )
@@ -57,10 +61,13 @@ SETTINGS = (
     "fill",
     "labels",
     "components",
+    "grid_format",
 )  # all grids of a folder share them
 OF_VOLUMES = ("fill", "labels", "components")  # settings that meshes do not have: "" goes with every value
 NO_TABLE = "every"  # of the setting labels; else the digest of a table, a space and the table's name
+SHARDS = "shards"  # of the setting grid_format; "": voxel files
 WHOLE, PARTS = "whole", "parts"  # of the setting components
+OF_SHARDS = ("split", "up_axis", "normalization", "fill", "mm_per_cell")  # what rows have of the columns of shards
 DEFAULTS = {"normalization": "cube", "fill": "surface"}  # of records and of a metadata.csv that do not say
 FAILED_FIELDS = ("file", "sha256", "reason")
 RUN_FILE = re.compile(r"run_\d{6,}_\d+_[0-9a-f]{8}\.csv")
@@ -325,6 +332,8 @@ def known_grids(root: Path, settings: Settings) -> tuple[Known, dict[str, Row]]:
     Raise DataError if the folder was made with other settings.
     """
     _, rows = read_rows(root)
+    in_shards = rows_of_shards(root)
+    rows |= in_shards
     recorded = read_records(root)
     for sha256, record in recorded.grids.items():
         row = rows.setdefault(sha256, {})
@@ -333,7 +342,7 @@ def known_grids(root: Path, settings: Settings) -> tuple[Known, dict[str, Row]]:
     for found in sorted(_settings(rows.values(), recorded.grids.values())):
         if not go_together(found, settings):
             raise _refusal(root, found, settings)
-    present = _present(root)
+    present = _present(root) | in_shards.keys()
     gone = {row["input"] for sha256, row in recorded.grids.items() if row.get("input") and sha256 not in present}
     grids = {sha256: row for sha256, row in rows.items() if is_voxelized(row) and sha256 in present}
     return Known(grids, recorded.inputs - gone), recorded.failures
@@ -342,7 +351,11 @@ def known_grids(root: Path, settings: Settings) -> tuple[Known, dict[str, Row]]:
 def axis_of_folder(root: Path) -> str | None:
     """Return the --up_axis that all grids of a folder have; None if it has no grids, or none that say it."""
     _, rows = read_rows(root)
-    every = [*(row for row in rows.values() if is_voxelized(row)), *read_records(root).grids.values()]
+    every = [
+        *(row for row in rows.values() if is_voxelized(row)),
+        *rows_of_shards(root).values(),
+        *read_records(root).grids.values(),
+    ]
     found = {_settings_of_row(row)[0] for row in every} - {""}
     return found.pop() if len(found) == 1 else None
 
@@ -352,10 +365,13 @@ def is_voxelized(row: Row) -> bool:
     return row.get("voxelized", "").lower() == "true"
 
 
-def update_tables(root: Path, base: dict[str, Row] | None = None) -> tuple[dict[str, Row], list[Row]]:
+def update_tables(
+    root: Path, base: dict[str, Row] | None = None, shards: bool = False
+) -> tuple[dict[str, Row], list[Row]]:
     """Bring `metadata.csv` and `failed.csv` up to date with the records of all runs, and return their rows.
 
     base: rows of another metadata.csv (TRELLIS's), whose values fill gaps in this one.
+    shards: the folder is one of shards, which have what else would be in metadata.csv.
     Rows and columns of other origin are kept. Rows are sorted by sha256, those of failed.csv by file; without rows,
     it is deleted.
     Raise DataError if rows were made with different settings.
@@ -366,7 +382,7 @@ def update_tables(root: Path, base: dict[str, Row] | None = None) -> tuple[dict[
     # does after its last record, so the write was not the last.
     while True:
         before = _sizes(root)
-        result = _update_tables(root, base or {})
+        result = _update_failed(root) if shards else _update_tables(root, base or {})
         grown = {name for name, size in _sizes(root).items() if before.get(name) != size}
         if all(active_file(root, Path(name).stem.split("_", 2)[2]).exists() for name in grown):
             return result
@@ -392,7 +408,7 @@ def _update_tables(root: Path, base: dict[str, Row]) -> tuple[dict[str, Row], li
     splits = dict(recorded.splits)
     for sha256, record in recorded.grids.items():
         splits[sha256] = record["split"] or splits.get(sha256, "")
-        hidden = ("input", "split", "labels", "components")
+        hidden = ("input", "split", "labels", "components", "grid_format")
         values = {name: value for name, value in record.items() if value and name not in hidden}
         rows.setdefault(sha256, {}).update(values, voxelized=str(sha256 in present))
     for sha256, row in rows.items():
@@ -401,9 +417,7 @@ def _update_tables(root: Path, base: dict[str, Row]) -> tuple[dict[str, Row], li
         if is_voxelized(row):
             row["normalization"] = row.get("normalization") or DEFAULTS["normalization"]
 
-    for one, other in combinations(sorted(_settings(rows.values(), recorded.grids.values())), 2):
-        if not go_together(one, other):
-            raise _mixture(root, one, other)
+    _refuse_mixture(root, rows, recorded)
     fields += [name for name in METADATA_FIELDS if name not in fields]
     for name in RARE_FIELDS:
         if name not in fields and any(row.get(name) for row in rows.values()):
@@ -412,18 +426,58 @@ def _update_tables(root: Path, base: dict[str, Row]) -> tuple[dict[str, Row], li
     write_table(root / "metadata.csv", fields, rows.values())
 
     made = {sha256 for sha256, row in rows.items() if is_voxelized(row) and sha256 in present}
+    return rows, _write_failures(root, recorded, made)
+
+
+def _update_failed(root: Path) -> tuple[dict[str, Row], list[Row]]:
+    """Return the rows of the grids in shards, and write `failed.csv`."""
+    rows, recorded = rows_of_shards(root), read_records(root)
+    _refuse_mixture(root, rows, recorded)
+    return rows, _write_failures(root, recorded, rows)
+
+
+def _write_failures(root: Path, recorded: Recorded, made: Collection[str]) -> list[Row]:
     failures = [row for name, row in sorted(recorded.failures.items()) if row["sha256"] not in made]
     if failures:
         write_table(root / "failed.csv", FAILED_FIELDS, failures)
     else:
         (root / "failed.csv").unlink(missing_ok=True)
-    return rows, failures
+    return failures
+
+
+def _refuse_mixture(root: Path, rows: dict[str, Row], recorded: Recorded) -> None:
+    for one, other in combinations(sorted(_settings(rows.values(), recorded.grids.values())), 2):
+        if not go_together(one, other):
+            raise _mixture(root, one, other)
 
 
 def _present(root: Path) -> set[str]:
     """Return the sha256 of every grid file. One listing is faster than a check of each file."""
     folder = root / "voxels"
     return {path.stem for path in folder.glob("*.ply")}
+
+
+def rows_of_shards(root: Path) -> dict[str, Row]:
+    """Return what the shards of a folder say of their grids, by sha256, with names as in metadata.csv.
+
+    Raise DataError for a damaged shard.
+    """
+    rows: dict[str, Row] = {}
+    for path in shards_in(root):
+        try:
+            shard = Shard(path)
+            said = {
+                field: shard.column(name).to_pylist()
+                for name, field in (("sha256", "sha256"), ("name", "file"), *((name, name) for name in OF_SHARDS))
+                if name in shard.names
+            }
+        except DataError as error:
+            raise DataError(f"{error} Or delete it and run voxelize.py again, which makes its grids anew.") from error
+        common = {"resolution": str(shard.resolution), "grid_format": SHARDS, "voxelized": "True", "split": ""}
+        for values in zip(*said.values(), strict=True):
+            row = {name: str(value) for name, value in zip(said, values, strict=True) if value is not None}
+            rows.setdefault(row["sha256"], {**common, **row})
+    return rows
 
 
 def _settings(rows: Iterable[Row], recorded: Iterable[Row]) -> set[Settings]:
@@ -437,12 +491,20 @@ def _settings_of_row(row: Row) -> Settings:
     up_axis, resolution, normalization = (row.get(name) or DEFAULTS.get(name, "") for name in SETTINGS[:3])
     from_volume = row.get("input") or row.get("mm_per_cell")
     fill = row.get("fill") or (DEFAULTS["fill"] if from_volume else "")
-    return up_axis, resolution.removesuffix(".0"), normalization, fill, "", ""  # pandas writes 64.0
+    return (
+        up_axis,
+        resolution.removesuffix(".0"),
+        normalization,
+        fill,
+        "",
+        "",
+        row.get("grid_format", ""),
+    )  # pandas: 64.0
 
 
 def _settings_of_record(row: Row) -> Settings:
     """Return the values of SETTINGS that a recorded grid has; "" for the division in folders of earlier versions."""
-    return *_settings_of_row(row)[:4], row.get("labels", ""), row.get("components", "")
+    return *_settings_of_row(row)[:4], row.get("labels", ""), row.get("components", ""), row.get("grid_format", "")
 
 
 def differences(one: Settings, other: Settings) -> list[str]:
@@ -481,7 +543,9 @@ def flags_of(settings: Settings, names: Collection[str] = SETTINGS) -> str:
     for name, value in zip(SETTINGS, settings, strict=True):
         if name not in names or not value and name in OF_VOLUMES:
             continue
-        if name == "components":
+        if name == "grid_format":
+            flags.append(f"--format {value or 'ply'}")
+        elif name == "components":
             flags.append("--components" if value == PARTS else "no --components")
         elif value == NO_TABLE:
             flags.append("no --labels")

@@ -1,6 +1,7 @@
 """Turn meshes and volumes into voxel grids, `voxels/<sha256 of the file>.ply` and `metadata.csv`, as TRELLIS does.
 
     python dataset_toolkits/voxelize.py --input meshes/ --output_dir data/voxels
+    python dataset_toolkits/voxelize.py --input meshes/ --output_dir data/packed --format shards
 
 A voxel is occupied if a triangle meets it: a grid is the surface, not the solid. The bounding box of the mesh is
 centered and its longest edge made 1; `--normalization shapellm` scales as ShapeLLM-Omni does, whose token ids
@@ -8,13 +9,15 @@ depend on it. A label map of a scan (NIfTI, NRRD, MetaImage) gives a grid for ea
 Run it again after an interruption: finished files are skipped. Files that cannot be voxelized are listed with the
 reason in `failed.csv`. `--dry_run` says what there is to do and writes nothing.
 A folder of TRELLIS as --input (`metadata.csv`, `renders/<sha256>/mesh.ply`, already normalized) gets its voxels
-beside the renders, or in --output_dir.
+beside the renders, or in --output_dir. `--format shards` writes shards (trellis/datasets/shards.py) in place of voxel
+files and metadata.csv, for more objects than a file system likes as files.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Container
+import zlib
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -23,28 +26,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from dataset_toolkits import estimate, inputs, records, report, work
 from dataset_toolkits.claim import claimed
 from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_renders
-from dataset_toolkits.work import Outcome, Settings, division, input_key, is_volume, make_grids, time_factor
+from dataset_toolkits.shard_files import GridBuffer, columns_of_row
+from dataset_toolkits.work import Made, Outcome, Settings, division, input_key, is_volume, make_grids, time_factor
+from trellis.datasets.shards import require_pyarrow
 from trellis.grids import placing
-from trellis.grids.mesh_pool import run_in_pool
+from trellis.grids.mesh_cluster import run_on_cluster
+from trellis.grids.mesh_pool import memory_limit, run_in_pool
 from trellis.grids.volumes import FILLS
+from trellis.utils import signals
 from trellis.utils.command import (
     available_cores,
-    available_memory,
     check_output_folder,
     error_of_system,
     report_interruption,
     run_command,
 )
 from trellis.utils.errors import ConfigError, DataError
-from trellis.utils.files import remove_leftovers
+from trellis.utils.files import atomic_write, remove_leftovers
 from trellis.utils.progress import waiting
+from trellis.utils.ray_cluster import Cluster, joined
 
+PACKAGES = ("trellis", "dataset_toolkits")  # what workers on other machines need of the project
 INTERRUPTED = "interrupted: run the same command again to go on"
-LEAST_MEMORY = 2  # GiB of a worker
+COLUMNS = ("sha256", "name", "split", "up_axis", "normalization", "fill", "axis", "notes", "mm_per_cell", "frame")
+SHARD_SECONDS = 300  # after which grids are written as a shard, however few: what a killed run may lose
 
 
-def voxelize(args: argparse.Namespace) -> int:
+def voxelize(args: argparse.Namespace, cluster: Cluster | None = None) -> int:
     """Voxelize this rank's share, bring metadata.csv and failed.csv up to date, and print a summary.
+
+    cluster: of Ray, which does the work; None: this machine.
 
     Return the exit code: 0, or 128 + its number after a signal. Raise UserError if nothing could be voxelized, or if
     the folder cannot be written.
@@ -54,6 +65,12 @@ def voxelize(args: argparse.Namespace) -> int:
     from_trellis = is_trellis_root(args.input[0])
     args.up_axis = args.up_axis or records.axis_of_folder(root) or "auto"
     settings = settings_of(args)
+    shards = args.format == "shards"
+    if shards and (root / "metadata.csv").exists():
+        raise DataError(
+            f"{root}: has metadata.csv, so its grids are voxel files: leave --format shards out, or give "
+            "another --output_dir."
+        )
     records.check_failed(root)
     with waiting("listing files"):
         found = None if from_trellis else inputs.find_files(args.input, exclude=root / "voxels")
@@ -61,7 +78,8 @@ def voxelize(args: argparse.Namespace) -> int:
         check_volume_flags(args, found)
     has_volumes = found is not None and any(map(is_volume, found.files.values()))
     of_volumes = (settings.fill, *division(settings)) if has_volumes else ("",) * len(records.OF_VOLUMES)
-    key = (settings.up_axis, str(settings.resolution), args.normalization, *of_volumes)
+    grid_format = records.SHARDS if shards else ""
+    key = (settings.up_axis, str(settings.resolution), args.normalization, *of_volumes, grid_format)
     if args.dry_run:
         print_dry_run(args, root, found, settings, key)
         return 0
@@ -69,19 +87,22 @@ def voxelize(args: argparse.Namespace) -> int:
     record_file = records.RecordFile(root, args.rank)
     try:
         with claimed(root, key, record_file.run) as known, record_file:
-            (root / "voxels").mkdir(parents=True, exist_ok=True)
+            if not shards:
+                (root / "voxels").mkdir(parents=True, exist_ok=True)
             for folder in (root, root / "voxels", root / "records"):
                 remove_leftovers(folder)
             if found is None:
                 plan = plan_renders(Path(args.input[0]), args.rank, args.world_size)
             else:
                 name_rank = partial(work.name_rank, settings=settings)
-                plan = plan_files(found, args.rank, args.world_size, args.max_workers, known[0].grids, name_rank)
-            run = Run(args, root, settings, key, plan, known, record_file)
+                threads = args.max_workers if cluster is None else args.workers_of_node
+                sharing = args.rank, args.world_size, threads
+                plan = plan_files(found, *sharing, known[0].grids, name_rank, cluster)
+            run = Run(args, root, settings, key, plan, known, record_file, cluster)
             run.work()
             remove_leftovers(root / "voxels")  # of workers that were killed
             with waiting("writing tables"):
-                rows, _ = records.update_tables(root, plan.base)
+                rows, _ = records.update_tables(root, plan.base, shards)
     except OSError as error:  # of the output; an input that cannot be read is a line of failed.csv
         raise DataError(
             f"{error_of_system(error, root)}. Mend that and run the same command again: what is finished is kept."
@@ -125,12 +146,21 @@ class Run:
         plan: Plan,
         known: tuple[records.Known, dict[str, records.Row]],
         record_file: records.RecordFile,
+        cluster: Cluster | None = None,
     ):
         self.args, self.root, self.settings, self.plan = args, root, settings, plan
-        self.record_file = record_file
+        self.record_file, self.cluster = record_file, cluster
         self.common = dict(zip(records.SETTINGS, key, strict=True))
         self.common["fill"] = "" if settings.fill == "surface" else self.common["fill"]
         self.known, self.failed_before = known
+        self.base: dict[str, dict[str, object]] = {}
+        self.buffer: GridBuffer | None = None
+        if args.format == "shards":
+            self.base = self._columns_of_base()
+            columns = [*COLUMNS, *sorted({name for row in self.base.values() for name in row} - set(COLUMNS))]
+            self.buffer = GridBuffer(root, record_file.run, settings.resolution, columns)
+        self.waiting: list[tuple[Job, Outcome]] = []  # to record once their grids are in a shard
+        self.written_at = time.monotonic()
         self.made: set[str] = set()
         self.finished: set[str] = set()
         self.left_out: list[tuple[str, str]] = []
@@ -154,11 +184,12 @@ class Run:
         self._forget(done)
         for row in self.plan.failures:
             self._fail(**row)
-        if self.args.split:
+        if self.args.split and self.buffer is None:
             for sha256 in (sha256 for job in self.done for sha256 in self._grids_of(job)):
                 if not self.known.grids[sha256].get("split"):
                     self.record_file.write("split", sha256=sha256, split=self.args.split)
-        self._name_by_first_duplicate()
+        if self.buffer is None:
+            self._name_by_first_duplicate()
         workers = min(self.args.max_workers, len(todo))
         memory = memory_limit(self.args.memory, workers)
         volumes = [job for job in todo.values() if is_volume(job.path)]
@@ -166,17 +197,96 @@ class Run:
         with waiting("voxelizing", len(todo), "file", shown=bool(todo)) as progress:
 
             def finish(task: tuple, result: Outcome | DataError) -> None:
-                self._record(todo[task[1]], result)
+                self._finish(todo[task[1]], result)
                 progress(progress.done + 1)
 
+            folder = self.root / "voxels" if self.buffer is None else None
             try:
                 for jobs in (others, volumes):
-                    tasks = ((job.path, job.sha256, self.root / "voxels", self.settings, job.stamp) for job in jobs)
+                    tasks = ((job.path, job.sha256, folder, self.settings, job.stamp) for job in jobs)
                     if jobs:
                         timeout = self.args.timeout * time_factor(jobs[0].path)
-                        run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
+                        if self.cluster is None:
+                            run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
+                        else:
+                            self._work_on_cluster(self.cluster, tasks, finish, timeout)
             except KeyboardInterrupt as stopped:
                 self.stopped = stopped
+            finally:
+                self._write_shards()
+
+    def _finish(self, job: Job, result: Outcome | DataError) -> None:
+        """Record what became of a job, or keep its grids for a shard."""
+        if self.buffer is None or isinstance(result, DataError) or not result.made:
+            self._record(job, result)
+            return
+        for made in result.made:
+            if made.sha256 not in self.known.grids:  # of a volume that has lost others
+                self.buffer.add(made.bits, self._columns(job, made))
+        self.waiting.append((job, Outcome(tuple(made._replace(bits=b"") for made in result.made), result.missing)))
+        if len(self.buffer) >= self.buffer.limit or time.monotonic() - self.written_at > SHARD_SECONDS:
+            self._write_shards()
+
+    def _columns_of_base(self) -> dict[str, dict[str, object]]:
+        """Return what TRELLIS's metadata.csv says of the files of this rank, as columns of shards."""
+        columns = {}
+        for job in self.plan.jobs if self.plan.base else ():
+            row = {
+                name: text for name, text in self.plan.base[job.sha256].items() if name not in records.METADATA_FIELDS
+            }
+            columns[job.sha256] = columns_of_row(str(Path(self.args.input[0], "metadata.csv")), row)
+        return columns
+
+    def _columns(self, job: Job, made: Made) -> dict[str, object]:
+        """Return what a shard says of a grid."""
+        row = (
+            made.sha256,
+            _name_of(job, made),
+            self.args.split or "",
+            self.common["up_axis"],
+            self.common["normalization"],
+            self.common["fill"] if is_volume(job.path) else "",
+            made.axis,
+            "; ".join(made.notes),
+            made.mm_per_cell,
+            made.frame,
+        )
+        return {**self.base.get(job.sha256, {}), **columns_of_row(str(job.path), dict(zip(COLUMNS, row, strict=True)))}
+
+    def _write_shards(self) -> None:
+        """Write the grids that wait for it as a shard, then record their jobs. A signal waits until that is done."""
+        if self.buffer is None:
+            return
+        with signals.noted() as handled:
+            before = handled.signum
+            self.buffer.write()
+            while self.waiting:
+                self._record(*self.waiting.pop(0))
+            self.written_at = time.monotonic()
+        if handled.signum is not None and before is None:
+            raise signals.Stopped(handled.signum)
+
+    def _work_on_cluster(
+        self,
+        cluster: Cluster,
+        tasks: Iterable[tuple],
+        finish: Callable[[tuple, Outcome | DataError], None],
+        timeout: float,
+    ) -> None:
+        """Do as run_in_pool does on a Ray cluster, whose nodes need not see the output folder."""
+
+        def write(task: tuple, result: tuple[Outcome, dict[str, bytes]] | DataError) -> None:
+            if isinstance(result, DataError):
+                finish(task, result)
+                return
+            outcome, files = result
+            for name, data in files.items():
+                with atomic_write(task[2] / name) as partial:
+                    partial.write_bytes(zlib.decompress(data))
+            finish(task, outcome)
+
+        workers, memory = self.args.workers_of_node, self.args.memory
+        run_on_cluster(cluster, work.make_grids_elsewhere, tasks, write, workers, timeout, memory)
 
     def _grids_of(self, job: Job) -> list[str]:
         """Return the grids that a finished job has."""
@@ -226,16 +336,17 @@ class Run:
         key = input_key(job.sha256, job.path, self.settings) if is_volume(job.path) else ""
         common = {name: value for name, value in self.common.items() if key or name not in records.OF_VOLUMES}
         for made in result.made:
-            name = f"{job.names[0]}#{made.part}" if made.part else job.names[0]
-            self.record_file.write(
-                "grid",
-                **common,
-                file=name,
-                split=self.args.split or "",
-                input=key,
-                notes="; ".join(made.notes),
-                **{field: getattr(made, field) for field in ("sha256", "num_voxels", "axis", "mm_per_cell", "frame")},
-            )
+            name = _name_of(job, made)
+            if key or self.buffer is None:
+                self.record_file.write(
+                    "grid",
+                    **common,
+                    file=name,
+                    split=self.args.split or "",
+                    input=key,
+                    notes="; ".join(made.notes),
+                    **{name: getattr(made, name) for name in ("sha256", "num_voxels", "axis", "mm_per_cell", "frame")},
+                )
             self.made.add(made.sha256)
             self.finished.add(job.sha256)
             self.notes += [(name, note) for note in made.notes]
@@ -278,8 +389,12 @@ class Run:
         grids = (sha256 for job in self.done for sha256 in self._grids_of(job))
         other = sum(rows[sha256]["split"] != args.split for sha256 in grids) if args.split else 0
         if other:
-            table = self.root / "metadata.csv"
-            print(f"  {other} of those done already belong to another split in {table}, and stay there")
+            where = self.root / "metadata.csv" if self.buffer is None else f"the shards of {self.root}"
+            print(f"  {other} of those done already belong to another split in {where}, and stay there")
+
+
+def _name_of(job: Job, made: Made) -> str:
+    return f"{job.names[0]}#{made.part}" if made.part else job.names[0]
 
 
 def _file_of(name: str, files: Container[str]) -> str:
@@ -322,14 +437,6 @@ def check_volume_flags(args: argparse.Namespace, found: inputs.Found) -> None:
             raise ConfigError(f"{flag}: there is no volume among the files, and it is about volumes. Leave it out.")
 
 
-def memory_limit(gib: float | None, workers: int) -> int | None:
-    """Return the bytes that a worker may take: those asked for, else its share of what is free. None if not known."""
-    if gib is not None:
-        return int(gib * 2**30)
-    free = available_memory()
-    return None if free is None else max(LEAST_MEMORY * 2**30, free // max(1, workers))
-
-
 def print_dry_run(
     args: argparse.Namespace, root: Path, found: inputs.Found | None, settings: Settings, key: records.Settings
 ) -> None:
@@ -350,7 +457,7 @@ def print_dry_run(
     memory = memory_limit(args.memory, workers)
     print(f"{root}: dry run, nothing is written")
     with waiting("trying a few files"):
-        lines = estimate.dry_run(found, done, settings, workers, args.timeout, memory)
+        lines = estimate.dry_run(found, done, settings, workers, args.timeout, memory, args.format == "shards")
     for line in lines:
         print(f"  {line}")
 
@@ -364,7 +471,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help=f"files ({inputs.READ_SUFFIXES}), folders, which are searched recursively, or one TRELLIS folder",
     )
-    parser.add_argument("--output_dir", help="gets voxels/ and metadata.csv; default: the TRELLIS folder")
+    parser.add_argument("--output_dir", help="gets voxels/ and metadata.csv, or shards; default: the TRELLIS folder")
+    parser.add_argument(
+        "--format",
+        choices=("ply", "shards"),
+        default="ply",
+        help="a voxel file for each grid (default), or shards of 4096 grids of 64^3. A folder has one of them",
+    )
     parser.add_argument(
         "--up_axis",
         choices=placing.UP_AXES,
@@ -390,8 +503,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max_workers",
         type=int,
-        default=available_cores(),
-        help="worker processes of one thread each; default: one per core",
+        help="worker processes of one thread each, with --ray on each node; default: one per core",
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="do the work on a Ray cluster, see docs/cluster.md: auto for the one of this machine, or host:port; "
+        "without ADDRESS, one that is made of this machine",
     )
     parser.add_argument(
         "--timeout", type=float, default=120, help="seconds for a mesh (default 120); a volume gets ten times as much"
@@ -419,7 +539,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="write nothing; say what there is to do, what would be left out, and about how long it would take",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.workers_of_node = args.max_workers
+    if args.max_workers is None:
+        args.max_workers = available_cores()
+    return args
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -429,6 +553,12 @@ def check_args(args: argparse.Namespace) -> None:
     for name, low, high in limits:
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             raise ConfigError(f"--{name} {getattr(args, name)}: must lie between {low:g} and {high:g}.")
+    if args.ray is not None and args.world_size > 1:
+        raise ConfigError(
+            "--ray does not go with --rank and --world_size: Ray shares the work itself. Give one of them."
+        )
+    if args.ray is not None and args.dry_run:
+        raise ConfigError("--dry_run tries files on this machine, without Ray. Leave --ray out.")
     trellis_roots = [path for path in args.input if is_trellis_root(path)]
     if trellis_roots and len(args.input) > 1:
         raise ConfigError(f"--input {trellis_roots[0]}: a TRELLIS folder must be the only input.")
@@ -442,13 +572,20 @@ def check_args(args: argparse.Namespace) -> None:
             "already. Leave the flag out."
         )
     placing.check_settings(args.up_axis or "auto", args.normalization)
+    if args.format == "shards":
+        require_pyarrow()
+        if args.resolution % 2:
+            raise ConfigError(f"--resolution {args.resolution}: shards hold grids of an even resolution.")
     if not trellis_roots and not args.output_dir:
         raise ConfigError("--output_dir is missing. Only a TRELLIS folder has a default: itself.")
 
 
 def run(args: argparse.Namespace) -> int:
     check_args(args)
-    return voxelize(args)
+    if args.ray is None:
+        return voxelize(args)
+    with joined(args.ray, PACKAGES) as cluster:
+        return voxelize(args, cluster)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,8 @@
 """What a worker process does with one file: make its grids, write them, and say what became of it."""
 
 import hashlib
+import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 from trellis.grids.formats import reader_of
 from trellis.grids.meshes import UNKNOWN_AXIS, Voxelized, mesh_voxels
 from trellis.grids.placing import Axis, axis_of_file
-from trellis.grids.voxels import voxel_centers, write_ply
+from trellis.grids.voxels import pack_bits, voxel_centers, voxels_to_grid, write_ply
 from trellis.utils.errors import ConfigError, DataError
 
 from . import records
@@ -49,6 +51,7 @@ class Made(NamedTuple):
 
     part: the object of the file, "" if the file is one object.
     mm_per_cell, frame: of an object of a scan, as text for metadata.csv; else "".
+    bits: the grid for a shard, `pack_bits` as zlib makes it smaller on its way there; b"" if it is written already.
     """
 
     part: str
@@ -58,6 +61,7 @@ class Made(NamedTuple):
     notes: tuple[str, ...]
     mm_per_cell: str = ""
     frame: str = ""
+    bits: bytes = b""
 
 
 class Missing(NamedTuple):
@@ -133,7 +137,7 @@ def _digest(*parts: object) -> str:
 
 
 def make_grids(path: Path, sha256: str, folder: Path | None, settings: Settings, stamp: Stamp | None = None) -> Outcome:
-    """Make the grids of a file, and write them as `<sha256>.ply` into a folder, if one is given.
+    """Make the grids of a file, and write them as `<sha256>.ply` into a folder; without one, return them as `bits`.
 
     sha256: of the file's bytes.
     stamp: of the file before it was hashed, see `inputs.stamp_of`; None takes it as it is.
@@ -141,16 +145,57 @@ def make_grids(path: Path, sha256: str, folder: Path | None, settings: Settings,
     """
     with reasons(path, stamp):
         grids, missing = _grids(path, sha256, settings)
-    if folder is not None:
-        for voxels, made in grids:
-            write_ply(folder / f"{made.sha256}.ply", voxel_centers(voxels, settings.resolution))
+    if folder is None:
+        return Outcome(tuple(made._replace(bits=_bits(voxels, settings.resolution)) for voxels, made in grids), missing)
+    for voxels, made in grids:
+        write_ply(folder / f"{made.sha256}.ply", voxel_centers(voxels, settings.resolution))
     return Outcome(tuple(made for _, made in grids), missing)
+
+
+def _bits(voxels: np.ndarray, resolution: int) -> bytes:
+    return zlib.compress(pack_bits(voxels_to_grid(voxels, resolution)[None])[0], 1)
+
+
+def make_grids_elsewhere(
+    path: Path, sha256: str, folder: Path | None, settings: Settings, stamp: Stamp | None = None
+) -> tuple[Outcome, dict[str, bytes]]:
+    """Make the grids of a file on another machine than the one that has asked for it and has the folder.
+
+    Return what `make_grids` returns, and what it would write: {name of a file: its bytes, as zlib makes them smaller}.
+    Arguments and errors: as of `make_grids`. stamp: of the file on the machine that has asked.
+    """
+    here = None if stamp is None else local_stamp(path, stamp)
+    if folder is None:
+        return make_grids(path, sha256, None, settings, here), {}
+    with tempfile.TemporaryDirectory() as made:
+        outcome = make_grids(path, sha256, Path(made), settings, here)
+        return outcome, {file.name: zlib.compress(file.read_bytes()) for file in Path(made).iterdir()}
+
+
+def local_stamp(path: Path, stamp: Stamp) -> Stamp:
+    """Return the stamp of a file on this machine, where it may have another number.
+
+    stamp: of another machine. Raise DataError if size or time of change differ, or if it cannot be read.
+    """
+    try:
+        here = stamp_of(path)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}") from error
+    if [part and part[:2] for part in here] != [part and part[:2] for part in stamp]:
+        raise DataError(CHANGED)
+    return here
 
 
 def voxels_of(path: Path, stamp: Stamp | None, resolution: int, up_axis: str, normalization: str) -> Voxelized:
     """Return the voxels of a mesh. Arguments and errors: as of `make_grids`."""
     with reasons(path, stamp):
         return mesh_voxels(path, resolution, up_axis, normalization)
+
+
+def voxels_elsewhere(path: Path, stamp: Stamp | None, resolution: int, up_axis: str, normalization: str) -> Voxelized:
+    """Return what `voxels_of` returns, on another machine than the one that the stamp is from."""
+    here = None if stamp is None else local_stamp(path, stamp)
+    return voxels_of(path, here, resolution, up_axis, normalization)
 
 
 @contextmanager

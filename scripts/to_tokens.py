@@ -21,35 +21,35 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
 import argparse
-import contextlib
 import functools
 import pickle
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dataset_toolkits.records import FAILED_FIELDS, write_table
 from dataset_toolkits.report import by_kind
-from scripts.token_sources import BATCH, DataSource, MeshSource, Shard
+from scripts.token_sources import BATCH, DataSource, MeshSource
+from scripts.token_work import PACKAGES, Report, Work, add_up, encode_batches, run_on_cluster, run_process
 from trellis.evaluation.metrics import voxel_metrics
 from trellis.grids.placing import UP_AXES, check_settings
 from trellis.grids.voxels import unpack_bits_on_device
-from trellis.tokenizer import Precision, SparseStructureTokenizer
+from trellis.tokenizer import SparseStructureTokenizer
 from trellis.tokens import parquet, sharegpt
-from trellis.tokens.forms import FORMS, Form, form_of
+from trellis.tokens.forms import FORMS, form_of
 from trellis.utils.command import DEVICES, available_cores, check_output_folder, pick_device, run_command
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.processes import run_all
 from trellis.utils.progress import waiting
 from trellis.utils.signals import Stopped
+
+if TYPE_CHECKING:
+    from trellis.utils.ray_cluster import Cluster
 
 FAILED = "_failed.csv"  # ending of the table of meshes that cannot be voxelized
 REASONS_SHOWN = 5
@@ -131,16 +131,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max_workers",
         type=int,
-        default=available_cores(),
-        help="with --meshes, voxelizing processes on this machine (default: one per core)",
+        help="with --meshes, voxelizing processes on this machine, with --ray on each node (default: one per core)",
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="do the work on a Ray cluster, see docs/cluster.md: auto for the one of this machine, or host:port; "
+        "without ADDRESS, one that is made of this machine. Then --num_gpus is the number of processes of a node",
     )
     parser.add_argument("--timeout", type=float, default=120, help="with --meshes, seconds per file (default: 120)")
     args = parser.parse_args(argv)
+    args.workers_of_node = args.max_workers
+    if args.max_workers is None:
+        args.max_workers = available_cores()
     for name, low in (("shard_size", 1), ("verify", 0), ("world_size", 1), ("rank", 0), ("max_workers", 1)):
         if getattr(args, name) < low:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least {low}")
     if args.rank >= args.world_size:
         parser.error(f"--rank is {args.rank}; with --world_size {args.world_size} it must be less")
+    if args.ray is not None and args.world_size > 1:
+        parser.error("--ray does not go with --rank and --world_size: Ray shares the work itself")
     if args.num_gpus == 0 or args.num_gpus < -1:
         parser.error(f"--num_gpus is {args.num_gpus}; it must be -1 or at least 1")
     if args.timeout <= 0:
@@ -166,157 +178,7 @@ def beside(folder: str, ending: str) -> str:
     return str(path.with_name(path.name + ending)) if path.name else str(path / ending.strip("_"))
 
 
-# --- ids ----------------------------------------------------------------------------------------------------
-
-
-def encode_batches(
-    tokenizer: SparseStructureTokenizer, batches: Iterable[Tensor], precision: Precision, iou: bool
-) -> list[np.ndarray]:
-    """Return ids [n, T] and numbers of voxels [n]; with `iou`, also each object's IoU [n] after decoding.
-
-    Results are fetched one batch later, so that a GPU does not wait for the host.
-    batches: [B, R³ / 8] uint8.
-    """
-    device, done, running = tokenizer.device, [], None
-
-    def collect(running: tuple[list[Tensor], torch.cuda.Event | None]) -> None:
-        results, ready = running
-        if ready is not None:
-            ready.synchronize()
-        done.append([result.numpy().copy() for result in results])  # pinned memory is for the next batches
-
-    # Threads other than the first do not inherit the process's device.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        for bits in batches:
-            grids = unpack_bits_on_device(bits.to(device, non_blocking=True), tokenizer.resolution)
-            ids = tokenizer.encode(grids, precision)
-            results = [ids.int(), grids.flatten(1).sum(1, dtype=torch.int32)]
-            if iou:
-                results.append(voxel_metrics(tokenizer.decode(ids, precision), grids)["iou"])
-            results = [result.to("cpu", non_blocking=True) for result in results]
-            ready = torch.cuda.Event() if device.type == "cuda" else None
-            if ready is not None:
-                ready.record()
-            if running is not None:
-                collect(running)
-            running = results, ready
-        if running is not None:
-            collect(running)
-    if not done:
-        done.append([np.zeros((0, tokenizer.num_tokens), np.int32), *([np.zeros(0)] * (1 + iou))])
-    return [np.concatenate(column) for column in zip(*done, strict=True)]
-
-
-class Work(NamedTuple):
-    """What the processes of this machine share."""
-
-    args: argparse.Namespace
-    info: parquet.TokenInfo
-    source: DataSource | MeshSource
-    shards: dict[int, slice]  # {number: its objects}, of all machines
-    made_from: dict  # what the ids of the folder have in common besides `info`
-    prompts: sharegpt.Prompts | None
-    captions: dict[str, list[str]]
-    cuda: bool
-    frames: bool  # whether an object says where it lies in its scan
-
-    def path(self, number: int) -> Path:
-        return Path(self.args.output_dir, parquet.shard_name(number, len(self.shards)))
-
-    def jsonl(self, number: int) -> Path:
-        return Path(self.args.sharegpt, sharegpt.DATASET, self.path(number).with_suffix(".jsonl").name)
-
-    @property
-    def form(self) -> Form:
-        return form_of(self.info.form, self.info.empty_code)
-
-    def unfinished(self, number: int) -> bool:
-        return not self.path(number).exists() or (self.prompts is not None and not self.jsonl(number).exists())
-
-
-class Report(NamedTuple):
-    """What a process has done."""
-
-    objects: int  # with new ids
-    seconds: float  # without start-up
-    records: int  # conversations written
-    noted: list[tuple[str, str]]  # files and what a user should know of them
-
-
-def run_process(
-    work: Work, tokenizer: SparseStructureTokenizer, numbers: list[int], process: int, processes: int
-) -> Report:
-    """Write those of these shards and of their conversations that are missing, with the tokenizer on its device."""
-    args, info = work.args, work.info
-    missing = {number: work.shards[number] for number in numbers if not work.path(number).exists()}
-    count = 0
-    if missing and work.cuda:  # the first call loads kernels, and in bf16 times them
-        torch.backends.cudnn.benchmark = args.precision == "bf16"
-        nothing = torch.zeros(1, (info.resolution**3 + 7) // 8, dtype=torch.uint8)
-        encode_batches(tokenizer, [nothing], args.precision, args.iou)
-    total = sum(len(work.source.objects[objects]) for objects in missing.values())
-    started = time.perf_counter()
-    with ThreadPoolExecutor(1) as writer, waiting("tokenize", total, shown=process == 0 and total > 0) as progress:
-        writing: Future | None = None
-
-        def tokenize(shard: Shard) -> None:
-            nonlocal writing, count
-            columns = encode_batches(tokenizer, shard.batches, args.precision, args.iou)
-            if writing is not None:
-                writing.result()
-            fields = zip(*shard.objects, strict=True) if shard.objects else ((),) * 4
-            sha256, names, sources, frames = map(list, fields)
-            writing = writer.submit(
-                parquet.write_shard,
-                work.path(shard.number),
-                info,
-                sha256,
-                names,
-                sources,
-                tokens=columns[0],
-                num_voxels=columns[1],
-                iou=columns[2] if args.iou else None,
-                left_out=shard.left_out,
-                frames=frames if work.frames else None,
-                made_from=work.made_from,
-            )
-            count += len(sha256)
-
-        if missing:
-            work.source.feed(
-                missing, tokenizer.device, processes, tokenize, lambda read: progress(progress.done + read)
-            )
-        if writing is not None:
-            writing.result()
-    seconds = time.perf_counter() - started
-    records = 0
-    if work.prompts is not None:
-        with waiting("conversations", len(numbers), "shard", shown=process == 0) as progress:
-            for done, number in enumerate(numbers):
-                progress(done)
-                records += write_conversations(work, work.prompts, tokenizer, number)
-    return Report(count, seconds, records, list(work.source.noted))
-
-
-def write_conversations(work: Work, prompts: sharegpt.Prompts, tokenizer: SparseStructureTokenizer, number: int) -> int:
-    """Write a shard's records if they are missing. Return how many are written."""
-    if work.jsonl(number).exists():
-        return 0
-    words = tokenizer.token_format(form=work.form)
-    return sharegpt.write_jsonl(
-        work.jsonl(number),
-        (
-            record
-            for row in parquet.read_shards(work.path(number))
-            for record in sharegpt.records(
-                row["sha256"],
-                row["name"],
-                words.to_text(row["tokens"]),
-                work.captions.get(row["sha256"], ()),
-                prompts,
-            )
-        ),
-    )
+# --- processes ------------------------------------------------------------------------------------------------
 
 
 def _spawned(work: Work, numbers: list[list[int]], reports: Path, process: int) -> int:
@@ -341,20 +203,18 @@ def run_processes(work: Work, tokenizer: SparseStructureTokenizer, numbers: list
         if code := run_all(functools.partial(_spawned, work, shares, Path(folder)), processes):
             raise Stopped(code - 128)
         reports = [pickle.loads((Path(folder) / str(process)).read_bytes()) for process in range(processes)]
-    return Report(
-        sum(report.objects for report in reports),
-        max(report.seconds for report in reports),
-        sum(report.records for report in reports),
-        [each for report in reports for each in report.noted],
-    )
+    return add_up(reports)
 
 
 # --- all of it ------------------------------------------------------------------------------------------------
 
 
-def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cuda: bool) -> Work:
+def plan_work(
+    args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cuda: bool, cluster: "Cluster | None" = None
+) -> Work:
     """Read the data's index, and claim the output folder.
 
+    cluster: of Ray, which does the work; None: this machine.
     Raise UserError if the folder was made with other settings, or if there is nothing to do.
     """
     parquet.require_pyarrow()
@@ -364,7 +224,7 @@ def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cud
     settings = tokenizer.resolution, up_axis, tokenizer.normalization
     source: DataSource | MeshSource
     if args.meshes:
-        source = MeshSource(args.meshes, *settings, args.max_workers, args.timeout, folder)
+        source = MeshSource(args.meshes, *settings, args.max_workers, args.timeout, folder, cluster)
     else:
         source = DataSource(args.data_dir, args.split, *settings)
     form = form_of(args.form, tokenizer.empty_code)
@@ -379,7 +239,7 @@ def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cud
     prompts, captions = plan_conversations(args, source) if args.sharegpt else (None, {})
 
     folder.mkdir(parents=True, exist_ok=True)
-    frames = any(item.frame for item in source.objects)
+    frames = source.has_frames()
     made_from = {"data": source.key(), "iou": args.iou, "shard_size": args.shard_size, "shards": len(shards)}
     parquet.claim(folder, info, made_from, args.iou, frames)
     if prompts is not None:
@@ -387,7 +247,7 @@ def plan_work(args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cud
         digest = sharegpt.captions_digest(captions)
         if sharegpt.claim(Path(args.sharegpt), prompts, digest, tokens, args.world_size == 1):
             source.notes.append(f"{args.sharegpt}: its conversations had other prompts or captions and are replaced")
-    return Work(args, info, source, shards, made_from, prompts, captions, cuda, frames)
+    return Work(args, info, source, shards, len(shards), made_from, prompts, captions, cuda, frames)
 
 
 def plan_conversations(
@@ -484,27 +344,54 @@ def list_failures(work: Work) -> list[dict[str, str]]:
     return rows
 
 
+def count_gpus(args: argparse.Namespace, cluster: "Cluster | None") -> tuple[int, bool]:
+    """Return the number of GPUs, 1 without any, and whether there are any. Raise ConfigError if too few."""
+    if cluster is None:
+        cuda = pick_device(args.device).type == "cuda"
+        there = torch.cuda.device_count() if cuda else 1
+        if cuda and args.num_gpus > there:
+            raise ConfigError(f"--num_gpus is {args.num_gpus}, but this machine has {there}")
+        return there, cuda
+    there = 0 if args.device == "cpu" else sum(node.gpus for node in cluster.nodes())
+    if args.device == "cuda" and not there:
+        raise ConfigError(f"--device cuda: no node of --ray {args.ray} has a GPU that Ray knows of; use --device cpu")
+    return max(1, there), there > 0
+
+
 def run(args: argparse.Namespace) -> None:
     """Tokenize this machine's share and print what was done."""
     started = time.perf_counter()
     for flag, folder in (("--output_dir", args.output_dir), ("--sharegpt", args.sharegpt)):
         if folder:
             check_output_folder(folder, flag)
-    cuda = pick_device(args.device).type == "cuda"
-    there = torch.cuda.device_count() if cuda else 1
-    if cuda and args.num_gpus > there:
-        raise ConfigError(f"--num_gpus is {args.num_gpus}, but this machine has {there}")
+    if args.ray is None:
+        run_here(args, started)
+        return
+    from trellis.utils.ray_cluster import joined
+
+    with joined(args.ray, PACKAGES) as cluster:
+        run_here(args, started, cluster)
+
+
+def run_here(args: argparse.Namespace, started: float, cluster: "Cluster | None" = None) -> None:
+    """Do the work of `run` on this machine, or on a Ray cluster."""
+    there, cuda = count_gpus(args, cluster)
     tokenizer = SparseStructureTokenizer.load(args.tokenizer)
     with waiting("reading the list of objects"):
-        work = plan_work(args, tokenizer, cuda)
+        work = plan_work(args, tokenizer, cuda, cluster)
     for note in work.source.notes:
         print(f"note: {note}")
     numbers = list(work.shards)[args.rank :: args.world_size]
     todo = [number for number in numbers if work.unfinished(number)]
     processes = max(1, min(there if args.num_gpus == -1 else args.num_gpus, len(todo)))
-    if cuda and processes == 1:
-        tokenizer.to("cuda")
-    report = run_processes(work, tokenizer, todo, processes)
+    here = pick_device("auto" if cuda else "cpu")
+    if cluster is not None:
+        report = run_on_cluster(work, cluster, todo)
+        processes = len(cluster.processes)
+    else:
+        if cuda and processes == 1:
+            tokenizer.to("cuda")
+        report = run_processes(work, tokenizer, todo, processes)
     total = time.perf_counter() - started
 
     failures = list_failures(work)
@@ -533,10 +420,10 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"{args.output_dir}: no object has ids; {beside(args.output_dir, FAILED)} has the reasons")
     if rows and args.precision == "bf16":
         with waiting("encoding in fp32"):
-            text = agreement(work, tokenizer.to("cuda" if cuda else "cpu"), numbers)
+            text = agreement(work, tokenizer.to(here), numbers)
         print("  " + text)
     if args.verify and rows:
-        tokenizer.to("cuda" if cuda else "cpu")
+        tokenizer.to(here)
         with waiting("verifying"):
             text = verify(work, tokenizer, numbers)
         print("  " + text)

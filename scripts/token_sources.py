@@ -4,6 +4,7 @@ Both give out shards, which are runs of their objects, with grids as packed bits
 Axes: B objects of a batch, R voxels along an axis.
 """
 
+import copy
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,18 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trellis.datasets.base import Rows
 from trellis.datasets.batches import load_batches
 from trellis.datasets.metadata import Split, compare_with_tokenizer
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import pack_bits, voxels_to_grid
-from trellis.tokens.sharegpt import read_captions
+from trellis.tokens.sharegpt import CAPTION_COLUMNS, captions_of, read_captions
 from trellis.utils.errors import DataError
 
 if TYPE_CHECKING:
     from dataset_toolkits.plan import Job
     from trellis.grids.meshes import Voxelized
+    from trellis.utils.ray_cluster import Cluster
 
 BATCH = {"cpu": 8, "cuda": 64}  # objects per batch, enough to keep a device busy; ids do not depend on it
+AT_ONCE = 10_000  # objects whose texts are looked up together
 
 
 class TokenObject(NamedTuple):
@@ -63,9 +67,7 @@ class DataSource:
     def __init__(self, roots: str, split: Split, resolution: int, up_axis: str, normalization: str):
         self.given = roots, split, resolution, up_axis, normalization
         self.dataset = SparseStructure(roots, resolution=resolution, split=split)
-        self.objects = [
-            TokenObject(entry.sha256, entry.name, entry.source, entry.frame) for entry in self.dataset.entries
-        ]
+        self.objects: Sequence[TokenObject] = Rows(len(self.dataset), self._objects_at)  # a list would take a gigabyte
         self.failures: list[dict[str, str]] = []
         differing = compare_with_tokenizer(self.dataset.settings, up_axis, normalization)
         self.notes = [*self.dataset.notes, *differing]
@@ -78,12 +80,32 @@ class DataSource:
         """Return what identifies the grids."""
         return self.dataset.content_key()
 
+    def _objects_at(self, indices: np.ndarray) -> list[TokenObject]:
+        columns = (self.dataset.texts(name, indices) for name in TokenObject._fields)
+        return [TokenObject(*values) for values in zip(*columns, strict=True)]
+
+    def has_frames(self) -> bool:
+        """Return whether an object says where it lies in its scan."""
+        return any(any(self.dataset.texts("frame", indices)) for indices in self._parts())
+
+    def _parts(self) -> Iterator[np.ndarray]:
+        """Yield the indices of all objects, some at a time."""
+        yield from np.split(np.arange(len(self.dataset)), range(AT_ONCE, len(self.dataset), AT_ONCE))
+
     def captions(self) -> dict[str, list[str]]:
-        """Return captions by sha256, if metadata.csv has any."""
+        """Return captions by sha256, if metadata.csv or shards have any."""
         captions: dict[str, list[str]] = {}
-        for root in self.dataset.roots:
-            if (path := Path(root, "metadata.csv")).is_file():
-                captions |= read_captions(path, required=False)
+        tables = [path for root in self.dataset.roots if (path := Path(root, "metadata.csv")).is_file()]
+        for path in tables:
+            captions |= read_captions(path, required=False)
+        if len(tables) == len(self.dataset.roots):
+            return captions
+        for indices in self._parts():
+            columns = self.dataset.columns_of(indices)
+            for name in CAPTION_COLUMNS:
+                for sha256, value in zip(columns["sha256"], columns.get(name, ()), strict=False):
+                    if value is not None and (found := captions_of(value)):
+                        captions.setdefault(sha256, found)
         return captions
 
     def feed(
@@ -116,8 +138,10 @@ class DataSource:
 
     def grids(self, sha256: list[str]) -> Tensor:
         """Return the grids of these objects, [n, ceil(R³ / 8)] uint8."""
-        index_of = {entry.sha256: index for index, entry in enumerate(self.dataset.entries)}
-        return self.dataset.get_batch(np.array([index_of[each] for each in sha256]))["bits"]
+        indices = self.dataset.find(sha256)
+        if (indices < 0).any():
+            raise DataError(f"{','.join(self.dataset.roots)}: has no object {sha256[int(indices.argmin())]}")
+        return self.dataset.get_batch(indices)["bits"]
 
 
 class MeshSource:
@@ -129,6 +153,7 @@ class MeshSource:
     max_workers: worker processes of this machine.
     timeout: seconds for a file.
     output_dir: its folder `voxels` is not searched: grids are PLY files too.
+    cluster: of Ray, which hashes many files; None: this machine.
     Raise DataError if there is no mesh, ConfigError if a package is missing.
     """
 
@@ -141,10 +166,11 @@ class MeshSource:
         max_workers: int,
         timeout: float,
         output_dir: Path,
+        cluster: "Cluster | None" = None,
     ):
         from dataset_toolkits.plan import plan_meshes
 
-        plan = plan_meshes(inputs, output_dir, max_workers)
+        plan = plan_meshes(inputs, output_dir, max_workers if cluster is None else None, cluster)
         self.jobs = sorted(plan.jobs)  # by sha256, so that the spelling of paths does not matter
         self.objects = [TokenObject(job.sha256, job.names[0]) for job in self.jobs]
         self.failures = plan.failures
@@ -152,11 +178,23 @@ class MeshSource:
         self.noted: list[tuple[str, str]] = []  # (file, note) of what this process has voxelized
         self.settings = resolution, up_axis, normalization
         self.max_workers, self.timeout = max_workers, timeout
+        self.elsewhere = False  # than where the files were hashed
+
+    def part(self, objects: slice) -> "MeshSource":
+        """Return a source of some of the objects, for another machine."""
+        part = copy.copy(self)
+        part.jobs, part.objects, part.failures, part.noted = self.jobs[objects], self.objects[objects], [], []
+        part.elsewhere = True
+        return part
 
     def key(self) -> dict[str, str | int]:
         """Return what identifies the grids."""
         digest = hashlib.sha256("\n".join(job.sha256 for job in self.jobs).encode())
         return {"dataset": "meshes", "objects": len(self.jobs), "data": digest.hexdigest()}
+
+    def has_frames(self) -> bool:
+        """Return that no object is from a scan."""
+        return False
 
     def captions(self) -> dict[str, list[str]]:
         """Return no captions: mesh files have none."""
@@ -230,7 +268,7 @@ class MeshSource:
         self, jobs: "list[Job]", finish: Callable[[Path, np.ndarray | DataError], None], workers: int
     ) -> None:
         """Call finish with each path and its grid, [ceil(R³ / 8)] uint8, or the reason why there is none."""
-        from dataset_toolkits.work import voxels_of
+        from dataset_toolkits.work import voxels_elsewhere, voxels_of
         from trellis.grids.mesh_pool import run_in_pool
 
         resolution = self.settings[0]
@@ -243,4 +281,10 @@ class MeshSource:
                 finish(task[0], pack_bits(voxels_to_grid(result.voxels, resolution)[None])[0])
 
         tasks = ((job.path, job.stamp, *self.settings) for job in jobs)
-        run_in_pool(voxels_of, tasks, pack, max(1, min(workers, len(jobs))), self.timeout)
+        run_in_pool(
+            voxels_elsewhere if self.elsewhere else voxels_of,
+            tasks,
+            pack,
+            max(1, min(workers, len(jobs))),
+            self.timeout,
+        )

@@ -152,7 +152,14 @@ def assert_equal(a, b, where=""):
 def logged(run_dir) -> list[dict]:
     """Lines of log.txt without timings."""
     lines = [json.loads(line) for line in (Path(run_dir) / "log.txt").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+    timings = ("seconds", "samples_per_second", "validation_seconds")
+    return [{k: v for k, v in line.items() if k not in timings} for line in lines]
+
+
+def ranks_of(run_dir: Path) -> list[int]:
+    """The number of ranks of each start."""
+    lines = (run_dir / "command.txt").read_text().splitlines()
+    return [json.loads(line.split(maxsplit=3)[3])["ranks"] for line in lines if line.startswith("#")]
 
 
 # --- reference outputs ---

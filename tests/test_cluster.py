@@ -15,11 +15,12 @@ import threading
 import time
 from pathlib import Path
 
+import fake_slurm
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, VQ, checkpoint, free_port, run, tiny_config, wait_for
+from helpers import ROOT, VQ, checkpoint, free_port, ranks_of, run, tiny_config, wait_for
 
 from trellis.datasets.sampler import ResumableSampler
 from trellis.runs.checkpoint import Checkpoints
@@ -545,74 +546,11 @@ def test_a_signal_is_passed_on_and_a_later_one_kills(program):
 
 # --- train.py, started by others ---
 
-SRUN = """
-import os, re, signal, subprocess, sys
-
-command = sys.argv[1:]
-while command[0].startswith("-"):
-    del command[0]
-nodes = int(os.environ["SLURM_NNODES"])
-tasks = int(os.environ["SLURM_NTASKS"])
-names = ",".join(["localhost"] * nodes)
-processes = []
-open("srun.pid", "w").write(str(os.getpid()))
-for task in range(tasks):
-    node, local = divmod(task, tasks // nodes)
-    step = {"STEP_ID": 0, "STEP_NUM_TASKS": tasks, "STEP_NUM_NODES": nodes, "STEP_NODELIST": names, "PROCID": task}
-    step |= {"LOCALID": local, "NODEID": node, "STEP_TASKS_PER_NODE": f"{tasks // nodes}(x{nodes})"}
-    variables = {f"SLURM_{name}": str(value) for name, value in step.items()}
-    processes.append(subprocess.Popen(command, env={**os.environ, **variables}))
-
-def forward(signum, frame):
-    for process in processes:
-        process.send_signal(signum)
-
-signal.signal(signal.SIGUSR1, forward)
-signal.signal(signal.SIGTERM, forward)
-sys.exit(max(code if code >= 0 else 128 - code for code in [process.wait() for process in processes]))
-"""
-SBATCH = """
-import os, re, subprocess, sys
-
-script, *arguments = sys.argv[1:]
-options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\\S+)", open(script).read(), re.MULTILINE))
-nodes = int(options["nodes"])
-tasks = int(options.get("ntasks", 0)) or nodes * int(options["ntasks-per-node"])
-if tasks > 2:  # the tests' machine is small
-    nodes, tasks = 1, 2
-job = {"JOB_ID": os.getpid(), "NNODES": nodes, "NTASKS": tasks, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
-variables = {f"SLURM_{name}": str(value) for name, value in job.items()}
-requeued = True
-while requeued:
-    code = subprocess.call(["bash", script, *arguments], env={**os.environ, **variables, "ENVIRONMENT": "BATCH"})
-    requeued = os.path.exists("requeued")
-    if requeued:
-        os.rename("requeued", "was_requeued")
-sys.exit(code)
-"""
-SCONTROL = """
-import os, sys
-
-assert sys.argv[1:] == ["requeue", os.environ["SLURM_JOB_ID"]]
-open("requeued", "w").close()
-"""
-
 
 @pytest.fixture
 def slurm(tmp_path) -> dict[str, str]:
     """The environment of a machine with imitations of Slurm's commands."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    python = f"#!{sys.executable}\n"
-    for name, text in (
-        ("srun", python + SRUN),
-        ("sbatch", python + SBATCH),
-        ("scontrol", python + SCONTROL),
-        ("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n'),
-    ):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    return fake_slurm.install(tmp_path / "bin")
 
 
 @pytest.fixture
@@ -623,27 +561,22 @@ def flags(data_dir, write_config, tmp_path) -> list[str]:
     return [*flags, "--auto_retry", "0", "--timeout", "2"]
 
 
-def ranks_of(run_dir: Path) -> list[int]:
-    """The number of ranks of each start."""
-    lines = (run_dir / "command.txt").read_text().splitlines()
-    return [json.loads(line.split(maxsplit=3)[3])["ranks"] for line in lines if line.startswith("#")]
-
-
 @pytest.mark.parametrize("script, ranks", [("one_node", [1]), ("several_nodes", [2]), ("task_per_gpu", [2, 2])])
 def test_the_examples_for_slurm(script, ranks, slurm, flags, popen, tmp_path):
     """task_per_gpu is told in the middle that its time is over, and is requeued."""
     if script == "task_per_gpu":
         flags += ["--set", "trainer.args.max_steps=150", "--set", "trainer.args.i_save=1000"]
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
-    process = popen(["sbatch", str(ROOT / "scripts/slurm" / f"{script}.sbatch"), *flags], env=slurm, cwd=tmp_path)
+    process = popen(["sbatch", fake_slurm.script(script), *flags], env=slurm, cwd=tmp_path)
+    job = fake_slurm.Job(tmp_path, process.pid)
     if script == "task_per_gpu":
-        assert any(line.startswith("step 2/") for line in iter(process.stdout.readline, ""))
-        os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGUSR1)
+        assert wait_for(lambda: "step 2/" in job.log, 60)
+        job.signal(signal.SIGUSR1)
     process.communicate(timeout=120)
     assert process.returncode == 0 and ranks_of(tmp_path / "run") == ranks
     steps = Checkpoints(tmp_path / "run").steps()
     if script == "task_per_gpu":
-        assert (tmp_path / "was_requeued").exists() and len(steps) == 3 and 2 <= sorted(steps)[1] < 150
+        assert job.starts == 2 and len(steps) == 3 and 2 <= sorted(steps)[1] < 150
     assert max(steps) == (150 if script == "task_per_gpu" else 4)
 
 

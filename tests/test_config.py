@@ -260,8 +260,8 @@ def test_every_shipped_configuration_passes(path):
     own["trainer"]["args"] = {k: v for k, v in own["trainer"]["args"].items() if k not in TRELLIS_ARGS}
     filled = {k: v for k, v in flat(completed).items() if k in flat(own)}
     args = own["trainer"]["args"]
-    if (schedule := args.get("lr_scheduler")) and schedule.get("args", {}).get("T_max", 0) is None:
-        schedule["args"]["T_max"] = args["max_steps"] - schedule.get("warmup_steps", 0)
+    if (schedule := args.get("lr_scheduler")) and schedule["name"] == "CosineAnnealingLR":
+        schedule["args"] = {"T_max": args["max_steps"] - schedule.get("warmup_steps", 0)}
     same_form = {"trainer.args.freeze": sorted, "trainer.args.ema_rate": as_list}
     assert filled == {k: same_form.get(k, lambda value: value)(v) for k, v in flat(own).items()}
 

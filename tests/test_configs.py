@@ -1,13 +1,16 @@
 """The shipped configurations: valid, described in configs/README.md, and alike within a family."""
 
 import copy
+import math
 import re
 
 import pytest
 from helpers import ROOT
 
 import train
-from trellis.utils.config import differing_keys, load_config
+from trellis.trainers.optim import preview_schedule
+from trellis.trainers.schedule_length import misfit, notes
+from trellis.utils.config import apply_override, differing_keys, load_config
 
 FILES = {path.stem: path for path in sorted((ROOT / "configs").rglob("*.json"))}
 
@@ -105,7 +108,7 @@ SIBLINGS = [
         "vqvae_stage2",
         "vqvae_stage3",
         TRAINED | CODEBOOK_WEIGHTS | LR | trainer("lr_scaling")
-        | trainer("lr_scheduler.name", "lr_scheduler.args.gamma", "lr_scheduler.args.T_max"),
+        | trainer("lr_scheduler.name", "lr_scheduler.args"),
     ),
     (
         "vqvae_stage1",
@@ -217,8 +220,29 @@ def test_recipes_run_on_any_number_of_gpus_and_for_any_number_of_steps(name):
     assert args["batch_size_per_gpu"] == args["reference_batch"] == 16
     args["max_steps"] = 12345
     for world_size in (1, 2, 3, 4):
-        completed = train.check_config(config, world_size)["trainer"]["args"]
-    schedule = completed["lr_scheduler"]
-    assert (schedule is None) == name.endswith("stage1")
-    if schedule is not None:  # the cosine ends with the training
-        assert schedule["args"]["T_max"] == 12345 - schedule["warmup_steps"]
+        train.check_config(config, world_size)
+    assert (args.get("lr_scheduler") is None) == name.endswith("stage1")
+
+
+@pytest.mark.parametrize("name", [name for name, path in FILES.items() if "CosineAnnealingLR" in path.read_text()])
+def test_every_cosine_ends_with_the_training_whatever_its_length(name):
+    args = load_config(str(FILES[name]))["trainer"]["args"]
+    lr, warm_up = args["optimizer"]["args"]["lr"], args["lr_scheduler"].get("warmup_steps", 0)
+    for max_steps in (args["max_steps"], 1000, 300, warm_up + 1):
+        config = load_config(str(FILES[name]))
+        apply_override(config, f"trainer.args.max_steps={max_steps}")
+        spec = train.check_config(config, 1)["trainer"]["args"]["lr_scheduler"]
+        assert misfit(spec, max_steps, "where") is None and not list(notes(spec, max_steps))
+        for step, rate in preview_schedule(args["optimizer"], spec, max_steps).items():
+            share = (step - warm_up) / (max_steps - warm_up)
+            wanted = (1 + math.cos(math.pi * share)) / 2 if step >= warm_up else (step + 1) / warm_up
+            assert rate == pytest.approx(lr * wanted, rel=1e-6, abs=1e-12), (max_steps, step)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_configuration_may_run_for_any_number_of_steps(name):
+    for max_steps in (1, 300, 1000, 12345):
+        config = load_config(str(FILES[name]))
+        apply_override(config, f"trainer.args.max_steps={max_steps}")
+        spec = train.check_config(config, 1)["trainer"]["args"]["lr_scheduler"]
+        assert misfit(spec, max_steps, "where") is None

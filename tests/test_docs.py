@@ -397,11 +397,21 @@ def check_set(assignment: str, config: dict) -> None:
     train.check_config(config, 1)
 
 
+def as_python(line: str) -> str:
+    """Return the call of Python that a batch script makes of its flags; other lines as they are."""
+    found = re.match(r"sbatch (?:--\S+ )*scripts/slurm/(\w+)\.sbatch (.*)", line)
+    if not found:
+        return line
+    script = (ROOT / "scripts/slurm" / f"{found[1]}.sbatch").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^(?:srun)? .*python (\S+\.py) ", script, re.MULTILINE)
+    return f"python {program} {found[2]}"
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_commands_have_flags_and_settings_that_exist(name, capsys):
     text = DOCUMENTS[name].read_text(encoding="utf-8")
     for block in blocks(DOCUMENTS[name]):
-        lines = block.code.replace("\\\n", " ").splitlines()
+        lines = map(as_python, block.code.replace("\\\n", " ").splitlines())
         lines = [line for line in lines if re.match(r"python |[A-Z]+=", line)]
         if block.language != "bash" or not any(line.startswith("python ") for line in lines):
             continue

@@ -31,6 +31,7 @@ OPTIONAL = (
     "pyarrow",
     "dash",
     "matplotlib",
+    "ray",
 )
 
 BLOCK = f"""

@@ -8,12 +8,12 @@ from helpers import VQ, assert_equal, checkpoint, logged, run, tiny_config
 from torch import nn
 
 from benchmarks import runs
-from trellis.trainers import optim
+from trellis.trainers import optim, weights
 from trellis.trainers.configuration import complete_config
 from trellis.trainers.ema import EMA, ramped_rate
 
 SGD = {"name": "SGD", "args": {"lr": 0.01}}
-COSINE = {"name": "CosineAnnealingLR", "args": {"T_max": None}, "warmup_steps": 2}
+COSINE = {"name": "CosineAnnealingLR", "warmup_steps": 2}
 
 
 # --- the batch ---
@@ -134,15 +134,59 @@ def test_a_schedule_without_a_length_lasts_as_long_as_the_run(max_steps, warmup_
 
 def test_a_run_whose_schedule_would_change_its_length_does_not_continue(data_dir, write_config, tmp_path, capsys):
     flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "run")
-    null = write_config(tiny_config(max_steps=4, lr_scheduler=COSINE))
-    assert run("--config", null, *flags) == 0
-    assert run("--config", null, *flags, "--set", "trainer.args.max_steps=6") == 1
+    config = write_config(tiny_config(max_steps=4, lr_scheduler=COSINE))
+    assert run("--config", config, *flags) == 0
+    assert run("--config", config, *flags, "--set", "trainer.args.max_steps=6") == 1
     error = capsys.readouterr().err
     assert "trainer.args.lr_scheduler.args.T_max was 2 and is 4" in error
-    assert "null follows trainer.args.max_steps, which was 4 and is 6" in error
+    assert "follows trainer.args.max_steps where it is not given, and that was 4 and is 6" in error
     assert """--set 'trainer.args.finetune_ckpt={"encoder": "DIR/encoder", """ in error
-    given = write_config(tiny_config(max_steps=4, lr_scheduler={**COSINE, "args": {"T_max": 2}}))
-    assert run("--config", given, *flags) == 0  # the same schedule
+    for same in ({"T_max": 2}, {"T_max": None}):  # as the run began
+        given = write_config(tiny_config(max_steps=4, lr_scheduler={**COSINE, "args": same}))
+        assert run("--config", given, *flags) == 0
+    assert run("--config", given, *flags, "--set", "trainer.args.lr_scheduler.args.T_max=2") == 0
+    longer = ("--set", "trainer.args.max_steps=6", "--set", "trainer.args.lr_scheduler.args.T_max=2")
+    assert run("--config", given, *flags, *longer) == 1
+    error = capsys.readouterr().err
+    assert "lasts 2 steps (T_max), but trainer.args.max_steps 6 leaves 4 after a warm-up of 2: lr would rise" in error
+    assert "Restore what was, or start a new --output_dir" in error and "leave T_max out" not in error
+
+
+@pytest.mark.parametrize("tryrun", [[], ["--tryrun"]])
+def test_a_length_that_does_not_fit_is_an_error_before_anything_is_made(tryrun, write_config, tmp_path, capsys):
+    config = write_config(tiny_config(lr_scheduler={**COSINE, "args": {"T_max": 4}}))
+    flags = ("--config", config, "--data_dir", tmp_path / "none", "--output_dir", tmp_path / "run", *tryrun)
+    assert run(*flags, "--set", "trainer.args.max_steps=1000") == 1
+    error = capsys.readouterr().err
+    assert error.strip().splitlines()[-1] == (
+        "error: trainer.args.lr_scheduler.args: CosineAnnealingLR lasts 4 steps (T_max), but trainer.args.max_steps "
+        "1000 leaves 998 after a warm-up of 2: lr would rise again; leave T_max out, so that it lasts to the end of "
+        "any max_steps, or set it to 998"
+    )
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_run_that_began_with_such_a_length_goes_on_as_it_began(data_dir, write_config, tmp_path, monkeypatch, capsys):
+    """Earlier versions took any length."""
+    config = write_config(tiny_config(VQ, max_steps=6, i_save=3, lr_scheduler={**COSINE, "args": {"T_max": 2}}))
+
+    def train(folder: str, *flags: str) -> int:
+        return run("--config", config, "--data_dir", data_dir, "--output_dir", tmp_path / folder, *flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "misfit", lambda *args: None)
+        assert train("whole") == train("parts") == 0
+    assert train("parts", "--ckpt", "3") == 0
+    assert "lr would rise again; the run goes on with the schedule that it began with" in capsys.readouterr().out
+    assert_equal(checkpoint(tmp_path / "whole", 6), checkpoint(tmp_path / "parts", 6))
+    assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
+
+
+def test_a_run_says_what_its_schedule_does_not_reach(data_dir, write_config, tmp_path, capsys):
+    schedule = {"name": "MultiStepLR", "args": {"milestones": [2, 70]}}
+    flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "run", "--tryrun")
+    assert run("--config", write_config(tiny_config(lr_scheduler=schedule)), *flags) == 0
+    assert "note: MultiStepLR has 6 steps and does not reach 70 of its milestones" in capsys.readouterr().out
 
 
 def test_a_run_continues_under_the_other_name_of_muon(data_dir, write_config, tmp_path):

@@ -117,6 +117,7 @@ def test_an_item_that_cannot_be_read_is_its_own_message(workers):
 
 class _Squares(Dataset):
     in_memory = True
+    shares = None
 
     def __init__(self):
         self.loads = 0

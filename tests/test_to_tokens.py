@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from scripts import to_tokens as script
 from trellis import SparseStructureTokenizer, __version__
+from trellis.datasets.shards import write_shard
 from trellis.evaluation.metrics import voxel_metrics
 from trellis.grids.voxels import voxel_centers, write_ply
 from trellis.tokens import parquet, sharegpt
@@ -680,6 +681,32 @@ if __name__ == "__main__":
     assert 2 <= len(made) < len(list(tokens.iterdir())) and not [name for name in made if name.endswith(".tmp")]
     assert script.main(flags(base, tmp_path / "out", "--iou")) == 0
     assert same_rows(tmp_path / "out", tokens)
+
+
+def test_shards_give_the_ids_and_conversations_of_a_folder_of_the_same_objects(base, tmp_path):
+    """Captions are a list in one object, a text in another, and missing in a third."""
+    sha256 = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(3)]
+    captions = ['["a box", "a cube"]', "a ball", ""]
+    (tmp_path / "ply" / "voxels").mkdir(parents=True)
+    with open(tmp_path / "ply" / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("sha256", "captions"), *zip(sha256, captions, strict=True)])
+    for name, grid in zip(sha256, solid_grids(3, 16, 1), strict=True):
+        write_ply(tmp_path / "ply" / "voxels" / f"{name}.ply", voxel_centers(np.argwhere(grid), 16))
+    (tmp_path / "shards").mkdir()
+    bits = np.packbits(solid_grids(3, 16, 1).reshape(3, -1), axis=1)
+    columns = {"sha256": sha256, "captions": [["a box", "a cube"], ["a ball"], None]}
+    write_shard(tmp_path / "shards" / "0.arrow", bits, 16, columns)
+    for name in ("ply", "shards"):
+        out = tmp_path / f"tokens_{name}"
+        args = [*flags(base, out, "--sharegpt", tmp_path / f"talks_{name}", "--verify", 3)]
+        args[args.index("--data_dir") + 1] = str(tmp_path / name)
+        assert script.main(args) == 0
+    assert same_rows(tmp_path / "tokens_ply", tmp_path / "tokens_shards")
+    talks = [
+        {path.name: path.read_bytes() for path in (tmp_path / f"talks_{name}" / sharegpt.DATASET).iterdir()}
+        for name in ("ply", "shards")
+    ]
+    assert talks[0] == talks[1] and b"".join(talks[0].values()).count(b"\n") == 6
 
 
 # --- meshes ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ A bad item is an error. It is never replaced by another one: a damaged folder wo
 
 import copy
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from operator import eq
@@ -14,8 +15,9 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from ..utils.errors import DataError
+from ..utils.errors import ConfigError, DataError
 from .metadata import SETTINGS, SPLITS, Entry, Settings, Split, compare_settings
+from .sampler import Order, Share, shares_of_period
 from .tables import FrameTable, Table, keys_of_texts
 
 if TYPE_CHECKING:
@@ -61,9 +63,13 @@ class StandardDatasetBase(Dataset, ABC):
     `unpack_batch`), and show training items in several forms (`augment`).
 
     roots: comma-separated paths.
+    weights: one of each root, in their order: the shares in which training samples are drawn from them. Objects of a
+        root of weight 0 are not in the training split, only in the others. None: all objects alike.
     split: "train", "val" or "all". If the metadata do not say, 5 % of all sha256 are validation, so objects that
         are added later do not move the others.
-    Raise DataError for an unusable root, for roots that differ in their normalization, or if no object is left.
+    Raise DataError for an unusable root, for roots that differ in their normalization, or if no object is left;
+    ConfigError for weights that are no shares or, in the training split, not one of each root. (A configuration's
+    weights say nothing about other roots, on which its model is evaluated.)
 
     Attributes:
         settings: {root: what it says of how its grids were made}.
@@ -74,10 +80,11 @@ class StandardDatasetBase(Dataset, ABC):
     filter_columns: tuple[str, ...] = ()
     """The columns that `filter_metadata` reads beside sha256. Roots that need not be read whole give it no others."""
 
-    def __init__(self, roots: str, *, split: Split = "train"):
+    def __init__(self, roots: str, *, weights: Sequence[float] | None = None, split: Split = "train"):
         self.roots = [root.strip() for root in roots.split(",")]
         if not all(self.roots):
             raise DataError(f"data_dir {roots!r} has an empty entry; give folders or .npz files, separated by commas")
+        self.weights = _checked_weights(weights, self.roots, split)
         self._tables: list[Table] = []
         self._report: dict[str, str] = {}
         self.settings: dict[str, Settings] = {}
@@ -161,14 +168,46 @@ class StandardDatasetBase(Dataset, ABC):
 
     def _select(self, split: str) -> None:
         self.split = split
-        chosen = np.ones(len(self._splits), bool) if split == "all" else self._splits == SPLITS.index(split)
-        self._objects = np.flatnonzero(chosen)  # the numbers of this split's objects among all, ascending
+        # The numbers of this split's objects among all, ascending.
+        self._objects = np.arange(len(self._splits)) if split == "all" else np.flatnonzero(self._is_in(split))
         if not len(self._objects):
             raise DataError(
                 f"{','.join(self.roots)}: no object is in split {split!r} "
                 f"({self.split_sizes()}). Set `split` of some objects in metadata.csv, before packing, add objects, "
                 "or choose another split (evaluate.py --split all)."
             )
+        self.shares: list[Share] | None = self._shares() if split == "train" and self.weights else None
+
+    def _is_in(self, split: str) -> np.ndarray:
+        """Return which of all objects are in a split, [N] bool."""
+        chosen = self._splits == SPLITS.index(split)
+        if split == "train" and self.weights:
+            chosen &= np.repeat(np.array(self.weights) > 0, np.diff(self._offsets))
+        return chosen
+
+    def _shares(self) -> list[Share]:
+        """Return the parts of the training split, and their weights. Raise DataError for one without samples."""
+        ends = np.searchsorted(self._objects, self._offsets)
+        assert self.weights is not None
+        shares = {
+            root: Share(int(size), weight)
+            for root, size, weight in zip(self.roots, np.diff(ends), self.weights, strict=True)
+            if weight > 0
+        }
+        counts = shares_of_period([share.weight for share in shares.values()])
+        for (root, share), count in zip(shares.items(), counts, strict=True):
+            if not share.size:
+                raise DataError(f"{root}: has no training object, but weight {share.weight:g}. Give it weight 0.")
+            if not count:
+                raise ConfigError(
+                    f"dataset.args.weights: {share.weight:g} of {root} is less than one of {sum(counts)} samples; "
+                    "give it more, or 0"
+                )
+        return [*shares.values()]
+
+    def order(self, seed: int) -> Order:
+        """Return the order in which training sees the objects of this split."""
+        return Order(len(self), seed, self.shares)
 
     def for_split(self, split: Split) -> "StandardDatasetBase":
         """Return the same data restricted to another split; nothing is read again.
@@ -181,7 +220,7 @@ class StandardDatasetBase(Dataset, ABC):
 
     def split_sizes(self) -> dict[str, int]:
         """Return the number of objects in each split after the filters, whatever this dataset's own split."""
-        return {split: int((self._splits == number).sum()) for number, split in enumerate(SPLITS)}
+        return {split: int(self._is_in(split).sum()) for split in SPLITS}
 
     def __len__(self) -> int:
         return len(self._objects)
@@ -347,6 +386,30 @@ class StandardDatasetBase(Dataset, ABC):
         total = len(self._splits)
         lines = [f"{type(self).__name__}, split {self.split}: {len(self)} of {total} objects"]
         lines += [f"  {root}: {report}" for root, report in self._report.items()]
+        if self.weights:
+            drawn = [
+                f"{weight / sum(self.weights):.2%} from {root}"
+                for root, weight in zip(self.roots, self.weights, strict=True)
+            ]
+            lines.append(f"  training samples: {', '.join(drawn)}")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     __str__ = summary
+
+
+def _checked_weights(weights: Sequence[float] | None, roots: list[str], split: str) -> list[float] | None:
+    """Return the weights of roots, None if there are none. Raise ConfigError for those that are no shares."""
+    if weights is None:
+        return None
+    wrong = [weight for weight in weights if not (math.isfinite(weight) and weight >= 0)]
+    if wrong or not any(weights):
+        what = f"has {wrong[0]}" if wrong else "has no weight above 0"
+        raise ConfigError(f"dataset.args.weights {what}; give a number >= 0 for each root, one of them above 0")
+    if len(weights) == len(roots):
+        return [float(weight) for weight in weights]
+    if split == "train":
+        raise ConfigError(
+            f"dataset.args.weights has {len(weights)} numbers, but data_dir has {len(roots)} roots "
+            f"({', '.join(roots)}); give one for each, in their order, or null"
+        )
+    return None

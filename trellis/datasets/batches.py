@@ -63,7 +63,13 @@ def endless_batches(
     """
     world = dist_utils.world_size()
     sampler = ResumableSampler(
-        len(dataset), batch_size, rank=dist_utils.rank(), world_size=world, seed=seed, start=start
+        len(dataset),
+        batch_size,
+        rank=dist_utils.rank(),
+        world_size=world,
+        seed=seed,
+        start=start,
+        shares=dataset.shares,
     )
     loaded = load_batches(
         dataset,

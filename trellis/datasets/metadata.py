@@ -19,7 +19,8 @@ from ..grids.placing import Z_UP
 from ..utils.errors import DataError
 from ..utils.inputs import require_file
 from .packed import load_text
-from .shards import Shard, shards_in
+from .remote import shard_files
+from .shards import Shard
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -102,21 +103,22 @@ def settings_of_data(roots: Iterable[str | os.PathLike], name: str) -> dict[str 
     Missing roots are skipped. Raise DataError for a root that cannot be read.
     """
     found: dict[str | None, str] = {}
-    for root in map(Path, roots):
+    for given in map(str, roots):
+        root = Path(given)
+        shards = shard_files(given)
+        values: set[str | None] = set().union(*(Shard(*file).setting(name) for file in shards))
         packed = [root] if root.suffix == ".npz" else sorted(root.glob("*.npz"))
-        shards = [] if packed else shards_in(root)
-        values: set[str | None] = set().union(*(Shard(path).setting(name) for path in shards))
         for path in packed if all(map(Path.is_file, packed)) else ():
             texts = load_text(path, name)
             values |= {None} if texts is None else {text or None for text in texts}
             if name == "fill":
                 values = {value or "surface" for value in values}
-        if not packed and (root / "metadata.csv").is_file():
+        if not packed and not shards and (root / "metadata.csv").is_file():
             metadata = read_metadata(str(root))
             if "voxelized" in metadata:
                 metadata = metadata[read_flags(metadata, "voxelized")]
             values |= settings_of_rows(metadata, name)
-        found |= {value: str(root) for value in values if value not in found}
+        found |= {value: given for value in values if value not in found}
     return found
 
 

@@ -24,20 +24,20 @@ class ShardTable(Table):
     """The objects of some shards in the order of the files and of their rows.
 
     An object that stands in several of them, as when two processes met the same mesh, counts once, where it is first.
-    paths: at least one.
+    files: paths, and what errors call each; at least one.
     Raise ConfigError without pyarrow, DataError for a damaged file, files of several resolutions, or an object with
     different grids.
     """
 
-    def __init__(self, root: str, paths: list[Path]):
+    def __init__(self, root: str, files: list[tuple[Path, str]]):
         self.root = self.where = root
-        self.shards = [Shard(path) for path in paths]
+        self.shards = [Shard(path, name) for path, name in files]
         self.resolution = self.shards[0].resolution
         for shard in self.shards:
             if shard.resolution != self.resolution:
                 raise DataError(
-                    f"{shard.path}: has grids of resolution {shard.resolution}, but those of {paths[0]} have "
-                    f"{self.resolution}. Keep files of one resolution in a folder."
+                    f"{shard.name}: has grids of resolution {shard.resolution}, but those of {self.shards[0].name} "
+                    f"have {self.resolution}. Keep files of one resolution in a folder."
                 )
         self._starts = np.cumsum([0, *map(len, self.shards)])  # the first row of each file, and the end
         self.keys = np.concatenate([_keys(shard) for shard in self.shards])
@@ -63,10 +63,10 @@ class ShardTable(Table):
         """Raise DataError unless two rows of an object are in two files and have the same grid."""
         (one, row), (other, other_row) = self._place(first), self._place(second)
         if one is other:
-            raise DataError(f"{one.path}: sha256 {name} is listed twice. Make the file anew by pack.py.")
+            raise DataError(f"{one.name}: sha256 {name} is listed twice. Make the file anew by pack.py.")
         same = one.checksums[row] == other.checksums[other_row]
         if not same and not np.array_equal(one.bits(row), other.bits(other_row)):
-            raise DataError(f"{other.path}: has another grid of {name} than {one.path}. Remove one of the files.")
+            raise DataError(f"{other.name}: has another grid of {name} than {one.name}. Remove one of the files.")
 
     def _place(self, row: int) -> tuple[Shard, int]:
         """Return the file of a row of the files, and the row in it."""
@@ -163,7 +163,7 @@ def _keys(shard: Shard) -> np.ndarray:
         keys, right = keys_of(characters.view(np.uint8)[: DIGITS * len(shard)].reshape(-1, DIGITS))
     if column.null_count or not right.all():
         first = column.to_pylist()[int(np.argmin(right & np.asarray(column.is_valid())))]
-        raise DataError(f"{shard.path}: sha256 {first!r} is not 64 lower-case hexadecimal digits")
+        raise DataError(f"{shard.name}: sha256 {first!r} is not 64 lower-case hexadecimal digits")
     return keys
 
 
@@ -184,5 +184,5 @@ def _set_splits(shard: Shard, rows: np.ndarray, places: np.ndarray, splits: np.n
         here = places[codes == code]
         if split not in SPLITS:
             sha256 = shard.column("sha256")[int(rows[int(np.argmax(codes == code))])]
-            raise DataError(f"{shard.path}: split of {sha256} is {split!r}; it must be train, val or blank")
+            raise DataError(f"{shard.name}: split of {sha256} is {split!r}; it must be train, val or blank")
         splits[here] = SPLITS.index(split)

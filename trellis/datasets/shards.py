@@ -187,16 +187,16 @@ def _framing(content: Any) -> tuple[bytes, list[int]]:
 class Shard:
     """A shard that is open, mapped into memory. Processes share its pages; a copy for another one opens the file anew.
 
-    path: the file.
+    path: the file. name: what errors call it; the path if None.
     Raise ConfigError without pyarrow, DataError if the file cannot be read, naming it and the rows lost if they are
     known.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, name: str | None = None):
         require_pyarrow()
         import pyarrow as pa
 
-        self.path = path
+        self.path, self.name = path, name or str(path)
         require_file(path, DataError, "pack.py writes shards")
         try:
             self._check_framing()
@@ -215,7 +215,8 @@ class Shard:
                 raise ValueError(f"its column {wrong[0]} is {types[wrong[0]]}, not {arrow_type(wrong[0])}")
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path}: is not a readable shard of grids ({error}): all its rows are lost. Make it anew by pack.py."
+                f"{self.name}: is not a readable shard of grids ({error}): all its rows are lost. Make it anew by "
+                "pack.py."
             ) from error
         self._checked: set[str] = set()  # columns whose sums fit
         self._codec = pa.Codec("zstd")
@@ -228,7 +229,7 @@ class Shard:
             empty = (
                 f"the grid of row {int(np.argmin(self.num_voxels))} has no occupied voxel" if len(self) else "no row"
             )
-            raise DataError(f"{path}: {empty}. Make the file anew by pack.py.")
+            raise DataError(f"{self.name}: {empty}. Make the file anew by pack.py.")
 
     def _check_framing(self) -> None:
         """Raise ValueError unless the bytes around the columns are those that were written."""
@@ -241,8 +242,8 @@ class Shard:
         if int(said, 16) != zlib.crc32(framing):
             raise ValueError("its schema is damaged, the sum is another")
 
-    def __reduce__(self) -> tuple[type["Shard"], tuple[Path]]:
-        return type(self), (self.path,)
+    def __reduce__(self) -> tuple[type["Shard"], tuple[Path, str]]:
+        return type(self), (self.path, self.name)
 
     def __len__(self) -> int:
         return self.batch.num_rows
@@ -259,7 +260,7 @@ class Shard:
             if _sum(name, array) != self._known_sums.get(name):
                 first = "" if name == "sha256" else f", from {self.column('sha256')[0]} on"
                 raise DataError(
-                    f"{self.path}: its column {name} is damaged (its sum is another): {len(self)} rows are lost"
+                    f"{self.name}: its column {name} is damaged (its sum is another): {len(self)} rows are lost"
                     f"{first}. Make the file anew by pack.py."
                 )
             self._checked.add(name)
@@ -302,7 +303,7 @@ class Shard:
 
     def _damaged(self, row: int, reason: str) -> DataError:
         return DataError(
-            f"{self.path}: the grid of row {row}, {self.column('sha256')[row]}, is damaged ({reason}): 1 of "
+            f"{self.name}: the grid of row {row}, {self.column('sha256')[row]}, is damaged ({reason}): 1 of "
             f"{len(self)} rows is lost. Make the file anew by pack.py."
         )
 

@@ -29,8 +29,9 @@ from ..utils.errors import DataError
 from .base import StandardDatasetBase
 from .metadata import NAME_COLUMNS, SPLIT_IN_NAME, Split, read_flags, read_metadata, require_files
 from .packed import TEXT_ARRAYS, check_resolution, load_packed, other_resolution, packed_resolution
+from .remote import is_url, shard_files
 from .shard_table import ShardTable
-from .shards import SUFFIX, shards_in
+from .shards import SUFFIX
 from .tables import FrameTable, typed
 
 if TYPE_CHECKING:
@@ -129,11 +130,13 @@ GridTable = PlyTable | PackedTable | ShardTable
 class SparseStructure(StandardDatasetBase):
     """Occupancy grids; an item is {"ss": uint8 [1, R, R, R], 0 or 1, axes x y z}.
 
-    roots: comma-separated folders, .npz files or .arrow files.
+    roots: comma-separated folders, .npz files, .arrow files, or URLs of shards that fsspec opens.
     resolution: R, voxels per axis.
     min_aesthetic_score: keep objects whose `aesthetic_score` is at least this, in roots with that column.
     augmentation: symmetries of the cube to draw from for each training sample: "none"; "z", the 8 that keep the z
         axis and its direction; "all" 48. Items, batches and the other splits are as stored.
+    weights: one of each root: the shares in which training samples are drawn from them; None: all objects alike. A root
+        of weight 0 is not trained on, but validated.
     split: "train", "val" or "all": by the `split` column or array; else, for packed files and shards, by a file name
         that ends in train or val; else by sha256.
     Packed rows stay packed in memory; PLY files and rows of shards are read item by item. Batches of all are packed.
@@ -148,24 +151,31 @@ class SparseStructure(StandardDatasetBase):
         resolution: Count = 64,
         min_aesthetic_score: float | None = None,
         augmentation: Augmentation = "none",
+        weights: list[float] | None = None,
         split: Split = "train",
     ):
         self.resolution = resolution
         self.min_aesthetic_score = min_aesthetic_score
         self.augmentation = augmentation
-        super().__init__(roots, split=split)
+        super().__init__(roots, weights=weights, split=split)
 
     def read_root(self, root: str) -> GridTable:
+        if is_url(root):
+            return self._read_shards(root, shard_files(root))
         path = Path(root)
         if path.suffix == ".npz":
             return self._read_packed(root, [path])
         if path.suffix == SUFFIX and not path.is_dir():
-            return self._read_shards(root, [path])
+            return self._read_shards(root, [(path, root)])
         if not path.is_dir():
             what = "is neither a folder nor an .npz or .arrow file" if path.exists() else "does not exist"
             raise DataError(f"{root}: {what}. voxelize.py makes a folder of voxels out of meshes.")
-        packed, shards = sorted(path.glob("*.npz")), shards_in(path)
-        tables = [found[0] for found in ([Path(path, "metadata.csv")], packed, shards) if found and found[0].exists()]
+        packed, shards = sorted(path.glob("*.npz")), shard_files(root)
+        tables = [
+            found[0]
+            for found in ([Path(path, "metadata.csv")], packed, [file for file, _ in shards])
+            if found and found[0].exists()
+        ]
         if len(tables) > 1:
             names = " and ".join(found.name for found in tables)
             raise DataError(f"{root}: has both {names}; move one of them elsewhere")
@@ -295,8 +305,8 @@ class SparseStructure(StandardDatasetBase):
         metadata.attrs["path"] = root
         return PackedTable(root, metadata, rows)
 
-    def _read_shards(self, root: str, paths: list[Path]) -> ShardTable:
-        table = ShardTable(root, paths)
+    def _read_shards(self, root: str, files: list[tuple[Path, str]]) -> ShardTable:
+        table = ShardTable(root, files)
         self._compare_resolution(root, table.resolution)
         if table.resolution != self.resolution:
             raise other_resolution(root, f"its grids have resolution {table.resolution}", self.resolution)

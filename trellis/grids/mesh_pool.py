@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 
 from ..utils import signals
+from ..utils.command import available_memory
 from ..utils.errors import ConfigError, DataError, UserError
 from .meshes import voxelize_mesh
 
 THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 STARTS = 3  # attempts to start a worker that is killed before it is ready
+LEAST_MEMORY = 2  # GiB of a worker
 START_SECONDS = 300  # for the imports of a worker, which a cold network disk makes slow
 ORPHAN_SECONDS = 60  # after its time limit, a worker whose parent was killed ends by itself
 
@@ -166,6 +168,14 @@ def run_in_pool(
     with MeshPool(1) as pool:
         for task, result in _results(pool, function, lost, timeout, memory and memory * max_workers):
             finish(task, result)
+
+
+def memory_limit(gib: float | None, workers: int) -> int | None:
+    """Return the bytes that a worker may take: those asked for, else its share of what is free. None if not known."""
+    if gib is not None:
+        return int(gib * 2**30)
+    free = available_memory()
+    return None if free is None else max(LEAST_MEMORY * 2**30, free // max(1, workers))
 
 
 def _results(

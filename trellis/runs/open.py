@@ -100,7 +100,7 @@ class Run:
         Several up axes make "auto". Warn if their grids may have different axes, or if only a part of the data says its
         normalization. Raise DataError for several normalizations, which no tokenizer can have.
         """
-        found = settings_of_data([Path(root) for root in (self.data_dir or "").split(",") if root], name)
+        found = settings_of_data([root for root in (self.data_dir or "").split(",") if root], name)
         setting = common_setting(found)
         said = sorted(value for value in found if value is not None)
         if setting is not None or not said:

@@ -213,7 +213,7 @@ def read_captions(path: Path, required: bool) -> dict[str, list[str]]:
         for sha256, value in pairs:
             if not isinstance(sha256, str):
                 raise ValueError(f"sha256 {sha256!r} is not text")
-            captions.setdefault(sha256, []).extend(_captions(value))
+            captions.setdefault(sha256, []).extend(captions_of(value))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Give a CSV or JSON file of captions.") from error
     except (ValueError, KeyError, TypeError, ConfigError) as error:  # of the parsers too
@@ -253,7 +253,7 @@ def _pairs_of_csv(path: Path, required: bool) -> Iterator[tuple[str, str]]:
     return zip(table["sha256"], table[column], strict=True)
 
 
-def _captions(value: Any) -> list[str]:
+def captions_of(value: Any) -> list[str]:
     """Return a caption, or several, as a list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:

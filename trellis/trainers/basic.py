@@ -45,6 +45,7 @@ from .sinks import check_wandb
 from .skip import SkippableOptimizer, Undo
 from .standing import Reference, RunSize, health, run_facts
 from .stopping import StopRequests
+from .validation import change, sample, scored_before
 from .verdict import Course
 from .weights import WeightPlan
 
@@ -105,6 +106,7 @@ class BasicTrainer:
         i_print: Count = 1000,  # steps between lines on the terminal
         i_log: Count = 500,  # steps between entries in log.txt and TensorBoard
         i_eval: Count = 10000,  # steps between validations
+        val_objects: Count | None = 1024,  # most validation objects that these score; null: all
         i_sample: Count = 10000,  # steps between pictures
         i_save: Count = 10000,  # steps between checkpoints
         i_ddpcheck: Count = 10000,  # steps between checks that ranks have equal weights
@@ -128,7 +130,7 @@ class BasicTrainer:
         self.ema_rates = [float(rate) for rate in as_list(ema_rate)]
         self.log_param_stats, self.prefetch_data, self.num_workers = log_param_stats, prefetch_data, num_workers
         self.wandb = wandb
-        self.i_log, self.i_eval = i_log, i_eval
+        self.i_log, self.i_eval, self.val_objects = i_log, i_eval, val_objects
         self.i_sample, self.i_save, self.i_ddpcheck, self.keep_last = i_sample, i_save, i_ddpcheck, keep_last
 
         self.max_bad_steps = min(max_bad_steps, max(2, (max_steps + 1) // 2))
@@ -149,6 +151,9 @@ class BasicTrainer:
         self.object_scores: Tensor | None = None  # [n], `best_by` of each object in the last validation, on every rank
         self.course = Course(self.best_by)
         self.stop_requests = StopRequests(device)
+        self.stop: signals.Signals | None = None  # what this rank has got of signals, in the loop
+        self.validation_stopped: int | None = None  # the signal that stopped the last validation, on every rank
+        self.validation_owed = False  # the checkpoint to continue from lacks its step's validation
         self.checkpoint_owed = False  # one was due while steps were bad
         self.order = Order(len(dataset), seed)
         self.pending = PendingSteps()
@@ -174,7 +179,8 @@ class BasicTrainer:
     def validate(self) -> dict[str, float] | None:
         """Return scores on the validation split, the same on every rank; None without such a split.
 
-        The step with the highest score `best_by` is the best one. Also set `object_scores`, if objects have it.
+        The step with the highest score `best_by` is the best one. Also set `object_scores`, if objects have it, or
+        `validation_stopped`, with a result of None, if `signum` told to stop on any rank.
         """
         return None
 
@@ -236,7 +242,7 @@ class BasicTrainer:
         check_num_workers(args["num_workers"], f"{where}.num_workers")
         optim.check_optimizer(args["optimizer"], f"{where}.optimizer")
         optim.check_lr_factors(args["lr_scaling"], args["lr_multipliers"], trained, args["optimizer"], where)
-        optim.check_lr_scheduler(args["lr_scheduler"], args["optimizer"], args["max_steps"], f"{where}.lr_scheduler")
+        optim.check_lr_scheduler(args["lr_scheduler"], args["optimizer"], f"{where}.lr_scheduler")
         optim.build_grad_clipper(args["grad_clip"], f"{where}.grad_clip")
         check_wandb(args["wandb"], f"{where}.wandb")
         cls.check_models(models, config)
@@ -269,7 +275,8 @@ class BasicTrainer:
         if self.plan.resume is not None:
             with self.status.doing("loading the training state"):
                 self.load_training_state(*self.plan.resume)
-            self.status.set(step=self.step, best=self.best, checkpoint_step=self.step)
+            scores = self.course.last_scores()
+            self.status.set(step=self.step, scores=scores, best=self.best, checkpoint_step=self.step)
             before = self.samples_seen / self.step if self.step else self.global_batch
             if before != self.global_batch:
                 self.say(f"from here on a step has {self.global_batch} samples; so far it had {before:g} on average")
@@ -281,9 +288,12 @@ class BasicTrainer:
             self.log(self.measure())
             self.snapshot()
             self.save()
+        elif self.validation_owed:
+            self.log(self.measure())
         if self.step >= self.max_steps:
             self.say(f"{self.output_dir} is finished at step {self.step}; nothing is left to do")
-        stopping, tuned = None, self.max_steps - self.step >= STEPS_WORTH_TUNING
+        stopping: int | None = None
+        tuned = self.max_steps - self.step >= STEPS_WORTH_TUNING
         self.status.set(state="training")
         with (
             signals.noted() as stop,
@@ -291,6 +301,7 @@ class BasicTrainer:
             contextlib.closing(self.progress),
             contextlib.closing(self.batches()) as batches,
         ):
+            self.stop = stop
             if dist_utils.is_main():
                 self.progress.open(self.step)
             while self.step < self.max_steps:
@@ -310,7 +321,7 @@ class BasicTrainer:
                 scores = self.measure() if self.due(self.i_eval) else {}
                 improved = bool(scores) and self.best_step == self.step
                 if self.step < self.max_steps:
-                    stopping = self.stop_requests.stop_requested(self.step, stop.signum)
+                    stopping = self.validation_stopped or self.stop_requests.stop_requested(self.step, stop.signum)
                 saving = self.due(self.i_save) or improved or stopping or self.checkpoint_owed
                 if self.due(self.i_log) or scores or saving or self.bad_steps.look(self.step):
                     self.log(scores)
@@ -502,6 +513,8 @@ class BasicTrainer:
                 "seconds": self.seconds,
                 "seed": self.seed,
                 **self.data_facts,
+                "scored": self.scored,
+                "validation_owed": self.validation_stopped is not None,
                 "best": self.best,
                 "versions": versions(),
                 "optimizer": self.optimizer.state_dict(),
@@ -529,6 +542,7 @@ class BasicTrainer:
         self.step, self.samples_seen = step, misc["samples_seen"]
         self.seconds = self.logged_seconds = misc["seconds"]
         self.best = misc["best"]
+        self.validation_owed = misc.get("validation_owed", False)
         self.optimizer.load_state_dict(misc["optimizer"])
         optim.scale_for_batch(self.optimizer, self.batch_ratio)  # the run so far may have had another batch
         if self.scheduler is not None:
@@ -540,7 +554,10 @@ class BasicTrainer:
         if dist_utils.is_main():
             for line in data_changes.changes(misc, self.data_facts, self.dataset):
                 self.say(f"note: the data have changed since step {step}: {line}")
-            if data_changes.same_validation(misc, self.data_facts):
+            before = scored_before(misc, self.size.val)
+            if said := change(before, (self.scored, self.size.val)):
+                self.say(f"note: {said}")
+            if before[0] == self.scored and data_changes.same_validation(misc, self.data_facts):
                 self.course.load_state_dict(misc["course"])
         for name, part in self.parts.items():
             if name in misc:  # older checkpoints lack parts that were added since
@@ -566,6 +583,27 @@ class BasicTrainer:
         """The size of models, data and schedule."""
         return RunSize.of(self.models, self.dataset, self.max_steps, self.global_batch)
 
+    @cached_property
+    def validation(self) -> tuple[StandardDatasetBase, np.ndarray] | None:
+        """The validation split, and the indices of its objects that are scored, [n] int64; None without such a split.
+
+        See `validation.sample`.
+        """
+        if not self.dataset.split_sizes()["val"]:
+            return None
+        dataset = self.dataset.for_split("val")
+        return dataset, sample(dataset, self.val_objects)
+
+    @property
+    def signum(self) -> int | None:
+        """The signal to stop for that this rank has got in the loop; None at the last step, which ends it anyway."""
+        return self.stop.signum if self.stop is not None and self.step < self.max_steps else None
+
+    @property
+    def scored(self) -> int:
+        """Objects that a validation scores."""
+        return 0 if self.validation is None else len(self.validation[1])
+
     @property
     def lr(self) -> float:
         """Learning rate on the configuration's scale."""
@@ -583,10 +621,17 @@ class BasicTrainer:
 
     def measure(self) -> dict[str, float]:
         """Validate, print the scores, and remember the best step. Return scores to log; {} without validation."""
+        started = time.monotonic()
         scores = self.validate()
+        if self.validation_stopped is not None:
+            name = signal_name(self.validation_stopped)
+            self.say(f"step {self.step}  {name} has stopped the validation; the same command begins with it")
+            return {}
         if scores is None:
             return {}
-        self.say(f"step {self.step}  validation  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        seconds = time.monotonic() - started
+        said = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        self.say(f"step {self.step}  validation  {said}  in {seconds:.1f} s")
         self.course.add(self.step, scores, self.object_scores)
         if self.best is None or scores[self.best_by] > self.best["score"]:
             self.best = {"step": self.step, "by": self.best_by, "score": scores[self.best_by]}
@@ -601,8 +646,8 @@ class BasicTrainer:
             )
             if warning is not None:
                 self.say(warning)
-        self.status.set(scores={"step": self.step, **scores}, best=self.best)
-        return {f"val/{name}": value for name, value in scores.items()}
+        self.status.set(scores=self.course.last_scores(), best=self.best)
+        return {f"val/{name}": value for name, value in scores.items()} | {"validation_seconds": seconds}
 
     def log(self, scores: dict[str, float]) -> None:
         """Write pending steps to log.txt, one line each, then the scores; their means and the scores to TensorBoard."""

@@ -13,6 +13,7 @@ from ..utils.config import check_args, check_component, check_value, complete_co
 from ..utils.errors import ConfigError
 from ..utils.registry import did_you_mean
 from . import TRAINERS
+from .schedule_length import with_length
 
 KEYS = ("models", "dataset", "trainer")
 
@@ -47,7 +48,7 @@ def _complete_trainer(spec: dict) -> dict[str, Any]:
         "freeze": sorted(args["freeze"]),
         "ema_rate": as_list(args["ema_rate"]),
         "optimizer": _with_present_name(args["optimizer"]),
-        "lr_scheduler": _with_length(args["lr_scheduler"], args["max_steps"]),
+        "lr_scheduler": with_length(args["lr_scheduler"], args["max_steps"]),
     }
     return {"name": spec["name"], "args": args}
 
@@ -55,19 +56,6 @@ def _complete_trainer(spec: dict) -> dict[str, Any]:
 def _with_present_name(optimizer: dict) -> dict:
     """Return the optimizer's spec with the name that its class has now, so that a run goes on under either."""
     return {**optimizer, "name": "Muon"} if optimizer.get("name") == "ConvMuon" else optimizer
-
-
-def _with_length(scheduler: dict | None, max_steps: int) -> dict | None:
-    """Return the schedule's spec with a T_max of null filled in: the steps after the warm-up, at least one.
-
-    What else may be wrong with the spec is found where it is built.
-    """
-    args = (scheduler or {}).get("args")
-    if scheduler is None or not isinstance(args, dict) or "T_max" not in args or args["T_max"] is not None:
-        return scheduler
-    warmup_steps = scheduler.get("warmup_steps", 0)
-    left = max_steps - warmup_steps if isinstance(warmup_steps, int) else max_steps
-    return {**scheduler, "args": {**args, "T_max": max(1, left)}}
 
 
 def _without_trellis_args(args: dict) -> dict[str, Any]:

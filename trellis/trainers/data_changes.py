@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..datasets.base import StandardDatasetBase
+from ..datasets.base import ROWS_AT_ONCE, StandardDatasetBase
 from ..datasets.metadata import SETTINGS, Split
+from ..datasets.remote import absolute
 
 SPLITS: tuple[tuple[Split, str], ...] = (("train", "training"), ("val", "validation"))
 NAME_BYTES, VERSION_BYTES = 5, 3
@@ -30,7 +31,7 @@ def facts_of(dataset: StandardDatasetBase) -> dict[str, Any]:
     parts = {split: dataset.for_split(split) for split, _ in SPLITS if sizes[split]}
     return {
         "dataset_size": len(dataset),
-        "data_dir": ",".join(os.path.abspath(root) for root in dataset.roots),
+        "data_dir": ",".join(map(absolute, dataset.roots)),
         "objects": {split: _marks(part) for split, part in parts.items()},
         "settings": {
             name: sorted({value or "unknown" for root in dataset.settings.values() for value in root[name]})
@@ -47,12 +48,14 @@ def same_validation(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 def _marks(dataset: StandardDatasetBase) -> torch.Tensor:
     """Return the 8 bytes of each object, uint8 [N, 8]."""
-    rows = b"".join(
-        bytes.fromhex(sha256)[:NAME_BYTES]
-        + hashlib.blake2b(dataset.item_version(root, sha256).encode(), digest_size=VERSION_BYTES).digest()
-        for root, sha256 in dataset.instances
-    )
-    return torch.frombuffer(bytearray(rows), dtype=torch.uint8).view(-1, NAME_BYTES + VERSION_BYTES).clone()
+    marks = np.empty((len(dataset), NAME_BYTES + VERSION_BYTES), np.uint8)
+    marks[:, :NAME_BYTES] = dataset.keys().astype(">u8").view(np.uint8).reshape(-1, 8)[:, :NAME_BYTES]
+    for start in range(0, len(dataset), ROWS_AT_ONCE):
+        part = marks[start : start + ROWS_AT_ONCE]
+        versions = dataset.versions(np.arange(start, start + len(part)))
+        hashes = b"".join([hashlib.blake2b(each.encode(), digest_size=VERSION_BYTES).digest() for each in versions])
+        part[:, NAME_BYTES:] = np.frombuffer(hashes, np.uint8).reshape(-1, VERSION_BYTES)
+    return torch.from_numpy(marks)
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], dataset: StandardDatasetBase) -> list[str]:
@@ -82,37 +85,39 @@ def _compare(old: np.ndarray, new: np.ndarray, dataset: StandardDatasetBase, spl
     """Return a line on what differs between the objects [N, 8] of a split, if anything does."""
     if np.array_equal(old, new):
         return []
-    versions = {bytes(row[:NAME_BYTES]): bytes(row[NAME_BYTES:]) for row in old}
-    added, replaced, present = [], [], set()
-    for index, row in enumerate(new):
-        name = bytes(row[:NAME_BYTES])
-        present.add(name)
-        if name not in versions:
-            added.append(index)
-        elif versions[name] != bytes(row[NAME_BYTES:]):
-            replaced.append(index)
-    removed = [name for name in versions if name not in present]
-    names = _names(dataset, split)
+    (old_names, old_versions), (new_names, new_versions) = _numbers(old), _numbers(new)
+    added = np.flatnonzero(~np.isin(new_names, old_names))
+    removed = np.flatnonzero(~np.isin(old_names, new_names))
+    order = np.argsort(old_names, kind="stable")
+    common = np.flatnonzero(np.isin(new_names, old_names))
+    before = order[np.searchsorted(old_names, new_names[common], side="right", sorter=order) - 1]
+    replaced = common[old_versions[before] != new_versions[common]]
     found = {
-        "added": [names[index] for index in added],
-        "removed": [f"{name.hex()}…" for name in removed],
-        "replaced (another grid, or another time of its file)": [names[index] for index in replaced],
+        "added": (len(added), lambda: _names(dataset, split, added[:SHOWN])),
+        "removed": (len(removed), lambda: [f"{bytes(old[row, :NAME_BYTES]).hex()}…" for row in removed[:SHOWN]]),
+        "replaced (another grid, or another time of its file)": (
+            len(replaced),
+            lambda: _names(dataset, split, replaced[:SHOWN]),
+        ),
     }
     texts = [
-        f"{len(which)} {what}: {', '.join(which[:SHOWN])}{' and others' if len(which) > SHOWN else ''}"
-        for what, which in found.items()
-        if which
+        f"{number} {what}: {', '.join(names())}{' and others' if number > SHOWN else ''}"
+        for what, (number, names) in found.items()
+        if number
     ]
     return ["; ".join(texts) or "the same in another order, so epochs go on in another order too"]
 
 
-def _names(dataset: StandardDatasetBase, split: Split) -> list[str]:
-    """Return what each object of a split is called: its first digits and, if there is one, its mesh's file name."""
-    if not dataset.split_sizes()[split]:
-        return []
+def _numbers(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bytes of names and of versions of marks [N, 8], as numbers [N] each."""
+    numbers = np.ascontiguousarray(marks).view(">u8")[:, 0].astype(np.uint64)
+    return numbers >> np.uint64(8 * VERSION_BYTES), numbers & np.uint64(256**VERSION_BYTES - 1)
+
+
+def _names(dataset: StandardDatasetBase, split: Split, indices: np.ndarray) -> list[str]:
+    """Return what objects [n] of a split are called: their first digits and, if there is one, the mesh's file name."""
     part = dataset.for_split(split)
     return [
-        f"{entry.sha256[: 2 * NAME_BYTES]}…"
-        + (f" ({os.path.basename(entry.name)})" if entry.name != entry.sha256 else "")
-        for entry in part.entries
+        f"{sha256[: 2 * NAME_BYTES]}…" + (f" ({os.path.basename(name)})" if name != sha256 else "")
+        for sha256, name in zip(part.texts("sha256", indices), part.texts("name", indices), strict=True)
     ]

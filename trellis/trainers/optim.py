@@ -199,8 +199,8 @@ class LinearWarmupLRScheduler(schedulers.LambdaLR):
         super().__init__(optimizer, lambda step: min(1.0, (step + 1) / warmup_steps), last_epoch)
 
 
-def check_lr_scheduler(spec: dict | None, optimizer_spec: dict, max_steps: int, where: str) -> None:
-    """Raise ConfigError unless the spec builds a schedule that can take a step and lasts max_steps."""
+def check_lr_scheduler(spec: dict | None, optimizer_spec: dict, where: str) -> None:
+    """Raise ConfigError unless the spec builds a schedule that can take a step. `schedule_length` judges its length."""
     if spec is None:
         return
     check_component(spec, where, ("name", "args", "warmup_steps"))
@@ -216,14 +216,6 @@ def check_lr_scheduler(spec: dict | None, optimizer_spec: dict, max_steps: int, 
             raise ConfigError(f"{where}.args: {spec['name']} cannot take a step with them: {error}") from error
         if not 0 <= rate < math.inf:
             raise ConfigError(f"{where}.args: {spec['name']} leads to lr {rate}")
-    # The only one of torch's schedules that ends by raising an error.
-    if isinstance(scheduler, schedulers.OneCycleLR):
-        steps = max_steps - spec.get("warmup_steps", 0)
-        if scheduler.total_steps < steps:
-            raise ConfigError(
-                f"{where}.args: OneCycleLR has {scheduler.total_steps} steps, but max_steps leaves {steps} for it; "
-                f"set total_steps to {steps}"
-            )
 
 
 def build_lr_scheduler(spec: dict | None, optimizer: torch.optim.Optimizer, where: str = "lr_scheduler"):

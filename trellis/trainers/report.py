@@ -12,6 +12,7 @@ from . import memory
 from .basic import BasicTrainer
 from .muon import CONVOLUTION, Muon
 from .optim import preview_schedule
+from .schedule_length import notes as notes_on_schedule
 
 EXAMPLES = 3  # names of tensors that stand for all
 LONGEST_SAMPLE = 5.0  # seconds of a sample on a CPU beyond which steps that measure memory would be long waited for
@@ -28,13 +29,18 @@ def describe(trainer: BasicTrainer) -> None:
             origin = "initialized from the data's latents when the run starts"
         dtype = str(next(iter(model.state_dict().values())).dtype).removeprefix("torch.")
         print(f"{name:<12}{type(model).__name__:<26}{count:>12,}  {role:<10}{dtype:<8}{origin}")
-    for note in _notes_on_weights(trainer):
+    for note in _notes(trainer):
         print(f"note: {note}")
     print(trainer.dataset.summary())
     if not trainer.dataset.split_sizes()["val"]:
         print(
             "note: no object is in the validation split, so nothing is validated and no checkpoint is the best; "
             "set the column split of some objects to val (in metadata.csv, or before packing)"
+        )
+    if trainer.scored < trainer.size.val:
+        print(
+            f"validation scores {trainer.scored:,} of {trainer.size.val:,} objects, the same in every run; "
+            "trainer.args.val_objects null takes all"
         )
     devices = f"{dist_utils.world_size()} x {trainer.device.type}"
     print(f"{devices}, {trainer.precision.name}, {trainer.global_batch} samples per step, {trainer.max_steps} steps")
@@ -45,14 +51,15 @@ def describe(trainer: BasicTrainer) -> None:
     print(end="", flush=True)  # unlike sys.stdout.flush, also where standard output is closed
 
 
-def _notes_on_weights(trainer: BasicTrainer) -> list[str]:
-    """Return notes on codebooks without parameters, on the plan, and on random weights."""
+def _notes(trainer: BasicTrainer) -> list[str]:
+    """Return notes on codebooks without parameters, on the plan, on the schedule, and on random weights."""
     notes = [
         f"{name} has no parameters: its codes follow averages of the latents, not the optimizer"
         for name, model in trainer.trained.items()
         if not list(model.parameters())
     ]
     notes += trainer.plan.notes
+    notes += notes_on_schedule(trainer.scheduler_spec, trainer.max_steps)
     origins = trainer.plan.origin.items()
     fresh = ("quantizer", *trainer.optional_models)  # made for what the others have learned
     random = [name for name, origin in origins if origin == "initialized" and name not in fresh]

@@ -1,4 +1,4 @@
-"""Signals that end a run: a request to any rank stops all of them at the same step."""
+"""Signals that end a run: a request to any rank stops all of them at the same step, or round of a validation."""
 
 import time
 
@@ -9,6 +9,14 @@ from ..utils import dist_utils
 
 # Between ranks a request travels with a collective, which is not worth one every step: so many seconds, or steps.
 SECONDS_BETWEEN_CHECKS, STEPS_BETWEEN_CHECKS = 2.0, 50
+
+
+class StoppedError(Exception):
+    """Work in rounds that a signal has stopped, on every rank in the same round."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
 
 
 class StopRequests:
@@ -36,3 +44,9 @@ class StopRequests:
         steps = min(STEPS_BETWEEN_CHECKS, max(1, int(SECONDS_BETWEEN_CHECKS / max(pace, 1e-9))))
         self._checked_at, self._checked_step, self._next_step = now, step, step + steps
         return int(found) or None
+
+    def require_none(self, step: int, signum: int | None) -> None:
+        """Raise StoppedError if there is a signal to stop for; arguments as for `stop_requested`."""
+        found = self.stop_requested(step, signum)
+        if found is not None:
+            raise StoppedError(found)

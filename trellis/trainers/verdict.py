@@ -40,6 +40,10 @@ class Course:
             self.first, self.objects = scores, objects
         self.last, self.now = [*self.last[-1:], (step, scores)], objects
 
+    def last_scores(self) -> dict[str, float] | None:
+        """Return {"step", score: value} of the last validation; None before any."""
+        return {"step": self.last[-1][0], **self.last[-1][1]} if self.last else None
+
     def worse(self) -> tuple[int, int] | None:
         """Return on how many objects the score fell, and the number of all of them.
 

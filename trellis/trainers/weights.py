@@ -17,9 +17,10 @@ from ..tokens.sources import CONFIG, WEIGHTS, check_folder
 from ..utils.config import differences, differing_keys, fill_in, load_config
 from ..utils.errors import CheckpointError, ConfigError
 from .configuration import complete_config
+from .schedule_length import LENGTHS, misfit
 
+SCHEDULE = "trainer.args.lr_scheduler"
 # Trainer arguments that a resumed run must keep: the optimizer's state or the models' roles depend on them.
-T_MAX = "trainer.args.lr_scheduler.args.T_max"
 FIXED_ON_RESUME = ("optimizer", "lr_scheduler", "lr_scaling", "lr_multipliers", "freeze", "ema_rate")
 
 
@@ -60,6 +61,7 @@ def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: s
             )
         return _resume(config, own, own_step)
 
+    args = config["trainer"]["args"]
     plan = WeightPlan(dict.fromkeys(names), {})
     if load_dir is not None and ckpt != "none" and (Path(load_dir) / WEIGHTS).is_file():
         _take_tokenizer(plan, Path(load_dir), ckpt)
@@ -77,7 +79,9 @@ def plan_weights(config: dict, trainer_class: type, output_dir: str, load_dir: s
     elif ckpt not in ("latest", "none"):
         raise CheckpointError(f"--ckpt {ckpt}: {own.folder} has no complete checkpoint; give --load_dir too")
 
-    args = config["trainer"]["args"]
+    # A run that goes on keeps its schedule, and is judged by `_resume`.
+    if problem := misfit(args["lr_scheduler"], args["max_steps"], SCHEDULE):
+        raise ConfigError("; ".join(problem))
     for name in names:
         source = (args["finetune_ckpt"] or {}).get(name)
         if plan.files[name] is None and source is not None:
@@ -174,9 +178,16 @@ def _resume(config: dict, checkpoints: Checkpoints, step: int) -> WeightPlan:
         ) from error
     fixed = differences(_fixed_on_resume(old), _fixed_on_resume(config))
     changes = [f"{key} was {before} and is {now}" for key, before, now in fixed]
-    steps = [args["trainer"]["args"]["max_steps"] for args in (old, config)]
-    if any(key == T_MAX for key, _, _ in fixed) and steps[0] != steps[1]:
-        changes.append(f"a {T_MAX} of null follows trainer.args.max_steps, which was {steps[0]} and is {steps[1]}")
+    before, now = (args["trainer"]["args"]["max_steps"] for args in (old, config))
+    problem = misfit(config["trainer"]["args"]["lr_scheduler"], now, SCHEDULE)
+    if before != now:
+        lengths = {f"{SCHEDULE}.args.{key}" for key in LENGTHS.values()}
+        changes += [
+            f"{key} follows trainer.args.max_steps where it is not given, and that was {before} and is {now}"
+            for key, _, _ in fixed
+            if key in lengths
+        ]
+        changes += problem[:1] if problem else []
     if changes:
         raise ConfigError(
             f"{checkpoints.run_dir} cannot continue under another configuration: {'; '.join(changes)}. Restore what "
@@ -184,6 +195,8 @@ def _resume(config: dict, checkpoints: Checkpoints, step: int) -> WeightPlan:
         )
     checkpoints.verify(step)
     plan = WeightPlan(resume=(checkpoints, step))
+    if problem:
+        plan.notes.append(f"{problem[0]}; the run goes on with the schedule that it began with")
     for key in differing_keys(old, config):
         plan.notes.append(f"{key} differs from the run so far; the new value is used from step {step} on")
     for name in config["models"]:

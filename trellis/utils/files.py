@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -77,11 +77,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of `atomic_write` that killed processes of this machine have left in a folder."""
+def remove_leftovers(folder: Path, ended: Collection[tuple[str, int]] = ()) -> None:
+    """Remove the temporary files of `atomic_write` that killed processes of this machine have left in a folder.
+
+    ended: also those of processes of other machines, by host name and number, which have ended.
+    """
     for path in folder.glob(".*.tmp"):
         found = LEFTOVER.fullmatch(path.name)
-        if found and found["host"] == host_name() and not is_running(int(found["pid"])):
+        if not found:
+            continue
+        host, pid = found["host"], int(found["pid"])
+        if (host, pid) in ended or (host == host_name() and not is_running(pid)):
             path.unlink(missing_ok=True)
 
 

@@ -143,6 +143,11 @@ def noted(on_signal: Callable[[int, bool], None] | None = None) -> Iterator[Sign
             signals.on_signal = before
 
 
+def stopped() -> Stopped | None:
+    """Return what the first signal in a block has raised, for libraries that turn it into something else."""
+    return None if _active is None or _active.signum is None else Stopped(_active.signum)
+
+
 def heed(*signums: int) -> None:
     """Let signals that were ignored at the start end the program after all."""
     for signum in signums:

@@ -3,6 +3,7 @@
 Axes: B batch, C latent channels, X Y Z latent cells, R voxels along an axis, K codes.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -23,6 +24,7 @@ from ...utils.config import Range
 from ...utils.errors import ConfigError
 from ...utils.random_utils import sample_noise
 from ..basic import BasicTrainer
+from ..stopping import StoppedError, StopRequests
 
 # Objects in a snapshot, spread evenly over the split.
 SNAPSHOT_OBJECTS = 8
@@ -102,24 +104,38 @@ class SparseStructureVaeTrainer(BasicTrainer):
         return {name: self.ema.module(name, rate) if name in self.trained else m for name, m in self.models.items()}
 
     def validate(self) -> dict[str, float] | None:
-        if not self.dataset.split_sizes()["val"]:
+        if self.validation is None:
             return None
-        dataset = self.dataset.for_split("val")
+        dataset, chosen = self.validation
         models = self.averaged_models()
         # With fewer objects than ranks, every rank scores them all.
-        shared = len(dataset) >= dist_utils.world_size()
+        shared = len(chosen) >= dist_utils.world_size()
         first, stride = (dist_utils.rank(), dist_utils.world_size()) if shared else (0, 1)
-        own = range(first, len(dataset), stride)
+        own = chosen[first::stride].tolist()
+        rounds = math.ceil(math.ceil(len(chosen) / stride) / self.micro_batch_size)  # of the slowest rank
+        requests, scores = StopRequests(self.device), None
         with self.precision.autocast(), self.status.doing("validation", len(own), state="validating") as work:
-            scores = evaluate(
-                lambda ss, _: self.reconstruct(models, ss),
-                dataset,
-                own,
-                batch_size=self.micro_batch_size,
-                device=self.device,
-                progress=work,
-            )
-        objects = torch.zeros(len(dataset), dtype=torch.float64, device=self.device)
+
+            def progress(done: int) -> None:
+                work(done)
+                number = math.ceil(done / self.micro_batch_size)
+                if number < rounds:
+                    requests.require_none(number, self.signum)
+
+            try:
+                scores = evaluate(
+                    lambda ss, _: self.reconstruct(models, ss),
+                    dataset,
+                    own,
+                    batch_size=self.micro_batch_size,
+                    device=self.device,
+                    progress=progress,
+                )
+            except StoppedError as error:
+                self.validation_stopped = error.signum
+        if scores is None:
+            return None
+        objects = torch.zeros(len(chosen), dtype=torch.float64, device=self.device)
         objects[first::stride] = scores.objects[self.best_by]
         self.object_scores = dist_utils.all_sum(objects) if shared else objects
         return scores.means(dist_utils.all_sum) if shared else scores.means()

@@ -285,6 +285,7 @@ def main(argv: list[str] | None = None) -> None:
             tokens[number] = new()
             return tokens[number]
 
+        checking = ["dataset_toolkits/dataset.py", "verify", "--max_workers", 1, *resolution]
         packing = ["dataset_toolkits/pack.py", "--max_workers", 1, *resolution]
         of_all, of_node, alone = (CORES, True), (CORES, False), (1, False)  # cores of a node; on several nodes
         measures: list[tuple[str, tuple[int, bool], int, int, Callable[[int], Sequence[object]]]] = [
@@ -314,14 +315,14 @@ def main(argv: list[str] | None = None) -> None:
                 of_node,
                 few,
                 many,
-                lambda number: ["dataset_toolkits/dataset.py", "verify", roots.shards(number)],
+                lambda number: [*checking, roots.shards(number)],
             ),
             (
                 "dataset.py dedupe",
                 alone,
                 few,
                 many,
-                lambda number: ["dataset_toolkits/dataset.py", "dedupe", roots.shards(number)],
+                lambda number: ["dataset_toolkits/dataset.py", "dedupe", *resolution, roots.shards(number)],
             ),
             (
                 "to_tokens.py, fp32",

@@ -64,6 +64,7 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(cost, "cpu_seconds", run)
     monkeypatch.setattr(cost, "SPHERES", (1, 2))
+    monkeypatch.setattr(cost, "IMAGE_BYTES", 4000)
     monkeypatch.setattr(
         cost, "make_meshes", lambda folder: [tetrahedron(i).export(folder / f"{i}.off") for i in (1, 2)]
     )
@@ -75,7 +76,9 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
         table["rows"] for table in json.loads(output.with_suffix(".json").read_text())["tables"]
     )
     assert [row[0] for row in sizes] == ["PLY", "npz", "shards", "tokens, Parquet"] and sizes[3][1] == 20
-    assert [row[0] for row in meshes][-2:] == ["made-up sphere 1, .glb", "made-up sphere 2, .glb"]
+    plain, larger, textured = meshes[-3:]
+    assert (plain[0], textured[0]) == ("made-up sphere 1, .glb", "made-up sphere 1 with 0 MB of images, .glb")
+    assert plain[3] == textured[3] == 80 and larger[3] == 320 and textured[2] == pytest.approx(plain[2] + 4e-3, rel=0.2)
     by_name = {row[0]: row[2] for row in steps}
     assert by_name["pack.py, npz to shards"] == pytest.approx(1e3 * 0.5 / 9)
     assert by_name["to_tokens.py, fp32"] == pytest.approx(1e3 * 0.5 / 4)

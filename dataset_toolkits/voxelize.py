@@ -222,8 +222,8 @@ class Run:
             return
         for made in result.made:
             if made.sha256 not in self.known.grids:  # of a volume that has lost others
-                self.buffer.add(made.bits, self._columns(job, made))
-        self.waiting.append((job, Outcome(tuple(made._replace(bits=b"") for made in result.made), result.missing)))
+                self.buffer.add(made.grid, self._columns(job, made))
+        self.waiting.append((job, Outcome(tuple(made._replace(grid=b"") for made in result.made), result.missing)))
         if len(self.buffer) >= self.buffer.limit or time.monotonic() - self.written_at > SHARD_SECONDS:
             self._write_shards()
 

@@ -30,6 +30,7 @@ from dataset_toolkits.claim import claimed
 from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_renders
 from dataset_toolkits.shard_files import GridBuffer, columns_of_row
 from dataset_toolkits.work import Made, Outcome, Settings, division, input_key, is_volume, make_grids, time_factor
+from trellis.datasets.remote import is_url
 from trellis.datasets.shards import require_pyarrow
 from trellis.grids import placing
 from trellis.grids.mesh_cluster import run_on_cluster
@@ -597,6 +598,10 @@ def check_args(args: argparse.Namespace) -> None:
         require_pyarrow()
         if args.resolution % 2:
             raise ConfigError(f"--resolution {args.resolution}: shards hold grids of an even resolution.")
+    if is_url(args.output_dir):
+        raise ConfigError(
+            f"--output_dir {args.output_dir}: is a URL. Write to a folder of this machine, and copy that."
+        )
     if not trellis_roots and not args.output_dir:
         raise ConfigError("--output_dir is missing. Only a TRELLIS folder has a default: itself.")
 

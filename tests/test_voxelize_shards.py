@@ -320,6 +320,8 @@ def test_a_folder_has_one_format(tmp_path, serial, capsys):
     assert "holds grids of --normalization cube; this run asks for --normalization shapellm" in capsys.readouterr().err
     assert voxelize.main(["--input", "a", "--output_dir", "b", "--format", "shards", "--resolution", "15"]) == 1
     assert "--resolution 15: shards hold grids of an even resolution." in capsys.readouterr().err
+    assert voxelize.main(["--input", "a", "--output_dir", "s3://b/c", "--format", "shards"]) == 1
+    assert "--output_dir s3://b/c: is a URL. Write to a folder of this machine" in capsys.readouterr().err
     assert not serial
 
 

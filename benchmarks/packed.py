@@ -101,7 +101,10 @@ def random_access(folder: Path) -> float:
 
 
 def loading(rank: int, world: int, folder: Path, meeting: str) -> list[list]:
-    """Load as one rank of training. Return rows: rank, objects loaded by all ranks, samples/s of this one, MEMORY."""
+    """Load as one rank of training, and unpack grids, which a GPU would do.
+
+    Return rows: rank, objects loaded by all ranks, samples/s of this one, by the clock and of the processor, MEMORY.
+    """
     import torch.distributed as dist
 
     from trellis.datasets.batches import endless_batches
@@ -114,11 +117,9 @@ def loading(rank: int, world: int, folder: Path, meeting: str) -> list[list]:
     each, rows = max(1, min(LOADED, len(dataset)) // (PARTS * BATCH * world)), []
     for part in range(PARTS):
         dist.barrier()
-        start = time.perf_counter()
-        for _ in range(each):
-            next(batches)
-        rate = each * BATCH / (time.perf_counter() - start)
-        rows.append([rank, (part + 1) * each * BATCH * world, rate, *memory().values()])
+        seconds, own = timed(lambda: [next(batches)["ss"].shape for _ in range(each)])
+        rates = each * BATCH / seconds, each * BATCH / own
+        rows.append([rank, (part + 1) * each * BATCH * world, *rates, *memory().values()])
     batches.close()
     dist.barrier()
     dist.destroy_process_group()
@@ -223,10 +224,16 @@ def measure(args: argparse.Namespace) -> None:
             "Start of a run, one core",
         ),
         Table(
-            [Column("rank", "key"), Column("objects", "key"), Column("samples/s"), *map(Column, MEMORY)],
+            [
+                Column("rank", "key"),
+                Column("objects", "key"),
+                Column("samples/s"),
+                Column("of the processor"),
+                *map(Column, MEMORY),
+            ],
             ranks,
-            "Two ranks that load at the same time; memory in MiB",
-        ),
+            "Two ranks that load and unpack at the same time; samples/s of each, memory in MiB",
+        ),  # fmt: skip
         Table(
             [Column("damage", "key"), Column("error")],
             apart(damages, args.folder),  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from dataset_toolkits.shard_files import (
     digest_of,
     grids_per_shard,
     next_number,
-    present_in,
+    squeeze,
     write_shards,
 )
 from trellis.datasets.metadata import compare_settings
@@ -42,6 +42,7 @@ from trellis.grids.voxels import occupancy_to_points, packed_size, write_ply
 from trellis.utils.command import available_cores, check_output_folder, run_command
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import LEFTOVER, host_name, is_running, remove_leftovers
+from trellis.utils.inputs import require_memory
 from trellis.utils.progress import waiting
 
 if TYPE_CHECKING:  # it needs torch, which the workers that write shards need not load
@@ -64,6 +65,8 @@ def pack(root: str, output: Path, resolution: int) -> int:
     check_output_folder(output.parent, "--output")
     dataset = _open(root, resolution)
     print(dataset.summary())
+    size = len(dataset) * packed_size(resolution)
+    require_memory(size, f"{output}: takes", DataError, "write shards, by an --output that does not end in .npz")
     bits = np.empty((len(dataset), packed_size(resolution)), dtype=np.uint8)
     texts: dict[str, list[str]] = {}
     with waiting("packing", len(dataset), "grid") as progress:
@@ -109,13 +112,14 @@ def pack_shards(
     print(dataset.summary())
     shard_size = shard_size or grids_per_shard(resolution)
     indices = np.arange(len(dataset))
-    if append and shards_in(output):
-        there = _open(str(output), resolution)
-        compare_settings({**there.settings, **dataset.settings})
     if append:
-        known = present_in(output)
-        # A rank's share does not depend on what the others have written by now.
-        share = indices[rank::world_size]
+        known: set[str] = set()
+        if shards_in(output):
+            there = _open(str(output), resolution)
+            for note in compare_settings({**there.settings, **dataset.settings}):
+                print(f"note: {note}")
+            known = set(there.texts("sha256"))
+        share = indices[rank::world_size]  # which does not depend on what other ranks have written by now
         lacking = [sha256 not in known for sha256 in dataset.texts("sha256", share)]
         indices, rank, world_size = share[np.array(lacking, bool)], 0, 1
     parts = list(_chunks(indices, shard_size))
@@ -199,11 +203,11 @@ def _task(dataset: "SparseStructure", path: Path, indices: np.ndarray, names: li
         row: Path(root, "voxels", f"{sha256}.ply") for row, (root, sha256) in enumerate(objects) if root in folders
     }
     others = np.array([row not in voxel_files for row in range(len(indices))])
-    bits = np.empty((int(others.sum()), packed_size(dataset.resolution)), np.uint8)
-    for rows in _chunks(np.arange(len(bits)), CHUNK):
-        bits[rows] = dataset.get_batch(indices[others][rows])["bits"].numpy()
+    grids = [
+        squeeze(row) for chunk in _chunks(indices[others], CHUNK) for row in dataset.get_batch(chunk)["bits"].numpy()
+    ]
     nothing = dict.fromkeys(names, [None] * len(indices))
-    return Task(path, dataset.resolution, {**nothing, **_columns(dataset, indices)}, voxel_files, bits)
+    return Task(path, dataset.resolution, {**nothing, **_columns(dataset, indices)}, voxel_files, grids)
 
 
 def _refuse_others(output: Path, ending: str, shards: int) -> None:

@@ -17,7 +17,9 @@ import argparse
 import sys
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Container, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +49,7 @@ from trellis.utils.progress import waiting
 from trellis.utils.ray_cluster import Cluster, joined
 
 PACKAGES = ("trellis", "dataset_toolkits")  # what workers on other machines need of the project
+WRITERS = 16  # threads that write what a Ray cluster has made: each file waits for the disk
 INTERRUPTED = "interrupted: run the same command again to go on"
 COLUMNS = ("sha256", "name", "split", "up_axis", "normalization", "fill", "axis", "notes", "mm_per_cell", "frame")
 SHARD_SECONDS = 300  # after which grids are written as a shard, however few: what a killed run may lose
@@ -222,8 +225,8 @@ class Run:
             return
         for made in result.made:
             if made.sha256 not in self.known.grids:  # of a volume that has lost others
-                self.buffer.add(made.bits, self._columns(job, made))
-        self.waiting.append((job, Outcome(tuple(made._replace(bits=b"") for made in result.made), result.missing)))
+                self.buffer.add(made.grid, self._columns(job, made))
+        self.waiting.append((job, Outcome(tuple(made._replace(grid=b"") for made in result.made), result.missing)))
         if len(self.buffer) >= self.buffer.limit or time.monotonic() - self.written_at > SHARD_SECONDS:
             self._write_shards()
 
@@ -274,19 +277,37 @@ class Run:
         timeout: float,
     ) -> None:
         """Do as run_in_pool does on a Ray cluster, whose nodes need not see the output folder."""
+        writing: deque[tuple[Future, tuple, Outcome]] = deque()
 
-        def write(task: tuple, result: tuple[Outcome, dict[str, bytes]] | DataError) -> None:
+        def write(folder: Path, files: dict[str, bytes]) -> None:
+            for name, data in files.items():
+                with atomic_write(folder / name) as partial:
+                    partial.write_bytes(zlib.decompress(data))
+
+        def finish_written(most: int) -> None:
+            """Let at most so many files be written still."""
+            while len(writing) > most or (writing and writing[0][0].done()):
+                future, task, outcome = writing.popleft()
+                future.result()
+                finish(task, outcome)
+
+        def take(task: tuple, result: tuple[Outcome, dict[str, bytes]] | DataError) -> None:
             if isinstance(result, DataError):
                 finish(task, result)
                 return
             outcome, files = result
-            for name, data in files.items():
-                with atomic_write(task[2] / name) as partial:
-                    partial.write_bytes(zlib.decompress(data))
-            finish(task, outcome)
+            if files:
+                writing.append((threads.submit(write, task[2], files), task, outcome))
+            else:
+                finish(task, outcome)
+            finish_written(4 * WRITERS)
 
         workers, memory = self.args.workers_of_node, self.args.memory
-        run_on_cluster(cluster, work.make_grids_elsewhere, tasks, write, workers, timeout, memory)
+        with ThreadPoolExecutor(WRITERS) as threads:
+            try:
+                run_on_cluster(cluster, work.make_grids_elsewhere, tasks, take, workers, timeout, memory)
+            finally:
+                finish_written(0)
 
     def _grids_of(self, job: Job) -> list[str]:
         """Return the grids that a finished job has."""

@@ -201,7 +201,8 @@ class Shard:
         require_file(path, DataError, "pack.py writes shards")
         try:
             self._check_framing()
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            file = pa.memory_map(str(path))
+            reader = pa.ipc.open_file(file)
             said = json.loads((reader.schema.metadata or {})[METADATA])
             check_version(said["format"], FORMAT_VERSION, path, DataError)
             self.resolution = int(said["resolution"])
@@ -209,6 +210,7 @@ class Shard:
                 raise ValueError(f"its resolution is {self.resolution}")
             self._known_sums = dict(said["sums"])
             self.batch = reader.get_batch(0)
+            file.close()  # the batch keeps the mapping; thousands of open files would be too many
             self.batch.validate()
             types = {field.name: field.type for field in self.batch.schema}
             wrong = [name for name, own in types.items() if own != arrow_type(name)]

@@ -39,6 +39,13 @@ FORMAT_OBJECTS = 20_000
 PARTS = 5  # of the loading, to see whether memory grows
 MEMORY = ("RssAnon", "RssFile", "Pss")  # MiB
 
+WHY_ARROW = (
+    "Shards are Arrow files because a grid is read at random out of a mapped file that all processes share. "
+    "Parquet and Zarr store as little, but read whole row groups or go through a slow index; Lance is slower too, "
+    "and fewer tools open it. A tar is as fast, but pads each grid to 512 bytes, is read to its end before the "
+    "first grid, and has no columns. An .npz is unpacked into the memory of each process."
+)
+
 
 def memory() -> dict[str, float]:
     """Return the MEMORY of this process, in MiB."""
@@ -242,6 +249,7 @@ def measure(args: argparse.Namespace) -> None:
     ]
     print(report.write(*parts))
     if args.formats:
+        parts.append(WHY_ARROW)
         parts.append(
             Table(
                 [

@@ -244,7 +244,7 @@ def test_the_benchmark(tmp_path, capsys):
     output = tmp_path / "result.md"
     flags = ["--resolution", "32", "--objects", "12", "--scale", "40", "--output", str(output)]
     benchmark.main(flags)
-    speed, recall = json.loads(output.with_suffix(".json").read_text())["tables"]
+    recall, speed = json.loads(output.with_suffix(".json").read_text())["tables"]
     assert [row[0] for row in speed["rows"]] == [12, 40]
     assert speed["rows"][1][6:8] == [4, 8]
     assert [row[2:] for row in recall["rows"][1:]] == [[12, 12, 1.0]] * 3 + [[4, 4, 1.0]]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, save_tokenizer, solid_grids, tetrahedron, wait_for
+from helpers import ROOT, free_port, save_tokenizer, solid_grids, tetrahedron, wait_for
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("numba")
@@ -323,12 +323,15 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     assert voxelize.main([*command, "auto", "--rank", "1", "--world_size", "2"]) == 1
     assert voxelize.main([*command, "--dry_run"]) == 1
     assert voxelize.main([*command, "ray://head:10001"]) == 1
+    assert voxelize.main([*command, f"localhost:{free_port()}"]) == 1
+    assert voxelize.main([*command, "localhost:99999"]) == 1
+    assert voxelize.main([*command, "nonsense"]) == 1
     monkeypatch.setitem(sys.modules, "ray", None)
     assert voxelize.main(command) == 1
     errors = capsys.readouterr().err.splitlines()
-    for error, message in zip(
-        errors, ("--rank and --world_size", "--dry_run", "auto or host:port", "pip install ray"), strict=True
-    ):
+    messages = ["--rank and --world_size", "--dry_run", "auto or host:port", "no Ray cluster is there"]
+    messages += ["no Ray cluster is there", "cannot join the cluster", "pip install ray"]
+    for error, message in zip(errors, messages, strict=True):
         assert error.startswith("error: --") and message in error
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):

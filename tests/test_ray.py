@@ -261,16 +261,27 @@ class TestTasks:
         with pytest.raises(ConfigError, match=r"no node can take this work: \S+ \(1 CPUs, 0 GPUs\)"):
             joined.run_tasks(ray_tasks.end, lambda node: [ray_cluster.Slot(0, 1, 1)] * node.gpus, [1], print)
 
-    def test_each_worker_has_a_gpu_of_its_own(self, cluster, joined):
+    def test_each_worker_has_a_gpu_of_its_own_also_on_a_node_that_joins_later(self, cluster, joined, monkeypatch):
         """Ray takes the number of GPUs of a node as it is told."""
         import ray_tasks
 
-        node = cluster.add_node(**NODE, num_gpus=2)
-        shown = []
-        slots = partial(token_work.slots_of_node, -1, True)
-        joined.run_tasks(ray_tasks.gpu, slots, range(20), lambda task, result: shown.append(result))
-        cluster.remove_node(node)
-        assert set(shown) == {"0", "1"} and len(shown) == 20
+        monkeypatch.setattr(ray_cluster, "LOOK_SECONDS", 0.2)
+        nodes, shown = [cluster.add_node(**NODE, num_gpus=1)], set()
+
+        def tasks() -> Iterator[int]:
+            for number in range(1000):
+                if len(shown) < 2:
+                    yield number
+
+        def finish(task: int, result: str) -> None:
+            shown.add(result)
+            if len(nodes) == 1:
+                nodes.append(cluster.add_node(**NODE, num_gpus=2))
+
+        joined.run_tasks(ray_tasks.gpu, partial(token_work.slots_of_node, -1, True), tasks(), finish)
+        for node in nodes:
+            cluster.remove_node(node)
+        assert shown == {"0", "1"}
 
     def test_workers_wait_for_nodes_that_others_have_taken(self, joined, tmp_path, monkeypatch):
         monkeypatch.setattr(ray_cluster, "LOOK_SECONDS", 0.2)

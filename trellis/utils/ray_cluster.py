@@ -399,7 +399,8 @@ class _Run:
             if losses + 1 < self.attempts:
                 self.again.append(_Task(task, losses + 1))
             else:
-                self.finish(task, Lost(f"its worker was lost {self.attempts} times, the last one on {self.reason}"))
+                short = f"{worker.node.name}: {str(error).partition(chr(10))[0].rstrip('.')}"
+                self.finish(task, Lost(f"its worker was lost {self.attempts} times, the last one on {short}"))
 
     def dismiss(self) -> None:
         """End the workers."""

@@ -353,8 +353,9 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path, list[Sheet]]:
     differing = notes_on_data(subject, dataset) if args.data_dir else []
     for note in (*dataset.notes, *differing):
         print(f"note: {note}")
-    sources = [dataset.source(i) for i in range(len(dataset))]
-    kinds = [kind_of.get(source or "") or dataset.kind(i) for i, source in enumerate(sources)]
+    sources = dataset.texts("source")
+    own_kinds = dataset.texts("kind")
+    kinds = [kind_of.get(source or "") or own for source, own in zip(sources, own_kinds, strict=True)]
     if args.kinds and None in kinds:
         unknown = sorted({source or "(no source)" for source, kind in zip(sources, kinds, strict=True) if kind is None})
         print(
@@ -381,7 +382,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path, list[Sheet]]:
     sheets: list[Sheet] = []
     reconstructions: dict[int, np.ndarray] = {}  # of the first set, in bits: 32 KiB for 64³
     # Seeds the sample of each object, independent of the other objects.
-    sample_ids = torch.tensor([int(dataset.sha256(i)[:15], 16) for i in range(len(dataset))])
+    sample_ids = torch.from_numpy((dataset.keys() >> np.uint64(4)).astype(np.int64))
 
     def reconstruct_and_keep(ss: torch.Tensor, numbers: Sequence[int]) -> Reconstruction:
         result = reconstruct(models, ss, sample_ids[list(numbers)])
@@ -407,8 +408,8 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path, list[Sheet]]:
         results[label] = summarize(scores, sources, kinds)
         if not sheets:  # a later stage and the export take the first set
             results[label]["per_object"] = {
-                dataset.sha256(i): {"name": dataset.name(i), **{k: v[i].item() for k, v in scores.objects.items()}}
-                for i in range(len(dataset))
+                sha256: {"name": name, **{k: v[i].item() for k, v in scores.objects.items()}}
+                for i, (sha256, name) in enumerate(zip(dataset.texts("sha256"), dataset.texts("name"), strict=True))
             }
             iou = scores.objects["iou"]
             worst = [("worst", number) for number in iou.argsort()[:WORST].tolist()]

@@ -82,11 +82,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def spread(total: int, wanted: int) -> np.ndarray:
-    """Return the indices of at most `wanted` of `total` objects, evenly spaced, [n] ascending."""
-    return np.arange(total) if total <= wanted else np.arange(wanted) * total // wanted
-
-
 def open_data(args: argparse.Namespace, info: parquet.TokenInfo) -> SparseStructure:
     """Open --data_dir, and print notes on its roots. Raise DataError for grids that the ids cannot be made of."""
     dataset = SparseStructure(args.data_dir, resolution=info.resolution, split=args.split)
@@ -108,7 +103,7 @@ def read_tokens(
     total = sum(parquet.count_rows(path) for path in parquet.shard_files(args.tokens))
     if not total:
         raise DataError(f"{args.tokens}: has no object. {Path(args.tokens).name}_failed.csv beside it says why.")
-    wanted = set(spread(total, args.max_objects).tolist())
+    wanted = set(stats.spread(total, args.max_objects).tolist())
     rows = [
         (row["sha256"], row["tokens"].astype(np.int32))
         for i, row in enumerate(parquet.read_shards(args.tokens))
@@ -136,14 +131,14 @@ def encode_grids(
     """Encode the grids of --data_dir."""
     empty_ids = tokenizer.empty_ids.numpy()
     tokenizer.to(device)
-    chosen = spread(len(dataset), args.max_objects)
+    chosen = stats.spread(len(dataset), args.max_objects)
     parts = []
     for indices in batches(chosen, "encoding"):
         batch = {name: value.to(tokenizer.device) for name, value in dataset.get_batch(indices).items()}
         parts.append(tokenizer.encode(dataset.unpack_batch(batch)["ss"]).int().cpu().numpy())
     tokens = TokenSet(
         np.concatenate(parts),
-        np.array([dataset.sha256(i) for i in chosen]),
+        np.array(dataset.texts("sha256", chosen)),
         tokenizer.lattice,
         tokenizer.codes_per_token,
         tokenizer.n_embed,
@@ -155,21 +150,28 @@ def encode_grids(
 
 
 def read_grids(args: argparse.Namespace, dataset: SparseStructure, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
-    """Return whether positions have an occupied voxel, [N, L] bool, and bytes of compressed grids, [N, 2].
+    """Return whether positions have an occupied voxel, [N, L] bool, and bytes of compressed grids, [n, 2].
 
+    Those of the n objects are compressed whose ids are, too.
     Raise DataError if --data_dir lacks the grid of an object.
     """
-    numbers = {sha256: i for i, (_, sha256) in enumerate(dataset.instances)}
-    missing = [sha256 for sha256 in subject.tokens.objects.tolist() if sha256 not in numbers]
-    if missing:
+    sha256s = subject.tokens.objects.tolist()
+    numbers = dataset.find(sha256s)
+    missing = np.flatnonzero(numbers < 0)
+    if len(missing):
         raise DataError(
-            f"{args.data_dir}: has no grid of {missing[0]} ({len(missing)} such objects in {args.tokens}). "
+            f"{args.data_dir}: has no grid of {sha256s[missing[0]]} ({len(missing)} such objects in {args.tokens}). "
             "Give the roots and the split that its ids come from."
         )
-    occupied, sizes = [], []
-    for indices in batches(np.array([numbers[sha256] for sha256 in subject.tokens.objects.tolist()]), "grids"):
+    occupied, sizes, done = [], [], 0
+    compressed = np.zeros(len(subject.tokens.objects), bool)
+    compressed[stats.spread(len(compressed), stats.OBJECTS_TO_COMPRESS)] = True
+    for indices in batches(numbers, "grids"):
         batch = dataset.get_batch(indices)
-        sizes.append(stats.grid_sizes(batch["bits"].numpy()))
+        chosen = compressed[done : done + len(indices)]
+        if chosen.any():
+            sizes.append(stats.grid_sizes(batch["bits"].numpy()[chosen]))
+        done += len(indices)
         occupied.append(occupied_blocks(dataset.unpack_batch(batch)["ss"], subject.tokens.lattice).flatten(1).numpy())
     return np.concatenate(occupied), np.concatenate(sizes)
 
@@ -208,7 +210,9 @@ def measure(args: argparse.Namespace) -> dict:
         "entropy": stats.conditional_entropies(tokens),
         "runs": stats.run_stats(tokens),
         "empty": None, "sparse": None, "octree": stats.octree_stats(tokens) if tokens.empty_code else None,
-        "bytes": {"ids": stats.id_sizes(tokens), "grid": None},
+        "bytes": {
+            "objects": min(len(tokens.ids), stats.OBJECTS_TO_COMPRESS), "ids": stats.id_sizes(tokens), "grid": None,
+        },
     }  # fmt: skip
     if tokens.empty_ids is not None:
         result["empty"] = stats.empty_stats(tokens, occupied)

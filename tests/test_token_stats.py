@@ -218,6 +218,50 @@ def test_a_single_object_leaves_nothing_to_test_on():
     assert all(entry["held_out"] is entry["bits_per_object"] is None for entry in entries.values())
 
 
+# Of the set below, by a program that looked every id up in counts of its own: plug_in, held_out, p95 of an object,
+# contexts.
+COUNTED = {
+    "nothing": (6.28256842006882, 11.059082381528048, 807.5148758771024, 2),
+    "place": (2.250490608105905, 10.306418925505364, 793.7484697788864, 64),
+    "previous_raster": (1.8039238319123516, 11.077279237747959, 815.3138231009219, 395),
+    "previous_morton": (1.792654271974782, 11.061381127766941, 815.9565240385547, 395),
+    "neighbour_x": (2.489200259017917, 11.082513430065523, 815.8334928499623, 298),
+    "neighbour_y": (2.4948545274449763, 11.101971358591316, 817.9428186915826, 308),
+    "neighbour_z": (3.5704205817651022, 11.247281291471182, 831.109479298318, 207),
+    "neighbours_xyz": (0.48478307967086937, 11.375897570687032, 842.3026125001145, 591),
+}
+
+
+def test_two_codes_a_token_of_65536_each():
+    """Contexts of three tokens and an id have more than 2⁶³ combinations. Objects repeat."""
+    rng = np.random.default_rng(7)
+    ids = np.where(rng.random((12, 64)) < 0.5, rng.integers(0, 65536, (12, 64)), rng.integers(0, 9, 64))
+    tokens = token_set(ids, (4, 4, 2), 65536, codes=2, objects=rng.integers(0, 7, 12))
+    for name, entry in stats.conditional_entropies(tokens).items():
+        found = entry["plug_in"], entry["held_out"], entry["bits_per_object"]["p95"], entry["contexts"]
+        assert found == pytest.approx(COUNTED[name], rel=1e-12), name
+
+
+@pytest.mark.parametrize("different", [3, 700])
+def test_combinations_are_numbered_in_order(different):
+    """A few many times over, and many once each: both ways to find them."""
+    rng = np.random.default_rng(0)
+    digits = [(rng.integers(0, different, (40, 20)), different), (rng.integers(0, 2, (40, 20)), 2)]
+    numbers, found = stats._numbered(digits)
+    rows = np.stack([values.ravel() for values, _ in digits], 1)
+    unique, inverse = np.unique(rows, axis=0, return_inverse=True)
+    assert np.array_equal(np.stack(found, 1), unique) and np.array_equal(numbers.ravel(), inverse.ravel())
+
+
+@pytest.mark.parametrize("number", [1, 2, 9, 1000])
+def test_percentiles_of_counts_are_those_of_numpy(number):
+    values = np.random.default_rng(number).geometric(0.1, number)
+    described = stats._describe_runs(np.bincount(values), 5)
+    wanted = stats.summary(values)
+    assert {name: described[name] for name in wanted} == pytest.approx(wanted, rel=1e-14)
+    assert described["per_object"] == number / 5 and described["longest"] == values.max()
+
+
 # --- lengths and sizes ----------------------------------------------------------------------------------------------
 
 
@@ -304,6 +348,16 @@ def test_compressed_sizes_are_those_of_streams_that_can_be_read_back():
     )
 
 
+def test_of_many_objects_some_are_compressed(monkeypatch):
+    tokens = token_set(np.random.default_rng(1).integers(0, 8192, (7, 16)), (2, 2, 4), 8192)
+    whole = stats.id_sizes(tokens)
+    monkeypatch.setattr(stats, "OBJECTS_TO_COMPRESS", 3)
+    chosen = stats.spread(7, 3)
+    assert chosen.tolist() == [0, 2, 4] and stats.spread(3, 7).tolist() == [0, 1, 2]
+    assert stats.id_sizes(tokens) == stats.id_sizes(token_set(tokens.ids[chosen], (2, 2, 4), 8192))
+    assert stats.id_sizes(tokens)["packed"]["raw"] == whole["packed"]["raw"]
+
+
 # --- the script -----------------------------------------------------------------------------------------------------
 
 
@@ -335,7 +389,7 @@ def run_script(monkeypatch, capsys):
 
 
 @needs_plots
-def test_the_script_encodes_measures_and_reads(run_script, tokenizer_folder, data_dir, tmp_path):
+def test_the_script_encodes_measures_and_reads(run_script, tokenizer_folder, data_dir, tmp_path, monkeypatch):
     out = tmp_path / "out"
     code, printed, errors = run_script("--tokenizer", tokenizer_folder, "--data_dir", data_dir, "--output_dir", out)
     assert code == 0, errors
@@ -360,8 +414,17 @@ def test_the_script_encodes_measures_and_reads(run_script, tokenizer_folder, dat
     deflated = [stats.deflate_size(row.tobytes()) for row in bits]
     assert result["bytes"]["grid"]["deflate"] == pytest.approx(stats.summary(deflated))
 
+    assert result["bytes"]["objects"] == 30
+    monkeypatch.setattr(stats, "OBJECTS_TO_COMPRESS", 3)
+    flags = ("--tokenizer", tokenizer_folder, "--data_dir", data_dir, "--output_dir", tmp_path / "few")
+    assert run_script(*flags)[0] == 0
+    few = json.loads((tmp_path / "few" / "stats.json").read_text())
+    assert few["bytes"]["objects"] == 3 and few["entropy"] == result["entropy"]
+    assert few["bytes"]["grid"]["deflate"] == pytest.approx(stats.summary(np.array(deflated)[[0, 10, 20]]))
+    assert "bytes of an object, each by itself (3 objects)" in (tmp_path / "few" / "stats.md").read_text()
+
     text = (out / "stats.md").read_text()
-    assert text in printed
+    assert text in printed and "by itself |" in text
     assert "30 objects, each of" in text and f"{result['empty']['places_without_voxels']:.1%} of the positions" in text
     for name in re.findall(r"\((\w+\.png)\)", text):
         assert (out / name).read_bytes().startswith(b"\x89PNG")

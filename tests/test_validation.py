@@ -29,8 +29,8 @@ class Names:
     def __len__(self) -> int:
         return len(self.sha256s)
 
-    def sha256(self, index: int) -> str:
-        return self.sha256s[index]
+    def keys(self) -> np.ndarray:
+        return np.array([int(name[:16], 16) for name in self.sha256s], np.uint64)
 
     def chosen(self, number: int | None) -> set[str]:
         indices = sample(self, number)  # type: ignore[arg-type]

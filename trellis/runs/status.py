@@ -200,7 +200,7 @@ class RunStatus:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.folder / FILE) as partial:
-                partial.write_text(json.dumps(_finite(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+                partial.write_text(json.dumps(json_numbers(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
             self._told = False
         except OSError as error:  # a full disk ends training only where something is lost
             if not self._told:
@@ -229,10 +229,10 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _finite(value: Any) -> Any:
+def json_numbers(value: Any) -> Any:
     """Replace numbers that are not finite, which JSON does not have, by None."""
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: json_numbers(one) for key, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

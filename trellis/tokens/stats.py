@@ -6,9 +6,11 @@ of them comes next. All entropies are in bits.
 """
 
 import lzma
+import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ from .sparse import morton_order
 
 FOLDS = 5
 OBJECTS_AT_ONCE = 64
+VALUES_AT_ONCE = 2**18
+# Objects that are compressed one by one, at most: each takes about 20 ms.
+OBJECTS_TO_COMPRESS = 1000
 ORDERS = ("raster", "morton")
 
 
@@ -79,21 +84,23 @@ def codebook_stats(tokens: TokenSet) -> dict:
     }
 
 
-def contexts(tokens: TokenSet) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Yield what an id may be predicted from: a name, and contexts [N, T], each finer than the one before it.
+def contexts(tokens: TokenSet) -> Iterator[tuple[str, list[tuple[np.ndarray, int]]]]:
+    """Yield what an id may be predicted from: a name, and the parts of the context, from coarse to fine.
 
+    A part is (its values [N, T] in [0, size), size), and a context one of values of all parts.
     The contexts are: nothing; the position; the previous id in raster and in Morton order; the ids one step back along
     x, y and z; and these three together, refined from z to y to x. At the border of the lattice, and before the first
-    id, the context is K, as a model knows where an object begins. In raster order all of these come before the id.
+    id, the value is K, as a model knows where an object begins. In raster order all of these come before the id.
     """
-    ids, K = tokens.ids.astype(np.int64), tokens.n_embed
+    ids, K = tokens.ids.astype(np.int32, copy=False), tokens.n_embed
     yield "nothing", []
-    yield "place", [np.broadcast_to(np.arange(ids.shape[1]), ids.shape)]
+    yield "place", [(np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape), ids.shape[1])]
     for name in ORDERS:
         order = tokens.order(name)
         before = np.full_like(ids, K)
         before[:, order[1:]] = ids[:, order[:-1]]
-        yield f"previous_{name}", [before]
+        yield f"previous_{name}", [(before, K + 1)]
+        del before
     grid = ids.reshape(len(ids), *tokens.lattice, tokens.codes_per_token)
     back = {}
     for axis, name in enumerate("xyz", start=1):
@@ -101,9 +108,8 @@ def contexts(tokens: TokenSet) -> Iterator[tuple[str, list[np.ndarray]]]:
         size = grid.shape[axis]
         np.moveaxis(shifted, axis, 0)[1:] = np.moveaxis(grid, axis, 0)[: size - 1]
         back[name] = shifted.reshape(ids.shape)
-        yield f"neighbour_{name}", [back[name]]
-    pairs = _dense(back["z"] * (K + 1) + back["y"])
-    yield "neighbours_xyz", [back["z"], pairs, _dense(pairs * (K + 1) + back["x"])]
+        yield f"neighbour_{name}", [(back[name], K + 1)]
+    yield "neighbours_xyz", [(back[name], K + 1) for name in "zyx"]
 
 
 def conditional_entropies(tokens: TokenSet) -> dict[str, dict]:
@@ -123,31 +129,37 @@ def conditional_entropies(tokens: TokenSet) -> dict[str, dict]:
     _, groups = np.unique(tokens.objects, return_inverse=True)
     different = int(groups.max()) + 1
     folds = groups % min(FOLDS, different)  # the order of sha256 is arbitrary
-    which = np.broadcast_to(np.arange(tokens.ids.shape[1]) % tokens.codes_per_token, tokens.ids.shape)
-    probability = np.full(tokens.ids.shape, 1 / tokens.n_embed)
-    unigram, unigram_pairs = _refine(tokens, which, folds, probability)
+    # Objects of a fold lie together, so that their pairs are a slice.
+    order = np.argsort(folds, kind="stable")
+    ids, base = _by_frequency(tokens.ids[order]), 1 / tokens.n_embed
+    tokens = replace(tokens, ids=ids, n_embed=int(ids.max()) + 1)
+    ends = np.bincount(folds).cumsum().tolist()
+    slices = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
     results = {}
-    for name, levels in contexts(tokens):
-        probability, pairs = unigram, unigram_pairs
-        for level in levels:
-            probability, pairs = _refine(tokens, level * tokens.codes_per_token + which, folds, probability)
-        held_out = -np.log2(probability).sum(1) + 0.0 if different > 1 else None  # [N]
+    for name, parts in contexts(tokens):
+        pair, levels = _levels(tokens, parts, base)
+        held_out = np.empty(len(tokens.ids))
+        for fold in slices if different > 1 else ():
+            bits = -np.log2(_held_out(levels, np.bincount(pair[fold].ravel(), minlength=len(levels[-1].counts))))
+            held_out[order[fold]] = bits[pair[fold]].sum(1) + 0.0
         results[name] = {
-            "plug_in": pairs.entropy(),
-            "held_out": None if held_out is None else float(held_out.mean() / tokens.ids.shape[1]),
-            "bits_per_object": None if held_out is None else summary(held_out),
-            "contexts": int((pairs.per_context > 0).sum()),
+            "plug_in": levels[-1].entropy(),
+            "held_out": float(held_out.mean() / tokens.ids.shape[1]) if different > 1 else None,
+            "bits_per_object": summary(held_out) if different > 1 else None,
+            "contexts": len(levels[-1].per_context),
         }
     return results
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Level:
     """Counts of the U pairs of context and id that occur, with C contexts."""
 
     counts: np.ndarray  # [U]
     context: np.ndarray  # [U], the context of each pair, in [0, C)
     per_context: np.ndarray  # [C], sums of counts
+    different: np.ndarray  # [C], pairs of each context
+    coarser: np.ndarray | float  # [U], the pair of the next coarser level that each belongs to; of the coarsest, 1/K
 
     def entropy(self) -> float:
         """Return the plug-in estimate, bits of an id."""
@@ -155,31 +167,114 @@ class Pairs:
         return float((self.counts * bits).sum() / self.counts.sum())
 
 
-def _refine(tokens: TokenSet, level: np.ndarray, folds: np.ndarray, coarser: np.ndarray) -> tuple[np.ndarray, Pairs]:
-    """Return held-out probabilities of ids, [N, T], and the counts over all objects.
+def _by_frequency(ids: np.ndarray) -> np.ndarray:
+    """Return ids renumbered, int32, the most frequent first: then most look-ups in a table are in one part of it."""
+    counts = np.bincount(ids.ravel())
+    ranks = np.empty(len(counts), np.int32)
+    ranks[np.argsort(-counts, kind="stable")] = np.arange(len(counts), dtype=np.int32)
+    return ranks[ids]
 
-    level: [N, T], the context of each id.
-    folds: [N], the part of each object.
-    coarser: [N, T], held-out probabilities in the next coarser contexts.
+
+def _levels(tokens: TokenSet, parts: list[tuple[np.ndarray, int]], base: float) -> tuple[np.ndarray, list[Level]]:
+    """Return the pair of each id, [N, T], in the finest of the contexts, and the levels from nothing to it.
+
+    Levels are counted by pairs, of which there are far fewer than ids.
+
+    base: probability of an id of which nothing is known.
     """
-    pair, values = pd.factorize((level * tokens.n_embed + tokens.ids).ravel())
-    pair, context = pair.reshape(level.shape), values // tokens.n_embed
-    counts = np.bincount(pair.ravel())
-    probability = np.empty_like(coarser)
-    for fold in np.unique(folds):
-        inside = folds == fold
-        here = pair[inside]
-        seen = counts - np.bincount(here.ravel(), minlength=len(counts))
-        total = np.bincount(context, weights=seen)[context[here]]
-        kinds = np.bincount(context, weights=seen > 0)[context[here]]
+    K, Q = tokens.n_embed, tokens.codes_per_token
+    which = np.arange(tokens.ids.shape[1], dtype=np.int32) % Q
+    # Digits of each pair, the coarsest first: the parts of its context, which of a token's codes it is, the id.
+    digits = [*parts, (np.broadcast_to(which, tokens.ids.shape), Q), (tokens.ids, K)]
+    pair, found = _numbered(digits)
+    sizes, counts = [size for _, size in digits], np.bincount(pair.ravel(), minlength=len(found[0]))
+    levels: list[Level] = []
+    while True:
+        context = _runs(found[:-1])  # pairs are in the order of their digits
+        per_context, different = np.bincount(context, weights=counts), np.bincount(context)
+        if len(found) == 2:
+            levels.append(Level(counts, context, per_context, different, base))
+            return pair, levels[::-1]
+        # Without the last part of the context.
+        found, sizes = [*found[:-3], *found[-2:]], [*sizes[:-3], *sizes[-2:]]
+        coarser, found = _numbered([*zip(found, sizes, strict=True)])
+        levels.append(Level(counts, context, per_context, different, coarser))
+        counts = np.bincount(coarser, weights=counts)
+
+
+def _runs(columns: list[np.ndarray]) -> np.ndarray:
+    """Return the number of each run of rows [n] that are equal in all columns, int32."""
+    begins = np.zeros(len(columns[0]), bool)
+    for column in columns:
+        begins[1:] |= column[1:] != column[:-1]
+    return begins.cumsum(dtype=np.int32)
+
+
+def _held_out(levels: list[Level], inside: np.ndarray) -> np.ndarray:
+    """Return the probability [U] of each pair's id in its context, fitted on what is not inside.
+
+    inside: [U], the part of the finest level's counts that is coded. Pairs of which it has none get any number > 0.
+    """
+    coded = []  # of each level, from fine to coarse: the pairs that are inside, and how often
+    for level in levels[::-1]:
+        pairs = np.flatnonzero(inside)
+        coded.append((pairs, inside[pairs]))
+        if isinstance(level.coarser, np.ndarray):
+            inside = np.bincount(level.coarser[pairs], weights=inside[pairs])
+    probability = np.empty(0)
+    for level, (pairs, counts) in zip(levels, coded[::-1], strict=True):
+        coarser = level.coarser if isinstance(level.coarser, float) else probability[level.coarser[pairs]]
+        context, all_counts = level.context[pairs], level.counts[pairs]
+        seen = all_counts - counts
+        total = level.per_context[context] - np.bincount(context, weights=counts)[context]
+        # Different ids that are seen outside: all, but for those that are seen inside alone.
+        kinds = level.different[context] - np.bincount(context, weights=seen == 0)[context]
         divisor = np.maximum(total + kinds, 1)  # 0 for a context that the other parts do not have
-        probability[inside] = np.where(total > 0, (seen[here] + kinds * coarser[inside]) / divisor, coarser[inside])
-    return probability, Pairs(counts, context, np.bincount(context, weights=counts))
+        probability = np.ones(len(level.counts))
+        probability[pairs] = np.where(total > 0, (seen + kinds * coarser) / divisor, coarser)
+    return probability
 
 
-def _dense(values: np.ndarray) -> np.ndarray:
-    """Return values renumbered from 0 in order of first occurrence, in the same shape."""
-    return pd.factorize(values.ravel())[0].reshape(values.shape)
+def _numbered(digits: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return a number in [0, U) for each combination of digits that occurs, int32, and the digits [U] of each number.
+
+    Numbers are in the order of the digits.
+
+    digits: (values in [0, size), size) each; all values have one shape, and the numbers have it too.
+    """
+    sizes = [size for _, size in digits]
+    for place in range(1, len(digits)):
+        if math.prod(sizes[: place + 1]) >= 2**63:  # combinations so far are fewer than their digits allow
+            begin, before = _numbered(digits[:place])
+            numbers, rest = _numbered([(begin, len(before[0])), *digits[place:]])
+            return numbers, [*(values[rest[0]] for values in before), *rest[1:]]
+    keys = digits[0][0].astype(np.int64)
+    for values, size in digits[1:]:
+        keys *= size
+        keys += values
+    shape, keys = keys.shape, keys.ravel()
+    ordered = np.sort(keys)
+    found = ordered[np.flatnonzero(np.diff(ordered, prepend=-1))]
+    del ordered
+    if len(found) <= len(keys) // 8:
+        index, numbers = pd.Index(found), np.empty(len(keys), np.int32)  # a hash table that fits in a cache
+        for start in range(0, len(keys), VALUES_AT_ONCE):
+            part = slice(start, start + VALUES_AT_ONCE)
+            numbers[part] = index.get_indexer(keys[part])
+    else:
+        in_order, where = (each.numpy() for each in torch.sort(torch.from_numpy(keys)))
+        numbers = np.empty(len(keys), np.int32)
+        numbers[where] = _runs([in_order])
+    return numbers.reshape(shape), _digits(found, sizes)
+
+
+def _digits(numbers: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    """Return the digits of numbers [U], the highest first, each below its size."""
+    found = []
+    for size in reversed(sizes):
+        numbers, digit = np.divmod(numbers, size)
+        found.append(digit.astype(np.int32))
+    return found[::-1]
 
 
 # --- empty tokens, runs, and the sparse form ------------------------------------------------------------------------
@@ -241,36 +336,53 @@ def run_stats(tokens: TokenSet) -> dict[str, dict]:
     lengths; and "doubling", how many have a length in [2^i, 2^(i+1)).
     """
     results: dict[str, dict] = {}
+    objects, longest = tokens.ids.shape
     for name in ORDERS:
         order = tokens.order(name)
-        ids = tokens.ids[:, order]
-        # A token of several codes is one value.
-        whole = _dense_rows(ids.reshape(-1, tokens.codes_per_token)).reshape(len(ids), -1)
-        results[name] = {"equal": _describe_runs(run_lengths(whole)[0], len(ids)), "empty": None}
-        if tokens.empty_ids is not None:
-            lengths, empty = run_lengths(ids == tokens.empty_ids[order])
-            results[name]["empty"] = _describe_runs(lengths[empty], len(ids))
+        equal, empty = np.zeros(longest + 1, np.int64), np.zeros(longest + 1, np.int64)  # how many have each length
+        for start in range(0, objects, OBJECTS_AT_ONCE):
+            ids = tokens.ids[start : start + OBJECTS_AT_ONCE, order]
+            equal += np.bincount(run_lengths(_whole_tokens(ids, tokens))[0], minlength=longest + 1)
+            if tokens.empty_ids is not None:
+                lengths, gone = run_lengths(ids == tokens.empty_ids[order])
+                empty += np.bincount(lengths[gone], minlength=longest + 1)
+        results[name] = {
+            "equal": _describe_runs(equal, objects),
+            "empty": None if tokens.empty_ids is None else _describe_runs(empty, objects),
+        }
     return results
 
 
-def _dense_rows(rows: np.ndarray) -> np.ndarray:
-    """Return a number for each row [n, Q]; equal rows have equal numbers."""
-    number = rows[:, 0].astype(np.int64)
-    for column in rows.T[1:]:
-        number = _dense(number * (int(rows.max()) + 1) + column)
-    return number
+def _whole_tokens(ids: np.ndarray, tokens: TokenSet) -> np.ndarray:
+    """Return a number for each token of ids [B, T], [B, L]; tokens whose codes are all equal have equal ones."""
+    if tokens.codes_per_token == 1:
+        return ids
+    codes = ids.reshape(len(ids), -1, tokens.codes_per_token)
+    return _numbered([(codes[..., place], tokens.n_embed) for place in range(tokens.codes_per_token)])[0]
 
 
-def _describe_runs(lengths: np.ndarray, objects: int) -> dict:
-    if not len(lengths):
+def _describe_runs(counts: np.ndarray, objects: int) -> dict:
+    """Return what `run_stats` says of runs. counts: how many have each length."""
+    number = int(counts.sum())
+    if not number:
         return {"per_object": 0.0, "longest": 0, "doubling": []}
-    doubling = np.bincount(np.log2(lengths).astype(int))
+    lengths = np.flatnonzero(counts)
+    doubling = np.bincount(np.log2(lengths).astype(int), weights=counts[lengths]).astype(int)
     return {
-        "per_object": len(lengths) / objects,
-        **summary(lengths),
-        "longest": int(lengths.max()),
+        "per_object": number / objects,
+        "mean": float((lengths * counts[lengths]).sum() / number),
+        **{name: _percentile(counts, percent) for name, percent in (("median", 50), ("p5", 5), ("p95", 95))},
+        "longest": int(lengths[-1]),
         "doubling": doubling.tolist(),
     }
+
+
+def _percentile(counts: np.ndarray, percent: float) -> float:
+    """Return what np.percentile says of whole numbers, of which counts [n] tells how many there are of each."""
+    up_to = counts.cumsum()
+    at = percent / 100 * (int(up_to[-1]) - 1)
+    below, above = np.searchsorted(up_to, [math.floor(at), math.ceil(at)], side="right").tolist()
+    return below + (above - below) * (at - math.floor(at))
 
 
 def sparse_lengths(tokens: TokenSet, order: str) -> np.ndarray:
@@ -337,21 +449,30 @@ def whole_ids(ids: np.ndarray, n_embed: int) -> bytes:
 LAYOUTS = {"packed": pack_ids, "whole": whole_ids}
 
 
+def spread(total: int, wanted: int) -> np.ndarray:
+    """Return the indices of at most `wanted` of `total` objects, evenly spaced, [n] ascending."""
+    return np.arange(total) if total <= wanted else np.arange(wanted) * total // wanted
+
+
 def id_sizes(tokens: TokenSet) -> dict[str, dict]:
     """Return the bytes of an object's ids: {"packed" | "whole": {"raw": int, "deflate" | "lzma": {order: summary}}}.
 
-    Each object is compressed by itself.
+    Each object is compressed by itself, of more than OBJECTS_TO_COMPRESS so many, evenly spaced.
     """
+    ids = tokens.ids[spread(len(tokens.ids), OBJECTS_TO_COMPRESS)]
     results: dict[str, dict] = {}
-    for layout, write in LAYOUTS.items():
-        results[layout] = {"raw": len(write(tokens.ids[0], tokens.n_embed)), **{name: {} for name in COMPRESSORS}}
-        for order in ORDERS:
-            rows = [write(row, tokens.n_embed) for row in tokens.ids[:, tokens.order(order)]]
-            for name, size in COMPRESSORS.items():
-                results[layout][name][order] = summary(np.array([size(row) for row in rows]))
+    with ThreadPoolExecutor() as pool:  # compressors let other threads run
+        for layout, write in LAYOUTS.items():
+            results[layout] = {"raw": len(write(ids[0], tokens.n_embed)), **{name: {} for name in COMPRESSORS}}
+            for order in ORDERS:
+                rows = [write(row, tokens.n_embed) for row in ids[:, tokens.order(order)]]
+                for name, size in COMPRESSORS.items():
+                    results[layout][name][order] = summary(np.array([*pool.map(size, rows)]))
     return results
 
 
 def grid_sizes(grids: np.ndarray) -> np.ndarray:
     """Return the bytes of packed grids after each of COMPRESSORS, [N, 2]. grids: [N, R³ / 8] uint8, a bit per voxel."""
-    return np.array([[size(row.tobytes()) for size in COMPRESSORS.values()] for row in grids])
+    rows = [row.tobytes() for row in grids]
+    with ThreadPoolExecutor() as pool:
+        return np.array([[*pool.map(size, rows)] for size in COMPRESSORS.values()], np.int64).T

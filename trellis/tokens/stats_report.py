@@ -252,7 +252,8 @@ def _bytes(result: dict) -> str:
     for label, raw, squeezed in _sizes(result):
         mean, median = (raw, raw) if squeezed is None else (squeezed["mean"], squeezed["median"])
         rows.append([label, f"{mean:.0f}", f"{median:.0f}"])
-    text = [_table(["bytes of an object, each by itself", "mean", "median"], rows)]
+    some = f" ({result['bytes']['objects']} objects)" if result["bytes"]["objects"] < result["objects"] else ""
+    text = [_table([f"bytes of an object, each by itself{some}", "mean", "median"], rows)]
     squeezed = {label: entry["median"] for label, _, entry in _sizes(result) if entry and "grid" not in label}
     best = min(squeezed, key=lambda label: squeezed[label])
     text.append(f"Of the general compressors on ids, the best is {best}: {squeezed[best]:.0f} bytes (median).")

@@ -574,7 +574,8 @@ class BasicTrainer:
     @cached_property
     def data_facts(self) -> dict[str, Any]:
         """What identifies the data, as they were when the run started."""
-        return data_changes.facts_of(self.dataset)
+        with self.status.doing("looking at the data's files"):
+            return data_changes.facts_of(self.dataset)
 
     # --- reporting ---
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runs.status import json_numbers
 from ..utils import dist_utils, progress
 from ..utils.files import atomic_write, naming
 from .sinks import Sinks, TensorBoard, WeightsAndBiases
@@ -87,7 +87,7 @@ class RunLog:
     def write(self, entries: list[dict[str, Any]]) -> None:
         """Append one line per entry; each has "step". Return once they are in the file."""
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(_finite(entry), allow_nan=False) + "\n" for entry in entries)
+            file.writelines(json.dumps(json_numbers(entry), allow_nan=False) + "\n" for entry in entries)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.sinks.scalars(values, step)
@@ -123,13 +123,6 @@ def _step_of(line: bytes) -> int | None:
         return None
     step = entry.get("step") if isinstance(entry, dict) else None
     return step if isinstance(step, int) and not isinstance(step, bool) else None
-
-
-def _finite(entry: dict[str, Any]) -> dict[str, Any]:
-    """Replace values that are not finite by None: JSON has no infinity, which fp16 gradients may reach."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()
-    }
 
 
 class PendingSteps:

@@ -15,8 +15,7 @@ def sample(dataset: StandardDatasetBase, number: int | None) -> np.ndarray:
     """
     if number is None or len(dataset) <= number:
         return np.arange(len(dataset))
-    keys = np.fromiter((int(dataset.sha256(index)[:16], 16) for index in range(len(dataset))), np.uint64)
-    return np.sort(np.argpartition(mixed(keys), number - 1)[:number])
+    return np.sort(np.argpartition(mixed(dataset.keys()), number - 1)[:number])
 
 
 def mixed(keys: np.ndarray) -> np.ndarray:

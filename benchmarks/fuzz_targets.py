@@ -7,6 +7,7 @@ import tempfile
 import traceback
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,10 @@ from benchmarks.fuzz_mutations import (
     mutate_zip,
 )
 from trellis import SparseStructureTokenizer
+from trellis.datasets import shards
 from trellis.datasets.packed import load_packed, load_text, save_packed
+from trellis.datasets.shards import write_shard
+from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import pack_bits, points_to_voxels, read_ply, voxel_centers, write_ply
 from trellis.models import read_weights
 from trellis.tokens import parquet
@@ -158,6 +162,36 @@ def _run_packed(data: bytes, folder: Path) -> None:
         load_packed(path)
     finally:
         load_text(path, "split")
+
+
+def _grid_shards() -> list[bytes]:
+    bits = pack_bits(np.stack([_grid()] * 3))
+    names = {"sha256": [digit * 64 for digit in "abc"]}
+    columns = {"captions": [["a", "b"], None, []], "split": ["val", None, ""], "mm_per_cell": [1.0, None, 2.5]}
+    return [
+        _written(lambda path, columns=each: write_shard(path, bits, RESOLUTION, columns), "a.arrow")  # type: ignore[misc]
+        for each in (names, {**names, **columns, "fill": ["solid"] * 3, "license": ["CC0", None, "x"]})
+    ]
+
+
+def _mutate_shard(rng: Random, data: bytes) -> bytes:
+    """Mutate bytes around the columns, mostly, and let the sum of the framing fit, so that Arrow gets to see them."""
+    if rng.random() < 0.3:
+        return mutate_bytes(rng, data)
+    content = bytearray(data)
+    edge = rng.choice((0, max(0, len(content) - 2000)))
+    place = min(edge + rng.randrange(2000), len(content) - 1)
+    content[place] = rng.choice((content[place] ^ 1 << rng.randrange(8), 0, 255, rng.randrange(256)))
+    framing, places = shards.framing(content)
+    for place in places:
+        content[place : place + 8] = f"{zlib.crc32(framing):08x}".encode()
+    return bytes(content)
+
+
+def _run_grid_shard(data: bytes, folder: Path) -> None:
+    dataset = SparseStructure(str(_put(data, folder, "a.arrow")), resolution=RESOLUTION, split="all")
+    dataset.get_batch(np.arange(len(dataset)))
+    dataset.columns_of(np.arange(len(dataset)))
 
 
 def _voxels() -> list[bytes]:
@@ -421,6 +455,7 @@ TARGETS = {
     "voxels": Target(_voxels, lambda data, folder: points_to_voxels(read_ply(_put(data, folder, "a.ply")), RESOLUTION),
                      mutate_words),
     "packed": Target(_packed, _run_packed, mutate_arrays),
+    "shard": Target(_grid_shards, _run_grid_shard, _mutate_shard),
     "text": Target(_texts, _run_text, _mutate_text),
     "parquet": Target(_shards, _run_parquet, mutate_parquet),
     "weights": Target(lambda: [_saved()[1]], _run_weights, mutate_safetensors),

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import time
-import zlib
 from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,6 +15,7 @@ from trellis.utils.errors import DataError
 
 from . import report
 from .inputs import Found, printable
+from .shard_files import unsqueeze
 from .work import Made, Outcome, Settings, make_grids, time_factor
 
 SAMPLES = 12
@@ -120,7 +120,7 @@ def _size_in_shard(made: Made) -> int:
     import pyarrow as pa
 
     codec = pa.Codec("zstd", compression_level=LEVEL)
-    frame = codec.compress(zlib.decompress(made.bits), asbytes=True)
+    frame = codec.compress(unsqueeze(made.grid), asbytes=True)
     return len(frame) + len(made.frame) + len(made.part) + SHARD_ROW
 
 

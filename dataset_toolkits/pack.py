@@ -31,17 +31,19 @@ from dataset_toolkits.shard_files import (
     digest_of,
     grids_per_shard,
     next_number,
-    present_in,
+    squeeze,
     write_shards,
 )
 from trellis.datasets.metadata import compare_settings
 from trellis.datasets.packed import TEXT_ARRAYS, load_packed, packed_resolution, save_packed
+from trellis.datasets.remote import is_url, shard_files
 from trellis.datasets.shards import FORMAT_VERSION, SUFFIX, TYPES, Shard, require_pyarrow, shards_in
 from trellis.datasets.tables import typed
 from trellis.grids.voxels import occupancy_to_points, packed_size, write_ply
 from trellis.utils.command import available_cores, check_output_folder, run_command
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import LEFTOVER, host_name, is_running, remove_leftovers
+from trellis.utils.inputs import require_memory
 from trellis.utils.progress import waiting
 
 if TYPE_CHECKING:  # it needs torch, which the workers that write shards need not load
@@ -64,6 +66,8 @@ def pack(root: str, output: Path, resolution: int) -> int:
     check_output_folder(output.parent, "--output")
     dataset = _open(root, resolution)
     print(dataset.summary())
+    size = len(dataset) * packed_size(resolution)
+    require_memory(size, f"{output}: takes", DataError, "write shards, by an --output that does not end in .npz")
     bits = np.empty((len(dataset), packed_size(resolution)), dtype=np.uint8)
     texts: dict[str, list[str]] = {}
     with waiting("packing", len(dataset), "grid") as progress:
@@ -109,13 +113,14 @@ def pack_shards(
     print(dataset.summary())
     shard_size = shard_size or grids_per_shard(resolution)
     indices = np.arange(len(dataset))
-    if append and shards_in(output):
-        there = _open(str(output), resolution)
-        compare_settings({**there.settings, **dataset.settings})
     if append:
-        known = present_in(output)
-        # A rank's share does not depend on what the others have written by now.
-        share = indices[rank::world_size]
+        known: set[str] = set()
+        if shards_in(output):
+            there = _open(str(output), resolution)
+            for note in compare_settings({**there.settings, **dataset.settings}):
+                print(f"note: {note}")
+            known = set(there.texts("sha256"))
+        share = indices[rank::world_size]  # which does not depend on what other ranks have written by now
         lacking = [sha256 not in known for sha256 in dataset.texts("sha256", share)]
         indices, rank, world_size = share[np.array(lacking, bool)], 0, 1
     parts = list(_chunks(indices, shard_size))
@@ -199,11 +204,11 @@ def _task(dataset: "SparseStructure", path: Path, indices: np.ndarray, names: li
         row: Path(root, "voxels", f"{sha256}.ply") for row, (root, sha256) in enumerate(objects) if root in folders
     }
     others = np.array([row not in voxel_files for row in range(len(indices))])
-    bits = np.empty((int(others.sum()), packed_size(dataset.resolution)), np.uint8)
-    for rows in _chunks(np.arange(len(bits)), CHUNK):
-        bits[rows] = dataset.get_batch(indices[others][rows])["bits"].numpy()
+    grids = [
+        squeeze(row) for chunk in _chunks(indices[others], CHUNK) for row in dataset.get_batch(chunk)["bits"].numpy()
+    ]
     nothing = dict.fromkeys(names, [None] * len(indices))
-    return Task(path, dataset.resolution, {**nothing, **_columns(dataset, indices)}, voxel_files, bits)
+    return Task(path, dataset.resolution, {**nothing, **_columns(dataset, indices)}, voxel_files, grids)
 
 
 def _refuse_others(output: Path, ending: str, shards: int) -> None:
@@ -217,8 +222,8 @@ def _refuse_others(output: Path, ending: str, shards: int) -> None:
             )
 
 
-def unpack(packed: Path, output_dir: Path) -> int:
-    """Write the objects of an .npz file, of a shard or of a folder of shards into a new folder.
+def unpack(packed: str | Path, output_dir: Path) -> int:
+    """Write the objects of an .npz file, of a shard, or of a folder or URL of shards into a new folder.
 
     It has them as `voxels/<sha256>.ply` and `metadata.csv`.
     Return their number. Raise DataError if they cannot be read in full or `output_dir` exists.
@@ -275,12 +280,12 @@ def unpack(packed: Path, output_dir: Path) -> int:
     return len(dataset)
 
 
-def _resolution_of(packed: Path) -> int:
+def _resolution_of(packed: str | Path) -> int:
     """Return the resolution of an .npz file, or of the first shard."""
-    shards = [packed] if packed.suffix == SUFFIX else shards_in(packed)
+    shards = shard_files(str(packed))
     if shards:
-        return Shard(shards[0]).resolution
-    bits = load_packed(packed)["bits"]
+        return Shard(*shards[0]).resolution
+    bits = load_packed(Path(packed))["bits"]
     resolution = packed_resolution(bits)
     if resolution is None:
         raise DataError(f"{packed}: rows of {bits.shape[1]} bytes are not a cube of voxels")
@@ -323,13 +328,19 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.output}: {count(made, 'new grid')}{rank}, {count(len(shards_in(args.output)), 'shard')} in all")
 
 
+def _local(text: str) -> Path:
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL: write to a folder of this machine, and copy that")
+    return Path(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", metavar="ROOTS", help="data roots, separated by commas; needs --output")
-    source.add_argument("--unpack", type=Path, metavar="PACKED", help="shards or .npz to unpack; needs --output_dir")
-    parser.add_argument("--output", type=Path, metavar="PATH", help="folder of shards to write, or a file *.npz")
-    parser.add_argument("--output_dir", type=Path, metavar="ROOT", help="folder of voxel files to write")
+    source.add_argument("--unpack", metavar="PACKED", help="shards or .npz to unpack; needs --output_dir")
+    parser.add_argument("--output", type=_local, metavar="PATH", help="folder of shards to write, or a file *.npz")
+    parser.add_argument("--output_dir", type=_local, metavar="ROOT", help="folder of voxel files to write")
     parser.add_argument("--resolution", type=int, default=64, help="voxels per axis of --input (default 64)")
     parser.add_argument(
         "--shard_size", type=int, metavar="N", help="grids of a shard (default: 4096 of 64^3, fewer of larger ones)"

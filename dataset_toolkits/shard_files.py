@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from trellis.datasets.shards import SUFFIX, Shard, shards_in, write_shard
+from trellis.datasets.shards import SUFFIX, shards_in, write_shard
 from trellis.datasets.tables import typed
 from trellis.grids.voxels import pack_bits, packed_size, points_to_voxels, read_ply, voxels_to_grid
 from trellis.utils import signals
 from trellis.utils.errors import DataError
 
 BITS_PER_SHARD = 2**30  # 128 MiB, which a process that writes a shard holds
+SIGNAL_SECONDS = 0.2  # between looks for a signal
 NUMBER = re.compile(r"grids-(\d{6,})-.*\.arrow")
 
 
@@ -37,11 +38,6 @@ def next_number(folder: Path) -> int:
     """Return a number greater than that of all shards in a folder, so that new ones come after them."""
     found = (NUMBER.fullmatch(path.name) for path in shards_in(folder))
     return max((int(match[1]) for match in found if match), default=0) + 1
-
-
-def present_in(folder: Path) -> set[str]:
-    """Return the sha256 of all objects in the shards of a folder. Raise DataError for a damaged shard."""
-    return {sha256 for path in shards_in(folder) for sha256 in Shard(path).column("sha256").to_pylist()}
 
 
 def columns_of_row(where: str, row: Mapping[str, str]) -> dict[str, Any]:
@@ -60,6 +56,16 @@ def digest_of(parts: Iterable[object]) -> str:
     for part in parts:
         digest.update(json.dumps(part, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()[:12]
+
+
+def squeeze(bits: np.ndarray) -> bytes:
+    """Return a grid as bits, uint8 [R^3 / 8], in little memory and time, on its way to a shard."""
+    return zlib.compress(bits.tobytes(), 1)
+
+
+def unsqueeze(grid: bytes) -> np.ndarray:
+    """Undo `squeeze`."""
+    return np.frombuffer(zlib.decompress(grid), np.uint8)
 
 
 class GridBuffer:
@@ -82,7 +88,7 @@ class GridBuffer:
         return len(self._grids)
 
     def add(self, bits: bytes, values: Mapping[str, Any]) -> None:
-        """Add a grid, as of `work.Made`, and its values of columns."""
+        """Add a grid, as of `squeeze`, and its values of columns."""
         self._grids.append((bits, values))
 
     def write(self) -> None:
@@ -91,7 +97,7 @@ class GridBuffer:
             part = self._grids[: self.limit]
             self._number = self._number or next_number(self.folder)
             path = self.folder / f"grids-{self._number:06d}-{self.run}-{self._written:05d}{SUFFIX}"
-            bits = np.stack([np.frombuffer(zlib.decompress(grid), np.uint8) for grid, _ in part])
+            bits = np.stack([unsqueeze(grid) for grid, _ in part])
             columns = {name: [values.get(name) for _, values in part] for name in self.columns}
             write_shard(path, bits, self.resolution, columns)
             self._written += 1
@@ -104,22 +110,24 @@ class Task:
 
     columns: as for `write_shard`, N values each.
     voxel_files: {row: PLY file} of some rows.
-    bits: grids of the other rows in their order, uint8 [N - len(voxel_files), R^3 / 8].
+    grids: those of the other rows in their order, as of `squeeze`: a process has several tasks waiting.
     """
 
     path: Path
     resolution: int
     columns: Mapping[str, Sequence[Any]]
     voxel_files: Mapping[int, Path]
-    bits: np.ndarray
+    grids: Sequence[bytes]
 
     def __len__(self) -> int:
-        return len(self.bits) + len(self.voxel_files)
+        return len(self.grids) + len(self.voxel_files)
 
     def write(self) -> None:
         """Read the voxel files and write the shard. Raise DataError for a file that cannot be read."""
         bits = np.empty((len(self), packed_size(self.resolution)), np.uint8)
-        bits[[row for row in range(len(self)) if row not in self.voxel_files]] = self.bits
+        others = (row for row in range(len(self)) if row not in self.voxel_files)
+        for row, grid in zip(others, self.grids, strict=True):
+            bits[row] = unsqueeze(grid)
         for row, path in self.voxel_files.items():
             voxels = points_to_voxels(read_ply(path), self.resolution, name=str(path))
             bits[row] = pack_bits(voxels_to_grid(voxels, self.resolution)[None])[0]
@@ -138,11 +146,10 @@ def write_shards(tasks: Iterable[Task], workers: int, done: Callable[[int], None
             done(len(task))
         return
     others = set(multiprocessing.active_children())
-    with _signals_blocked():
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start)
-    with pool:
+    # A signal is looked for between calls of the pool: an exception within them could leave its locks taken.
+    with signals.noted() as handled, _pool(workers) as pool:
         try:
-            for count in _written(pool, tasks, workers):
+            for count in _written(pool, tasks, workers, handled):
                 done(count)
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -157,22 +164,29 @@ def write_shards(tasks: Iterable[Task], workers: int, done: Callable[[int], None
             raise
 
 
-def _written(pool: ProcessPoolExecutor, tasks: Iterable[Task], workers: int) -> Iterator[int]:
-    """Yield the number of grids of each shard that is written."""
+def _pool(workers: int) -> ProcessPoolExecutor:
+    with _signals_blocked():
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start)
+
+
+def _written(pool: ProcessPoolExecutor, tasks: Iterable[Task], workers: int, handled: signals.Signals) -> Iterator[int]:
+    """Yield the number of grids of each shard that is written. Raise Stopped after a signal."""
     running: dict[Future, int] = {}
     for task in tasks:
         with _signals_blocked():
             running[pool.submit(task.write)] = len(task)
         while len(running) > workers:
-            yield from _ended(running)
+            yield from _ended(running, handled)
     while running:
-        yield from _ended(running)
+        yield from _ended(running, handled)
 
 
-def _ended(running: dict[Future, int]) -> Iterator[int]:
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
+def _ended(running: dict[Future, int], handled: signals.Signals) -> Iterator[int]:
+    for future in wait(running, timeout=SIGNAL_SECONDS, return_when=FIRST_COMPLETED).done:
         future.result()
         yield running.pop(future)
+    if handled.signum is not None:
+        raise signals.Stopped(handled.signum)
 
 
 @contextmanager

@@ -17,7 +17,9 @@ import argparse
 import sys
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Container, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +30,8 @@ from dataset_toolkits.claim import claimed
 from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_renders
 from dataset_toolkits.shard_files import GridBuffer, columns_of_row
 from dataset_toolkits.work import Made, Outcome, Settings, division, input_key, is_volume, make_grids, time_factor
+from trellis.datasets.metadata import SPLITS
+from trellis.datasets.remote import is_url
 from trellis.datasets.shards import require_pyarrow
 from trellis.grids import placing
 from trellis.grids.mesh_cluster import run_on_cluster
@@ -47,6 +51,7 @@ from trellis.utils.progress import waiting
 from trellis.utils.ray_cluster import Cluster, joined
 
 PACKAGES = ("trellis", "dataset_toolkits")  # what workers on other machines need of the project
+WRITERS = 16  # threads that write what a Ray cluster has made: each file waits for the disk
 INTERRUPTED = "interrupted: run the same command again to go on"
 COLUMNS = ("sha256", "name", "split", "up_axis", "normalization", "fill", "axis", "notes", "mm_per_cell", "frame")
 SHARD_SECONDS = 300  # after which grids are written as a shard, however few: what a killed run may lose
@@ -202,18 +207,19 @@ class Run:
 
             folder = self.root / "voxels" if self.buffer is None else None
             try:
-                for jobs in (others, volumes):
-                    tasks = ((job.path, job.sha256, folder, self.settings, job.stamp) for job in jobs)
-                    if jobs:
-                        timeout = self.args.timeout * time_factor(jobs[0].path)
-                        if self.cluster is None:
-                            run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
-                        else:
-                            self._work_on_cluster(self.cluster, tasks, finish, timeout)
+                try:
+                    for jobs in (others, volumes):
+                        tasks = ((job.path, job.sha256, folder, self.settings, job.stamp) for job in jobs)
+                        if jobs:
+                            timeout = self.args.timeout * time_factor(jobs[0].path)
+                            if self.cluster is None:
+                                run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
+                            else:
+                                self._work_on_cluster(self.cluster, tasks, finish, timeout)
+                finally:
+                    self._write_shards()
             except KeyboardInterrupt as stopped:
                 self.stopped = stopped
-            finally:
-                self._write_shards()
 
     def _finish(self, job: Job, result: Outcome | DataError) -> None:
         """Record what became of a job, or keep its grids for a shard."""
@@ -222,19 +228,25 @@ class Run:
             return
         for made in result.made:
             if made.sha256 not in self.known.grids:  # of a volume that has lost others
-                self.buffer.add(made.bits, self._columns(job, made))
-        self.waiting.append((job, Outcome(tuple(made._replace(bits=b"") for made in result.made), result.missing)))
+                self.buffer.add(made.grid, self._columns(job, made))
+        self.waiting.append((job, Outcome(tuple(made._replace(grid=b"") for made in result.made), result.missing)))
         if len(self.buffer) >= self.buffer.limit or time.monotonic() - self.written_at > SHARD_SECONDS:
             self._write_shards()
 
     def _columns_of_base(self) -> dict[str, dict[str, object]]:
-        """Return what TRELLIS's metadata.csv says of the files of this rank, as columns of shards."""
+        """Return what TRELLIS's metadata.csv says of the files of this rank, as columns of shards.
+
+        Raise DataError for what shards cannot say.
+        """
         columns = {}
+        table = Path(self.args.input[0], "metadata.csv")
         for job in self.plan.jobs if self.plan.base else ():
             row = {
                 name: text for name, text in self.plan.base[job.sha256].items() if name not in records.METADATA_FIELDS
             }
-            columns[job.sha256] = columns_of_row(str(Path(self.args.input[0], "metadata.csv")), row)
+            if row.get("split", "") not in ("", *SPLITS):  # shards that say so could not be read
+                raise DataError(f"{table}: split of {job.sha256} is {row['split']!r}; it must be train, val or blank")
+            columns[job.sha256] = columns_of_row(str(table), row)
         return columns
 
     def _columns(self, job: Job, made: Made) -> dict[str, object]:
@@ -274,19 +286,37 @@ class Run:
         timeout: float,
     ) -> None:
         """Do as run_in_pool does on a Ray cluster, whose nodes need not see the output folder."""
+        writing: deque[tuple[Future, tuple, Outcome]] = deque()
 
-        def write(task: tuple, result: tuple[Outcome, dict[str, bytes]] | DataError) -> None:
+        def write(folder: Path, files: dict[str, bytes]) -> None:
+            for name, data in files.items():
+                with atomic_write(folder / name) as partial:
+                    partial.write_bytes(zlib.decompress(data))
+
+        def finish_written(most: int) -> None:
+            """Let at most so many files be written still."""
+            while len(writing) > most or (writing and writing[0][0].done()):
+                future, task, outcome = writing.popleft()
+                future.result()
+                finish(task, outcome)
+
+        def take(task: tuple, result: tuple[Outcome, dict[str, bytes]] | DataError) -> None:
             if isinstance(result, DataError):
                 finish(task, result)
                 return
             outcome, files = result
-            for name, data in files.items():
-                with atomic_write(task[2] / name) as partial:
-                    partial.write_bytes(zlib.decompress(data))
-            finish(task, outcome)
+            if files:
+                writing.append((threads.submit(write, task[2], files), task, outcome))
+            else:
+                finish(task, outcome)
+            finish_written(4 * WRITERS)
 
         workers, memory = self.args.workers_of_node, self.args.memory
-        run_on_cluster(cluster, work.make_grids_elsewhere, tasks, write, workers, timeout, memory)
+        with ThreadPoolExecutor(WRITERS) as threads:
+            try:
+                run_on_cluster(cluster, work.make_grids_elsewhere, tasks, take, workers, timeout, memory)
+            finally:
+                finish_written(0)
 
     def _grids_of(self, job: Job) -> list[str]:
         """Return the grids that a finished job has."""
@@ -576,6 +606,10 @@ def check_args(args: argparse.Namespace) -> None:
         require_pyarrow()
         if args.resolution % 2:
             raise ConfigError(f"--resolution {args.resolution}: shards hold grids of an even resolution.")
+    if is_url(args.output_dir):
+        raise ConfigError(
+            f"--output_dir {args.output_dir}: is a URL. Write to a folder of this machine, and copy that."
+        )
     if not trellis_roots and not args.output_dir:
         raise ConfigError("--output_dir is missing. Only a TRELLIS folder has a default: itself.")
 

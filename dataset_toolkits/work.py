@@ -18,6 +18,7 @@ from trellis.utils.errors import ConfigError, DataError
 
 from . import records
 from .inputs import Stamp, stamp_of
+from .shard_files import squeeze
 
 if TYPE_CHECKING:
     from trellis.grids.volumes import Labels
@@ -51,7 +52,7 @@ class Made(NamedTuple):
 
     part: the object of the file, "" if the file is one object.
     mm_per_cell, frame: of an object of a scan, as text for metadata.csv; else "".
-    bits: the grid for a shard, `pack_bits` as zlib makes it smaller on its way there; b"" if it is written already.
+    grid: as of `shard_files.squeeze`; b"" if it is in a voxel file.
     """
 
     part: str
@@ -61,7 +62,7 @@ class Made(NamedTuple):
     notes: tuple[str, ...]
     mm_per_cell: str = ""
     frame: str = ""
-    bits: bytes = b""
+    grid: bytes = b""
 
 
 class Missing(NamedTuple):
@@ -137,7 +138,7 @@ def _digest(*parts: object) -> str:
 
 
 def make_grids(path: Path, sha256: str, folder: Path | None, settings: Settings, stamp: Stamp | None = None) -> Outcome:
-    """Make the grids of a file, and write them as `<sha256>.ply` into a folder; without one, return them as `bits`.
+    """Make the grids of a file, and write them as `<sha256>.ply` into a folder; without one, return them.
 
     sha256: of the file's bytes.
     stamp: of the file before it was hashed, see `inputs.stamp_of`; None takes it as it is.
@@ -146,14 +147,16 @@ def make_grids(path: Path, sha256: str, folder: Path | None, settings: Settings,
     with reasons(path, stamp):
         grids, missing = _grids(path, sha256, settings)
     if folder is None:
-        return Outcome(tuple(made._replace(bits=_bits(voxels, settings.resolution)) for voxels, made in grids), missing)
+        return Outcome(
+            tuple(made._replace(grid=_squeezed(voxels, settings.resolution)) for voxels, made in grids), missing
+        )
     for voxels, made in grids:
         write_ply(folder / f"{made.sha256}.ply", voxel_centers(voxels, settings.resolution))
     return Outcome(tuple(made for _, made in grids), missing)
 
 
-def _bits(voxels: np.ndarray, resolution: int) -> bytes:
-    return zlib.compress(pack_bits(voxels_to_grid(voxels, resolution)[None])[0], 1)
+def _squeezed(voxels: np.ndarray, resolution: int) -> bytes:
+    return squeeze(pack_bits(voxels_to_grid(voxels, resolution)[None])[0])
 
 
 def make_grids_elsewhere(

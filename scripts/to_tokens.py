@@ -27,7 +27,6 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,10 +45,8 @@ from trellis.utils.command import DEVICES, available_cores, check_output_folder,
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.processes import run_all
 from trellis.utils.progress import waiting
+from trellis.utils.ray_cluster import Cluster, joined
 from trellis.utils.signals import Stopped
-
-if TYPE_CHECKING:
-    from trellis.utils.ray_cluster import Cluster
 
 FAILED = "_failed.csv"  # ending of the table of meshes that cannot be voxelized
 REASONS_SHOWN = 5
@@ -210,7 +207,7 @@ def run_processes(work: Work, tokenizer: SparseStructureTokenizer, numbers: list
 
 
 def plan_work(
-    args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cuda: bool, cluster: "Cluster | None" = None
+    args: argparse.Namespace, tokenizer: SparseStructureTokenizer, cuda: bool, cluster: Cluster | None = None
 ) -> Work:
     """Read the data's index, and claim the output folder.
 
@@ -344,7 +341,7 @@ def list_failures(work: Work) -> list[dict[str, str]]:
     return rows
 
 
-def count_gpus(args: argparse.Namespace, cluster: "Cluster | None") -> tuple[int, bool]:
+def count_gpus(args: argparse.Namespace, cluster: Cluster | None) -> tuple[int, bool]:
     """Return the number of GPUs, 1 without any, and whether there are any. Raise ConfigError if too few."""
     if cluster is None:
         cuda = pick_device(args.device).type == "cuda"
@@ -365,16 +362,14 @@ def run(args: argparse.Namespace) -> None:
         if folder:
             check_output_folder(folder, flag)
     if args.ray is None:
-        run_here(args, started)
+        do_work(args, started)
         return
-    from trellis.utils.ray_cluster import joined
-
     with joined(args.ray, PACKAGES) as cluster:
-        run_here(args, started, cluster)
+        do_work(args, started, cluster)
 
 
-def run_here(args: argparse.Namespace, started: float, cluster: "Cluster | None" = None) -> None:
-    """Do the work of `run` on this machine, or on a Ray cluster."""
+def do_work(args: argparse.Namespace, started: float, cluster: Cluster | None = None) -> None:
+    """Do the work of `run` on this machine, or on a Ray cluster. started: when the program was."""
     there, cuda = count_gpus(args, cluster)
     tokenizer = SparseStructureTokenizer.load(args.tokenizer)
     with waiting("reading the list of objects"):

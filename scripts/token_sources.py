@@ -24,11 +24,11 @@ from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import pack_bits, voxels_to_grid
 from trellis.tokens.sharegpt import CAPTION_COLUMNS, captions_of, read_captions
 from trellis.utils.errors import DataError
+from trellis.utils.ray_cluster import Cluster
 
 if TYPE_CHECKING:
     from dataset_toolkits.plan import Job
     from trellis.grids.meshes import Voxelized
-    from trellis.utils.ray_cluster import Cluster
 
 BATCH = {"cpu": 8, "cuda": 64}  # objects per batch, enough to keep a device busy; ids do not depend on it
 AT_ONCE = 10_000  # objects whose texts are looked up together
@@ -166,7 +166,7 @@ class MeshSource:
         max_workers: int,
         timeout: float,
         output_dir: Path,
-        cluster: "Cluster | None" = None,
+        cluster: Cluster | None = None,
     ):
         from dataset_toolkits.plan import plan_meshes
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,7 @@ from trellis.utils.command import available_cores
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import host_name, remove_leftovers
 from trellis.utils.progress import waiting
-
-if TYPE_CHECKING:
-    from trellis.utils.ray_cluster import Cluster, Node, Slot
+from trellis.utils.ray_cluster import Cluster, Lost, Node, Slot
 
 PACKAGES = ("trellis", "dataset_toolkits", "scripts")  # what workers on other machines need of the project
 SEEN_SECONDS = 60  # until a network disk shows this machine what another one has written
@@ -213,7 +211,7 @@ class NodeWorker:
     Raise ConfigError if the node sees other files than the machine where the program was started.
     """
 
-    def __init__(self, work: Work, present: str | None, slot: "Slot"):
+    def __init__(self, work: Work, present: str | None, slot: Slot):
         args = work.args
         for folder in filter(None, (args.output_dir, args.sharegpt)):
             if not Path(folder).is_dir() or (present and not Path(args.output_dir, present).exists()):
@@ -243,22 +241,24 @@ class NodeWorker:
         return run_process(work, self.tokenizer, [task.number], 1, self.processes)
 
 
-def run_on_cluster(work: Work, cluster: "Cluster", numbers: list[int]) -> Report:
+def slots_of_node(processes: int, cuda: bool, node: Node) -> list[Slot]:
+    """Return a slot for each process on a node, which share its CPUs, and have a GPU each if `cuda`.
+
+    processes: -1: one for each GPU, or one on CPUs; else at most so many.
+    """
+    most = node.gpus if cuda else node.cpus
+    count = (node.gpus if cuda else min(1, node.cpus)) if processes == -1 else min(processes, most)
+    return [Slot(node.cpus // count, int(cuda), 1)] * count if count else []
+
+
+def run_on_cluster(work: Work, cluster: Cluster, numbers: list[int]) -> Report:
     """Divide the shards among the nodes of a Ray cluster, which all see the output folder. Add up the reports.
 
     Raise ConfigError if a node does not see the same files, DataError if workers are lost over a shard again and again.
     """
-    from trellis.utils.ray_cluster import Lost, Slot
-
     args = work.args
     folders = [Path(folder) for folder in (args.output_dir, args.sharegpt) if folder]
     done: list[Report] = []
-
-    def slots(node: "Node") -> list[Slot]:
-        gpus = node.gpus if work.cuda else 0
-        there = gpus if work.cuda else min(1, node.cpus)
-        processes = there if args.num_gpus == -1 else min(args.num_gpus, gpus if work.cuda else node.cpus)
-        return [Slot(node.cpus // processes, int(work.cuda), 1)] * processes if processes else []
 
     def tasks() -> Iterator[NodeTask]:
         for number in numbers:
@@ -280,6 +280,7 @@ def run_on_cluster(work: Work, cluster: "Cluster", numbers: list[int]) -> Report
             bare = bare._replace(source=work.source.part(slice(0)))
         present = next((path.name for path in Path(args.output_dir).iterdir() if not path.name.startswith(".")), None)
         try:
+            slots = partial(slots_of_node, args.num_gpus, work.cuda)
             cluster.run_tasks(partial(NodeWorker, bare, present), slots, tasks(), finish, most=len(numbers))
         finally:
             for folder in folders:

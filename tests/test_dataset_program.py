@@ -12,6 +12,7 @@ import torch
 from helpers import solid_grids, table
 
 from dataset_toolkits import dataset as program
+from dataset_toolkits import pack
 from dataset_toolkits.curation import objects, verification
 from dataset_toolkits.curation.families import axes_of
 from dataset_toolkits.curation.filtering import parse_condition
@@ -173,7 +174,7 @@ def test_other_normalizations_are_not_merged(tmp_path, root, grids, capsys):
 
 
 def test_large_data_go_into_several_shards_in_their_order(tmp_path, root, monkeypatch):
-    monkeypatch.setattr(objects, "GRIDS_PER_SHARD", 7)
+    monkeypatch.setattr(objects, "grids_per_shard", lambda resolution: 7)
     monkeypatch.setattr(objects, "CHUNK", 4)
     assert run("merge", root, "--output", tmp_path / "all") == 0
     files = sorted((tmp_path / "all").iterdir())
@@ -488,3 +489,21 @@ def test_each_command_says_what_it_does(command, capsys):
     assert ended.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
     assert program.COMMANDS[command][1][:60] in words
+
+
+def test_voxel_files_are_merged_as_they_are_packed(tmp_path, grids):
+    """Also what people add to metadata.csv."""
+    voxels = tmp_path / "ply/voxels"
+    voxels.mkdir(parents=True)
+    lines = ["sha256,file,voxelized,num_voxels,resolution,split,aesthetic_score,captions,artist"]
+    for i, grid in enumerate(grids[:6]):
+        write_ply(voxels / f"{sha(i)}.ply", occupancy_to_points(grid))
+        lines.append(f'{sha(i)},{i}.obj,True,{grid.sum()},16,,{i}.5,"[""a shape"", ""no {i}""]",' + "Ada" * (i % 2))
+    (tmp_path / "ply/metadata.csv").write_text("\n".join(lines) + "\n")
+    assert run("merge", tmp_path / "ply", "--output", tmp_path / "merged") == 0
+    assert (
+        pack.main(["--input", str(tmp_path / "ply"), "--output", str(tmp_path / "packed"), "--resolution", "16"]) == 0
+    )
+    merged = content(tmp_path / "merged")
+    assert merged == content(tmp_path / "packed")
+    assert merged[sha(3)][1]["captions"] == ["a shape", "no 3"] and merged[sha(3)][1]["artist"] == "Ada"

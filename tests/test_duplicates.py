@@ -213,3 +213,23 @@ def test_real_grids_against_all_pairs():
     found = found_in_bits(bits, 64)
     assert near.any()
     assert np.array_equal(found.family, connected(near))
+
+
+@pytest.mark.parametrize("resolution", [5, 6, 24])
+def test_profiles_bound_what_differs(resolution):
+    """No pair is ruled out that compare would find, whatever the prints say; slabs are mirrored onto each other."""
+    rng = np.random.default_rng(11)
+    grids = rng.random((30, *[resolution] * 3)) < 0.2
+    grids = np.concatenate([grids, [altered(turned(grid, int(rng.integers(48))), 0.8, rng) for grid in grids]])
+    sketches = Sketcher(resolution)(pack_bits(grids))
+    first, second = (numbers.reshape(-1) for numbers in np.indices((60, 60)))
+    differing = sketches._differing(first, second)
+    total = sketches.num_voxels[first] + sketches.num_voxels[second]
+    best = best_ious(grids)[first, second]
+    assert (differing <= np.rint(total * (1 - best) / (1 + best))).all()
+    assert (differing[first == second] == 0).all() and (differing > 0).any()
+
+
+def test_what_is_kept_of_an_object_is_small():
+    sketches = Sketcher(64)(pack_bits(np.ones((1, 64, 64, 64), bool)))
+    assert sum(array.nbytes for array in sketches) == 488

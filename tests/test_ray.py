@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +16,14 @@ from helpers import ROOT, save_tokenizer, solid_grids, tetrahedron, wait_for
 ray = pytest.importorskip("ray")
 pytest.importorskip("numba")
 pytest.importorskip("pyarrow")
+nibabel = pytest.importorskip("nibabel")
 trimesh = pytest.importorskip("trimesh")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from dataset_toolkits import hashing, voxelize  # noqa: E402
-from scripts import to_tokens  # noqa: E402
+from scripts import to_tokens, token_work  # noqa: E402
+from trellis.datasets.shards import Shard  # noqa: E402
 from trellis.grids import mesh_cluster, mesh_pool  # noqa: E402
 from trellis.utils import ray_cluster  # noqa: E402
 from trellis.utils.errors import ConfigError, DataError  # noqa: E402
@@ -30,7 +33,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the cluster is 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 HEALTH = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 TASKS = '''
-import os, signal
+import os, signal, time
 def act(path, what):
     """Do a task, in a process of a pool, whose parent is the worker."""
     marker = path + what
@@ -43,6 +46,10 @@ def act(path, what):
     if what == "fail":
         raise KeyError(what)
     return what
+def end(slot):
+    os._exit(1)
+def gpu(slot):
+    return lambda task: time.sleep(0.2) or os.environ["CUDA_VISIBLE_DEVICES"]
 '''
 
 
@@ -68,6 +75,41 @@ def meshes(tmp_path_factory) -> Path:
         trimesh.creation.box((1, 1 + number / 30, 2)).export(folder / f"{number}.stl")
     (folder / "copy.stl").write_bytes((folder / "7.stl").read_bytes())
     (folder / "damaged.obj").write_text("v 0 0\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(meshes) -> list[str]:
+    """Flags of voxelize.py, with a file that is tried once more in the end, since its 720 MB do not fit in the memory,
+    and a scan of several organs."""
+    header = b"ply\nformat binary_little_endian 1.0\nelement vertex 60000000\n"
+    header += b"".join(b"property float %c\n" % axis for axis in b"xyz") + b"end_header\n"
+    large = meshes.parent / "large.ply"
+    with open(large, "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 720_000_000)  # a sparse file: it takes no disk
+    scan = np.zeros((24, 20, 16), np.uint8)
+    scan[2:10, 4:12, 3:9], scan[14:20, 4:12, 3:9], scan[12, 0, :3] = 1, 2, 5
+    nibabel.save(nibabel.Nifti1Image(scan, np.diag([1, 1, 2, 1])), meshes.parent / "scan.nii.gz")
+    return [
+        "--input",
+        str(meshes),
+        str(large),
+        str(meshes.parent / "scan.nii.gz"),
+        "--points",
+        "--memory",
+        "0.2",
+        "--max_workers",
+        "1",
+        "--output_dir",
+    ]
+
+
+@pytest.fixture(scope="module")
+def local(command, tmp_path_factory) -> Path:
+    """The folder of a local run."""
+    folder = tmp_path_factory.mktemp("local") / "voxels"
+    assert voxelize.main([*command, str(folder)]) == 0
     return folder
 
 
@@ -113,44 +155,44 @@ def disturb(monkeypatch, action: Callable[[int], None], node: str = "") -> list[
 
 
 def test_voxelize_makes_what_a_local_run_makes_though_a_worker_is_killed(
-    cluster, meshes, tmp_path, monkeypatch, capsys
+    cluster, command, local, tmp_path, monkeypatch, capsys
 ):
-    """A file of 720 MB does not fit in the memory, so it is tried once more in the end."""
-    monkeypatch.chdir(meshes.parent)
-    header = b"ply\nformat binary_little_endian 1.0\nelement vertex 60000000\n"
-    header += b"".join(b"property float %c\n" % axis for axis in b"xyz") + b"end_header\n"
-    with open("large.ply", "wb") as file:
-        file.write(header)
-        file.truncate(len(header) + 720_000_000)
-    command = ["--input", meshes.name, "large.ply", "--points", "--memory", "0.2", "--max_workers", "1"]
-    assert voxelize.main([*command, "--output_dir", str(tmp_path / "local")]) == 0
-    local = capsys.readouterr().out
     killed = disturb(monkeypatch, lambda pid: os.kill(pid, signal.SIGKILL))
-    assert voxelize.main([*command, "--output_dir", str(tmp_path / "ray"), "--ray", cluster.address]) == 0
-    there = capsys.readouterr().out
+    assert voxelize.main([*command, str(tmp_path / "ray"), "--ray", cluster.address]) == 0
+    said = capsys.readouterr().out
     assert len(killed) == 1
-    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+    assert contents(tmp_path / "ray") == contents(local)
     assert "needs more memory than the limit of 0.2 GiB" in (tmp_path / "ray" / "failed.csv").read_text()
-    said = [
-        [line.split("; ")[0] for line in out.splitlines() if line.startswith(("/", "  "))] for out in (there, local)
-    ]
-    assert said[0] == [line.replace("/local", "/ray") for line in said[1]]
+    assert "34 files: 32 new grids, 0 files done already, 1 duplicate, 2 files and 1 object left out; " in said
     assert not ray.is_initialized()
 
 
-def test_a_signal_ends_it_and_the_same_command_goes_on(cluster, meshes, tmp_path):
-    command = [sys.executable, ROOT / "dataset_toolkits" / "voxelize.py", "--input", meshes, "--ray", cluster.address]
-    command += ["--output_dir", tmp_path / "out"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: process.poll() is not None or list((tmp_path / "out").glob("voxels/*.ply")), 60)
+def test_shards_hold_the_objects_of_a_local_run(cluster, meshes, tmp_path):
+    """Their order is that in which workers end."""
+    command = ["--input", str(meshes), "--resolution", "16", "--format", "shards", "--output_dir"]
+    assert voxelize.main([*command, str(tmp_path / "local")]) == 0
+    assert voxelize.main([*command, str(tmp_path / "ray"), "--ray", cluster.address]) == 0
+    objects = []
+    for name in ("local", "ray"):
+        shards = [Shard(path) for path in (tmp_path / name).glob("*.arrow")]
+        objects.append(
+            sorted((row for shard in shards for row in shard.batch.to_pylist()), key=lambda row: row["sha256"])
+        )
+    assert objects[0] == objects[1] and len(objects[0]) == 30
+    assert (tmp_path / "ray" / "failed.csv").read_bytes() == (tmp_path / "local" / "failed.csv").read_bytes()
+
+
+def test_a_signal_ends_it_and_the_same_command_goes_on(cluster, command, local, tmp_path):
+    program = [sys.executable, ROOT / "dataset_toolkits" / "voxelize.py", *command, tmp_path, "--ray", cluster.address]
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: process.poll() is not None or list(tmp_path.glob("voxels/*.ply")), 60)
         process.terminate()
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert errors.splitlines()[-1] == voxelize.INTERRUPTED and "Traceback" not in errors
-    assert not [path for path in contents(tmp_path / "out") if path.endswith(".tmp")]
-    assert voxelize.main(["--input", str(meshes), "--output_dir", str(tmp_path / "out")]) == 0
-    assert voxelize.main(["--input", str(meshes), "--output_dir", str(tmp_path / "local")]) == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+    assert not [path for path in contents(tmp_path) if path.endswith(".tmp")]
+    assert voxelize.main([*command, str(tmp_path)]) == 0
+    assert contents(tmp_path) == contents(local)
 
 
 def test_to_tokens_makes_what_a_local_run_makes_though_a_node_is_lost(cluster, tmp_path, monkeypatch, capsys):
@@ -184,50 +226,95 @@ def test_to_tokens_of_meshes_does_a_killed_worker_s_shard_again(cluster, meshes,
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
 
-def test_tasks_that_end_their_process_or_worker_are_tried_again_and_then_listed(cluster, tmp_path):
-    import ray_tasks
+@pytest.fixture(scope="class")
+def joined(cluster) -> Iterator[ray_cluster.Cluster]:
+    with ray_cluster.joined(cluster.address, ("trellis", "dataset_toolkits")) as joined:
+        yield joined
 
-    whats = ["die", "die once", "lose", "lose once", *map(str, range(50))]
-    paths = [tmp_path / str(number) for number in range(len(whats))]
-    for path in paths:
-        path.touch()
-    results = {}
-    tasks = [(str(path), what) for path, what in zip(paths, whats, strict=True)]
-    with ray_cluster.joined(cluster.address, ("trellis",)) as joined:
+
+class TestTasks:
+    """They share one time of being joined."""
+
+    def test_those_that_end_their_process_or_worker_are_tried_again_and_then_listed(self, joined, tmp_path):
+        import ray_tasks
+
+        whats = ["die", "die once", "lose", "lose once", *map(str, range(50))]
+        paths = [tmp_path / str(number) for number in range(len(whats))]
+        for path in paths:
+            path.touch()
+        results = {}
+        tasks = [(str(path), what) for path, what in zip(paths, whats, strict=True)]
         mesh_cluster.run_on_cluster(
             joined, ray_tasks.act, iter(tasks), lambda task, result: results.update({task[1]: result}), None, 60
         )
+        died, lost = results.pop("die"), results.pop("lose")
+        assert isinstance(died, mesh_pool.LostTask) and "its process died (SIGKILL)" in str(died)
+        assert isinstance(lost, DataError) and "its worker was lost 2 times" in str(lost)
+        assert results == {what: what for what in whats if what not in ("die", "lose")}
+
+    def test_workers_that_cannot_start_are_an_error_that_says_why(self, joined, monkeypatch):
+        import ray_tasks
+
+        monkeypatch.setattr(ray_cluster, "STARTS", 1)
+        with pytest.raises(ConfigError, match="workers cannot start: .*died"):
+            joined.run_tasks(ray_tasks.end, partial(mesh_cluster.slots_of_node, None), [1], print)
+        with pytest.raises(ConfigError, match=r"no node can take this work: \S+ \(1 CPUs, 0 GPUs\)"):
+            joined.run_tasks(ray_tasks.end, lambda node: [ray_cluster.Slot(0, 1, 1)] * node.gpus, [1], print)
+
+    def test_each_worker_has_a_gpu_of_its_own(self, cluster, joined):
+        """Ray takes the number of GPUs of a node as it is told."""
+        import ray_tasks
+
+        node = cluster.add_node(**NODE, num_gpus=2)
+        shown = []
+        slots = partial(token_work.slots_of_node, -1, True)
+        joined.run_tasks(ray_tasks.gpu, slots, range(20), lambda task, result: shown.append(result))
+        cluster.remove_node(node)
+        assert set(shown) == {"0", "1"} and len(shown) == 20
+
+    def test_workers_wait_for_nodes_that_others_have_taken(self, joined, tmp_path, monkeypatch):
+        monkeypatch.setattr(ray_cluster, "LOOK_SECONDS", 0.2)
+        monkeypatch.setattr(ray_cluster, "NOTE_SECONDS", 0.5)
+
+        class Holder:
+            def hold(self) -> None: ...
+
+        holders = [ray.remote(Holder).options(num_cpus=1).remote() for _ in range(2)]
+        ray.get([holder.hold.remote() for holder in holders])
+        notes, results = [], []
+
+        def note(text: str, file: object) -> None:
+            notes.append(text)
+            for holder in holders:
+                ray.kill(holder)
+
+        monkeypatch.setattr(ray_cluster, "print", note, raising=False)
+        mesh_cluster.run_on_cluster(joined, str, [(tmp_path,)], lambda task, result: results.append(result), None, 60)
+        assert results == [str(tmp_path)]
+        assert len(notes) == 1 and "no worker has started for 0.5 s; awaited: 1 CPUs and 0 GPUs of" in notes[0]
+
+    def test_a_bug_ends_the_run(self, joined, tmp_path):
+        import ray_tasks
+
         with pytest.raises(KeyError, match="fail"):
-            mesh_cluster.run_on_cluster(joined, ray_tasks.act, [(str(paths[0]), "fail")], print, None, 60)
-    died, lost = results.pop("die"), results.pop("lose")
-    assert isinstance(died, mesh_pool.LostTask) and "its process died (SIGKILL)" in str(died)
-    assert isinstance(lost, DataError) and "its worker was lost 2 times" in str(lost)
-    assert results == {what: what for what in whats if what not in ("die", "lose")}
+            mesh_cluster.run_on_cluster(joined, ray_tasks.act, [(str(tmp_path), "fail")], print, None, 60)
 
-
-def test_a_file_that_a_node_does_not_see_is_an_error_that_names_both(cluster, tmp_path, monkeypatch):
-    gone = tmp_path / "gone.stl"
-    results = []
-    with ray_cluster.joined(cluster.address, ("trellis", "dataset_toolkits")) as joined:
+    def test_a_file_that_a_node_does_not_see_is_an_error_that_names_both(self, joined, meshes, tmp_path, monkeypatch):
+        """Files are hashed on the nodes as they are here."""
+        gone = tmp_path / "gone.stl"
+        paths = [*sorted(meshes.iterdir()), gone, tmp_path]
+        results, steps = [], []
         mesh_cluster.run_on_cluster(joined, print, [(gone,)], lambda task, result: results.append(result), 1, 60)
+        there = hashing.hash_on_cluster(joined, paths, (), None, lambda: steps.append(1))
+        here = hashing.hash_here(paths, (), 1, lambda: None)
+        found = [
+            [result.strerror if isinstance(result, OSError) else result for result in each] for each in (there, here)
+        ]
+        assert found[0] == found[1] and found[0][-2:] == ["No such file or directory", "Is a directory"]
+        assert [*map(str, results)] == ["cannot be read: No such file or directory"] and len(steps) == len(paths)
         monkeypatch.setattr(mesh_cluster.os.path, "lexists", lambda path: True)
         with pytest.raises(ConfigError, match=rf"node \S+ does not see {gone}, as this machine does"):
-            mesh_cluster.run_on_cluster(joined, print, [(gone,)], print, 1, 60)
-    assert [str(result) for result in results] == ["cannot be read: No such file or directory"]
-
-
-def test_files_are_hashed_on_the_nodes_as_here(cluster, meshes, tmp_path, monkeypatch):
-    paths = [*sorted(meshes.iterdir()), tmp_path / "gone.stl", tmp_path]
-    steps = []
-    with ray_cluster.joined(cluster.address, ("trellis", "dataset_toolkits")) as joined:
-        there = hashing.hash_on_cluster(joined, paths, (), None, lambda: steps.append(1))
-        monkeypatch.setattr(hashing.os.path, "lexists", lambda path: True)
-        with pytest.raises(ConfigError, match=r"does not see \S+/gone.stl"):
             hashing.hash_on_cluster(joined, paths, (), None, lambda: None)
-    here = hashing.hash_here(paths, (), 1, lambda: None)
-    assert len(steps) == len(paths)
-    found = [[result.strerror if isinstance(result, OSError) else result for result in each] for each in (there, here)]
-    assert found[0] == found[1] and found[0][-2:] == ["No such file or directory", "Is a directory"]
 
 
 def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
@@ -259,3 +346,8 @@ def test_workers_stand_where_their_node_has_room():
     assert [found[0](node) for node in nodes] == [[], [(2, 0, 2)], [(64, 0, 64)]]
     assert [found[2](node) for node in nodes] == [[], [(2, 0, 4)], [(4, 0, 4)]]
     assert [found[3](node) for node in nodes] == [[], [(2, 0, 1)], [(4, 0, 1)]]
+    wanted = {(-1, True): [[], [(8, 1, 1)] * 2], (1, True): [[], [(16, 1, 1)]], (8, True): [[], [(8, 1, 1)] * 2]}
+    wanted |= {(-1, False): [[(4, 0, 1)], [(16, 0, 1)]], (3, False): [[(1, 0, 1)] * 3, [(5, 0, 1)] * 3]}
+    nodes = [ray_cluster.Node("", "", 4, 0), ray_cluster.Node("", "", 16, 2)]
+    assert {key: [token_work.slots_of_node(*key, node) for node in nodes] for key in wanted} == wanted
+    assert token_work.slots_of_node(3, False, ray_cluster.Node("", "", 0, 0)) == []

@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,16 +11,20 @@ import torch
 from torch.utils.data import Dataset
 
 from trellis.datasets.batches import endless_batches, load_batches
-from trellis.datasets.sampler import ResumableSampler
+from trellis.datasets.sampler import Order, ResumableSampler, Share, shares_of_period
 from trellis.utils.errors import DataError
 from trellis.utils.random_utils import derive_seed, permutation, sample_noise
 
 SIZE = 7
 
 
-def take(batches: int, batch_size: int, *, rank=0, world_size=1, seed=3, start=0, size=SIZE) -> list[list[tuple]]:
+def take(
+    batches: int, batch_size: int, *, rank=0, world_size=1, seed=3, start=0, size=SIZE, shares=None
+) -> list[list[tuple]]:
     """Batches as lists of (sample id, index)."""
-    sampler = ResumableSampler(size, batch_size, rank=rank, world_size=world_size, seed=seed, start=start)
+    sampler = ResumableSampler(
+        size, batch_size, rank=rank, world_size=world_size, seed=seed, start=start, shares=shares
+    )
     arrays = list(itertools.islice(sampler, batches))
     assert all(array.dtype == np.int64 and array.shape == (batch_size,) for pair in arrays for array in pair)
     return [list(zip(ids.tolist(), indices.tolist(), strict=True)) for ids, indices in arrays]
@@ -67,6 +72,77 @@ def test_seeds_give_unrelated_orders_and_the_same_one_repeats():
 def test_the_first_item_is_uniform_over_epochs():
     first = np.bincount([permutation(5, "order", 0, epoch)[0] for epoch in range(5000)], minlength=5)
     assert ((first - 1000) ** 2 / 1000).sum() < 30  # chi-square of 4 degrees: 1e-5 of seeds would fail
+
+
+# --- shares of parts ---
+
+PARTS = [Share(3, 0.7), Share(1000, 0.2), Share(50, 0.1)]
+
+
+def mixed(count: int, *, first=0, seed=3, parts=PARTS) -> np.ndarray:
+    return Order(sum(part.size for part in parts), seed, parts).items(first, count)
+
+
+def numbers_of(items: np.ndarray, parts=PARTS) -> list[np.ndarray]:
+    """The items of each part, in the order of the samples, counted within the part."""
+    firsts = np.cumsum([0, *(part.size for part in parts)])
+    places = np.searchsorted(firsts, items, side="right") - 1
+    return [items[places == part] - firsts[part] for part in range(len(parts))]
+
+
+def test_samples_are_drawn_in_exact_shares_and_each_part_goes_through_its_own_epochs():
+    period = sum(shares_of_period([part.weight for part in PARTS]))
+    assert 512 <= period <= 1024 and period % 10 == 0
+    items = mixed(20 * period)
+    for start in range(0, len(items), period):
+        counts = [len(found) for found in numbers_of(items[start : start + period])]
+        assert counts == [period * 7 // 10, period * 2 // 10, period // 10]
+    for found, part in zip(numbers_of(items), PARTS, strict=True):
+        epochs = found[: len(found) // part.size * part.size].reshape(-1, part.size)
+        assert len(epochs) > 2 and (np.sort(epochs, axis=1) == np.arange(part.size)).all()
+        assert len({tuple(epoch) for epoch in epochs.tolist()}) == (6 if part.size == 3 else len(epochs))
+    first, second = (numbers_of(items[start : start + period])[1] for start in (0, period))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 12), (2, 6), (4, 3)])
+@pytest.mark.parametrize("start", [0, 12, 1020, 10_008])
+def test_shares_are_the_same_on_any_ranks_and_after_a_resume(world_size, batch_size, start):
+    ranks = [
+        take(9, batch_size, rank=rank, world_size=world_size, start=start, size=1053, shares=PARTS)
+        for rank in range(world_size)
+    ]
+    together = [pair for parts in zip(*ranks, strict=True) for pair in itertools.chain(*parts)]
+    assert together == list(zip(range(start, start + 108), mixed(start + 108)[start:].tolist(), strict=True))
+
+
+def test_the_pattern_of_parts_looks_random_and_follows_from_the_seed():
+    parts = [Share(10_000, 1), Share(10_000, 1)]
+    chosen = mixed(40_000, parts=parts) >= 10_000
+    same = (chosen[1:] == chosen[:-1]).mean()
+    assert abs(same - 0.5) < 0.01  # four standard deviations
+    assert not np.array_equal(mixed(1000), mixed(1000, seed=4)) and np.array_equal(mixed(1000), mixed(1000))
+
+
+@pytest.mark.parametrize(
+    "weights, shares",
+    [
+        ([1, 2], [Fraction(1, 3), Fraction(2, 3)]),
+        ([0.1, 0.2, 0.3], [Fraction(1, 6), Fraction(1, 3), Fraction(1, 2)]),
+        ([1e-3, 0.999], [Fraction(1, 1000), Fraction(999, 1000)]),
+        ([5], [Fraction(1)]),
+    ],
+)
+def test_a_period_has_the_shares_as_they_are_written(weights, shares):
+    counts = shares_of_period(weights)
+    assert [Fraction(count, sum(counts)) for count in counts] == shares and sum(counts) <= 65536
+
+
+@pytest.mark.parametrize("weights", [[np.pi, 1], [1e-9, 1], [1e-300, 1e300], [1 / 3, 1 / 3, 1 / 3 + 1e-12]])
+def test_shares_that_need_a_long_period_are_rounded_to_one_of_its_samples(weights):
+    counts = shares_of_period(weights)
+    assert sum(counts) == 65536
+    assert all(abs(count - 65536 * weight / sum(weights)) < 1 for count, weight in zip(counts, weights, strict=True))
 
 
 def take_batches(number: int, data: Dataset, **options) -> list[dict]:

@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 
 import fake_slurm
+import numpy as np
 import pytest
 from helpers import ROOT, VQ, ranks_of, tiny_config, wait_for
 
 for package in ("trimesh", "numba", "pyarrow"):
     pytest.importorskip(package)
 
-from dataset_toolkits import voxelize  # noqa: E402
+from dataset_toolkits import pack, voxelize  # noqa: E402
 from dataset_toolkits.shapes.make_shapes import make_shape, write_shape  # noqa: E402
 from scripts import to_tokens  # noqa: E402
+from trellis.datasets.sparse_structure import SparseStructure  # noqa: E402
 
 MESHES = 16
 # A program stops here once until the test goes on: a worker before it reads a mesh, to_tokens before it names a file.
@@ -84,10 +86,20 @@ class Cluster:
         return "\n".join(path.read_text() for path in sorted((self.folder / "jobs").glob("*.log")))
 
 
-def files_of(folder: Path, without: str = "") -> dict[str, bytes]:
-    """What a folder holds, by relative path; without a folder in it."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if not without or not name.startswith(without)}
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What a folder holds, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def objects_of(root: str) -> dict[str, tuple]:
+    """What shards hold, however objects are divided among them: by sha256, the grid, the split and other columns."""
+    dataset = SparseStructure(root, resolution=16, split="all")
+    indices = np.arange(len(dataset))
+    columns = {name: values for name, values in dataset.columns_of(indices).items() if name != "split"}
+    said = [{name: values[i] for name, values in columns.items() if values[i] is not None} for i in indices]
+    bits = dataset.get_batch(indices)["bits"].numpy()
+    entries = zip(dataset.entries, bits, said, strict=True)
+    return {entry.sha256: (grid.tobytes(), entry.split, row) for entry, grid, row in entries}
 
 
 @pytest.fixture
@@ -99,20 +111,27 @@ def cluster(tmp_path, monkeypatch) -> Cluster:
 def test_from_meshes_to_tokens(cluster, vae_run):
     """voxelize is preempted, which Slurm itself requeues; to_tokens meets its time limit, and asks to be requeued."""
     write_meshes(Path("meshes"))
-    flags = ["--input", "meshes", "--resolution", "16", "--max_workers", "1"]
-    into = ("--output_dir", "voxels")
+    flags = ["--input", "meshes", "--format", "shards", "--resolution", "16", "--max_workers", "1"]
+    into = ("--output_dir", "grids")
     log = cluster.run_and_stop("voxelize", *flags, *into, held="06.obj", element=0, signum=signal.SIGTERM)
     assert re.search(r"8 meshes \(rank 0 of 2\): 3 new, 0 done already", log), log
     assert re.search(r"8 meshes \(rank 0 of 2\): 5 new, 3 done already", log), log
-    assert voxelize.main([*flags, "--output_dir", "alone"]) == 0
-    assert files_of(Path("voxels"), "records") == files_of(Path("alone"), "records")
+    assert voxelize.main([*flags, "--output_dir", "grids_alone"]) == 0
+    assert len(list(Path("grids").glob("*.arrow"))) == 3 and len(objects_of("grids")) == MESHES
+    assert objects_of("grids") == objects_of("grids_alone")
+
+    flags = ["--input", "grids", "--resolution", "16", "--shard_size", "4", "--max_workers", "1"]
+    cluster.run("pack", *flags, "--output", "packed")
+    assert pack.main([*flags, "--output", "packed_alone"]) == 0
+    assert files_of(Path("packed")) == files_of(Path("packed_alone")) and len(files_of(Path("packed"))) == MESHES // 4
+    assert objects_of("packed") == objects_of("grids")
 
     Path("config.json").write_text(json.dumps(tiny_config(VQ, max_steps=4, i_eval=100, i_save=4)))
-    flags = ["--config", "config.json", "--data_dir", "voxels", "--output_dir", "run", "--load_dir", str(vae_run)]
+    flags = ["--config", "config.json", "--data_dir", "packed", "--output_dir", "run", "--load_dir", str(vae_run)]
     cluster.run("one_node", *flags, "--device", "cpu", "--auto_retry", "0")
     assert ranks_of(Path("run")) == [1]
 
-    flags = ["--tokenizer", "run", "--data_dir", "voxels", "--device", "cpu", "--shard_size", "1"]
+    flags = ["--tokenizer", "run", "--data_dir", "packed", "--device", "cpu", "--shard_size", "1"]
     into = ("--output_dir", "tokens")
     log = cluster.run_and_stop("to_tokens", *flags, *into, held="shard-00005-", element=1, signum=signal.SIGUSR1)
     assert re.search(r"tokens: 8 objects, [56] of them new; shards: 8 \(rank 1 of 2\)", log), log

@@ -15,10 +15,10 @@ from helpers import TEST_DATA, needs_test_data, run, solid_grids, tiny_config
 from torch.utils.data import DataLoader
 
 from trellis.datasets.batches import endless_batches
-from trellis.datasets.sampler import ResumableSampler
+from trellis.datasets.sampler import Order, ResumableSampler
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.voxels import occupancy_to_points, pack_bits, write_ply
-from trellis.utils.errors import DataError
+from trellis.utils.errors import ConfigError, DataError
 
 R = 4
 
@@ -241,6 +241,77 @@ def test_an_empty_split_is_an_error_that_names_it(tmp_path):
     assert dataset.split_sizes() == {"train": 3, "val": 0}
     with pytest.raises(DataError, match="a_train.npz: no object is in split 'val'"):
         dataset.for_split("val")
+
+
+# --- weights of roots ---
+
+
+def two_roots(tmp_path) -> str:
+    """3 training objects, and 20 with 4 more for validation."""
+    names = np.array([sha256(number) for number in range(100, 124)])
+    small = packed_root(tmp_path / "small.npz", random_grids(3), split=np.full(3, "train"))
+    large = packed_root(
+        tmp_path / "large.npz", random_grids(24, 1), sha256=names, split=np.array(["train"] * 20 + ["val"] * 4)
+    )
+    return f"{small},{large}"
+
+
+def test_roots_are_mixed_by_their_weights(tmp_path):
+    roots = two_roots(tmp_path)
+    dataset = SparseStructure(roots, resolution=R, weights=[0.25, 0.75])
+    assert dataset.shares == [(3, 0.25), (20, 0.75)] and len(dataset) == 23
+    items = dataset.order(seed=1).items(0, 4096)
+    assert (items < 3).sum() == 1024
+    assert f"training samples: 25.00% from {roots.split(',')[0]}, 75.00% from" in dataset.summary()
+    batches = endless_batches(dataset, 8, seed=1, start=16, device=torch.device("cpu"), num_workers=0, prefetch=True)
+    for number, batch in enumerate(itertools.islice(batches, 3)):
+        start = 16 + 8 * number
+        assert torch.equal(batch["ss"], torch.stack([dataset[i]["ss"] for i in items[start : start + 8].tolist()]))
+    plain = SparseStructure(roots, resolution=R)
+    assert plain.shares is None and "training samples" not in plain.summary()
+    assert np.array_equal(plain.order(1).items(0, 99), Order(23, 1).items(0, 99))
+    for split in ("val", "all"):
+        other = dataset.for_split(split)
+        assert other.shares is None and other.instances == plain.for_split(split).instances
+
+
+def test_a_root_of_weight_0_is_validated_and_not_trained_on(tmp_path):
+    roots = two_roots(tmp_path)
+    dataset = SparseStructure(roots, resolution=R, weights=[1, 0])
+    assert dataset.split_sizes() == {"train": 3, "val": 4} and dataset.shares == [(3, 1)]
+    assert set(dataset.texts("root")) == {roots.split(",")[0]}
+    assert len(dataset.for_split("val")) == 4 and len(dataset.for_split("all")) == 27
+    assert dataset.for_split("val").for_split("train").instances == dataset.instances
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ([1], "has 1 numbers, but data_dir has 2 roots"),
+        ([1, 1, 1], "has 3 numbers, but data_dir has 2 roots"),
+        ([1, -0.5], "has -0.5; give a number >= 0"),
+        ([float("nan"), 1], "has nan; give"),
+        ([1, float("inf")], "has inf; give"),
+        ([0, 0], "has no weight above 0"),
+        ([1e-9, 1], "1e-09 of .*small.npz is less than one of 65536 samples"),
+    ],
+)
+def test_weights_that_are_no_shares_are_an_error(tmp_path, weights, message):
+    with pytest.raises(ConfigError, match=f"dataset.args.weights:? {message}"):
+        SparseStructure(two_roots(tmp_path), resolution=R, weights=weights)
+
+
+def test_weights_of_other_roots_do_not_stop_an_evaluation(tmp_path):
+    large = two_roots(tmp_path).split(",")[1]
+    assert len(SparseStructure(large, resolution=R, weights=[0.5, 0.5], split="val")) == 4
+
+
+def test_a_root_without_training_objects_needs_weight_0(tmp_path):
+    val = packed_root(tmp_path / "a_val.npz", random_grids(4))
+    train = packed_root(tmp_path / "a_train.npz", random_grids(4, 1))
+    with pytest.raises(DataError, match="a_val.npz: has no training object, but weight 1. Give it weight 0"):
+        SparseStructure(f"{train},{val}", resolution=R, weights=[1, 1])
+    assert len(SparseStructure(f"{train},{val}", resolution=R, weights=[1, 0]).for_split("val")) == 4
 
 
 # --- errors ---

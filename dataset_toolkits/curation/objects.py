@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dataset_toolkits.shard_files import grids_per_shard
 from trellis.datasets.shards import SUFFIX, require_pyarrow, write_shard
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.utils.command import check_output_folder
@@ -20,8 +21,6 @@ from trellis.utils.files import LEFTOVER, host_name, is_running
 from trellis.utils.progress import waiting
 
 CHUNK = 1024  # objects that are read at a time
-BITS_PER_SHARD = 2**30  # 128 MiB of memory while one is written
-GRIDS_PER_SHARD = 4096  # at most, which is about 5 MB
 
 
 def open_roots(args: argparse.Namespace) -> SparseStructure:
@@ -110,8 +109,7 @@ def write_objects(
     """
     if not len(indices):
         raise DataError(f"{output}: no object is left to write.")
-    size = max(1, min(GRIDS_PER_SHARD, BITS_PER_SHARD // dataset.resolution**3))
-    parts = list(chunks(np.arange(len(indices)), size))
+    parts = list(chunks(np.arange(len(indices)), grids_per_shard(dataset.resolution)))
     digest = hashlib.sha256()
     for part in chunks(indices):
         digest.update("".join(dataset.texts("sha256", part)).encode())

@@ -12,7 +12,8 @@ import numpy as np
 
 from dataset_toolkits.report import count
 from trellis.datasets.metadata import is_sha256
-from trellis.datasets.shards import SUFFIX, Shard, require_pyarrow
+from trellis.datasets.remote import is_url
+from trellis.datasets.shards import Shard, require_pyarrow, shards_in
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.progress import say, waiting
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     whole = True
     objects = 0
     for root in roots:
-        shards = _shards_of(root)
+        shards = [] if is_url(root) else shards_in(Path(root))
         found = list(_check_shards(shards, args.resolution, args.max_workers)) if shards else []
         findings += found
         damaged = any(finding.problems for finding in found)
@@ -104,13 +105,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{args.roots}: damaged, see above")
     return 1
-
-
-def _shards_of(root: str) -> list[Path]:
-    path = Path(root)
-    if path.suffix == SUFFIX:
-        return [path]
-    return sorted(file for file in path.glob(f"*{SUFFIX}") if not file.name.startswith("."))
 
 
 def _check_shards(paths: list[Path], resolution: int, workers: int) -> Iterator[Finding]:

@@ -22,6 +22,7 @@ Axes: N objects, B bands, R voxels along an axis, V voxels of an object, O orbit
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -34,7 +35,8 @@ LOWEST_IOU = 0.5  # below, hashing finds too many candidates to compare
 BINS = 512
 PRINTS = 128  # bins that are kept, as a byte each, to estimate the Jaccard index of a pair
 MISS = 1e-4  # probability that a pair at the threshold shares no key
-DEVIATIONS = 6  # standard deviations below the threshold at which an estimate rules a pair out
+SLABS = 32  # of slices across each axis, at most, whose voxels are counted
+DEVIATIONS = 5  # standard deviations below the threshold at which an estimate rules a pair out
 SMALL_BUCKET = 64  # objects of a bucket whose pairs are listed; larger ones are compared object by object
 BATCH = 256  # grids read at a time
 EMPTY = np.uint32(2**32 - 1)
@@ -73,21 +75,23 @@ def band_length(iou: float) -> int:
 
 
 class Sketches(NamedTuple):
-    """What is kept of objects to find candidates: about 300 bytes each at t = 0.9.
+    """What is kept of objects to find candidates: 488 bytes each at 64^3 and t = 0.9.
 
     keys: [N, B] uint32, of the bands; candidates share one.
     prints: [N, PRINTS] uint8, the hashes of some bins: the share that is equal estimates the Jaccard index.
+    profiles: [N, 3, S] unsigned, voxels of each slab of slices across x, y and z: symmetries reorder and reverse them.
     num_voxels: [N] int64.
     digests: [N, 2] uint64, half a SHA-256 of the bits: equal for equal grids alone.
     """
 
     keys: np.ndarray
     prints: np.ndarray
+    profiles: np.ndarray
     num_voxels: np.ndarray
     digests: np.ndarray
 
     def plausible(self, first: np.ndarray, second: np.ndarray, iou: float = IOU) -> np.ndarray:
-        """Return [P] bool: whether pairs, [P] int64 each, may be at a threshold by their sizes and prints."""
+        """Return [P] bool: whether pairs, [P] int64 each, may be at a threshold by their sizes, prints and profiles."""
         voxels, prints = self.num_voxels, self.prints
         less = np.minimum(voxels[first], voxels[second])
         kept = less >= iou * np.maximum(voxels[first], voxels[second])
@@ -96,7 +100,21 @@ class Sketches(NamedTuple):
         for start in range(0, len(chosen), 1 << 16):
             part = chosen[start : start + (1 << 16)]
             kept[part] = np.count_nonzero(prints[first[part]] == prints[second[part]], axis=1) >= least
+        chosen = np.flatnonzero(kept)
+        for start in range(0, len(chosen), 1 << 12):
+            part = chosen[start : start + (1 << 12)]
+            total = voxels[first[part]] + voxels[second[part]]
+            differing = self._differing(first[part], second[part])
+            kept[part] = total - differing >= iou * (total + differing)
         return kept
+
+    def _differing(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Return in how many voxels pairs, [P] int64 each, differ at least in any orientation, [P] int64."""
+        one, other = (self.profiles[numbers].astype(np.int32) for numbers in (first, second))
+        apart = [np.abs(one[:, None] - turned[:, :, None]).sum(-1) for turned in (other, other[:, :, ::-1])]
+        axes = np.minimum(*apart)  # [P, 3, 3]: one's axis, the other's, the better of its directions
+        orders = [axes[:, range(3), order].max(axis=1) for order in itertools.permutations(range(3))]
+        return np.min(orders, axis=0).astype(np.int64)
 
 
 class Sketcher:
@@ -115,6 +133,13 @@ class Sketcher:
         self._starts = np.cumsum(sizes) - sizes  # element (o, k) has the number starts[o] + k - 1
         self._hashes = random.integers(EMPTY, size=resolution**3, dtype=np.uint32)  # of elements; the upper bits: bin
         self._bounds = np.arange(BINS, dtype=np.uint32) * np.uint32(2**32 // BINS)
+        self.slabs = max(
+            number for number in range(1, SLABS + 1) if resolution % number == 0
+        )  # mirrored onto each other
+        slab = np.arange(resolution) * self.slabs // resolution
+        cells = np.ix_(slab * self.slabs**2, slab * self.slabs, slab)
+        self._cells = (cells[0] + cells[1] + cells[2]).reshape(-1)  # [R^3], of slabs^3
+        self.profile_type = np.dtype(np.uint16 if resolution**3 // self.slabs < 2**16 else np.uint32)
         # Bins that an empty one asks, in this order.
         self._others = random.permuted(np.tile(np.arange(BINS, dtype=np.uint16), (BINS, 1)), axis=1).T
         self._length = band_length(iou)
@@ -126,16 +151,20 @@ class Sketcher:
         hashes = np.empty((len(bits), BINS), np.uint32)
         digests = np.empty((len(bits), 2), np.uint64)
         num_voxels = np.empty(len(bits), np.int64)
+        profiles = np.empty((len(bits), 3, self.slabs), self.profile_type)
         for number, row in enumerate(bits):
             digests[number] = np.frombuffer(hashlib.sha256(row).digest()[:16], np.uint64)
-            voxels = voxels_of(row, self.resolution)
+            voxels = voxels_of(row)
             num_voxels[number] = len(voxels)
+            cells = np.bincount(self._cells[voxels], minlength=self.slabs**3).reshape([self.slabs] * 3)
+            plane = cells.sum(axis=0)
+            profiles[number] = cells.sum(axis=(1, 2)), plane.sum(axis=1), plane.sum(axis=0)
             hashes[number] = self._least(np.bincount(self._orbits[voxels], minlength=self._count))
         hashes = self._filled(hashes)
         used = hashes[:, : len(self._factors)].astype(np.uint64) * self._factors
         keys = used.reshape(len(bits), self.bands, self._length).sum(axis=2) >> np.uint64(32)
         prints = hashes[:, :: BINS // PRINTS].astype(np.uint8)
-        return Sketches(keys.astype(np.uint32), prints, num_voxels, digests)
+        return Sketches(keys.astype(np.uint32), prints, profiles, num_voxels, digests)
 
     def _least(self, counts: np.ndarray) -> np.ndarray:
         """Return the least hash of each bin, [BINS] uint32, of the elements that counts [O] stand for."""
@@ -161,33 +190,40 @@ class Sketcher:
         return found
 
 
-def voxels_of(row: np.ndarray, resolution: int) -> np.ndarray:
-    """Return the numbers of the occupied voxels of a grid as bits [R^3 / 8], in C order, [V] int64."""
-    return np.flatnonzero(np.unpackbits(row, count=resolution**3).view(bool))
+def voxels_of(row: np.ndarray) -> np.ndarray:
+    """Return the numbers of the occupied voxels of a grid as bits [ceil(R^3 / 8)], in C order, [V] int64."""
+    used = np.flatnonzero(row != 0)  # most bytes are empty: unpacking them all takes twice as long
+    places = np.flatnonzero(np.unpackbits(row[used]).view(bool))
+    return (8 * used)[places >> 3] + (places & 7)
 
 
 class Grid:
     """A grid to be compared with others.
 
-    row: the grid as bits [R^3 / 8] uint8.
+    row: the grid as bits [ceil(R^3 / 8)] uint8.
     resolution: R.
     """
 
     def __init__(self, row: np.ndarray, resolution: int):
-        self.resolution = resolution
-        self.occupied = np.unpackbits(row, count=resolution**3).view(bool)
-        voxels = np.flatnonzero(self.occupied)
-        self.num_voxels = len(voxels)
-        self._voxels = voxels
-        x, rest = np.divmod(voxels, resolution * resolution)
-        y, z = np.divmod(rest, resolution)
-        self.profiles = np.stack([np.bincount(values, minlength=resolution) for values in (x, y, z)])  # [3, R]
-        self._coordinates = (x, y, z)
+        self.row, self.resolution = row, resolution
+        bits = np.unpackbits(row, count=resolution**3)
+        self.occupied = bits.view(bool)  # [R^3]
+        cube = bits.reshape((resolution,) * 3)
+        small = np.uint8 if resolution < 256 else np.uint16  # holds R, and is fast to add
+        yz, xz = cube.sum(axis=0, dtype=small), cube.sum(axis=1, dtype=small)
+        profiles = (xz.sum(axis=1, dtype=int), yz.sum(axis=1, dtype=int), yz.sum(axis=0, dtype=int))
+        self.profiles = np.stack(profiles)  # [3, R], voxels of each slice across x, y and z
+        self.num_voxels = int(profiles[0].sum())
 
     @functools.cached_property
     def coordinates(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each axis the coordinates of the voxels, [V] each, as they are and mirrored."""
-        return [(values, self.resolution - 1 - values) for values in self._coordinates]
+        """For each axis the coordinates of the voxels, [V] int64 each, as they are and mirrored."""
+        last = self.resolution - 1
+        rest = voxels_of(self.row)
+        x = rest // self.resolution**2
+        rest = rest - x * self.resolution**2
+        y = rest // self.resolution
+        return [(values, last - values) for values in (x, y, rest - y * self.resolution)]
 
     def shared(self, other: "Grid", symmetry: int) -> int:
         """Return how many voxels this grid, under one of the 48 symmetries, shares with another."""
@@ -357,6 +393,7 @@ def sketch_all(
     sketches = Sketches(
         np.empty((count, sketcher.bands), np.uint32),
         np.empty((count, PRINTS), np.uint8),
+        np.empty((count, 3, sketcher.slabs), sketcher.profile_type),
         np.empty(count, np.int64),
         np.empty((count, 2), np.uint64),
     )

@@ -123,9 +123,9 @@ def write_shard(path: Path, bits: np.ndarray, resolution: int, columns: Mapping[
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         with open(partial, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-            framing, places = _framing(content)
+            framed, places = framing(content)
             for place in places:
-                content[place : place + len(NO_SUM)] = f"{zlib.crc32(framing):08x}".encode()
+                content[place : place + len(NO_SUM)] = f"{zlib.crc32(framed):08x}".encode()
 
 
 def arrow_type(name: str) -> "pa.DataType":
@@ -159,7 +159,7 @@ def _sum(name: str, array: "pa.Array") -> int:
     return total
 
 
-def _framing(content: Any) -> tuple[bytes, list[int]]:
+def framing(content: Any) -> tuple[bytes, list[int]]:
     """Return what a file has before and after its columns, without the sum in it, and the places of that sum.
 
     content: the file, as bytes or mapped. A file is the magic, the messages of the schema and of the batch, the
@@ -237,9 +237,9 @@ class Shard:
             if not self.path.stat().st_size:
                 raise ValueError("it is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                framing, places = _framing(content)
+                framed, places = framing(content)
                 said = content[places[0] : places[0] + len(NO_SUM)]
-        if int(said, 16) != zlib.crc32(framing):
+        if int(said, 16) != zlib.crc32(framed):
             raise ValueError("its schema is damaged, the sum is another")
 
     def __reduce__(self) -> tuple[type["Shard"], tuple[Path, str]]:
@@ -257,11 +257,12 @@ class Shard:
         """Return a column, which maps the file. Raise DataError if it is damaged."""
         array = self.batch.column(name)
         if name not in self._checked:
-            if _sum(name, array) != self._known_sums.get(name):
+            reason = "its sum is another" if _sum(name, array) != self._known_sums.get(name) else _invalid(array)
+            if reason:
                 first = "" if name == "sha256" else f", from {self.column('sha256')[0]} on"
                 raise DataError(
-                    f"{self.name}: its column {name} is damaged (its sum is another): {len(self)} rows are lost"
-                    f"{first}. Make the file anew by pack.py."
+                    f"{self.name}: its column {name} is damaged ({reason}): {len(self)} rows are lost{first}. "
+                    "Make the file anew by pack.py."
                 )
             self._checked.add(name)
         return array
@@ -306,6 +307,17 @@ class Shard:
             f"{self.name}: the grid of row {row}, {self.column('sha256')[row]}, is damaged ({reason}): 1 of "
             f"{len(self)} rows is lost. Make the file anew by pack.py."
         )
+
+
+def _invalid(array: "pa.Array") -> str | None:
+    """Return why Arrow could not read an array without harm, such as offsets out of it; None if it can."""
+    import pyarrow as pa
+
+    try:
+        array.validate(full=True)
+    except pa.ArrowException as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def _count(bits: np.ndarray) -> int:

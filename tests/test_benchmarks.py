@@ -46,6 +46,7 @@ SCRIPTS = (
     "plain_train",
     "tokenizer",
     "meshes",
+    "packed",
 )
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--resolution", "16", "--objects", "8"]
@@ -569,3 +570,56 @@ def test_tokenizer(measure, ceilings):
         assert row["limit"] == near(1e16 / plain.convolution_flops(models, kind, 16))
         assert row["of limit"] == near(row["objects/s"] / row["limit"]) and row["of limit"] < 1
         assert row["script, objects/s"] > 0 and row["ids equal to fp32"] == 1
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a shard of made-up objects, from small pools."""
+    pytest.importorskip("pyarrow")
+    from benchmarks import packed_data
+
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_data, "BASE_SHAPES", 4)
+        patch.setattr(packed_data, "POOL", 9)
+        packed_data._make_pools()
+        packed_data._make_shard(folder / "made-00000.arrow", range(70))
+        packed_data._make_shard(folder / "made-00001.arrow", range(70, 81))
+    packed_data.make_shards(folder, 81, processes=1)  # 20,000 would be in the first: nothing to make
+    return folder
+
+
+def test_made_up_objects_differ(made):
+    from trellis.datasets.sparse_structure import SparseStructure
+
+    data = SparseStructure(str(made), split="all")
+    grids = {row.tobytes() for row in data.get_batch(np.arange(81))["bits"].numpy()}
+    assert len(data) == 81 and len(grids) >= 72  # all pairs of two pools of 9; two boxes are alike
+    assert len(set(data.texts("source"))) == 50
+
+
+def test_a_data_set_in_shards_is_measured_and_its_damages_are_named(made, monkeypatch):
+    from benchmarks import packed
+
+    monkeypatch.setattr(packed, "SECONDS", 0.01)
+    assert [row[0] for row in packed.opening(made)][0] == "open" and packed.random_access(made) > 0
+    for what, message in packed.damages(made):
+        assert message.startswith("made-00001.arrow: "), what
+        assert ("1 of 11 rows is lost" in message) == ("grid" in what)
+
+
+def test_every_format_gives_the_grids_that_were_stored(made, tmp_path):
+    from benchmarks.packed_formats import FORMATS
+    from trellis.datasets.sparse_structure import SparseStructure
+
+    data = SparseStructure(str(made), split="all")
+    bits, read = data.get_batch(np.arange(81))["bits"].numpy(), 0
+    order = np.random.default_rng(0).permutation(81)
+    for number, stored in enumerate(FORMATS.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with contextlib.suppress(ImportError):  # Zarr and Lance
+            stored.write(folder, bits, data.texts("sha256"))
+            assert np.array_equal(stored.open(folder)(order), bits[order])
+            read += 1
+    assert read >= 6

@@ -332,7 +332,12 @@ def test_defaults_are_filled_in_once_and_equal_settings_get_one_form():
     quantizer = {"n_embed": 8192, "embed_dim": 8, "latent_channels": 8, "group": None, "init": "kmeans"}
     quantizer["empty_code"] = False
     assert completed["models"]["quantizer"]["args"] == {**quantizer, "levels": [8, 8, 8, 4, 4]}
-    assert completed["dataset"]["args"] == {"resolution": 64, "min_aesthetic_score": None, "augmentation": "none"}
+    assert completed["dataset"]["args"] == {
+        "resolution": 64,
+        "min_aesthetic_score": None,
+        "augmentation": "none",
+        "weights": None,
+    }
     args = completed["trainer"]["args"]
     assert (args["freeze"], args["ema_rate"], args["lambda_commit"]) == (["decoder", "encoder"], [0.9], 0.25)
     assert complete_config(completed) == completed

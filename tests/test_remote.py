@@ -132,6 +132,14 @@ def test_too_little_room_is_said_before_anything_is_copied(memory, tmp_path, cac
     assert not list(cache.iterdir())
 
 
+def test_a_file_of_unknown_size_is_not_copied(memory, tmp_path, cache, monkeypatch):
+    memory(shard(tmp_path / "a.arrow", random_grids(3)), "/set/a.arrow")
+    info = {"name": "/set/a.arrow", "size": None, "type": "file"}
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "ls", lambda *args, **flags: [info])
+    with pytest.raises(DataError, match="memory://set/a.arrow: the server does not say its size"):
+        opened("memory://set")
+
+
 def test_a_copy_that_breaks_off_is_no_copy(memory, tmp_path, cache, monkeypatch):
     memory(shard(tmp_path / "a.arrow", random_grids(3)), "/set/a.arrow")
     with monkeypatch.context() as patch:

@@ -146,6 +146,20 @@ def test_training_sees_the_same_batches_from_shards_as_from_a_packed_file(tmp_pa
         assert torch.equal(one["ss"], other["ss"]) and torch.equal(one["sample_ids"], other["sample_ids"])
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files as Linux lists them")
+def test_shards_keep_no_file_open(tmp_path):
+    grids = random_grids(50)
+    for number in range(50):
+        shard(tmp_path / f"{number:02d}.arrow", grids[number : number + 1], number, name=[f"{number}.glb"])
+    before = len(os.listdir("/proc/self/fd"))
+    data = opened(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    for path in tmp_path.iterdir():
+        path.unlink()  # what is mapped stays
+    assert torch.equal(all_items(data)[:, 0], torch.tensor(grids))
+    assert [data.name(index) for index in range(50)] == [f"{number}.glb" for number in range(50)]
+
+
 def test_an_object_in_two_shards_counts_once_if_its_grids_are_equal(tmp_path):
     grids = random_grids(8)
     shard(tmp_path / "a.arrow", grids[:5])

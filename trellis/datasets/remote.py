@@ -122,6 +122,8 @@ def _list(url: str) -> tuple[Any, list[Shared]]:
         if info["type"] != "file" or not name.endswith(SUFFIX) or name.startswith("."):
             continue
         address = url if path.endswith(SUFFIX) else f"{url.rstrip('/')}/{name}"
+        if info.get("size") is None:
+            raise DataError(f"{address}: the server does not say its size, so that no copy could be checked.")
         version = {key: str(info[key]) for key in VERSION_KEYS if info.get(key) is not None}
         key = hashlib.sha256(repr((address, info["size"], sorted(version.items()))).encode()).hexdigest()[:24]
         shards.append(Shared(address, info["name"], info["size"], cache_folder() / f"{key}-{name}"))

@@ -70,6 +70,7 @@ TYPES = {
 REQUIRED = ("sha256", "grid", "checksum", "num_voxels")
 # Of zstd: 1.10 KB a grid of 64^3. Level 3 takes 1.33 KB and half the time, 19 takes 0.99 KB and 46 times the time.
 LEVEL = 9
+LARGEST_RESOLUTION = 2048  # more is damage: 1 GiB a grid
 MAGIC = b"ARROW1"
 FRAMING = re.compile(rb'"framing": "([0-9a-f]{8})"')
 NO_SUM = "0" * 8  # what the framing has in place of its sum when that is taken
@@ -200,12 +201,16 @@ class Shard:
         require_file(path, DataError, "pack.py writes shards")
         try:
             self._check_framing()
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            file = pa.memory_map(str(path))
+            reader = pa.ipc.open_file(file)
             said = json.loads((reader.schema.metadata or {})[METADATA])
             check_version(said["format"], FORMAT_VERSION, path, DataError)
             self.resolution = int(said["resolution"])
+            if not 0 < self.resolution <= LARGEST_RESOLUTION or self.resolution % 2:
+                raise ValueError(f"its resolution is {self.resolution}")
             self._known_sums = dict(said["sums"])
             self.batch = reader.get_batch(0)
+            file.close()  # the batch keeps the mapping; thousands of open files would be too many
             self.batch.validate()
             types = {field.name: field.type for field in self.batch.schema}
             wrong = [name for name, own in types.items() if own != arrow_type(name)]

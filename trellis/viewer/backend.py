@@ -152,10 +152,10 @@ class Backend:
             raise DataError(f"object {index}: the data set has {len(self.dataset) if self.dataset else 0} objects")
         return self.dataset[index]["ss"][0].numpy() > 0
 
-    def object_name(self, index: int) -> str:
-        """Return the file name of an object of the data set."""
+    def object_names(self) -> list[str]:
+        """Return the file names of all objects of the data set."""
         assert self.dataset is not None
-        return Path(self.dataset.name(index)).name
+        return [Path(name).name for name in self.dataset.texts("name")]
 
     def grid_axis(self, index: int | None = None) -> Axis:
         """Return how the axes of the files that grids come from were taken, by the setting of the data. Files of the

@@ -79,11 +79,11 @@ def add_browser_side(app: Dash) -> None:
 
 def add_picking(app: Dash, backend: Backend, dataset: StandardDatasetBase, opener: Opener) -> None:
     """Add the list of the data set's objects."""
-    names = [backend.object_name(index) for index in range(len(dataset))]
-    order = sorted(range(len(dataset)), key=lambda index: dataset.entries[index].split != "val")  # held-out ones first
+    names, splits = backend.object_names(), dataset.texts("split")
+    order = sorted(range(len(dataset)), key=lambda index: splits[index] != "val")  # held-out ones first
 
     def option(index: int) -> dict[str, Any]:
-        note = " (held out)" if dataset.entries[index].split == "val" else ""
+        note = " (held out)" if splits[index] == "val" else ""
         return {"label": names[index] + note, "value": index}
 
     @app.callback(

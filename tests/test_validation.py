@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, VQ, assert_equal, checkpoint, course, logged, run, tiny_config
+from helpers import ROOT, VQ, assert_equal, checkpoint, course, logged, run, solid_grids, tiny_config
 
 from benchmarks import runs
 from trellis.runs.checkpoint import Checkpoints, misc_file
@@ -259,3 +259,17 @@ def test_all_ranks_stop_in_the_same_round_if_one_is_told_to(data_dir, write_conf
         one, two = (course(tmp_path / name, step)["objects"] for name in ("one", "two"))
         assert one.shape == (5,)
         torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+
+
+def test_the_objects_of_a_step_are_those_that_were_drawn_from_weighted_roots(data_dir, write_config, tmp_path):
+    """Reports of bad steps name them."""
+    config = tiny_config()
+    config["dataset"]["args"]["weights"] = [3, 1]
+    roots = f"{data_dir}/shapes_train.npz,{tmp_path}/more_train.npz"
+    np.savez(tmp_path / "more_train.npz", bits=np.packbits(solid_grids(4, 16, 5).reshape(4, -1), axis=1))
+    flags = ["--config", write_config(config), "--data_dir", roots, "--output_dir", str(tmp_path / "run")]
+    trainer = runs.build_trainer([*flags, "--device", "cpu"], torch.device("cpu"))
+    for batch, step in zip(trainer.batches(), range(1, 20), strict=False):
+        trainer.step, trainer.samples_seen = step, 4 * step
+        grids = trainer.dataset.get_batch(trainer.objects_of_step(step))
+        assert torch.equal(trainer.dataset.unpack_batch(grids)["ss"], batch["ss"]), step

@@ -20,7 +20,6 @@ from torch.profiler import record_function
 
 from ..datasets.base import StandardDatasetBase
 from ..datasets.batches import check_num_workers, endless_batches
-from ..datasets.sampler import Order
 from ..grids.preview import save_png
 from ..models import build
 from ..modules.model import Model
@@ -155,7 +154,7 @@ class BasicTrainer:
         self.validation_stopped: int | None = None  # the signal that stopped the last validation, on every rank
         self.validation_owed = False  # the checkpoint to continue from lacks its step's validation
         self.checkpoint_owed = False  # one was due while steps were bad
-        self.order = Order(len(dataset), seed)
+        self.order = dataset.order(seed)
         self.pending = PendingSteps()
         self.progress = Progress(max_steps, i_print)
         self.saver = Saver(self.checkpoints, lambda step: self.status.set(checkpoint_step=step))  # of the main process

@@ -49,7 +49,13 @@ SPEED = (
     Column("objects in them"),
     Column("hashes, bytes an object"),
 )
-RECALL = (Column("pairs", "key"), Column("IoU at least", "key"), Column("number"), Column("found"), Column("recall"))
+COLUMNS = (
+    Column("pairs", "key"),
+    Column("IoU at least", "key"),
+    Column("number"),
+    Column("found"),
+    Column("recall", "ratio"),
+)
 
 
 def all_pairs(bits: np.ndarray, resolution: int, iou: float) -> np.ndarray:
@@ -193,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         copies = np.arange(9, args.scale, 10)
         together = found.family[copies] == found.family[copies - 1]
         recall.append([f"made-up, of {args.scale} objects", 0.93, len(copies), int(together.sum()), share(together)])
-    print(report.write(*notes, Table(SPEED, speed, "Speed"), Table(RECALL, recall, "Recall")))
+    print(report.write(*notes, Table(COLUMNS, recall, "Recall"), Table(SPEED, speed, "Speed")))
 
 
 def share(hits: np.ndarray) -> float | None:

@@ -4,7 +4,7 @@
     python dataset_toolkits/dataset.py stats data/packed --output outputs/data_stats
     python dataset_toolkits/dataset.py merge data/a,data/b --output data/all
     python dataset_toolkits/dataset.py filter data/all --where "num_voxels >= 200" --where "kind in chair, table" \\
-        --drop bad.txt --output data/good
+        --keep wanted.txt --drop bad.txt --output data/good
     python dataset_toolkits/dataset.py dedupe data/good --iou 0.9 --report duplicates.csv --output data/unique
     python dataset_toolkits/dataset.py split data/unique --val 0.05 --family source --output data/divided
     python dataset_toolkits/dataset.py sheet data/divided --objects 40 --seed 0 --families --output sheet.png

@@ -36,6 +36,7 @@ from dataset_toolkits.shard_files import (
 )
 from trellis.datasets.metadata import compare_settings
 from trellis.datasets.packed import TEXT_ARRAYS, load_packed, packed_resolution, save_packed
+from trellis.datasets.remote import is_url, shard_files
 from trellis.datasets.shards import FORMAT_VERSION, SUFFIX, TYPES, Shard, require_pyarrow, shards_in
 from trellis.datasets.tables import typed
 from trellis.grids.voxels import occupancy_to_points, packed_size, write_ply
@@ -221,8 +222,8 @@ def _refuse_others(output: Path, ending: str, shards: int) -> None:
             )
 
 
-def unpack(packed: Path, output_dir: Path) -> int:
-    """Write the objects of an .npz file, of a shard or of a folder of shards into a new folder.
+def unpack(packed: str | Path, output_dir: Path) -> int:
+    """Write the objects of an .npz file, of a shard, or of a folder or URL of shards into a new folder.
 
     It has them as `voxels/<sha256>.ply` and `metadata.csv`.
     Return their number. Raise DataError if they cannot be read in full or `output_dir` exists.
@@ -279,12 +280,12 @@ def unpack(packed: Path, output_dir: Path) -> int:
     return len(dataset)
 
 
-def _resolution_of(packed: Path) -> int:
+def _resolution_of(packed: str | Path) -> int:
     """Return the resolution of an .npz file, or of the first shard."""
-    shards = [packed] if packed.suffix == SUFFIX else shards_in(packed)
+    shards = shard_files(str(packed))
     if shards:
-        return Shard(shards[0]).resolution
-    bits = load_packed(packed)["bits"]
+        return Shard(*shards[0]).resolution
+    bits = load_packed(Path(packed))["bits"]
     resolution = packed_resolution(bits)
     if resolution is None:
         raise DataError(f"{packed}: rows of {bits.shape[1]} bytes are not a cube of voxels")
@@ -327,13 +328,19 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.output}: {count(made, 'new grid')}{rank}, {count(len(shards_in(args.output)), 'shard')} in all")
 
 
+def _local(text: str) -> Path:
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL: write to a folder of this machine, and copy that")
+    return Path(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", metavar="ROOTS", help="data roots, separated by commas; needs --output")
-    source.add_argument("--unpack", type=Path, metavar="PACKED", help="shards or .npz to unpack; needs --output_dir")
-    parser.add_argument("--output", type=Path, metavar="PATH", help="folder of shards to write, or a file *.npz")
-    parser.add_argument("--output_dir", type=Path, metavar="ROOT", help="folder of voxel files to write")
+    source.add_argument("--unpack", metavar="PACKED", help="shards or .npz to unpack; needs --output_dir")
+    parser.add_argument("--output", type=_local, metavar="PATH", help="folder of shards to write, or a file *.npz")
+    parser.add_argument("--output_dir", type=_local, metavar="ROOT", help="folder of voxel files to write")
     parser.add_argument("--resolution", type=int, default=64, help="voxels per axis of --input (default 64)")
     parser.add_argument(
         "--shard_size", type=int, metavar="N", help="grids of a shard (default: 4096 of 64^3, fewer of larger ones)"

@@ -25,6 +25,7 @@ from trellis.utils import signals
 from trellis.utils.errors import DataError
 
 BITS_PER_SHARD = 2**30  # 128 MiB, which a process that writes a shard holds
+SIGNAL_SECONDS = 0.2  # between looks for a signal
 NUMBER = re.compile(r"grids-(\d{6,})-.*\.arrow")
 
 
@@ -145,11 +146,10 @@ def write_shards(tasks: Iterable[Task], workers: int, done: Callable[[int], None
             done(len(task))
         return
     others = set(multiprocessing.active_children())
-    with _signals_blocked():
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start)
-    with pool:
+    # A signal is looked for between calls of the pool: an exception within them could leave its locks taken.
+    with signals.noted() as handled, _pool(workers) as pool:
         try:
-            for count in _written(pool, tasks, workers):
+            for count in _written(pool, tasks, workers, handled):
                 done(count)
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -164,22 +164,29 @@ def write_shards(tasks: Iterable[Task], workers: int, done: Callable[[int], None
             raise
 
 
-def _written(pool: ProcessPoolExecutor, tasks: Iterable[Task], workers: int) -> Iterator[int]:
-    """Yield the number of grids of each shard that is written."""
+def _pool(workers: int) -> ProcessPoolExecutor:
+    with _signals_blocked():
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start)
+
+
+def _written(pool: ProcessPoolExecutor, tasks: Iterable[Task], workers: int, handled: signals.Signals) -> Iterator[int]:
+    """Yield the number of grids of each shard that is written. Raise Stopped after a signal."""
     running: dict[Future, int] = {}
     for task in tasks:
         with _signals_blocked():
             running[pool.submit(task.write)] = len(task)
         while len(running) > workers:
-            yield from _ended(running)
+            yield from _ended(running, handled)
     while running:
-        yield from _ended(running)
+        yield from _ended(running, handled)
 
 
-def _ended(running: dict[Future, int]) -> Iterator[int]:
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
+def _ended(running: dict[Future, int], handled: signals.Signals) -> Iterator[int]:
+    for future in wait(running, timeout=SIGNAL_SECONDS, return_when=FIRST_COMPLETED).done:
         future.result()
         yield running.pop(future)
+    if handled.signum is not None:
+        raise signals.Stopped(handled.signum)
 
 
 @contextmanager

@@ -30,6 +30,8 @@ from dataset_toolkits.claim import claimed
 from dataset_toolkits.plan import Job, Plan, is_trellis_root, plan_files, plan_renders
 from dataset_toolkits.shard_files import GridBuffer, columns_of_row
 from dataset_toolkits.work import Made, Outcome, Settings, division, input_key, is_volume, make_grids, time_factor
+from trellis.datasets.metadata import SPLITS
+from trellis.datasets.remote import is_url
 from trellis.datasets.shards import require_pyarrow
 from trellis.grids import placing
 from trellis.grids.mesh_cluster import run_on_cluster
@@ -205,18 +207,19 @@ class Run:
 
             folder = self.root / "voxels" if self.buffer is None else None
             try:
-                for jobs in (others, volumes):
-                    tasks = ((job.path, job.sha256, folder, self.settings, job.stamp) for job in jobs)
-                    if jobs:
-                        timeout = self.args.timeout * time_factor(jobs[0].path)
-                        if self.cluster is None:
-                            run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
-                        else:
-                            self._work_on_cluster(self.cluster, tasks, finish, timeout)
+                try:
+                    for jobs in (others, volumes):
+                        tasks = ((job.path, job.sha256, folder, self.settings, job.stamp) for job in jobs)
+                        if jobs:
+                            timeout = self.args.timeout * time_factor(jobs[0].path)
+                            if self.cluster is None:
+                                run_in_pool(make_grids, tasks, finish, min(workers, len(jobs)), timeout, memory)
+                            else:
+                                self._work_on_cluster(self.cluster, tasks, finish, timeout)
+                finally:
+                    self._write_shards()
             except KeyboardInterrupt as stopped:
                 self.stopped = stopped
-            finally:
-                self._write_shards()
 
     def _finish(self, job: Job, result: Outcome | DataError) -> None:
         """Record what became of a job, or keep its grids for a shard."""
@@ -231,13 +234,19 @@ class Run:
             self._write_shards()
 
     def _columns_of_base(self) -> dict[str, dict[str, object]]:
-        """Return what TRELLIS's metadata.csv says of the files of this rank, as columns of shards."""
+        """Return what TRELLIS's metadata.csv says of the files of this rank, as columns of shards.
+
+        Raise DataError for what shards cannot say.
+        """
         columns = {}
+        table = Path(self.args.input[0], "metadata.csv")
         for job in self.plan.jobs if self.plan.base else ():
             row = {
                 name: text for name, text in self.plan.base[job.sha256].items() if name not in records.METADATA_FIELDS
             }
-            columns[job.sha256] = columns_of_row(str(Path(self.args.input[0], "metadata.csv")), row)
+            if row.get("split", "") not in ("", *SPLITS):  # shards that say so could not be read
+                raise DataError(f"{table}: split of {job.sha256} is {row['split']!r}; it must be train, val or blank")
+            columns[job.sha256] = columns_of_row(str(table), row)
         return columns
 
     def _columns(self, job: Job, made: Made) -> dict[str, object]:
@@ -597,6 +606,10 @@ def check_args(args: argparse.Namespace) -> None:
         require_pyarrow()
         if args.resolution % 2:
             raise ConfigError(f"--resolution {args.resolution}: shards hold grids of an even resolution.")
+    if is_url(args.output_dir):
+        raise ConfigError(
+            f"--output_dir {args.output_dir}: is a URL. Write to a folder of this machine, and copy that."
+        )
     if not trellis_roots and not args.output_dir:
         raise ConfigError("--output_dir is missing. Only a TRELLIS folder has a default: itself.")
 

@@ -7,8 +7,8 @@
 
 --tokens is a folder of scripts/to_tokens.py, in any form; without it, grids are encoded here, in fp32. The tokenizer is
 needed for statistics of empty tokens and of the sparse form (not for ids with an empty code), the grids for statistics
-of occupied positions and for the size of grids themselves. Writes stats.json (keys: trellis/tokens/stats.py), stats.md,
-which says the same in words, and pictures.
+of occupied positions and for the size of grids themselves. At most 1000 objects are compressed, evenly spaced. Writes
+stats.json (keys: trellis/tokens/stats.py), stats.md, which says the same in words, and pictures.
 """
 
 import sys

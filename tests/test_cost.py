@@ -1,16 +1,19 @@
 """benchmarks/cost.py: differences of two runs, meshes in groups, hours."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from helpers import tetrahedron
+from helpers import ROOT, tetrahedron
 
 pytest.importorskip("trimesh")
 pytest.importorskip("numba")
 
 from benchmarks import cost  # noqa: E402
 from trellis.utils.errors import DataError  # noqa: E402
+
+RESULT = ROOT / "benchmarks/results/cost_cpu.json"
 
 
 def test_start_up_is_left_out(monkeypatch):
@@ -85,3 +88,50 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     assert by_name["pack.py, npz to shards"] == pytest.approx(1e3 * 0.5 / 9)
     assert by_name["to_tokens.py, fp32"] == pytest.approx(1e3 * 0.5 / 4)
     assert len(plan) == 2 * len(steps)
+
+
+def test_the_committed_table_follows_from_the_committed_times():
+    *_, steps, plan = json.loads(RESULT.read_text())["tables"]
+    places = {"dataset.py verify": (cost.CORES, False), "dataset.py dedupe": (1, False)}
+    made = [
+        cost.Step(name, on, ms / 1e3, *places.get(name, (cost.CORES if on == "core" else cost.GPUS, True)))
+        for name, on, ms, _ in steps["rows"]
+    ]
+    for row, expected in zip(plan["rows"], cost.plan_rows(made), strict=True):
+        assert row == [pytest.approx(each) if isinstance(each, float) else each for each in expected]
+
+
+def test_the_documents_have_the_table_that_was_measured():
+    shown = [line for line in (ROOT / "docs/data.md").read_text().splitlines() if line.startswith("|")]
+    measured = (ROOT / "benchmarks/results/cost_cpu.md").read_text()
+    for heading in ("Bytes", "An object", "A million objects"):
+        table = re.search(rf"## {heading}\n\n((?:\|.*\n)+)", measured)[1].splitlines()
+        assert set(table) <= set(shown), heading
+
+
+def test_what_half_a_million_take_follows_from_what_was_measured():
+    sizes, meshes, steps, _ = (table["rows"] for table in json.loads(RESULT.read_text())["tables"])
+    ms, size, mesh = (
+        {row[0]: row[2] for row in steps},
+        {row[0]: row[1] for row in sizes},
+        {row[0]: row for row in meshes},
+    )
+    text = " ".join((ROOT / "docs/large_scale.md").read_text().split())
+    spheres = [mesh[f"made-up sphere {number}, .glb"] for number in (1, 2, 3)]
+    textured = mesh["made-up sphere 1 with 20 MB of images, .glb"]
+    image = (textured[5] - spheres[0][5]) / (textured[2] - spheres[0][2])
+    least, most = min(row[7] for row in spheres), max(row[7] for row in spheres)
+    voxelize, dedupe = ms["voxelize.py, into shards"], ms["dataset.py dedupe"]
+    hours = 500_000 / 1e3 / 3600
+    for said in (
+        f"a mesh takes {voxelize:.1f} ms of a core: 500,000 take {hours * voxelize / 64 * 60:.1f} minutes of 64 cores",
+        f"{least:.0f} to {most:.0f} ms for each MB of geometry, and {image:.1f} ms for each MB of images",
+        f"takes {size['shards'] / 1e3:.1f} KB an object, where a voxel file takes {size['PLY'] / 1e3:.0f} KB",
+        f"{dedupe:.2f} ms an object: {hours * dedupe * 60:.0f} minutes",
+        f"0.27 MB as measured | {hours * voxelize / 64:.2f} | {size['shards'] / 2e3:.2f} GB of shards |",
+        f"5 MB of images a file | {hours * 5 * (most + image) / 64:.2f}, or",
+        f"| {hours * (2 * dedupe + ms['dataset.py verify']):.2f} on one core |",
+        f"bf16 | at most {size['tokens, Parquet'] / 2e3:.1f} GB |",
+        f"a CPU core takes {ms['to_tokens.py, fp32'] / 1e3:.1f} s an object",
+    ):
+        assert said in text, said

@@ -406,6 +406,7 @@ def test_the_default_split_is_that_of_single_objects(tmp_path, root):
         (["split", "--val", "0.1", "--iou", "0.2"], "--iou 0.2: must lie between 0.5 and 1"),
         (["dedupe", "--iou", "nan"], "--iou nan"),
         (["dedupe", "--report", "data"], "--report data: exists already"),
+        (["dedupe", "--output", "x", "--report", "x/r.csv"], "--report x/r.csv: lies in --output"),
         (["dedupe", "--output", "x.arrow"], "is to be a folder of shards"),
         (["merge", "--output", "data"], "--output data: exists already"),
         (["stats", "--output", "data"], "--output data: exists already"),

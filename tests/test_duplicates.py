@@ -1,5 +1,7 @@
 """Near-duplicates found by hashing, against all pairs compared one by one."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -233,3 +235,17 @@ def test_profiles_bound_what_differs(resolution):
 def test_what_is_kept_of_an_object_is_small():
     sketches = Sketcher(64)(pack_bits(np.ones((1, 64, 64, 64), bool)))
     assert sum(array.nbytes for array in sketches) == 488
+
+
+def test_the_benchmark(tmp_path, capsys):
+    """Made-up objects: each copy is found, and copies alone are families."""
+    from benchmarks import duplicates as benchmark
+
+    output = tmp_path / "result.md"
+    flags = ["--resolution", "32", "--objects", "12", "--scale", "40", "--output", str(output)]
+    benchmark.main(flags)
+    recall, speed = json.loads(output.with_suffix(".json").read_text())["tables"]
+    assert [row[0] for row in speed["rows"]] == [12, 40]
+    assert speed["rows"][1][6:8] == [4, 8]
+    assert [row[2:] for row in recall["rows"][1:]] == [[12, 12, 1.0]] * 3 + [[4, 4, 1.0]]
+    assert "# Near-duplicates" in capsys.readouterr().out

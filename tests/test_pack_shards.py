@@ -363,6 +363,7 @@ def test_missing_pyarrow_is_one_error(root, tmp_path, monkeypatch):
     [
         (("--output", "a.npz", "--append"), "go with a folder of shards"),
         (("--output", "a.npz", "--shard_size", "3"), "go with a folder of shards"),
+        (("--output", "s3://bucket/packed"), "s3://bucket/packed is a URL: write to a folder of this machine"),
         (("--output", "packed", "--shard_size", "0"), "--shard_size 0: must be at least 1"),
         (("--output", "packed", "--max_workers", "0"), "--max_workers 0: must lie between"),
         (("--output", "packed", "--rank", "2", "--world_size", "2"), "--rank 2 --world_size 2: ranks count from 0"),

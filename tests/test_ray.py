@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, save_tokenizer, solid_grids, tetrahedron, wait_for
+from helpers import ROOT, free_port, save_tokenizer, solid_grids, tetrahedron, wait_for
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("numba")
@@ -261,16 +261,27 @@ class TestTasks:
         with pytest.raises(ConfigError, match=r"no node can take this work: \S+ \(1 CPUs, 0 GPUs\)"):
             joined.run_tasks(ray_tasks.end, lambda node: [ray_cluster.Slot(0, 1, 1)] * node.gpus, [1], print)
 
-    def test_each_worker_has_a_gpu_of_its_own(self, cluster, joined):
+    def test_each_worker_has_a_gpu_of_its_own_also_on_a_node_that_joins_later(self, cluster, joined, monkeypatch):
         """Ray takes the number of GPUs of a node as it is told."""
         import ray_tasks
 
-        node = cluster.add_node(**NODE, num_gpus=2)
-        shown = []
-        slots = partial(token_work.slots_of_node, -1, True)
-        joined.run_tasks(ray_tasks.gpu, slots, range(20), lambda task, result: shown.append(result))
-        cluster.remove_node(node)
-        assert set(shown) == {"0", "1"} and len(shown) == 20
+        monkeypatch.setattr(ray_cluster, "LOOK_SECONDS", 0.2)
+        nodes, shown = [cluster.add_node(**NODE, num_gpus=1)], set()
+
+        def tasks() -> Iterator[int]:
+            for number in range(1000):
+                if len(shown) < 2:
+                    yield number
+
+        def finish(task: int, result: str) -> None:
+            shown.add(result)
+            if len(nodes) == 1:
+                nodes.append(cluster.add_node(**NODE, num_gpus=2))
+
+        joined.run_tasks(ray_tasks.gpu, partial(token_work.slots_of_node, -1, True), tasks(), finish)
+        for node in nodes:
+            cluster.remove_node(node)
+        assert shown == {"0", "1"}
 
     def test_workers_wait_for_nodes_that_others_have_taken(self, joined, tmp_path, monkeypatch):
         monkeypatch.setattr(ray_cluster, "LOOK_SECONDS", 0.2)
@@ -323,12 +334,15 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     assert voxelize.main([*command, "auto", "--rank", "1", "--world_size", "2"]) == 1
     assert voxelize.main([*command, "--dry_run"]) == 1
     assert voxelize.main([*command, "ray://head:10001"]) == 1
+    assert voxelize.main([*command, f"localhost:{free_port()}"]) == 1
+    assert voxelize.main([*command, "localhost:99999"]) == 1
+    assert voxelize.main([*command, "nonsense"]) == 1
     monkeypatch.setitem(sys.modules, "ray", None)
     assert voxelize.main(command) == 1
     errors = capsys.readouterr().err.splitlines()
-    for error, message in zip(
-        errors, ("--rank and --world_size", "--dry_run", "auto or host:port", "pip install ray"), strict=True
-    ):
+    messages = ["--rank and --world_size", "--dry_run", "auto or host:port", "no Ray cluster is there"]
+    messages += ["no Ray cluster is there", "cannot join the cluster", "pip install ray"]
+    for error, message in zip(errors, messages, strict=True):
         assert error.startswith("error: --") and message in error
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):

@@ -242,9 +242,12 @@ def test_two_codes_a_token_of_65536_each():
         assert found == pytest.approx(COUNTED[name], rel=1e-12), name
 
 
+@pytest.mark.parametrize("largest_table", [0, 10**8])
 @pytest.mark.parametrize("different", [3, 700])
-def test_combinations_are_numbered_in_order(different):
-    """A few many times over, and many once each: both ways to find them."""
+def test_combinations_are_numbered_in_order(different, largest_table, monkeypatch):
+    """A few many times over, and many once each: all ways to find them, in parts."""
+    monkeypatch.setattr(stats, "LARGEST_TABLE", largest_table)
+    monkeypatch.setattr(stats, "VALUES_AT_ONCE", 50)
     rng = np.random.default_rng(0)
     digits = [(rng.integers(0, different, (40, 20)), different), (rng.integers(0, 2, (40, 20)), 2)]
     numbers, found = stats._numbered(digits)

@@ -220,29 +220,33 @@ def test_a_full_disk_is_one_error_and_a_rerun_goes_on(where, tmp_path, serial, c
     assert len(table(tmp_path / "out" / "failed.csv")) == 1 and not list((tmp_path / "out").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("moment", ["voxelizing", "writing"])
+@pytest.mark.parametrize("moment", ["voxelizing", "writing", "writing the last"])
 def test_a_signal_loses_nothing(moment, tmp_path, serial, monkeypatch, capsys):
     """Also one that comes while a shard is written, which waits until the shard is recorded."""
     shas = export(tmp_path / "in", 12)
+    (tmp_path / "in" / "00_bad.obj").write_bytes(BROKEN["points.obj"][0])
     args = "--input", tmp_path / "in", "--output_dir", tmp_path / "out"
     module, name = (voxelize, "make_grids") if moment == "voxelizing" else (shard_files, "write_shard")
     real = getattr(module, name)
     calls = []
+    last, done, left = {"voxelizing": (8, 6, 6), "writing": (1, 5, 7), "writing the last": (3, 12, 0)}[moment]
 
     def signaled(*args, **kwargs):
-        result = real(*args, **kwargs)
         calls.append(1)
-        if len(calls) == (8 if moment == "voxelizing" else 1):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
+        try:
+            return real(*args, **kwargs)
+        finally:
+            if len(calls) == last:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, signaled)
         assert run(*args) == 128 + signal.SIGTERM
     assert capsys.readouterr().err.splitlines()[-1] == voxelize.INTERRUPTED
-    done = len(by_sha256(tmp_path / "out"))
-    assert done == (7 if moment == "voxelizing" else 5)
-    assert run(*args) == 0 and len(serial) == (8 + 5 if moment == "voxelizing" else 5 + 7)
+    assert len(table(tmp_path / "out" / "failed.csv")) == 1
+    assert len(by_sha256(tmp_path / "out")) == done
+    serial.clear()
+    assert run(*args) == 0 and len(serial) == left + 1  # what failed is tried again
     assert by_sha256(tmp_path / "out").keys() == shas.keys()
 
 
@@ -320,6 +324,8 @@ def test_a_folder_has_one_format(tmp_path, serial, capsys):
     assert "holds grids of --normalization cube; this run asks for --normalization shapellm" in capsys.readouterr().err
     assert voxelize.main(["--input", "a", "--output_dir", "b", "--format", "shards", "--resolution", "15"]) == 1
     assert "--resolution 15: shards hold grids of an even resolution." in capsys.readouterr().err
+    assert voxelize.main(["--input", "a", "--output_dir", "s3://b/c", "--format", "shards"]) == 1
+    assert "--output_dir s3://b/c: is a URL. Write to a folder of this machine" in capsys.readouterr().err
     assert not serial
 
 
@@ -400,7 +406,10 @@ def test_a_trellis_folder_gives_its_captions_and_scores(tmp_path, serial, capsys
     (root / "metadata.csv").write_text(text.replace(",7,", ",good,"))
     assert run("--input", root, "--output_dir", tmp_path / "other") == 1
     assert "trellis/metadata.csv: aesthetic_score is 'good' and no number" in capsys.readouterr().err
-    assert len(serial) == 3
+    (root / "metadata.csv").write_text(text.replace("rendered", "split").replace("True", "test"))
+    assert run("--input", root, "--output_dir", tmp_path / "other") == 1
+    assert f"split of {shas[0]} is 'test'; it must be train, val or blank" in capsys.readouterr().err
+    assert len(serial) == 3 and not list((tmp_path / "other").glob("*.arrow"))
 
 
 def test_a_dry_run_knows_the_size_of_shards(tmp_path, capsys):

@@ -63,6 +63,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--iou {args.iou}: must lie between {LOWEST_IOU} and 1.")
     if args.report is not None:
         check_new(args.report, "--report")
+        if args.output is not None and args.output.resolve() in args.report.resolve().parents:
+            raise ConfigError(f"--report {args.report}: lies in --output, which is a folder of shards alone.")
     if args.output is not None:
         check_shard_folder(args)
 
@@ -121,13 +123,13 @@ def run_dedupe(args: argparse.Namespace) -> None:
                 names[number] = _gone(names[number], names[other].sha256, match)
             report += names.values()
             progress(progress.done + 1)
-    _write_report(args.report, report, Member._fields[:-1])
     train_near_val = sum(member.split == "train" and member.near in _val(report) for member in report)
     print(f"{count(int(gone.sum()), 'object')} may go; {train_near_val} of them of train, near to one of val")
     if args.output is not None:
         chosen = np.flatnonzero(~gone)
         shards = write_objects(dataset, chosen, args.output)
         print(f"{args.output}: {count(len(chosen), 'object')} in {count(shards, 'shard')}")
+    _write_report(args.report, report, Member._fields[:-1])
 
 
 def _gone(member: Member, near: str, match: Match) -> Member:
@@ -157,13 +159,6 @@ def run_split(args: argparse.Namespace) -> None:
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
     families = sorted((part for part in np.split(order, starts[1:]) if len(part) > 1), key=len, reverse=True)
     _say_families(families, dataset)
-    if args.report is not None:
-        members = [
-            member._replace(new_split=splits[index])
-            for family in families
-            for member, index in zip(_members(dataset, family), family.tolist(), strict=True)
-        ]
-        _write_report(args.report, members, (*Member._fields[:6], "new_split"))
     today = dataset.texts("split")
     val = splits.count("val")
     moved = sum(new != old for new, old in zip(splits, today, strict=True))
@@ -173,6 +168,13 @@ def run_split(args: argparse.Namespace) -> None:
     if args.output is not None:
         shards = write_objects(dataset, np.arange(len(dataset)), args.output, {"split": splits})
         print(f"{args.output}: {count(len(dataset), 'object')} in {count(shards, 'shard')}")
+    if args.report is not None:
+        members = [
+            member._replace(new_split=splits[index])
+            for family in families
+            for member, index in zip(_members(dataset, family), family.tolist(), strict=True)
+        ]
+        _write_report(args.report, members, (*Member._fields[:6], "new_split"))
 
 
 def _deciding(dataset: SparseStructure, labels: np.ndarray) -> list[str]:

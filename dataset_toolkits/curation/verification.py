@@ -124,19 +124,24 @@ def _check_shards(paths: list[Path], resolution: int, workers: int) -> Iterator[
 
 
 def _in_processes(paths: list[Path], resolution: int, workers: int) -> Iterator[Finding]:
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(check_shard, path, resolution): path for path in paths}
         try:
             for future in as_completed(futures):
                 yield future.result()
-        except BrokenProcessPool as error:
+        except BaseException as error:  # a signal too: a shard takes seconds to read
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.kill()
+            if not isinstance(error, BrokenProcessPool):
+                raise
             left = [str(path) for future, path in futures.items() if not future.done() or future.exception()]
             raise DataError(
                 f"a process that reads shards was killed; one of {', '.join(left[:3])}"
                 f"{' …' if len(left) > 3 else ''} may be the reason. Try again with --max_workers 1."
             ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _check_root(root: str, resolution: int, grids: bool) -> tuple[list[str], int]:

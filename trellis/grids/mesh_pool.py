@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
 import threading
@@ -184,18 +185,22 @@ def _results(
     """Yield each task with its result, or the DataError in its place, as tasks end."""
     tasks = iter(tasks)
     waiting: dict[Future, tuple] = {}
+    # A signal that raises in concurrent.futures.wait, while it takes the locks of all futures, leaves some taken, and
+    # then their threads never end. A queue has no such moment.
+    ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
     while True:
         for task in islice(tasks, 4 * pool.max_workers - len(waiting)):
-            waiting[pool.submit(function, *task, timeout=timeout, memory=memory)] = task
+            future = pool.submit(function, *task, timeout=timeout, memory=memory)
+            waiting[future] = task
+            future.add_done_callback(ended.put)
         if not waiting:
             return
-        ended, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-        for future in ended:
-            try:
-                result = future.result()
-            except DataError as error:
-                result = error
-            yield waiting.pop(future), result
+        future = ended.get()
+        try:
+            result = future.result()
+        except DataError as error:
+            result = error
+        yield waiting.pop(future), result
 
 
 class _Worker:

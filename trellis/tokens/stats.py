@@ -23,6 +23,8 @@ from .sparse import morton_order
 FOLDS = 5
 OBJECTS_AT_ONCE = 64
 VALUES_AT_ONCE = 2**18
+# Combinations up to so many are looked up in a table of all of them, of 5 bytes each.
+LARGEST_TABLE = 10**8
 # Objects that are compressed one by one, at most: each takes about 20 ms.
 OBJECTS_TO_COMPRESS = 1000
 ORDERS = ("raster", "morton")
@@ -248,24 +250,43 @@ def _numbered(digits: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, list[np
             begin, before = _numbered(digits[:place])
             numbers, rest = _numbered([(begin, len(before[0])), *digits[place:]])
             return numbers, [*(values[rest[0]] for values in before), *rest[1:]]
-    keys = digits[0][0].astype(np.int64)
-    for values, size in digits[1:]:
-        keys *= size
-        keys += values
-    shape, keys = keys.shape, keys.ravel()
-    ordered = np.sort(keys)
+    shape, room = digits[0][0].shape, math.prod(sizes)
+    total = math.prod(shape)
+    rows = max(1, VALUES_AT_ONCE * shape[0] // total)
+    parts = [slice(start, start + rows) for start in range(0, shape[0], rows)]
+    numbers = np.empty(shape, np.int32)
+    if room <= min(LARGEST_TABLE, 16 * total):
+        occurs, table = np.zeros(room, bool), np.empty(room, np.int32)
+        for part in parts:
+            occurs[_keys(digits, part)] = True
+        found = np.flatnonzero(occurs)
+        table[found] = np.arange(len(found), dtype=np.int32)
+        for part in parts:
+            numbers[part] = table[_keys(digits, part)]
+        return numbers, _digits(found, sizes)
+    keys = np.empty(shape, np.int64)
+    for part in parts:
+        keys[part] = _keys(digits, part)
+    ordered = np.sort(keys, axis=None)
     found = ordered[np.flatnonzero(np.diff(ordered, prepend=-1))]
     del ordered
-    if len(found) <= len(keys) // 8:
-        index, numbers = pd.Index(found), np.empty(len(keys), np.int32)  # a hash table that fits in a cache
-        for start in range(0, len(keys), VALUES_AT_ONCE):
-            part = slice(start, start + VALUES_AT_ONCE)
-            numbers[part] = index.get_indexer(keys[part])
+    if len(found) <= total // 8:
+        index = pd.Index(found)  # a hash table that fits in a cache
+        for part in parts:
+            numbers[part] = index.get_indexer(keys[part].ravel()).reshape(keys[part].shape)
     else:
-        in_order, where = (each.numpy() for each in torch.sort(torch.from_numpy(keys)))
-        numbers = np.empty(len(keys), np.int32)
-        numbers[where] = _runs([in_order])
-    return numbers.reshape(shape), _digits(found, sizes)
+        in_order, where = (each.numpy() for each in torch.sort(torch.from_numpy(keys.ravel())))
+        numbers.ravel()[where] = _runs([in_order])
+    return numbers, _digits(found, sizes)
+
+
+def _keys(digits: list[tuple[np.ndarray, int]], part: slice) -> np.ndarray:
+    """Return the number that digits write, int64. part: of the first axis."""
+    keys = digits[0][0][part].astype(np.int64)
+    for values, size in digits[1:]:
+        keys *= size
+        keys += values[part]
+    return keys
 
 
 def _digits(numbers: np.ndarray, sizes: list[int]) -> list[np.ndarray]:

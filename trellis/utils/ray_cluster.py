@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 import time
 from collections import deque
@@ -29,6 +30,7 @@ LOOK_SECONDS = 5.0  # between two looks for nodes
 # A batch comes back after this time, done or not, so that progress is seen and little is lost with a worker.
 BATCH_SECONDS = 1.0
 NOTE_SECONDS = 30.0  # without a worker, until a line says so
+CONNECT_SECONDS = 10.0  # for the first node to answer
 LEAVE_SECONDS = 10.0  # for workers to end
 OBJECT_STORE = 80 * 2**20  # bytes of shared memory of a local cluster, near Ray's least: results are small
 
@@ -135,6 +137,7 @@ def joined(address: str, packages: Sequence[str]) -> Iterator[Cluster]:
         raise ConfigError(f"--ray needs ray ({error}): pip install ray") from error
     if "://" in address:
         raise ConfigError(f"--ray {address}: start this program on a node of the cluster, and give auto or host:port")
+    _check_listens(address)
     own: dict[str, Any] = {"address": address}
     if address == LOCAL:
         from .command import available_cores
@@ -159,6 +162,20 @@ def joined(address: str, packages: Sequence[str]) -> Iterator[Cluster]:
         yield Cluster(ray, address)
     finally:
         ray.shutdown()
+
+
+def _check_listens(address: str) -> None:
+    """Raise ConfigError if nobody answers at a host:port, which Ray takes minutes to find."""
+    where = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    host, _, port = where.rpartition(":")
+    if not host or not port.isdecimal():
+        return  # Ray has a word for what is no address
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--ray {where}: no Ray cluster is there ({error}). Give what ray start has printed"
+        ) from error
 
 
 def _in_short(error: Exception) -> str:
@@ -382,7 +399,8 @@ class _Run:
             if losses + 1 < self.attempts:
                 self.again.append(_Task(task, losses + 1))
             else:
-                self.finish(task, Lost(f"its worker was lost {self.attempts} times, the last one on {self.reason}"))
+                short = f"{worker.node.name}: {str(error).partition(chr(10))[0].rstrip('.')}"
+                self.finish(task, Lost(f"its worker was lost {self.attempts} times, the last one on {short}"))
 
     def dismiss(self) -> None:
         """End the workers."""

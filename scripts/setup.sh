@@ -6,7 +6,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${TRELLIS_VENV:-$ROOT/.venv}"
 PYTHON="$VENV/bin/python"
 PINS="$ROOT/${TRELLIS_CONSTRAINTS:-constraints.txt}"
-EXTRAS="${TRELLIS_EXTRAS:-meshes,tokens,viewer,llm,test}"
+EXTRAS="${TRELLIS_EXTRAS:-meshes,tokens,viewer,llm,ray,test}"
 
 set_up() {
     local wanted stamp="$VENV/installed"

@@ -1,6 +1,7 @@
 """The order of samples and their noise follow from seed and position alone."""
 
 import itertools
+import multiprocessing
 import subprocess
 import sys
 from fractions import Fraction
@@ -8,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, wait_for
 from torch.utils.data import Dataset
 
 from trellis.datasets.batches import endless_batches, load_batches
@@ -189,6 +191,23 @@ def test_an_item_that_cannot_be_read_is_its_own_message(workers):
     with pytest.raises(DataError) as error:
         next(loaded)
     assert str(error.value) == "2.ply: is damaged. Rerun voxelize.py."
+    # Who holds the error does not hold the loading processes, which Python would wait for without end.
+    assert wait_for(lambda: not multiprocessing.active_children())
+
+
+def test_a_program_ends_that_still_holds_its_loader():
+    program = """
+import sys, numpy as np, torch
+sys.path[:0] = sys.argv[1:]
+from test_sampler import _Squares
+from trellis.datasets.batches import load_batches
+loaded = load_batches(_Squares(), np.arange(8)[:, None], torch.device("cpu"), num_workers=2)
+print(next(loaded)["square"].item())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, ROOT, ROOT / "tests"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
 class _Squares(Dataset):

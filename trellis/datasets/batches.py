@@ -4,7 +4,9 @@ A grid's way: `dataset.get_batch` reads files and packs bits, in a loading proce
 the bits, and `dataset.unpack_batch` makes grids of them there; `dataset.augment` turns grids for training.
 """
 
+import atexit
 import os
+import traceback
 from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..utils import dist_utils, signals
 from ..utils.command import available_cores
-from ..utils.errors import ConfigError, DataError
+from ..utils.errors import ConfigError, DataError, UserError
 from .base import StandardDatasetBase
 from .sampler import ResumableSampler
 
@@ -121,15 +123,32 @@ def load_batches(
         prefetch_factor=(4 if prefetch else 1) if num_workers else None,
         worker_init_fn=_ignore_signals,
     )
+    # Loading processes ignore the signal by which Python ends them when a program ends, and would then be waited for
+    # without end. They end with the iterator, so nothing may hold it any longer: no generator that somebody keeps, no
+    # error of it as the context of ours, no frame of that error.
+    opened = [iter(loader)]
+    atexit.register(opened.clear)
+    failure: UserError
     try:
-        yield from loader
+        while True:
+            try:
+                batch = next(opened[0])
+            except StopIteration:
+                return
+            yield batch
     except DataError as error:
         # A loading process wraps the message in its traceback; the message is what the user needs.
-        raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+        failure = DataError(str(error).rsplit("DataError: ", 1)[-1].strip())
+        traceback.clear_frames(error.__traceback__)
     except RuntimeError as error:
         if not any(text in str(error) for text in SHORT_OF_SHM):
             raise
-        raise _short_of_shm(num_workers) from None
+        failure = _short_of_shm(num_workers)
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        atexit.unregister(opened.clear)
+        opened.clear()
+    raise failure
 
 
 def _short_of_shm(num_workers: int) -> ConfigError:

@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import statistics
 import struct
 import subprocess
@@ -99,6 +98,8 @@ class Step(NamedTuple):
 def cpu_seconds(command: Sequence[object]) -> float:
     """Run a program with one thread, and return the CPU time of it and its children. Raise DataError if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    import resource  # not on Windows
+
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     words = [sys.executable, *map(str, command)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset_toolkits.report import count
-from trellis.datasets.duplicates import LOWEST_IOU, Duplicates, Match, sketch_all
+from trellis.datasets.duplicates import LOWEST_IOU, Duplicates, families_of, join, root_of, sketch_all
 from trellis.datasets.metadata import SPLITS
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.symmetries import Symmetry
@@ -57,10 +57,15 @@ def axes_of(symmetry: Symmetry) -> str:
     return " ".join(("-" if mirrored else "+") + "xyz"[axis] for axis, mirrored in pairs)
 
 
+def check_iou(iou: float) -> None:
+    """Raise ConfigError for an --iou that `Duplicates` does not take."""
+    if not LOWEST_IOU <= iou <= 1:
+        raise ConfigError(f"--iou {iou}: must lie between {LOWEST_IOU} and 1.")
+
+
 def _check(args: argparse.Namespace) -> None:
     """Raise ConfigError for flags that cannot run."""
-    if not LOWEST_IOU <= args.iou <= 1:
-        raise ConfigError(f"--iou {args.iou}: must lie between {LOWEST_IOU} and 1.")
+    check_iou(args.iou)
     if args.report is not None:
         check_new(args.report, "--report")
         if args.output is not None and args.output.resolve() in args.report.resolve().parents:
@@ -89,15 +94,14 @@ def _members(dataset: SparseStructure, family: np.ndarray) -> list[Member]:
     ]
 
 
-def _say_families(families: list[np.ndarray], dataset: SparseStructure) -> int:
-    """Print how many families there are, and return how many are in both splits."""
+def _say_families(families: list[np.ndarray], dataset: SparseStructure) -> None:
+    """Print how many families there are, and how many are in both splits."""
     divided = sum(len(set(dataset.texts("split", family))) > 1 for family in families)
     objects = sum(map(len, families))
     largest = f", the largest of {len(families[0])}" if families else ""
     many = "families"
     print(f"{count(len(families), 'family', many)} of several objects, {objects} of {len(dataset)} in all{largest}")
     print(f"{count(divided, 'family', many)} in both train and val")
-    return divided
 
 
 # --- dedupe -------------------------------------------------------------------------------------------------------
@@ -120,24 +124,19 @@ def run_dedupe(args: argparse.Namespace) -> None:
             names = dict(zip(family.tolist(), members, strict=True))
             for number, other, match in found.choose(family):
                 gone[number] = True
-                names[number] = _gone(names[number], names[other].sha256, match)
+                names[number] = names[number]._replace(
+                    near=names[other].sha256, iou=f"{match.iou:.4f}", axes=axes_of(match.symmetry)
+                )
             report += names.values()
             progress(progress.done + 1)
-    train_near_val = sum(member.split == "train" and member.near in _val(report) for member in report)
+    val = {member.sha256 for member in report if member.split == "val"}
+    train_near_val = sum(member.split == "train" and member.near in val for member in report)
     print(f"{count(int(gone.sum()), 'object')} may go; {train_near_val} of them of train, near to one of val")
     if args.output is not None:
         chosen = np.flatnonzero(~gone)
         shards = write_objects(dataset, chosen, args.output)
         print(f"{args.output}: {count(len(chosen), 'object')} in {count(shards, 'shard')}")
     _write_report(args.report, report, Member._fields[:-1])
-
-
-def _gone(member: Member, near: str, match: Match) -> Member:
-    return member._replace(near=near, iou=f"{match.iou:.4f}", axes=axes_of(match.symmetry))
-
-
-def _val(report: list[Member]) -> set[str]:
-    return {member.sha256 for member in report if member.split == "val"}
 
 
 # --- split --------------------------------------------------------------------------------------------------------
@@ -155,9 +154,7 @@ def run_split(args: argparse.Namespace) -> None:
         labels = _joined(labels, _values(dataset, args.family))
     deciding = _deciding(dataset, labels)
     splits = [SPLITS[int(name[:8], 16) / 2**32 < args.val] for name in deciding]
-    order = np.argsort(labels, kind="stable")
-    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
-    families = sorted((part for part in np.split(order, starts[1:]) if len(part) > 1), key=len, reverse=True)
+    families = families_of(labels)
     _say_families(families, dataset)
     today = dataset.texts("split")
     val = splits.count("val")
@@ -203,16 +200,9 @@ def _values(dataset: SparseStructure, column: str) -> list[str | None]:
 def _joined(labels: np.ndarray, values: list[str | None]) -> np.ndarray:
     """Return labels [N] of families that hold together the given families [N] and the objects of each value."""
     parents = np.arange(len(labels))
-
-    def root(number: int) -> int:
-        while parents[number] != number:
-            parents[number] = parents[parents[number]]
-            number = int(parents[number])
-        return number
-
     first: dict[str, int] = {}
     for number, (label, value) in enumerate(zip(labels.tolist(), values, strict=True)):
-        for other in (label, number if value is None else first.setdefault(value, number)):
-            a, b = root(number), root(other)
-            parents[max(a, b)] = min(a, b)
-    return np.array([root(number) for number in range(len(labels))])
+        join(parents, number, label)
+        if value is not None:
+            join(parents, number, first.setdefault(value, number))
+    return np.array([root_of(parents, number) for number in range(len(labels))])

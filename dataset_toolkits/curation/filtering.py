@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     if conditions:
         kept &= _meeting(dataset, np.flatnonzero(kept), conditions)
     chosen = np.flatnonzero(kept)
-    shards = write_objects(dataset, chosen, args.output, what="writing")
+    shards = write_objects(dataset, chosen, args.output)
     print(f"{args.output}: {len(chosen)} of {count(len(dataset), 'object')}, in {count(shards, 'shard')}")
 
 

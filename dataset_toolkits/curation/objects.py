@@ -5,7 +5,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ CHUNK = 1024  # objects that are read at a time
 
 
 def open_roots(args: argparse.Namespace) -> SparseStructure:
-    """Open --roots, all splits, and print what there is."""
+    """Open the data roots, all splits, and print what there is."""
     dataset = SparseStructure(args.roots, resolution=args.resolution, split="all")
     print(dataset.summary())
     return dataset
@@ -98,13 +98,12 @@ def write_objects(
     output: Path,
     columns: Mapping[str, Sequence[Any]] | None = None,
     what: str = "writing",
-    beside: Callable[[Path], None] | None = None,
 ) -> int:
     """Write objects as a new folder of shards, and return the number of shards.
 
     indices: of the objects, [n] int64, in the order to write.
     columns: {name: n values} in place of the dataset's.
-    beside: writes further files into the folder.
+    what: the work in words.
     Raise DataError if there are none, or if a grid cannot be read.
     """
     if not len(indices):
@@ -125,6 +124,4 @@ def write_objects(
             path = folder / f"grids-000001-{digest.hexdigest()[:12]}-{number:05d}{SUFFIX}"
             write_shard(path, bits, dataset.resolution, values)
             progress(progress.done + len(part))
-        if beside is not None:
-            beside(folder)
     return len(parts)

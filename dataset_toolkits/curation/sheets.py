@@ -5,13 +5,12 @@ import argparse
 import numpy as np
 
 from dataset_toolkits.report import count
-from trellis.datasets.duplicates import LOWEST_IOU
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.grids.preview import BACKGROUND, TEXT, render_voxels, save_png
 from trellis.utils.errors import ConfigError
 from trellis.utils.progress import waiting
 
-from .families import find
+from .families import check_iou, find
 from .objects import bits_of, check_new, open_roots
 
 ACROSS = 8  # objects in a line
@@ -25,8 +24,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--objects {args.objects}: must lie between 1 and {LARGEST}.")
     if args.output.suffix.lower() != ".png":
         raise ConfigError(f"--output {args.output}: is to be a picture; give a name that ends in .png")
-    if not LOWEST_IOU <= args.iou <= 1:
-        raise ConfigError(f"--iou {args.iou}: must lie between {LOWEST_IOU} and 1.")
+    check_iou(args.iou)
     check_new(args.output, "--output")
     dataset = open_roots(args)
     lines = _family_lines(dataset, args) if args.families else _sample_lines(dataset, args)

@@ -331,19 +331,11 @@ class Duplicates:
         first, second = first[kept], second[kept]
         earlier = (self.sketches.keys[first, :band] == self.sketches.keys[second, :band]).any(axis=1)
         for a, b in zip(first[~earlier].tolist(), second[~earlier].tolist(), strict=True):
-            root_a, root_b = self._root(a), self._root(b)
-            if root_a == root_b:
+            if root_of(self._parents, a) == root_of(self._parents, b):
                 continue
             self.compared += 1
             if compare(self._grid(a), self._grid(b), self.iou, best=False):
-                self._parents[max(root_a, root_b)] = min(root_a, root_b)
-
-    def _root(self, number: int) -> int:
-        parents = self._parents
-        while parents[number] != number:
-            parents[number] = parents[parents[number]]
-            number = int(parents[number])
-        return number
+                join(self._parents, a, b)
 
     def _roots(self, numbers: np.ndarray) -> np.ndarray:
         roots = self._parents[numbers]
@@ -352,11 +344,8 @@ class Duplicates:
         return roots
 
     def families(self) -> list[np.ndarray]:
-        """Return the numbers of the objects of each family of several, ascending; the largest family first."""
-        order = np.argsort(self.family, kind="stable")
-        starts = np.flatnonzero(np.diff(self.family[order], prepend=-1))
-        found = [part for part in np.split(order, starts[1:]) if len(part) > 1] if len(order) else []
-        return sorted(found, key=len, reverse=True)
+        """Return `families_of` these objects."""
+        return families_of(self.family)
 
     def choose(self, family: np.ndarray) -> Iterator[tuple[int, int, Match]]:
         """Yield (object, the one that stays in its place, how they overlap) for what may go of a family.
@@ -380,6 +369,34 @@ class Duplicates:
             else:
                 stays.append(number)
                 same[digest] = number
+
+
+def root_of(parents: np.ndarray, number: int) -> int:
+    """Return the object that stands for the family of another, and shorten the way to it.
+
+    parents: [N] int64, for each object one of its family, with a lower number; itself if it stands for all.
+    """
+    while parents[number] != number:
+        parents[number] = parents[parents[number]]
+        number = int(parents[number])
+    return number
+
+
+def join(parents: np.ndarray, first: int, second: int) -> None:
+    """Make one family of those of two objects. parents: as for `root_of`."""
+    one, other = root_of(parents, first), root_of(parents, second)
+    parents[max(one, other)] = min(one, other)
+
+
+def families_of(labels: np.ndarray) -> list[np.ndarray]:
+    """Return the numbers of the objects of each family of several, ascending; the largest family first.
+
+    labels: [N] int64, not negative, equal for the objects of a family.
+    """
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    found = [part for part in np.split(order, starts[1:]) if len(part) > 1]
+    return sorted(found, key=len, reverse=True)
 
 
 def sketch_all(

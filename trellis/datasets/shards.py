@@ -297,16 +297,6 @@ class Shard:
             values = {value or None for value in column.unique().to_pylist()}
         return {value or "surface" for value in values} if name == "fill" else values
 
-    def damaged_rows(self) -> list[int]:
-        """Return the rows whose grid cannot be read."""
-        rows = []
-        for row in range(len(self)):
-            try:
-                self.bits(row)
-            except DataError:
-                rows.append(row)
-        return rows
-
     def _damaged(self, row: int, reason: str) -> DataError:
         return DataError(
             f"{self.name}: the grid of row {row}, {self.column('sha256')[row]}, is damaged ({reason}): 1 of "

@@ -1,17 +1,11 @@
-"""What pack.py and voxelize.py share about the shards that they write: sizes, names, columns, and worker processes."""
+"""What the programs share about the shards that they write: sizes, names, columns, and who writes them."""
 
 import hashlib
 import json
-import multiprocessing
-import os
 import re
-import signal
-import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +15,11 @@ import numpy as np
 from trellis.datasets.shards import SUFFIX, shards_in, write_shard
 from trellis.datasets.tables import typed
 from trellis.grids.voxels import pack_bits, packed_size, points_to_voxels, read_ply, voxels_to_grid
-from trellis.utils import signals
 from trellis.utils.errors import DataError
 
+from .processes import run_in_processes
+
 BITS_PER_SHARD = 2**30  # 128 MiB, which a process that writes a shard holds
-SIGNAL_SECONDS = 0.2  # between looks for a signal
 NUMBER = re.compile(r"grids-(\d{6,})-.*\.arrow")
 
 
@@ -122,8 +116,11 @@ class Task:
     def __len__(self) -> int:
         return len(self.grids) + len(self.voxel_files)
 
-    def write(self) -> None:
-        """Read the voxel files and write the shard. Raise DataError for a file that cannot be read."""
+    def write(self) -> int:
+        """Read the voxel files, write the shard, and return its number of grids.
+
+        Raise DataError for a file that cannot be read.
+        """
         bits = np.empty((len(self), packed_size(self.resolution)), np.uint8)
         others = (row for row in range(len(self)) if row not in self.voxel_files)
         for row, grid in zip(others, self.grids, strict=True):
@@ -132,6 +129,7 @@ class Task:
             voxels = points_to_voxels(read_ply(path), self.resolution, name=str(path))
             bits[row] = pack_bits(voxels_to_grid(voxels, self.resolution)[None])[0]
         write_shard(self.path, bits, self.resolution, self.columns)
+        return len(self)
 
 
 def write_shards(tasks: Iterable[Task], workers: int, done: Callable[[int], None]) -> None:
@@ -140,75 +138,10 @@ def write_shards(tasks: Iterable[Task], workers: int, done: Callable[[int], None
     done: called with the number of grids of each shard once it is written.
     Raise what a task raises, DataError if a process was killed. Nothing is left of unfinished shards.
     """
-    if workers == 1:
-        for task in tasks:
-            task.write()
-            done(len(task))
-        return
-    others = set(multiprocessing.active_children())
-    # A signal is looked for between calls of the pool: an exception within them could leave its locks taken.
-    with signals.noted() as handled, _pool(workers) as pool:
-        try:
-            for count in _written(pool, tasks, workers, handled):
-                done(count)
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in set(multiprocessing.active_children()) - others:
-                process.kill()
-                process.join()
-            if isinstance(error, BrokenProcessPool):
-                raise DataError(
-                    "a process that packs grids was killed, perhaps for want of memory: take fewer --max_workers, or "
-                    "a smaller --shard_size. What is written is kept."
-                ) from error
-            raise
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    with _signals_blocked():
-        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start)
-
-
-def _written(pool: ProcessPoolExecutor, tasks: Iterable[Task], workers: int, handled: signals.Signals) -> Iterator[int]:
-    """Yield the number of grids of each shard that is written. Raise Stopped after a signal."""
-    running: dict[Future, int] = {}
-    for task in tasks:
-        with _signals_blocked():
-            running[pool.submit(task.write)] = len(task)
-        while len(running) > workers:
-            yield from _ended(running, handled)
-    while running:
-        yield from _ended(running, handled)
-
-
-def _ended(running: dict[Future, int], handled: signals.Signals) -> Iterator[int]:
-    for future in wait(running, timeout=SIGNAL_SECONDS, return_when=FIRST_COMPLETED).done:
-        future.result()
-        yield running.pop(future)
-    if handled.signum is not None:
-        raise signals.Stopped(handled.signum)
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Keep signals to a whole group of processes, such as Ctrl-C, from processes that start in the block."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOPPING)
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start() -> None:
-    """Let a worker end with its parent."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+        run_in_processes(Task.write, tasks, workers, done)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that packs grids was killed, perhaps for want of memory: take fewer --max_workers, or "
+            "a smaller --shard_size. What is written is kept."
+        ) from error

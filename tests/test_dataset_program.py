@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,17 @@ def test_each_damaged_file_is_named_with_what_is_lost(root, capsys):
         assert sha(row) in out
     assert "part010.arrow" in out
     assert "3 of 3 shards damaged: 3 objects lost, and all objects of 1 file that cannot be opened" in out
+
+
+def test_a_killed_reader_is_said_with_the_files_that_are_left(root, monkeypatch, capsys):
+    def killed(function, paths, workers, done):
+        done(function(paths[0]))
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(verification, "run_in_processes", killed)
+    assert run("verify", root, "--max_workers", 2) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "part010.arrow, " in error and "part000.arrow" not in error
 
 
 def test_damage_of_a_column_and_long_lists(root, capsys):

@@ -1,15 +1,14 @@
 """dataset.py verify: every row and every sum is read; what is damaged is named with the objects lost."""
 
 import argparse
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from dataset_toolkits.processes import run_in_processes
 from dataset_toolkits.report import count
 from trellis.datasets.metadata import is_sha256
 from trellis.datasets.remote import is_url
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     objects = 0
     for root in roots:
         shards = [] if is_url(root) else shards_in(Path(root))
-        found = list(_check_shards(shards, args.resolution, args.max_workers)) if shards else []
+        found = _check_shards(shards, args.resolution, args.max_workers) if shards else []
         findings += found
         damaged = any(finding.problems for finding in found)
         if not damaged:  # what concerns several files, or files of another kind
@@ -104,41 +103,28 @@ def run(args: argparse.Namespace) -> int:
     return 1
 
 
-def _check_shards(paths: list[Path], resolution: int, workers: int) -> Iterator[Finding]:
-    """Read shards in processes, print what is wrong, and yield what was found."""
+def _check_shards(paths: list[Path], resolution: int, workers: int) -> list[Finding]:
+    """Read shards in processes, print what is wrong, and return what was found."""
     require_pyarrow()
-    workers = min(workers, len(paths))
+    found: list[Finding] = []
     with waiting("verifying", len(paths), "shard") as progress:
-        if workers == 1:
-            results: Iterator[Finding] = (check_shard(path, resolution) for path in paths)
-        else:
-            results = _in_processes(paths, resolution, workers)
-        for finding in results:
+
+        def done(finding: Finding) -> None:
             for problem in finding.problems:
                 say(problem)
-            progress(progress.done + 1)
-            yield finding
+            found.append(finding)
+            progress(len(found))
 
-
-def _in_processes(paths: list[Path], resolution: int, workers: int) -> Iterator[Finding]:
-    others = multiprocessing.active_children()
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(check_shard, path, resolution): path for path in paths}
         try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException as error:  # a signal too: a shard takes seconds to read
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                if process not in others:
-                    process.kill()
-            if not isinstance(error, BrokenProcessPool):
-                raise
-            left = [str(path) for future, path in futures.items() if not future.done() or future.exception()]
+            run_in_processes(partial(check_shard, resolution=resolution), paths, min(workers, len(paths)), done)
+        except BrokenProcessPool as error:
+            read = {finding.path for finding in found}
+            left = [str(path) for path in paths if path not in read]
             raise DataError(
                 f"a process that reads shards was killed; one of {', '.join(left[:3])}"
                 f"{' …' if len(left) > 3 else ''} may be the reason. Try again with --max_workers 1."
             ) from error
+    return found
 
 
 def _check_root(root: str, resolution: int, grids: bool) -> tuple[list[str], int]:

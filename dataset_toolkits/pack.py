@@ -12,9 +12,6 @@ folder lacks, as new shards. --rank and --world_size share the work among machin
 
 import argparse
 import json
-import os
-import secrets
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +25,7 @@ from dataset_toolkits import records
 from dataset_toolkits.report import count
 from dataset_toolkits.shard_files import (
     Task,
+    chunks,
     digest_of,
     grids_per_shard,
     next_number,
@@ -42,14 +40,13 @@ from trellis.datasets.tables import typed
 from trellis.grids.voxels import occupancy_to_points, packed_size, write_ply
 from trellis.utils.command import available_cores, check_output_folder, run_command
 from trellis.utils.errors import ConfigError, DataError
-from trellis.utils.files import LEFTOVER, host_name, is_running, remove_leftovers
+from trellis.utils.files import new_folder, remove_leftovers
 from trellis.utils.inputs import require_memory
 from trellis.utils.progress import waiting
 
 if TYPE_CHECKING:  # it needs torch, which the workers that write shards need not load
     from trellis.datasets.sparse_structure import SparseStructure
 
-CHUNK = 1024  # objects whose columns are in memory at once
 FILE_SUFFIXES = (SUFFIX, ".zip", ".npy", ".tar", ".parquet")
 INTERRUPTED = "interrupted: run the same command again to go on"
 
@@ -71,7 +68,7 @@ def pack(root: str, output: Path, resolution: int) -> int:
     bits = np.empty((len(dataset), packed_size(resolution)), dtype=np.uint8)
     texts: dict[str, list[str]] = {}
     with waiting("packing", len(dataset), "grid") as progress:
-        for indices in _chunks(np.arange(len(dataset)), CHUNK):
+        for indices in chunks(np.arange(len(dataset))):
             bits[indices] = dataset.get_batch(indices)["bits"].numpy()
             columns = {**_columns(dataset, indices), "name": dataset.texts("name", indices)}
             for name in TEXT_ARRAYS:
@@ -123,7 +120,7 @@ def pack_shards(
         share = indices[rank::world_size]  # which does not depend on what other ranks have written by now
         lacking = [sha256 not in known for sha256 in dataset.texts("sha256", share)]
         indices, rank, world_size = share[np.array(lacking, bool)], 0, 1
-    parts = list(_chunks(indices, shard_size))
+    parts = list(chunks(indices, shard_size))
     key, names = _content(dataset, indices, shard_size)
     ending = f"{key}-{{:05d}}-of-{len(parts):05d}{SUFFIX}"
     if not append:
@@ -166,11 +163,6 @@ def _check_resolution(resolution: int) -> None:
         raise DataError(f"--resolution {resolution}: a packed file holds grids of an even resolution.")
 
 
-def _chunks(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
-
-
 def _columns(dataset: "SparseStructure", indices: np.ndarray) -> dict[str, list[Any]]:
     """Return the columns that objects have beside their grids, without blank ones."""
     columns = dataset.columns_of(indices)
@@ -186,7 +178,7 @@ def _content(dataset: "SparseStructure", indices: np.ndarray, shard_size: int) -
     def parts() -> Iterator[object]:
         yield [FORMAT_VERSION, dataset.resolution, shard_size]
         with waiting("listing objects", len(indices)) as progress:
-            for chunk in _chunks(indices, CHUNK):
+            for chunk in chunks(indices):
                 columns = _columns(dataset, chunk)
                 names.update(columns)
                 yield columns
@@ -205,7 +197,7 @@ def _task(dataset: "SparseStructure", path: Path, indices: np.ndarray, names: li
     }
     others = np.array([row not in voxel_files for row in range(len(indices))])
     grids = [
-        squeeze(row) for chunk in _chunks(indices[others], CHUNK) for row in dataset.get_batch(chunk)["bits"].numpy()
+        squeeze(row) for chunk in chunks(indices[others]) for row in dataset.get_batch(chunk)["bits"].numpy()
     ]
     nothing = dict.fromkeys(names, [None] * len(indices))
     return Task(path, dataset.resolution, {**nothing, **_columns(dataset, indices)}, voxel_files, grids)
@@ -231,31 +223,21 @@ def unpack(packed: str | Path, output_dir: Path) -> int:
     _refuse_existing(output_dir)
     check_output_folder(output_dir.parent)
     dataset = _open(str(packed), _resolution_of(packed))
-    for left in output_dir.parent.glob(f".{output_dir.name}.*.tmp"):  # of an unpacking of this folder that was killed
-        found = LEFTOVER.fullmatch(left.name)
-        if found and found["host"] == host_name() and not is_running(int(found["pid"])):
-            shutil.rmtree(left)
-    name = f".{output_dir.name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    partial = output_dir.with_name(name)
-    chunks = list(_chunks(np.arange(len(dataset)), CHUNK))
-    further = {name for indices in chunks for name in _columns(dataset, indices)} - {
-        "sha256",
-        "name",
-        "source",
-        "split",
-    }
+    parts = list(chunks(np.arange(len(dataset))))
+    further = {name for indices in parts for name in _columns(dataset, indices)}
+    further -= {"sha256", "name", "source", "split"}
     name_field = "name" if "file" in further else "file"
     fields = ["sha256", name_field, "source", "split", "voxelized", "num_voxels"]
     fields += [name for name in TYPES if name in further] + sorted(further - TYPES.keys())
 
-    def rows() -> Iterator[records.Row]:
+    def rows(folder: Path) -> Iterator[records.Row]:
         with waiting("unpacking", len(dataset), "grid") as progress:
-            for indices in chunks:
+            for indices in parts:
                 columns = _columns(dataset, indices)
                 entries = dataset.entries[int(indices[0]) : int(indices[-1]) + 1]
                 for row, (index, entry) in enumerate(zip(indices.tolist(), entries, strict=True)):
                     points = occupancy_to_points(dataset[index]["ss"][0])
-                    write_ply(partial / "voxels" / f"{entry.sha256}.ply", points)
+                    write_ply(folder / "voxels" / f"{entry.sha256}.ply", points)
                     yield {
                         **{name: _text(columns[name][row]) for name in columns.keys() & further},
                         "sha256": entry.sha256,
@@ -267,16 +249,9 @@ def unpack(packed: str | Path, output_dir: Path) -> int:
                     }
                     progress(index + 1)
 
-    try:
-        (partial / "voxels").mkdir(parents=True)
-        records.write_table(partial / "metadata.csv", fields, rows())
-        partial.rename(output_dir)
-    except OSError as error:  # nobody knows the temporary name
-        if error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), str(output_dir)) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(output_dir) as folder:
+        (folder / "voxels").mkdir()
+        records.write_table(folder / "metadata.csv", fields, rows(folder))
     return len(dataset)
 
 

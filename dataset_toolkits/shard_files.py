@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from trellis.utils.errors import DataError
 
 from .processes import run_in_processes
 
+CHUNK = 1024  # objects that are read at a time
 BITS_PER_SHARD = 2**30  # 128 MiB, which a process that writes a shard holds
 NUMBER = re.compile(r"grids-(\d{6,})-.*\.arrow")
 
@@ -26,6 +27,13 @@ NUMBER = re.compile(r"grids-(\d{6,})-.*\.arrow")
 def grids_per_shard(resolution: int) -> int:
     """Return how many grids go into a shard unless somebody says otherwise: 4,096 of 64^3."""
     return max(1, min(4096, BITS_PER_SHARD // resolution**3))
+
+
+def chunks(indices: np.ndarray, size: int | None = None) -> Iterator[np.ndarray]:
+    """Yield indices [n] in parts. size: of a part; None: CHUNK."""
+    size = size or CHUNK
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
 
 
 def next_number(folder: Path) -> int:

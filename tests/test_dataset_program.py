@@ -13,7 +13,7 @@ import torch
 from helpers import solid_grids, table
 
 from dataset_toolkits import dataset as program
-from dataset_toolkits import pack
+from dataset_toolkits import pack, shard_files
 from dataset_toolkits.curation import objects, verification
 from dataset_toolkits.curation.families import axes_of
 from dataset_toolkits.curation.filtering import parse_condition
@@ -187,7 +187,7 @@ def test_other_normalizations_are_not_merged(tmp_path, root, grids, capsys):
 
 def test_large_data_go_into_several_shards_in_their_order(tmp_path, root, monkeypatch):
     monkeypatch.setattr(objects, "grids_per_shard", lambda resolution: 7)
-    monkeypatch.setattr(objects, "CHUNK", 4)
+    monkeypatch.setattr(shard_files, "CHUNK", 4)
     assert run("merge", root, "--output", tmp_path / "all") == 0
     files = sorted((tmp_path / "all").iterdir())
     assert [len(Shard(file)) for file in files] == [7, 7, 7, 3]

@@ -333,7 +333,7 @@ def test_a_full_disk_leaves_whole_shards(root, tmp_path, monkeypatch):
 def test_grids_are_read_a_shard_at_a_time(root, tmp_path, monkeypatch):
     """Memory does not grow with the number of objects."""
     pack_shards(str(root), tmp_path / "packed", R, shard_size=5)
-    monkeypatch.setattr(program, "CHUNK", 2)
+    monkeypatch.setattr(shard_files, "CHUNK", 2)
     sizes, real = [], SparseStructure.get_batch
 
     def spy(self, indices):

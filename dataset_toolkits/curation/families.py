@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset_toolkits.report import count
+from dataset_toolkits.shard_files import chunks
 from trellis.datasets.duplicates import LOWEST_IOU, Duplicates, families_of, join, root_of, sketch_all
 from trellis.datasets.metadata import SPLITS
 from trellis.datasets.sparse_structure import SparseStructure
@@ -17,7 +18,7 @@ from trellis.utils.errors import ConfigError
 from trellis.utils.files import atomic_write
 from trellis.utils.progress import waiting
 
-from .objects import bits_of, check_new, check_shard_folder, chunks, column_names, open_roots, write_objects
+from .objects import bits_of, check_new, check_shard_folder, column_names, open_roots, write_objects
 
 
 class Member(NamedTuple):

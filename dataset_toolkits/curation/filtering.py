@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataset_toolkits.report import count
+from dataset_toolkits.shard_files import chunks
 from trellis.datasets.metadata import is_sha256
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.inputs import require_file
 from trellis.utils.progress import waiting
 
-from .objects import bits_of, check_shard_folder, chunks, column_names, open_roots, voxel_counts, write_objects
+from .objects import bits_of, check_shard_folder, column_names, open_roots, voxel_counts, write_objects
 
 CONDITION = re.compile(r"\s*([^\s=!<>]+?)\s*(==|!=|<=|>=|<|>|\sin\s)\s*(.*\S)\s*")
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {

@@ -5,12 +5,13 @@ import argparse
 import numpy as np
 
 from dataset_toolkits.report import count
+from dataset_toolkits.shard_files import chunks
 from trellis.datasets.metadata import compare_settings
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.utils.errors import DataError
 from trellis.utils.progress import waiting
 
-from .objects import bits_of, check_shard_folder, chunks, write_objects
+from .objects import bits_of, check_shard_folder, write_objects
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,25 +2,19 @@
 
 import argparse
 import hashlib
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dataset_toolkits.shard_files import grids_per_shard
+from dataset_toolkits.shard_files import chunks, grids_per_shard
 from trellis.datasets.shards import SUFFIX, require_pyarrow, write_shard
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.utils.command import check_output_folder
 from trellis.utils.errors import ConfigError, DataError
-from trellis.utils.files import LEFTOVER, host_name, is_running
+from trellis.utils.files import new_folder
 from trellis.utils.progress import waiting
-
-CHUNK = 1024  # objects that are read at a time
 
 
 def open_roots(args: argparse.Namespace) -> SparseStructure:
@@ -28,12 +22,6 @@ def open_roots(args: argparse.Namespace) -> SparseStructure:
     dataset = SparseStructure(args.roots, resolution=args.resolution, split="all")
     print(dataset.summary())
     return dataset
-
-
-def chunks(indices: np.ndarray, size: int = CHUNK) -> Iterator[np.ndarray]:
-    """Yield indices [n] in parts."""
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
 
 
 def bits_of(dataset: SparseStructure, indices: np.ndarray) -> np.ndarray:
@@ -67,29 +55,6 @@ def check_shard_folder(args: argparse.Namespace) -> None:
     if args.output.suffix:
         raise ConfigError(f"--output {args.output}: is to be a folder of shards; give a name without an ending.")
     check_new(args.output, "--output")
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `output`, which gets that name if the block ends well, and goes if it does not."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for left in output.parent.glob(f".{output.name}.*.tmp"):  # of a process that was killed
-        found = LEFTOVER.fullmatch(left.name)
-        if found and found["host"] == host_name() and not is_running(int(found["pid"])):
-            shutil.rmtree(left)
-    partial = output.with_name(f".{output.name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        partial.mkdir()
-        yield partial
-        if output.exists():
-            raise DataError(f"{output}: another program has made it meanwhile. Give another name.")
-        partial.rename(output)
-    except OSError as error:  # nobody knows the temporary name
-        if error.errno is not None and str(partial) in str(error.filename or partial):
-            raise OSError(error.errno, os.strerror(error.errno), str(output)) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_objects(

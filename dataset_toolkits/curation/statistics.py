@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dataset_toolkits.report import count
+from dataset_toolkits.shard_files import chunks
 from trellis.datasets.metadata import SPLITS
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.tokens.stats_report import COLORS, require_matplotlib
 from trellis.utils.environment import versions
+from trellis.utils.files import new_folder
 from trellis.utils.progress import waiting
 
-from .objects import bits_of, check_new, chunks, new_folder, open_roots, voxel_counts
+from .objects import bits_of, check_new, open_roots, voxel_counts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

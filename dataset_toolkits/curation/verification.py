@@ -10,6 +10,7 @@ import numpy as np
 
 from dataset_toolkits.processes import run_in_processes
 from dataset_toolkits.report import count
+from dataset_toolkits.shard_files import chunks
 from trellis.datasets.metadata import is_sha256
 from trellis.datasets.remote import is_url
 from trellis.datasets.shards import Shard, require_pyarrow, shards_in
@@ -17,7 +18,7 @@ from trellis.datasets.sparse_structure import SparseStructure
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.progress import say, waiting
 
-from .objects import bits_of, chunks
+from .objects import bits_of
 
 SHOWN = 10  # damaged objects of a file that are named
 

@@ -1,13 +1,16 @@
-"""Files that are either whole or absent."""
+"""Files and folders that are either whole or absent."""
 
 import errno
 import os
 import re
 import secrets
+import shutil
 import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .errors import DataError
 
 LEFTOVER = re.compile(r"\..*\.(?P<host>[^.]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
 
@@ -34,7 +37,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     An OSError names `path`.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name[:100]}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    partial = _beside(path)
     try:
         # A new file has the mode by umask. os.umask cannot be asked without a change, which other threads would see.
         with open(partial, "xb") as file:
@@ -54,6 +57,47 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         _remove(partial)
         raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `path`, which gets that name if the block ends well, and goes if it does not.
+
+    What killed processes of this machine have left of the same folder goes first. Raise DataError if `path` exists by
+    the end. An OSError names `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name[:100]}.*.tmp"):
+        if _is_left(left):
+            shutil.rmtree(left)
+    partial = _beside(path)
+    try:
+        partial.mkdir()
+        yield partial
+        if path.exists():
+            raise DataError(f"{path}: another program has made it meanwhile. Give another name.")
+        partial.rename(path)
+    except OSError as error:
+        # A name that nobody knows, or none, as `write` raises if the disk is full.
+        if error.errno is not None and str(partial) in str(error.filename or partial):
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """Return a temporary name beside a path, see LEFTOVER."""
+    return path.with_name(f".{path.name[:100]}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def _is_left(path: Path, ended: Collection[tuple[str, int]] = ()) -> bool:
+    """Return whether a path is the temporary one of a process that has ended. ended: as for `remove_leftovers`."""
+    found = LEFTOVER.fullmatch(path.name)
+    if not found:
+        return False
+    host, pid = found["host"], int(found["pid"])
+    return (host, pid) in ended or (host == host_name() and not is_running(pid))
 
 
 def _remove(partial: Path) -> None:
@@ -83,11 +127,7 @@ def remove_leftovers(folder: Path, ended: Collection[tuple[str, int]] = ()) -> N
     ended: also those of processes of other machines, by host name and number, which have ended.
     """
     for path in folder.glob(".*.tmp"):
-        found = LEFTOVER.fullmatch(path.name)
-        if not found:
-            continue
-        host, pid = found["host"], int(found["pid"])
-        if (host, pid) in ended or (host == host_name() and not is_running(pid)):
+        if _is_left(path, ended):
             path.unlink(missing_ok=True)
 
 

@@ -21,52 +21,62 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
-from dataset_toolkits.curation import families, filtering, merging, sheets, statistics, verification
-from trellis.datasets.duplicates import IOU, LOWEST_IOU
 from trellis.utils.command import available_cores, run_command
 
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
+COMMANDS = {
     "verify": (
-        verification.run,
         "Read every grid and every sum of the data, and name each damaged file and the objects that are lost with it. "
-        "The exit code is 1 if anything is damaged.",
+        "The exit code is 1 if anything is damaged."
     ),
     "stats": (
-        statistics.run,
         "Count objects by source, kind and split, and measure how many voxels they have and how far they reach. Write "
-        "stats.json, stats.csv and pictures.",
+        "stats.json, stats.csv and pictures."
     ),
     "merge": (
-        merging.run,
         "Join several data roots, or many small shards, into one folder of large shards. An object that is in several "
-        "of them is taken once; if its grids differ, that is an error.",
+        "of them is taken once; if its grids differ, that is an error."
     ),
     "filter": (
-        filtering.run,
-        "Keep the objects that meet all conditions. An object that has no value in a column meets no condition on it.",
+        "Keep the objects that meet all conditions. An object that has no value in a column meets no condition on it."
     ),
     "dedupe": (
-        families.run_dedupe,
         "Find near-duplicates: objects whose grids overlap with at least --iou in one of the 48 orientations of the "
         "cube. Say how many families they form and which of these are in both train and val; with --output keep one "
         "object for each set of near-duplicates: one of val if there is any, else the lowest sha256. An object goes "
-        "only if it is near to one that stays.",
+        "only if it is near to one that stays."
     ),
     "split": (
-        families.run_split,
         "Divide the data into train and val such that no family is in both. A family is what near-duplicates connect, "
         "and with --family also what has the same value in a column. The sha256 of one object of a family decides, "
-        "so objects that are added later move no other family. Say how many families today's split divides.",
+        "so objects that are added later move no other family. Say how many families today's split divides."
     ),
-    "sheet": (sheets.run, "Draw a random sample of the objects, or the largest families of near-duplicates."),
+    "sheet": "Draw a random sample of the objects, or the largest families of near-duplicates.",
 }
 
 
+def _command(name: str) -> Callable[[argparse.Namespace], int | None]:
+    """Return what does a command. Worker processes import this file too, and need none but their own."""
+    from dataset_toolkits.curation import families, filtering, merging, sheets, statistics, verification
+
+    commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
+        "verify": verification.run,
+        "stats": statistics.run,
+        "merge": merging.run,
+        "filter": filtering.run,
+        "dedupe": families.run_dedupe,
+        "split": families.run_split,
+        "sheet": sheets.run,
+    }
+    return commands[name]
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    from trellis.datasets.duplicates import IOU, LOWEST_IOU
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}
-    for name, (_, text) in COMMANDS.items():
+    for name, text in COMMANDS.items():
         one = commands.add_parser(name, help=text.partition(". ")[0].partition(": ")[0], description=text)
         one.add_argument("roots", metavar="ROOTS", help="data roots, separated by commas")
         one.add_argument("--resolution", type=int, default=64, help="voxels along an axis (default 64)")
@@ -116,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_command(COMMANDS[args.command][0], args)
+    return run_command(_command(args.command), args)
 
 
 if __name__ == "__main__":

@@ -196,9 +196,7 @@ def _task(dataset: "SparseStructure", path: Path, indices: np.ndarray, names: li
         row: Path(root, "voxels", f"{sha256}.ply") for row, (root, sha256) in enumerate(objects) if root in folders
     }
     others = np.array([row not in voxel_files for row in range(len(indices))])
-    grids = [
-        squeeze(row) for chunk in chunks(indices[others]) for row in dataset.get_batch(chunk)["bits"].numpy()
-    ]
+    grids = [squeeze(row) for chunk in chunks(indices[others]) for row in dataset.get_batch(chunk)["bits"].numpy()]
     nothing = dict.fromkeys(names, [None] * len(indices))
     return Task(path, dataset.resolution, {**nothing, **_columns(dataset, indices)}, voxel_files, grids)
 

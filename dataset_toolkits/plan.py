@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Callable, Collection
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from trellis.utils.command import available_cores
 from trellis.utils.errors import DataError
-from trellis.utils.progress import Work, waiting
+from trellis.utils.progress import waiting
 from trellis.utils.ray_cluster import Cluster
 
 from . import inputs, records
@@ -58,7 +57,10 @@ def plan_files(
     files = {name: found.files[name] for name in share if name in found.files}
 
     with waiting("hashing", len(files), "file") as progress:
-        step = partial(_add, progress)
+
+        def step() -> None:
+            progress(progress.done + 1)
+
         if cluster is None or len(files) < HASHED_HERE:
             results = hash_here([*files.values()], known, threads or available_cores(), step)
         else:
@@ -114,10 +116,6 @@ def plan_renders(root: Path, rank: int, world_size: int) -> Plan:
                 {"file": name, "sha256": sha256, "reason": "is missing: not rendered yet?" if missing else reason}
             )
     return Plan(jobs, failures, set(share.values()), set(names.values()), base)
-
-
-def _add(progress: Work) -> None:
-    progress(progress.done + 1)
 
 
 def is_trellis_root(path: str) -> bool:

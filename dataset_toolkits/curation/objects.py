@@ -4,27 +4,31 @@ import argparse
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dataset_toolkits.shard_files import chunks, grids_per_shard
 from trellis.datasets.shards import SUFFIX, require_pyarrow, write_shard
-from trellis.datasets.sparse_structure import SparseStructure
 from trellis.utils.command import check_output_folder
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import new_folder
 from trellis.utils.progress import waiting
 
+if TYPE_CHECKING:  # it needs torch, which the workers that read shards need not load
+    from trellis.datasets.sparse_structure import SparseStructure
 
-def open_roots(args: argparse.Namespace) -> SparseStructure:
+
+def open_roots(args: argparse.Namespace) -> "SparseStructure":
     """Open the data roots, all splits, and print what there is."""
+    from trellis.datasets.sparse_structure import SparseStructure
+
     dataset = SparseStructure(args.roots, resolution=args.resolution, split="all")
     print(dataset.summary())
     return dataset
 
 
-def bits_of(dataset: SparseStructure, indices: np.ndarray) -> np.ndarray:
+def bits_of(dataset: "SparseStructure", indices: np.ndarray) -> np.ndarray:
     """Return the grids of objects as bits, [n, R^3 / 8] uint8."""
     return dataset.get_batch(indices)["bits"].numpy()
 
@@ -34,7 +38,7 @@ def voxel_counts(bits: np.ndarray) -> np.ndarray:
     return np.array([int.from_bytes(row.tobytes(), "big").bit_count() for row in bits], np.int64)
 
 
-def column_names(dataset: SparseStructure) -> set[str]:
+def column_names(dataset: "SparseStructure") -> set[str]:
     """Return the columns that some root of the data has."""
     first = {root: index for index, root in reversed(list(enumerate(dataset.texts("root"))))}
     return {name for index in first.values() for name in dataset.columns_of(np.array([index]))}
@@ -58,7 +62,7 @@ def check_shard_folder(args: argparse.Namespace) -> None:
 
 
 def write_objects(
-    dataset: SparseStructure,
+    dataset: "SparseStructure",
     indices: np.ndarray,
     output: Path,
     columns: Mapping[str, Sequence[Any]] | None = None,

@@ -14,7 +14,6 @@ from dataset_toolkits.shard_files import chunks
 from trellis.datasets.metadata import is_sha256
 from trellis.datasets.remote import is_url
 from trellis.datasets.shards import Shard, require_pyarrow, shards_in
-from trellis.datasets.sparse_structure import SparseStructure
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.progress import say, waiting
 
@@ -130,6 +129,8 @@ def _check_shards(paths: list[Path], resolution: int, workers: int) -> list[Find
 
 def _check_root(root: str, resolution: int, grids: bool) -> tuple[list[str], int]:
     """Open a root as training does, and with `grids` read each grid. Return what is wrong, and the objects."""
+    from trellis.datasets.sparse_structure import SparseStructure  # needs torch, which workers need not load
+
     try:
         dataset = SparseStructure(root, resolution=resolution, split="all")
     except DataError as error:

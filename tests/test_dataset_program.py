@@ -501,7 +501,7 @@ def test_each_command_says_what_it_does(command, capsys):
         program.main([command, "--help"])
     assert ended.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert program.COMMANDS[command][1][:60] in words
+    assert program.COMMANDS[command][:60] in words
 
 
 def test_voxel_files_are_merged_as_they_are_packed(tmp_path, grids):

@@ -345,7 +345,7 @@ def test_a_row_that_says_other_than_its_grid_is_named(tmp_path, monkeypatch):
 
     bits = pack_bits(random_grids(3))
     names = {"sha256": [sha256(number) for number in range(3)]}
-    monkeypatch.setattr(shards, "_count", lambda row: 7)
+    monkeypatch.setattr(shards, "count_voxels", lambda row: 7)
     write_shard(tmp_path / "count.arrow", bits, R, names)
     monkeypatch.undo()
     with pytest.raises(DataError, match=f"row 0, {sha256(0)}, is damaged .it has .* voxels, and num_voxels is 7"):

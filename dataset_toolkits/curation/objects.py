@@ -10,6 +10,7 @@ import numpy as np
 
 from dataset_toolkits.shard_files import chunks, grids_per_shard
 from trellis.datasets.shards import SUFFIX, require_pyarrow, write_shard
+from trellis.grids.voxels import count_voxels
 from trellis.utils.command import check_output_folder
 from trellis.utils.errors import ConfigError, DataError
 from trellis.utils.files import new_folder
@@ -35,7 +36,7 @@ def bits_of(dataset: "SparseStructure", indices: np.ndarray) -> np.ndarray:
 
 def voxel_counts(bits: np.ndarray) -> np.ndarray:
     """Return the number of occupied voxels of grids as bits, [n] int64."""
-    return np.array([int.from_bytes(row.tobytes(), "big").bit_count() for row in bits], np.int64)
+    return np.array([count_voxels(row) for row in bits], np.int64)
 
 
 def column_names(dataset: "SparseStructure") -> set[str]:

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..grids.voxels import count_voxels
 from ..utils.errors import ConfigError, DataError
 from ..utils.files import atomic_write
 from ..utils.formats import check_version
@@ -105,7 +106,7 @@ def write_shard(path: Path, bits: np.ndarray, resolution: int, columns: Mapping[
     if bits.dtype != np.uint8 or bits.shape != (count, resolution**3 // 8) or not count:
         raise ValueError(f"bits must be uint8 [N, {resolution**3 // 8}], N >= 1, not {bits.dtype} {list(bits.shape)}")
     bits = np.ascontiguousarray(bits)
-    num_voxels = np.array([_count(row) for row in bits], np.int32)
+    num_voxels = np.array([count_voxels(row) for row in bits], np.int32)
     if not num_voxels.all():
         empty = columns["sha256"][int(np.argmin(num_voxels))]
         raise DataError(f"{path}: the grid of {empty} has no occupied voxel")
@@ -281,7 +282,7 @@ class Shard:
             bits = np.frombuffer(self._codec.decompress(grid, self._size), np.uint8)
         except OSError as error:  # of its own kind in pyarrow
             raise self._damaged(row, f"it does not give {self._size} bytes: {error}") from error
-        found = _count(bits)
+        found = count_voxels(bits)
         if found != self.num_voxels[row]:
             raise self._damaged(row, f"it has {found} occupied voxels, and num_voxels is {self.num_voxels[row]}")
         return bits
@@ -313,10 +314,3 @@ def _invalid(array: "pa.Array") -> str | None:
     except pa.ArrowException as error:
         return " ".join(str(error).split())
     return None
-
-
-def _count(bits: np.ndarray) -> int:
-    """Return the occupied voxels of a grid, [R^3 / 8] uint8."""
-    if hasattr(np, "bitwise_count") and len(bits) % 8 == 0:  # numpy 2
-        return int(np.bitwise_count(bits.view(np.uint64)).sum(dtype=np.int64))
-    return int.from_bytes(bits.tobytes()).bit_count()

@@ -178,6 +178,13 @@ def pack_bits(grids: "np.ndarray | Tensor") -> np.ndarray:
     return np.packbits(grids.reshape(len(grids), -1) != 0, axis=1)
 
 
+def count_voxels(bits: np.ndarray) -> int:
+    """Return the number of occupied voxels of a grid as bits, [ceil(R^3 / 8)] uint8."""
+    if hasattr(np, "bitwise_count") and len(bits) % 8 == 0:  # numpy 2
+        return int(np.bitwise_count(bits.view(np.uint64)).sum(dtype=np.int64))
+    return int.from_bytes(bits.tobytes()).bit_count()
+
+
 def unpack_bits(rows: np.ndarray, resolution: int) -> "Tensor":
     """Undo `pack_bits`: rows [N, ceil(R^3 / 8)] uint8 to [N, R, R, R] uint8, 0 or 1.
 

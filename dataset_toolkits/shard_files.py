@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from trellis.datasets.shard_table import FROM_GRID
 from trellis.datasets.shards import SUFFIX, shards_in, write_shard
 from trellis.datasets.tables import typed
 from trellis.grids.voxels import pack_bits, packed_size, points_to_voxels, read_ply, voxels_to_grid
@@ -46,9 +47,13 @@ def columns_of_row(where: str, row: Mapping[str, str]) -> dict[str, Any]:
     """Return {column of a shard: value} of a row of texts without its blanks.
 
     where: what errors call it.
-    Raise DataError for what is no number.
+    Raise DataError for what is no number, or for a column of a name that shards use otherwise.
     """
-    given = {"captions" if name == "caption" else name: text for name, text in row.items() if text}
+    given = {name: text for name, text in row.items() if text}
+    if taken := [name for name in given if name in FROM_GRID]:
+        raise DataError(f"{where}: has a column {taken[0]}, a name that shards use themselves. Rename it.")
+    if "caption" in given and "captions" not in given:
+        given["captions"] = given.pop("caption")
     return {name: typed(where, name, [text])[0] for name, text in given.items()}
 
 

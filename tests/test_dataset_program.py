@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from helpers import solid_grids, table
 
 from dataset_toolkits import dataset as program
 from dataset_toolkits import pack, shard_files
-from dataset_toolkits.curation import objects, verification
+from dataset_toolkits.curation import objects, statistics, verification
 from dataset_toolkits.curation.families import axes_of
 from dataset_toolkits.curation.filtering import parse_condition
 from trellis.datasets.metadata import split_of
@@ -45,6 +46,7 @@ def columns_for(count: int, start: int = 0) -> dict[str, list]:
         "up_axis": ["z"] * count,
         "aesthetic_score": [i / 10 if i % 3 else None for i in numbers],
         "artist": [f"artist {i % 4}" for i in numbers],
+        "my rating": ["nan" if i % 5 == 4 else str(i % 5) for i in numbers],
     }
 
 
@@ -227,6 +229,8 @@ def test_nothing_is_overwritten_and_nothing_left_behind(tmp_path, root, monkeypa
         (["num_voxels < 300"], lambda i, row, voxels: voxels < 300),
         (["num_voxels>300", "artist==artist 2"], lambda i, row, voxels: voxels > 300 and i % 4 == 2),
         (["name == shape 3.obj"], lambda i, row, voxels: i == 3),
+        (["my rating >= 2"], lambda i, row, voxels: i % 5 in (2, 3)),
+        (["artist != 'a and b == c'", "my rating != 2"], lambda i, row, voxels: i % 5 != 2),
     ],
 )
 def test_objects_that_meet_all_conditions(tmp_path, root, grids, conditions, rule):
@@ -261,6 +265,9 @@ def test_lists_of_objects(tmp_path, root, capsys):
         (["--where", "name > 3"], "name of [0-9a-f]{64} is 'shape 0.obj', which is no number"),
         (["--where", "__import__('os') == 3"], "no column __import__"),
         (["--where", "kind == sofa"], "no object is left"),
+        (["--where", "kind != sofa and num_voxels > 3"], "has several conditions; give a --where for each"),
+        (["--where", "num_voxels > 3 or num_voxels < 1"], "has several conditions"),
+        (["--where", "num_voxels >= nan"], "nan is no number"),
         ([], "nothing to filter by"),
         (["--keep", "missing.txt"], "missing.txt: cannot be read"),
         (["--keep", "list.txt"], "line 2 begins with 'chair', which is no sha256"),
@@ -461,6 +468,24 @@ def test_statistics_are_those_of_the_grids(tmp_path, root, grids, capsys):
     names = {path.name for path in (tmp_path / "stats").iterdir()}
     assert names == {"stats.json", "stats.csv", "occupancy.png", "extents.png", "sources.png", "kinds.png"}
     assert not leftovers(tmp_path)
+    assert "24 objects of 3 sources: median" in capsys.readouterr().out
+
+
+def test_many_sources_are_counted_in_little_time_and_memory():
+    """An object's own page may be its source: no step may go over all objects for each source."""
+    count, names = 200_000, [f"https://example.org/{i}" for i in range(200_000)]
+    everything = np.arange(count)
+    measured = statistics.Measured(
+        everything + 1,
+        np.ones((count, 3), np.int64),
+        {"source": (names, everything), "kind": ([""], everything * 0), "split": (["val", "train"], everything % 2)},
+    )
+    start = time.monotonic()
+    rows = statistics.rows_of(measured)
+    assert time.monotonic() - start < 60  # 10^10 comparisons take longer
+    assert [row["objects"] for row in rows] == [1] * count + [count] + [count // 2] * 2
+    assert [row["num_voxels_median"] for row in rows[: count + 1]] == [*range(1, count + 1), (count + 1) / 2]
+    assert sum(row["val"] for row in rows[:count]) == count // 2
 
 
 def test_a_sheet_is_a_function_of_its_seed(tmp_path, root):

@@ -127,6 +127,40 @@ def test_there_and_back_is_the_identity(root, tmp_path):
     )
 
 
+def test_every_column_of_names_is_kept(tmp_path):
+    """One of them is what objects are called; the others are columns as any other, there and back."""
+    addresses = [f"https://example.org/{i}" for i in range(13)]
+    write_root(tmp_path / "root", file_identifier=addresses)
+    assert pack_shards(str(tmp_path / "root"), tmp_path / "packed", R) == 13
+    found = rows(tmp_path / "packed")
+    assert [row["file_identifier"] for row in found] == addresses
+    assert [row["name"] for row in found] == [f"größe/椅子, {i}.stl" if i % 3 else None for i in range(13)]
+    unpack(tmp_path / "packed", tmp_path / "again")
+    first, second = (pd.read_csv(tmp_path / name / "metadata.csv", dtype=str) for name in ("root", "again"))
+    pd.testing.assert_frame_equal(first, second[first.columns])
+    alone = pd.read_csv(tmp_path / "root" / "metadata.csv", dtype=str).drop(columns="file")
+    alone.to_csv(tmp_path / "root" / "metadata.csv", index=False)
+    pack_shards(str(tmp_path / "root"), tmp_path / "alone", R)
+    assert [row["name"] for row in rows(tmp_path / "alone")] == addresses
+    assert "file_identifier" not in rows(tmp_path / "alone")[0]
+
+
+@pytest.mark.parametrize("name", ["grid", "checksum"])
+def test_a_column_of_a_name_that_shards_use_is_refused(name, tmp_path):
+    write_root(tmp_path / "root", **{name: ["mine"] * 13})
+    with pytest.raises(DataError, match=f"metadata.csv: has a column {name}, a name that shards use"):
+        pack_shards(str(tmp_path / "root"), tmp_path / "packed", R)
+    assert not (tmp_path / "packed").exists()
+    with pytest.raises(DataError, match=f"row 1: has a column {name}, a name that shards use"):
+        shard_files.columns_of_row("row 1", {"sha256": SHA256[0], name: "mine"})
+
+
+def test_a_caption_beside_captions_is_a_column_of_its_own():
+    row = {"caption": "one", "captions": '["two"]'}
+    assert shard_files.columns_of_row("row 1", row) == {"caption": "one", "captions": ["two"]}
+    assert shard_files.columns_of_row("row 1", {"caption": "one"}) == {"captions": ["one"]}
+
+
 def test_npz_to_shards_and_back_is_the_identity(tmp_path):
     texts = {
         "sha256": np.array(SHA256),

@@ -1,6 +1,7 @@
 """dataset.py filter: the objects that meet conditions on their columns or are in a list."""
 
 import argparse
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from trellis.utils.progress import waiting
 
 from .objects import bits_of, check_shard_folder, column_names, open_roots, voxel_counts, write_objects
 
-CONDITION = re.compile(r"\s*([^\s=!<>]+?)\s*(==|!=|<=|>=|<|>|\sin\s)\s*(.*\S)\s*")
+CONDITION = re.compile(r"\s*([^\s=!<>][^=!<>]*?)\s*(==|!=|<=|>=|<|>|\sin\s)\s*(.*\S)\s*")
+SEVERAL = re.compile(r"\s(and|or|&&?|\|\|?)\s.*(==|!=|<|>|\sin\s)", re.IGNORECASE)
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
@@ -57,6 +59,8 @@ class Condition(NamedTuple):
                     f"{self.column} of {sha256} is {value!r}, which is no number, so --where {self.text!r} cannot be "
                     "decided. Use ==, != or in."
                 ) from error
+            if math.isnan(value):
+                return False
         return COMPARISONS[self.operator](value, self.value)
 
 
@@ -69,12 +73,19 @@ def parse_condition(text: str) -> Condition:
             f"{', '.join(COMPARISONS)}"
         )
     column, sign, value = found[1], found[2].strip(), found[3]
+    if SEVERAL.search(value) and _unquoted(value) == value:
+        raise ConfigError(
+            f"--where {text!r}: has several conditions; give a --where for each, of which all must hold, or quote a "
+            "value that contains such words"
+        )
     if column in ("captions", "grid", "checksum"):
         raise ConfigError(f"--where {text!r}: {column} cannot be compared; give another column")
     values = [_unquoted(part) for part in value.split(",")] if sign == "in" else [_unquoted(value)]
     if column in NUMBERS or sign in ORDERED:
         try:
             values = [float(part) for part in values]
+            if any(math.isnan(part) for part in values):
+                raise ValueError
         except ValueError as error:
             raise ConfigError(f"--where {text!r}: {value} is no number, which {column} {sign} needs") from error
     return Condition(text, column, sign, tuple(values) if sign == "in" else values[0])

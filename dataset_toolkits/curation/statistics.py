@@ -3,7 +3,6 @@
 import argparse
 import csv
 import json
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,26 +33,29 @@ class Measured(NamedTuple):
 
     num_voxels: [N] int64.
     extents: [N, 3] int64, voxels from the first to the last occupied one along x, y and z.
-    groups: {one of GROUPS: N texts}.
+    groups: {one of GROUPS: (its texts, the number of the text of each object [N] int64)}.
     """
 
     num_voxels: np.ndarray
     extents: np.ndarray
-    groups: dict[str, list[str]]
+    groups: dict[str, tuple[list[str], np.ndarray]]
 
 
 def measure(dataset: SparseStructure) -> Measured:
     """Measure all objects, a part at a time."""
     num_voxels, extents = [], []
-    groups: dict[str, list[str]] = {name: [] for name in GROUPS}
+    texts: dict[str, dict[str, int]] = {name: {} for name in GROUPS}
+    codes: dict[str, list[np.ndarray]] = {name: [] for name in GROUPS}
     with waiting("measuring", len(dataset)) as progress:
         for part in chunks(np.arange(len(dataset))):
             bits = bits_of(dataset, part)
             num_voxels.append(voxel_counts(bits))
             extents.append(np.array([extent_of(row, dataset.resolution) for row in bits]))
             for name in GROUPS:
-                groups[name] += [value or UNKNOWN for value in dataset.texts(name, part)]
+                values, known = dataset.texts(name, part), texts[name]
+                codes[name].append(np.array([known.setdefault(value or UNKNOWN, len(known)) for value in values]))
             progress(progress.done + len(part))
+    groups = {name: (list(texts[name]), np.concatenate(codes[name])) for name in GROUPS}
     return Measured(np.concatenate(num_voxels), np.concatenate(extents), groups)
 
 
@@ -76,17 +78,25 @@ def summary(values: np.ndarray) -> dict[str, float]:
 def rows_of(measured: Measured) -> list[dict[str, Any]]:
     """Return the rows of stats.csv: one for each value of a group, the most frequent first."""
     rows = []
-    splits = np.array(measured.groups["split"])
-    for name in GROUPS:
-        values = np.array(measured.groups[name])
-        for value, number in Counter(measured.groups[name]).most_common():
-            chosen = values == value
-            row: dict[str, Any] = {"column": name, "value": value, "objects": number}
+    splits = _splits(measured)
+    for name, (texts, codes) in measured.groups.items():
+        order = np.argsort(codes, kind="stable")
+        numbers = np.bincount(codes, minlength=len(texts))
+        objects = np.split(order, np.cumsum(numbers)[:-1])
+        for code in np.argsort(-numbers, kind="stable").tolist():
+            chosen = objects[code]
+            row: dict[str, Any] = {"column": name, "value": texts[code], "objects": len(chosen)}
             row |= {split: int((splits[chosen] == split).sum()) for split in SPLITS}
             voxels = measured.num_voxels[chosen]
             row |= {"num_voxels_mean": round(float(voxels.mean()), 1), "num_voxels_median": float(np.median(voxels))}
             rows.append(row)
     return rows
+
+
+def _splits(measured: Measured) -> np.ndarray:
+    """Return the split of each object as text, [N]."""
+    texts, codes = measured.groups["split"]
+    return np.array(texts)[codes]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -116,8 +126,10 @@ def run(args: argparse.Namespace) -> None:
         pictures = draw(measured, rows, dataset.resolution, folder)
     voxels = result["num_voxels"]
     assert isinstance(voxels, dict)
+    sources = len(_numbers(rows, "source").keys() - {UNKNOWN})
+    of_sources = f" of {count(sources, 'source')}" if sources else ""
     print(
-        f"{count(len(dataset), 'object')} of {count(len(_numbers(rows, 'source')), 'source')}: median "
+        f"{count(len(dataset), 'object')}{of_sources}: median "
         f"{voxels['p50']:.0f} voxels, 5 % have at most {voxels['p5']:.0f}, 5 % at least {voxels['p95']:.0f}"
     )
     print(f"written: {args.output}/stats.json, stats.csv, {', '.join(pictures)}")
@@ -140,7 +152,7 @@ def draw(measured: Measured, rows: list[dict[str, Any]], resolution: int, folder
         figure.savefig(folder / f"{name}.png", format="png", dpi=110)
         names.append(f"{name}.png")
 
-    splits = np.array(measured.groups["split"])
+    splits = _splits(measured)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     bins = np.geomspace(measured.num_voxels.min(), measured.num_voxels.max() + 1, 50).tolist()

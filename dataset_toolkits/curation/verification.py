@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         unknown = f", and all objects of {count(unread, 'file')} that cannot be opened" if unread else ""
         print(f"{args.roots}: {bad} of {count(len(findings), 'shard')} damaged: {count(lost, 'object')} lost{unknown}")
     else:
-        print(f"{args.roots}: damaged, see above")
+        print(f"{args.roots}: not whole, see above")
     return 1
 
 

@@ -1,8 +1,9 @@
 """Shards: Arrow files that hold the grids of many objects, compressed one by one, and what is known about them.
 
 This is format 1. A shard is an Arrow IPC file with one record batch, uncompressed as a whole, so that all processes of
-a machine map one copy of it and read any row at once. Every reader of Arrow opens it (pyarrow, pandas, polars, DuckDB,
-Hugging Face datasets). Columns, one row per object:
+a machine map one copy of it and read any row at once. Readers of Arrow's file format open it: pyarrow.ipc.open_file,
+pandas.read_feather, polars.read_ipc, and load_dataset("arrow", data_files=...) of Hugging Face datasets, whose
+Dataset.from_file takes Arrow streams alone. Columns, one row per object:
 
     sha256           text: name of the object
     grid             binary: the grid of resolution R, an even number, as bits [R^3 / 8] (grids.voxels.pack_bits), a

@@ -30,15 +30,15 @@ from .base import StandardDatasetBase
 from .metadata import NAME_COLUMNS, SPLIT_IN_NAME, Split, read_flags, read_metadata, require_files
 from .packed import TEXT_ARRAYS, check_resolution, load_packed, other_resolution, packed_resolution
 from .remote import is_url, shard_files
-from .shard_table import ShardTable
+from .shard_table import FROM_GRID, ShardTable
 from .shards import SUFFIX
 from .tables import FrameTable, typed
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-# Columns of metadata.csv that shards do not have, or under another name, or from the grids themselves.
-NOT_IN_SHARDS = ("sha256", "split", "voxelized", "resolution", "num_voxels", *NAME_COLUMNS)
+# Columns of metadata.csv that shards do not have, or from the grids themselves.
+NOT_IN_SHARDS = ("sha256", "split", "voxelized", "resolution", "num_voxels")
 
 
 class PlyTable(FrameTable):
@@ -52,7 +52,8 @@ class PlyTable(FrameTable):
     def columns(self, rows: np.ndarray) -> dict[str, list[Any]]:
         """See `Table.columns`. They are read when they are first asked for.
 
-        Raise DataError if metadata.csv has changed since the root was opened.
+        Raise DataError if metadata.csv has changed since the root was opened, or has a column of a name that shards
+        use otherwise.
         """
         if self._all_columns is None:
             self._all_columns = self._read_columns()
@@ -67,7 +68,9 @@ class PlyTable(FrameTable):
         metadata = metadata.where(metadata.notna(), None)
         name = next((column for column in NAME_COLUMNS if column in metadata), None)
         columns = {"name": name} if name else {}
-        columns |= {column: column for column in metadata.columns if column not in NOT_IN_SHARDS}
+        columns |= {column: column for column in metadata.columns if column not in (*NOT_IN_SHARDS, name)}
+        if taken := [column for column in columns if column in FROM_GRID]:
+            raise DataError(f"{self.where}: has a column {taken[0]}, a name that shards use themselves. Rename it.")
         return {new: typed(self.where, new, metadata[old].tolist()) for new, old in columns.items()}
 
     def _paths(self, rows: np.ndarray) -> list[Path]:

@@ -36,6 +36,7 @@ import torch
 from trellis.datasets import DATASETS
 from trellis.datasets.base import StandardDatasetBase
 from trellis.datasets.metadata import SETTINGS, common_setting, settings_of_data
+from trellis.datasets.remote import absolute
 from trellis.evaluation.baselines import Baselines, Lattice
 from trellis.evaluation.evaluate import Reconstruction, evaluate
 from trellis.evaluation.summary import ID_BITS, Labels, read_kinds, summarize, summarize_bits
@@ -263,15 +264,6 @@ def pick_examples(iou: torch.Tensor) -> list[tuple[str, int]]:
     return [(label, number) for label, objects in blocks.items() for number in objects]
 
 
-def example(
-    dataset: StandardDatasetBase, kind: str, number: int, iou: torch.Tensor, reconstruction: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return an object's row of a contact sheet. iou: of all objects, [n]. reconstruction: its grid in bits."""
-    grid = dataset[number]["ss"][0].bool().numpy()
-    made = np.unpackbits(reconstruction, count=grid.size).reshape(grid.shape)
-    return grid, made, f"{kind}: {Path(dataset.name(number)).name}, IoU {iou[number].item():.3f}"
-
-
 def tables_of_patterns(models: dict, resolution: int) -> list[tuple[Lattice, int]]:
     """Return (lattice, ids) of the tables to compare models with: that of their tokens, or of their latent cells.
 
@@ -289,12 +281,17 @@ def tables_of_patterns(models: dict, resolution: int) -> list[tuple[Lattice, int
     return tables
 
 
+def same_roots(one: str, other: str | None) -> bool:
+    """Return whether two lists of data roots, separated by commas, name the same ones in the same order."""
+    return other is not None and [*map(absolute, one.split(","))] == [*map(absolute, other.split(","))]
+
+
 def training_data(subject: Subject, dataset: StandardDatasetBase) -> StandardDatasetBase:
     """Return the training grids of a run, or of exported models those in `dataset`'s roots.
 
     Raise DataError if there are none.
     """
-    if subject.data_dir is None or set(subject.data_dir.split(",")) == set(dataset.roots):
+    if subject.data_dir is None or same_roots(subject.data_dir, ",".join(dataset.roots)):
         return dataset.for_split("train")
     config = subject.config["dataset"]
     return DATASETS.get(config["name"], "dataset.name")(subject.data_dir, split="train", **config.get("args", {}))
@@ -331,7 +328,7 @@ def notes_on_data(subject: Subject, dataset: StandardDatasetBase) -> list[str]:
     return notes
 
 
-Sheet = list[tuple[np.ndarray, np.ndarray, str]]  # rows of a contact sheet, see `example`
+Sheet = list[tuple[np.ndarray, np.ndarray, str]]  # rows of a contact sheet: a grid, what is made of it, and a title
 
 
 def score_run(args: argparse.Namespace) -> tuple[dict, Path, list[Sheet]]:
@@ -349,7 +346,10 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path, list[Sheet]]:
     torch.backends.cudnn.allow_tf32 = False
 
     dataset_class = DATASETS.get(config["dataset"]["name"], "dataset.name")
-    dataset = dataset_class(data_dir, split=args.split, **config["dataset"].get("args", {}))
+    own = config["dataset"].get("args", {})
+    if not same_roots(data_dir, subject.data_dir):
+        own = {**own, "weights": None}  # those of the roots that were trained on say nothing about others
+    dataset = dataset_class(data_dir, split=args.split, **own)
     differing = notes_on_data(subject, dataset) if args.data_dir else []
     for note in (*dataset.notes, *differing):
         print(f"note: {note}")
@@ -380,15 +380,19 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path, list[Sheet]]:
 
     results: dict[str, dict] = {}
     sheets: list[Sheet] = []
-    reconstructions: dict[int, np.ndarray] = {}  # of the first set, in bits: 32 KiB for 64³
     # Seeds the sample of each object, independent of the other objects.
     sample_ids = torch.from_numpy((dataset.keys() >> np.uint64(4)).astype(np.int64))
 
-    def reconstruct_and_keep(ss: torch.Tensor, numbers: Sequence[int]) -> Reconstruction:
-        result = reconstruct(models, ss, sample_ids[list(numbers)])
-        for number, logits in zip(numbers, result.logits, strict=True):
-            reconstructions.setdefault(number, np.packbits((logits > 0).cpu().numpy()))
-        return result
+    def reconstruct_all(ss: torch.Tensor, numbers: Sequence[int]) -> Reconstruction:
+        return reconstruct(models, ss, sample_ids[list(numbers)])
+
+    @torch.no_grad()
+    def draw(kind: str, number: int, iou: torch.Tensor) -> tuple[np.ndarray, np.ndarray, str]:
+        """Return an object's row of a contact sheet. It is reconstructed again, so that not all of them are kept."""
+        ss = dataset[number]["ss"]
+        made = reconstruct_all(ss[None].to(device), [number]).logits[0, 0] > 0
+        name = Path(dataset.name(number)).name
+        return ss[0].bool().numpy(), made.cpu().numpy(), f"{kind}: {name}, IoU {iou[number].item():.3f}"
 
     sets = list(subject.sets.items())
     print(f"scoring {len(dataset)} objects", flush=True)
@@ -397,7 +401,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path, list[Sheet]]:
             load_weights(model, files[name], part=name if files[name].name == WEIGHTS else None)
         with waiting(label, len(dataset)) as progress:
             scores = evaluate(
-                reconstruct_and_keep,
+                reconstruct_all,
                 dataset,
                 range(len(dataset)),
                 batch_size=args.batch_size,
@@ -414,7 +418,7 @@ def score_run(args: argparse.Namespace) -> tuple[dict, Path, list[Sheet]]:
             iou = scores.objects["iou"]
             worst = [("worst", number) for number in iou.argsort()[:WORST].tolist()]
             for chosen in (pick_examples(iou), worst):
-                sheets.append([example(dataset, kind, i, iou, reconstructions[i]) for kind, i in chosen])
+                sheets.append([draw(kind, number, iou) for kind, number in chosen])
     baselines = {}
     if training is not None:
         tables = tables_of_patterns(models, dataset[0]["ss"].shape[-1])

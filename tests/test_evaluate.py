@@ -621,6 +621,29 @@ def test_kinds_of_the_data_are_scored_and_a_table_comes_before_them(vq_run, sour
     assert {kind: part["objects"] for kind, part in both["kinds"].items()} == {"bones": 1, "seats": 3, "tools": 1}
 
 
+def test_weights_are_those_of_the_roots_of_the_run(vae_run, sourced_data, tmp_path, monkeypatch):
+    """A root of weight 0 is none of the run's training data; other roots have no weights."""
+    roots = []
+    for number in range(2):
+        roots.append(tmp_path / f"{number}_train.npz")
+        bits = np.packbits(solid_grids(3 + number, 16, number).reshape(3 + number, -1), axis=1)
+        np.savez(roots[-1], bits=bits)
+    subject = script.run_subject(str(vae_run), "latest")
+    subject.config["dataset"]["args"]["weights"] = [1, 0]
+    subject.data_dir = ",".join(map(str, roots))
+    monkeypatch.setattr(script, "run_subject", lambda *args: subject)
+
+    def objects(name: str, *flags) -> int:
+        return score(vae_run, tmp_path / name, "--split", "train", *flags)["weights"]["raw"]["objects"]
+
+    assert objects("own") == 3
+    monkeypatch.chdir(tmp_path)
+    assert objects("relative", "--data_dir", ",".join(root.name for root in roots)) == 3
+    assert objects("one", "--data_dir", roots[1]) == 4
+    assert objects("turned", "--data_dir", f"{roots[1]},{roots[0]}") == 7
+    assert objects("other", "--data_dir", sourced_data) == 12
+
+
 def test_the_twenty_worst_objects_have_a_sheet(vq_run, sourced_data, tmp_path, monkeypatch):
     sheets = []
     monkeypatch.setattr(script, "contact_sheet", lambda rows: sheets.append(rows) or np.zeros((8, 8, 3), np.uint8))

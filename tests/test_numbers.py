@@ -18,7 +18,7 @@ from trellis.datasets.sampler import Order, ResumableSampler
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.runs.checkpoint import Checkpoints
 from trellis.trainers import ema, optim, skip
-from trellis.trainers.bad_steps import BadSteps
+from trellis.trainers.bad_steps import STEPS_BETWEEN_LOOKS, BadSteps
 from trellis.trainers.ema import EMA
 from trellis.trainers.skip import SkippableOptimizer
 from trellis.trainers.vae.sparse_structure_vae import SparseStructureVaeTrainer
@@ -452,6 +452,11 @@ def test_a_drop_counts_if_the_spread_over_objects_cannot_make_it():
     [
         ({}, [(0, 0.9, 0.8), (6, 0.5, 0.1)], "The codebook has collapsed: 10% of its codes are in use, 80% before"),
         ({"last_loss": 2.0}, [(0, 0.9, 0.8), (6, 0.5, 0.8)], "The loss went from 1 to 2: lower trainer.args.optimizer"),
+        (
+            {"first_loss": math.nan, "last_loss": math.nan, "bad_steps": 1},
+            [(0, 0.9, 0.8), (2, 0.5, 0.8)],
+            "It took fewer than two good steps since it was started, and 1 step was not finite: train for longer",
+        ),
         ({}, [(0, 0.9, 0.8), (3, 0.4, 0.8), (6, 0.5, 0.8)], "The score still rises (0.4000 at step 3, 0.5000 now)"),
         ({"trained": ["quantizer"]}, [(0, 0.9, 0.8), (6, 0.5, 0.8)], "start the next stage from step 0"),
         ({}, [(0, 0.9, 0.8), (6, 0.5, 0.8)], "lower trainer.args.ema_rate"),
@@ -465,3 +470,15 @@ def test_the_advice_follows_the_cause(facts, scores, wanted):
     defaults = {"trained": ["encoder", "decoder"], "lr": 1e-3, "first_loss": 1.0, "last_loss": 0.5, "bad_steps": 0}
     text = course.verdict(**{**defaults, **facts})
     assert text is None if wanted is None else wanted in text
+
+
+def test_the_loss_at_the_start_and_at_the_end_is_that_of_different_steps():
+    for steps in (0, 1, 2, 3, 40, 99, 150, 1000):
+        bad = BadSteps(3, 1, lambda step: np.zeros(1, np.int64), str, torch.device("cpu"))
+        losses = np.random.default_rng(0).random(steps)
+        rows = [{"step": 1 + i, "loss": loss, "grad_norm": 1.0, "bad_steps": 0} for i, loss in enumerate(losses)]
+        for start in range(0, steps, 7):
+            assert bad.report(rows[start : start + 7]) == []
+        count = min(STEPS_BETWEEN_LOOKS, steps // 2)
+        wanted = (losses[:count].mean(), losses[-count:].mean()) if count else (math.nan, math.nan)
+        assert bad.mean_losses() == pytest.approx(wanted, nan_ok=True)

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, VQ, assert_equal, checkpoint, free_port, logged, run, tiny_config
+from helpers import ROOT, VQ, assert_equal, checkpoint, free_port, logged, run, solid_grids, tiny_config
 
 import train
 from trellis.datasets.sparse_structure import SparseStructure
 from trellis.models.sparse_structure_vae import SparseStructureDecoder, SparseStructureEncoder
+from trellis.modules.quantizers import VectorQuantizer
 from trellis.trainers.vae import latent_sample, sparse_structure_vqvae
 from trellis.trainers.vae.sparse_structure_vqvae import SparseStructureVqVaeTrainer
 from trellis.utils.random_utils import permutation
@@ -212,6 +213,28 @@ def test_kmeans_gets_an_equal_share_of_objects_and_mostly_what_is_occupied(
         want.append(vectors[inside + outside])
         found += len(inside)
     torch.testing.assert_close(taken[0], torch.cat(want), rtol=0, atol=2e-6)
+
+
+def test_kmeans_takes_objects_of_weighted_roots_in_their_shares(vae_run, data_dir, write_config, tmp_path, monkeypatch):
+    """Whatever the sizes of the roots; one of weight 0 gives none."""
+    roots = []
+    for number, size in enumerate((3, 40, 9)):
+        bits = np.packbits(solid_grids(size, 16, number).reshape(size, -1), axis=1)
+        roots.append(tmp_path / f"{number}_train.npz")
+        np.savez(roots[-1], bits=bits)
+    taken = []
+    monkeypatch.setattr(sparse_structure_vqvae, "latent_sample", lambda of, order, *rest, **more: taken.append(order))
+    monkeypatch.setattr(VectorQuantizer, "fit", lambda *args: None)
+    flags = ("--data_dir", ",".join(map(str, roots)), "--load_dir", vae_run)
+    config = stage1("kmeans", max_steps=1, batch_size=3)
+    for name, weights in (("alike", None), ("shares", [3, 1, 0])):
+        config["dataset"]["args"]["weights"] = weights
+        assert run("--config", write_config(config), *flags, "--output_dir", tmp_path / name) == 0
+    alike, shares = taken
+    assert np.array_equal(alike, permutation(52, "kmeans", 0))
+    assert len(shares) == 43 and shares.max() < 43
+    # 43 of a period of 1024 samples; the standard deviation of the number is 2.8.
+    assert (shares < 3).sum() == pytest.approx(0.75 * 43, abs=8)
 
 
 def test_other_weights_and_other_data_find_other_latents(vae_run, data_dir, write_config, tmp_path, counts):

@@ -7,7 +7,7 @@ exploded; while it may be, no checkpoint is written.
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,7 @@ class BadSteps:
         self.reported = 0  # bad steps among the rows fetched so far
         self.cleared = np.zeros(objects, dtype=bool)  # objects that a good step of this process had
         self.lowest_loss = math.inf
+        self.good = 0  # good steps of this process
         # (loss, gradient norm) of the first and of the last good steps of this process
         self.early: list[tuple[float, float]] = []
         self.late: deque[tuple[float, float]] = deque(maxlen=STEPS_BETWEEN_LOOKS)
@@ -113,6 +114,7 @@ class BadSteps:
         self.cleared[batch] = True
         if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
             self.lowest_loss = min(self.lowest_loss, row["loss"])
+            self.good += 1
             self.late.append((row["loss"], row["grad_norm"]))
             if len(self.early) < STEPS_BETWEEN_LOOKS:
                 self.early.append(self.late[-1])
@@ -189,12 +191,13 @@ class BadSteps:
         return f"The objects differ from step to step, so the cause is rather the rate: {lower}"
 
     def mean_losses(self) -> tuple[float, float]:
-        """Return the mean loss of the first and of the last good steps of this process; NaN without any."""
-
-        def mean(pairs: Collection[tuple[float, float]]) -> float:
-            return sum(loss for loss, _ in pairs) / len(pairs) if pairs else math.nan
-
-        return mean(self.early), mean(self.late)
+        """Return the mean loss of the first and of the last good steps of this process, none in both; NaN for fewer
+        than two. Call it after `report`."""
+        count = min(STEPS_BETWEEN_LOOKS, self.good // 2)
+        if not count:
+            return math.nan, math.nan
+        first, last = self.early[:count], [*self.late][-count:]
+        return sum(loss for loss, _ in first) / count, sum(loss for loss, _ in last) / count
 
     def state_dict(self) -> dict[str, Any]:
         first = None if self.first_loss.isnan() else float(self.first_loss)

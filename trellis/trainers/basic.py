@@ -324,6 +324,8 @@ class BasicTrainer:
                 saving = self.due(self.i_save) or improved or stopping or self.checkpoint_owed
                 if self.due(self.i_log) or scores or saving or self.bad_steps.look(self.step):
                     self.log(scores)
+                if scores and self.step == self.max_steps and self.best_step == 0:
+                    self.warn_if_worse()
                 if self.due(self.i_sample):
                     self.snapshot()
                 if self.due(self.i_ddpcheck):
@@ -635,19 +637,21 @@ class BasicTrainer:
         self.course.add(self.step, scores, self.object_scores)
         if self.best is None or scores[self.best_by] > self.best["score"]:
             self.best = {"step": self.step, "by": self.best_by, "score": scores[self.best_by]}
-        elif self.step == self.max_steps and self.best["step"] == 0:
-            first_loss, last_loss = self.bad_steps.mean_losses()
-            warning = self.course.verdict(
-                trained=list(self.trained),
-                lr=self.lr,
-                first_loss=first_loss,
-                last_loss=last_loss,
-                bad_steps=int(self.bad_steps.total),
-            )
-            if warning is not None:
-                self.say(warning)
         self.status.set(scores=self.course.last_scores(), best=self.best)
         return {f"val/{name}": value for name, value in scores.items()} | {"validation_seconds": seconds}
+
+    def warn_if_worse(self) -> None:
+        """Say so if the run has made the models worse. Call it at its end, after `log`."""
+        first_loss, last_loss = self.bad_steps.mean_losses()
+        warning = self.course.verdict(
+            trained=list(self.trained),
+            lr=self.lr,
+            first_loss=first_loss,
+            last_loss=last_loss,
+            bad_steps=int(self.bad_steps.total),
+        )
+        if warning is not None:
+            self.say(warning)
 
     def log(self, scores: dict[str, float]) -> None:
         """Write pending steps to log.txt, one line each, then the scores; their means and the scores to TensorBoard."""

@@ -67,7 +67,8 @@ class Course:
     ) -> str | None:
         """Return the warning for a run that made its models worse, with the remedy for its cause; None for others.
 
-        trained: names of the models. lr: the last rate. first_loss, last_loss: means over steps at both ends.
+        trained: names of the models. lr: the last rate. first_loss, last_loss: means over steps at both ends,
+        NaN for fewer than two.
         """
         found = self.worse()
         if found is None:
@@ -88,12 +89,14 @@ class Course:
                 f"The codebook has collapsed: {used:.0%} of its codes are in use, {used_before:.0%} before. Lower "
                 f"trainer.args.optimizer.args.lr (now {lr:.3g}), or set trainer.args.revive_every."
             )
-        if last_loss > ROSE * first_loss or not math.isfinite(last_loss):
-            bad = f", and {bad_steps} steps were not finite" if bad_steps else ""
-            return (
-                f"The loss went from {first_loss:.3g} to {last_loss:.3g}{bad}: lower trainer.args.optimizer.args.lr "
-                f'(now {lr:.3g}), warm it up, or set trainer.args.lr_scaling to "rms".'
-            )
+        lower = (
+            f'lower trainer.args.optimizer.args.lr (now {lr:.3g}), warm it up, or set trainer.args.lr_scaling to "rms".'
+        )
+        bad = f", and {bad_steps} {'step was' if bad_steps == 1 else 'steps were'} not finite" if bad_steps else ""
+        if math.isnan(first_loss):
+            return f"It took fewer than two good steps since it was started{bad}: train for longer, or {lower}"
+        if last_loss > ROSE * first_loss:
+            return f"The loss went from {first_loss:.3g} to {last_loss:.3g}{bad}: {lower}"
         if len(self.last) == 2 and 0 < self.last[0][0] and self.last[-1][1][self.by] > self.last[0][1][self.by]:
             (step, earlier), (_, latest) = self.last
             return (

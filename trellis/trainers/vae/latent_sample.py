@@ -31,7 +31,7 @@ LARGEST_SAMPLE = 2**28
 @torch.no_grad()
 def latent_sample(
     latents_of: Callable[[np.ndarray], tuple[Tensor, Tensor]],
-    objects: int,
+    order: np.ndarray,
     quantizer: Quantizer,
     *,
     batch_size: int,
@@ -40,17 +40,16 @@ def latent_sample(
     """Return a stratified sample of latent vectors of the training data, [N, D] float32, fixed by the seed.
 
     latents_of: returns latents [B, C, X, Y, Z] and grids [B, 1, R, R, R] of objects [B] int64.
-    objects: number of objects.
+    order: objects to take them from, the first ones first, [n] int64; one may stand in it several times.
     batch_size: objects at once.
     Small data give fewer than VECTORS_PER_CODE vectors per code: all with occupied voxels, and a share of the others.
     """
     empty_share = 0.0 if quantizer.empty_code else EMPTY_SHARE
     wanted = min(VECTORS_PER_CODE * quantizer.codebook_size, LARGEST_SAMPLE // quantizer.embed_dim)
     wanted_occupied = round((1 - empty_share) * wanted)
-    most = -(-wanted_occupied // min(OBJECTS_AT_LEAST, objects))  # occupied tokens of an object
-    order = permutation(objects, "kmeans", seed)
+    most = -(-wanted_occupied // min(OBJECTS_AT_LEAST, len(order)))  # occupied tokens of an object
     vectors, found = [], 0
-    for start in range(0, objects, batch_size):
+    for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         z, ss = latents_of(part)
         tokens = quantizer.to_vectors(z.float())

@@ -25,7 +25,7 @@ from ...modules.quantizers.kmeans import kmeans
 from ...utils import dist_utils
 from ...utils.config import Range
 from ...utils.errors import ConfigError
-from ...utils.random_utils import derive_seed
+from ...utils.random_utils import derive_seed, permutation
 from .codebook_watch import CodebookWatch
 from .latent_sample import latent_sample
 from .latents import TrainingLatents
@@ -233,7 +233,7 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         with self.status.doing("codebook: latents of the data"):
             vectors = latent_sample(
                 self._latents_to_quantize,
-                len(self.dataset),
+                self._objects_for_codebook(),
                 self.quantizer,
                 batch_size=self.batch_per_rank,
                 seed=self.seed,
@@ -241,6 +241,14 @@ class SparseStructureVqVaeTrainer(SparseStructureVaeTrainer):
         generator = torch.Generator().manual_seed(derive_seed("kmeans", self.seed))
         with self.status.doing("codebook: k-means"):
             self.quantizer.fit(vectors, lambda part, count: kmeans(part, count, generator=generator, report=self.say))
+
+    def _objects_for_codebook(self) -> np.ndarray:
+        """Return the training objects in the order in which a fresh codebook takes them, [n] int64: those of weighted
+        roots in their shares."""
+        objects = len(self.dataset)
+        if self.dataset.shares is None:
+            return permutation(objects, "kmeans", self.seed)
+        return self.dataset.order(derive_seed("kmeans", self.seed)).items(0, objects)
 
     def _latents_to_quantize(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return what the quantizer gets of training objects, [n, C, X, Y, Z], and their grids. indices: [n] int64."""

@@ -23,7 +23,9 @@ from trellis.datasets.packed import load_packed, save_packed  # noqa: E402
 from trellis.datasets.shards import Shard, write_shard  # noqa: E402
 from trellis.datasets.sparse_structure import SparseStructure  # noqa: E402
 from trellis.grids.voxels import pack_bits, unpack_bits, voxel_centers, write_ply  # noqa: E402
+from trellis.utils.command import error_of_system  # noqa: E402
 from trellis.utils.errors import ConfigError, DataError  # noqa: E402
+from trellis.utils.files import atomic_write  # noqa: E402
 
 R = 8
 SHA256 = ["%064x" % (number * 0x9E3779B97F4A7C15**4 % 2**256) for number in range(1, 14)]
@@ -362,6 +364,14 @@ def test_a_full_disk_leaves_whole_shards(root, tmp_path, monkeypatch):
             pack_shards(str(root), tmp_path / "packed", R, shard_size=3)
     assert len(rows(tmp_path / "packed")) == 6
     assert pack_shards(str(root), tmp_path / "packed", R, shard_size=3) == 7 and grids(tmp_path / "packed") == EXPECTED
+
+
+def test_a_full_disk_is_told_in_the_words_of_the_system(tmp_path):
+    """pyarrow has others: "Error writing bytes to file. Detail: [errno 28] No space left on device"."""
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "a.arrow"):
+        raise OSError(28, "Error writing bytes to file. Detail: [errno 28] No space left on device")
+    assert error_of_system(caught.value) == f"{tmp_path}/a.arrow: {os.strerror(28)}"
+    assert not list(tmp_path.iterdir())
 
 
 def test_grids_are_read_a_shard_at_a_time(root, tmp_path, monkeypatch):

@@ -32,14 +32,16 @@ class Finding(NamedTuple):
 
 
 def check_shard(path: Path, resolution: int) -> Finding:
-    """Read a shard in full."""
+    """Read a shard in full. Raise DataError if it is whole, but of another resolution."""
     try:
         shard = Shard(path)
     except DataError as error:
         return Finding(path, 0, 0, [str(error)])
     if shard.resolution != resolution:
-        reason = f"{path}: has grids of resolution {shard.resolution}, not {resolution}: give --resolution"
-        return Finding(path, len(shard), len(shard), [reason])
+        raise DataError(
+            f"{path}: has grids of resolution {shard.resolution}, but {resolution} is asked for. Give --resolution "
+            f"{shard.resolution}, and data of other resolutions in calls of their own."
+        )
     problems = []
     for name in shard.names:
         try:

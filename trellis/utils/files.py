@@ -52,7 +52,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         _remove(partial)
         if error.errno is not None and error.filename in (None, partial, str(partial)):  # a name that nobody knows
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # pyarrow has words of its own
         raise
     except BaseException:
         _remove(partial)

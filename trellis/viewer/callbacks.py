@@ -1,6 +1,7 @@
 """What the page asks the server, and what the browser does itself (assets/viewer.js)."""
 
 import base64
+import itertools
 import json
 import random
 import tempfile
@@ -107,7 +108,7 @@ def add_picking(app: Dash, backend: Backend, dataset: StandardDatasetBase, opene
         else:
             value = random.choice(order)
         wanted = (search or "").lower()
-        found = [index for index in order if wanted in names[index].lower()][:LISTED]
+        found = [*itertools.islice((index for index in order if wanted in names[index].lower()), LISTED)]
         if value is not None and value not in found:
             found.insert(0, value)
         return [option(index) for index in found], no_update if cause == "pick" else value

@@ -62,6 +62,22 @@ def s3():
     server.stop()
 
 
+def test_where_a_server_cannot_be_reached_whole_copies_of_the_last_list_are_used(memory, tmp_path, cache, monkeypatch):
+    shard(tmp_path / "a.arrow", random_grids(3))
+    memory(tmp_path / "a.arrow", "/set/a.arrow")
+    before = opened("memory://set")
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "ls", lambda *args, **kwargs: 1 / 0)
+    with pytest.warns(UserWarning, match="cannot be read .*The copies of its last list are used"):
+        offline = opened("memory://set")
+    assert offline.content_key() == before.content_key() and torch.equal(all_items(offline), all_items(before))
+    with pytest.raises(DataError, match="memory://other: cannot be read"):
+        opened("memory://other")
+    [copy] = cache.glob("*.arrow")
+    copy.write_bytes(copy.read_bytes()[:-1])
+    with pytest.raises(DataError, match="memory://set: cannot be read"):
+        opened("memory://set")
+
+
 def test_a_bucket_of_shards_is_a_data_root(s3, tmp_path, cache):
     grids = random_grids(20)
     local = tmp_path / "local"
@@ -74,11 +90,11 @@ def test_a_bucket_of_shards_is_a_data_root(s3, tmp_path, cache):
     assert data.texts("root") == ["s3://data/set"] * 20 and data.texts("sha256") == plain.texts("sha256")
     assert facts_of(data)["data_dir"] == "s3://data/set"
     assert settings_of_data(["s3://data/set"], "up_axis") == {"y": "s3://data/set"}
-    copies = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    copies = {path.name: path.stat().st_mtime_ns for path in cache.glob("*.arrow")}
     assert len(copies) == 4
     one = opened("s3://data/set/2.arrow")
     assert torch.equal(all_items(one), all_items(plain)[10:15])
-    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == copies  # nothing was copied again
+    assert {path.name: path.stat().st_mtime_ns for path in cache.glob("*.arrow")} == copies  # nothing was copied again
     assert len(opened(f"s3://data/set, {packed_root(tmp_path / 'x.npz', random_grids(3, 1))}")) == 23
     shard(local / "2.arrow", ~grids[10:15], 10, up_axis=["y"] * 5)
     s3.put_file(str(local / "2.arrow"), "data/set/2.arrow")
@@ -129,7 +145,7 @@ def test_too_little_room_is_said_before_anything_is_copied(memory, tmp_path, cac
         ConfigError, match="memory://set: its shards take .* but .*cache has 100 bytes free.*TRELLIS_CACHE"
     ):
         opened("memory://set")
-    assert not list(cache.iterdir())
+    assert not list(cache.glob("*.arrow"))
 
 
 def test_a_file_of_unknown_size_is_not_copied(memory, tmp_path, cache, monkeypatch):
@@ -146,7 +162,7 @@ def test_a_copy_that_breaks_off_is_no_copy(memory, tmp_path, cache, monkeypatch)
         patch.setattr(fsspec.implementations.memory.MemoryFile, "read", lambda self, size=-1: b"")
         with pytest.raises(DataError, match="memory://set/a.arrow: 0 of .* bytes have come"):
             opened("memory://set")
-    assert not list(cache.iterdir())
+    assert not list(cache.glob("*.arrow"))
     assert len(opened("memory://set")) == 3
 
 

@@ -287,8 +287,8 @@ def test_a_root_of_weight_0_is_validated_and_not_trained_on(tmp_path):
 @pytest.mark.parametrize(
     "weights, message",
     [
-        ([1], "has 1 numbers, but data_dir has 2 roots"),
-        ([1, 1, 1], "has 3 numbers, but data_dir has 2 roots"),
+        ([1], r"is \[1\], but data_dir has 2 roots"),
+        ([1, 1, 1], r"is \[1, 1, 1\], but data_dir has 2 roots"),
         ([1, -0.5], "has -0.5; give a number >= 0"),
         ([float("nan"), 1], "has nan; give"),
         ([1, float("inf")], "has inf; give"),

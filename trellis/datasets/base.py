@@ -409,7 +409,7 @@ def _checked_weights(weights: Sequence[float] | None, roots: list[str], split: s
         return [float(weight) for weight in weights]
     if split == "train":
         raise ConfigError(
-            f"dataset.args.weights has {len(weights)} numbers, but data_dir has {len(roots)} roots "
+            f"dataset.args.weights is {list(weights)}, but data_dir has {len(roots)} roots "
             f"({', '.join(roots)}); give one for each, in their order, or null"
         )
     return None

@@ -2,15 +2,18 @@
 
 Any protocol of fsspec will do: s3://, gs://, hf://, http:// and others, as far as the package for it is installed. The
 cache is $TRELLIS_CACHE, or else ~/.cache/trellis/shards. A copy's name has a hash of the URL, the size and what the
-server says of the version, so that files that change are copied anew. Copies may be deleted while no run uses them.
+server says of the version, so that files that change are copied anew. The list of files is kept too: where a server
+cannot be reached, whole copies of the last one are used, with a warning. Copies may be deleted while no run uses them.
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +51,10 @@ class Shared(NamedTuple):
     copy: Path
 
 
+class _UnreachableError(DataError):
+    """A server that does not answer, or not to this program."""
+
+
 def is_url(root: str | os.PathLike) -> bool:
     """Return whether a data root is a URL and no path."""
     return isinstance(root, str) and URL.match(root) is not None
@@ -76,10 +83,17 @@ def local_shards(url: str) -> list[Shared]:
     """Copy the shards at a URL, a folder or one .arrow file, as far as the cache has none; return them by name.
 
     Processes of one machine may do this at once: each copies what no other is copying, and waits for the rest.
-    Raise ConfigError if a package is missing or the cache's disk has too little room, DataError if the URL cannot be
-    read or has no shard.
+    Raise ConfigError if a package is missing or the cache's disk has too little room, DataError if the URL has no
+    shard, or cannot be read and the cache lacks any of its shards.
     """
-    system, shards = _list(url)
+    try:
+        system, shards = _list(url)
+    except _UnreachableError as error:
+        known = _listed_before(url)
+        if not known or not all(map(_is_whole, known)):
+            raise
+        warnings.warn(f"{error} The copies of its last list are used, in {cache_folder()}.", stacklevel=2)
+        return known
     missing = [shard for shard in shards if not _is_whole(shard)]
     if missing:
         _require_room(url, missing)
@@ -95,7 +109,23 @@ def local_shards(url: str) -> list[Shared]:
                 progress(len(shards) - len(missing))
                 if missing and not copied:
                     time.sleep(PAUSE)
+    if _listed_before(url) != shards:
+        with atomic_write(_list_file(url)) as partial:
+            partial.write_text(json.dumps([[shard.url, shard.source, shard.size, shard.copy.name] for shard in shards]))
     return shards
+
+
+def _list_file(url: str) -> Path:
+    return cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}.json"
+
+
+def _listed_before(url: str) -> list[Shared] | None:
+    """Return the shards that a URL had when all of them had been copied; None if that is not known."""
+    try:
+        rows = json.loads(_list_file(url).read_text())
+        return [Shared(address, source, size, cache_folder() / name) for address, source, size, name in rows]
+    except (OSError, ValueError, TypeError):  # none, or damaged: only what a server says counts then
+        return None
 
 
 def _list(url: str) -> tuple[Any, list[Shared]]:
@@ -195,7 +225,7 @@ def _reported(url: str) -> Iterator[None]:
         raise DataError(f"{url}: does not exist. Correct the address, or write the shards there.") from error
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
+        raise _UnreachableError(
             f"{url}: cannot be read ({type(error).__name__}: {reason:.300}). Check the address, the bucket and the "
             "credentials."
         ) from error

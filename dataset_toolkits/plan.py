@@ -74,7 +74,8 @@ def plan_files(
             stamps[name], sha256 = result
             by_sha.setdefault(sha256, []).append(name)
     for names in by_sha.values():
-        names.sort(key=lambda name: (name_rank(files[name]), name))
+        if len(names) > 1:  # the rank may look into the file
+            names.sort(key=lambda name: (name_rank(files[name]), name))
     jobs = [Job(sha256, files[names[0]], tuple(names), stamps[names[0]]) for sha256, names in by_sha.items()]
     return Plan(jobs, failures, set(share), set(listing), {})
 

@@ -526,7 +526,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--split",
         choices=("train", "val"),
-        help="split of the new grids, and of those done already that have none; default: none",
+        help="split of the new grids, and of voxel files done already that have none; default: none",
     )
     parser.add_argument("--rank", type=int, default=0, help="number of this process, from 0")
     parser.add_argument("--world_size", type=int, default=1, help="number of processes that share the work")

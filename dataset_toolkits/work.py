@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from trellis.grids.formats import reader_of
-from trellis.grids.meshes import UNKNOWN_AXIS, Voxelized, mesh_voxels
+from trellis.grids.meshes import UNKNOWN_AXIS, Voxelized, is_misnamed, mesh_voxels
 from trellis.grids.placing import Axis, axis_of_file
 from trellis.grids.voxels import pack_bits, voxel_centers, voxels_to_grid, write_ply
 from trellis.utils.errors import ConfigError, DataError
@@ -106,9 +106,12 @@ def input_key(sha256: str, path: Path, settings: Settings) -> str:
 def name_rank(path: Path, settings: Settings) -> int:
     """Return which of several files with the same bytes is taken: the one of the lowest rank, and of these the first.
 
-    A mask of one organ is what its file is named after, so a copy under another name may give no object.
+    A file that says by its name that it is of another format than it is gives none, where its copy may. A mask of one
+    organ is what its file is named after, so a copy under another name may give no object.
     """
-    if settings.labels is None or not is_volume(path):
+    if not is_volume(path):
+        return int(is_misnamed(path))
+    if settings.labels is None:
         return 0
     organ = _organ(path, settings.labels)
     return 0 if organ in settings.labels.groups else 2 if organ else 1

@@ -11,8 +11,8 @@ shard size and --iou. --form says how they hold an object's ids (trellis/tokens/
 alone: meshes that cannot be voxelized are listed beside it, in OUTPUT_DIR_failed.csv; to retry one, delete its shard.
 --sharegpt writes conversations as LLaMA-Factory reads them (rules: trellis/tokens/sharegpt.py) into another folder.
 Each caption of an object gives two records, caption to mesh and mesh to caption. Captions come from --captions, else
-from the column caption or captions of the roots' metadata.csv. Given again with other captions or prompts, it replaces
-the conversations, without encoding anew.
+from the column caption or captions of the roots' shards or metadata.csv. Given again with other captions or prompts, it
+replaces the conversations, without encoding anew.
 """
 
 import sys

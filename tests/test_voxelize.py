@@ -151,6 +151,15 @@ def test_folders_of_earlier_versions_go_on(kept, has_normalization, tmp_path, se
     assert {row["sha256"]: row for row in table(out / "metadata.csv")} == after
 
 
+def test_of_files_of_the_same_bytes_one_with_the_name_of_its_format_is_taken(tmp_path, serial):
+    (tmp_path / "in").mkdir()
+    trimesh.creation.box((1, 2, 3)).export(tmp_path / "in" / "e.stl")
+    shutil.copy(tmp_path / "in" / "e.stl", tmp_path / "in" / "d.obj")
+    assert run("--input", tmp_path / "in", "--output_dir", tmp_path / "out") == 0
+    [row] = table(tmp_path / "out" / "metadata.csv")
+    assert Path(row["file"]).name == "e.stl" and not (tmp_path / "out" / "failed.csv").exists()
+
+
 def test_a_shapellm_folder_takes_nothing_else(tmp_path, serial, capsys):
     export(tmp_path / "in", 1)
     args = "--input", tmp_path / "in", "--output_dir", tmp_path / "out"

@@ -102,7 +102,7 @@ def _say_families(families: list[np.ndarray], dataset: SparseStructure) -> None:
     largest = f", the largest of {len(families[0])}" if families else ""
     many = "families"
     print(f"{count(len(families), 'family', many)} of several objects, {objects} of {len(dataset)} in all{largest}")
-    print(f"{count(divided, 'family', many)} in both train and val")
+    print(f"  of today's split: {count(divided, 'family', many)} in both train and val")
 
 
 # --- dedupe -------------------------------------------------------------------------------------------------------

@@ -122,6 +122,18 @@ def _check_name(path: Path, format: Format) -> None:
         raise DataError(f"its content is {found.name}, its name says {format.name}: rename it to {suffix}")
 
 
+def is_misnamed(path: Path) -> bool:
+    """Return whether a mesh file is of another format than its name says."""
+    format = reader_of(path)
+    if format is None:
+        return False
+    try:
+        _check_name(path, format)
+    except DataError:
+        return True
+    return False
+
+
 def check_content(head: bytes) -> None:
     """Raise DataError for what is no mesh whatever its name: empty files, zeros, pointers of git-lfs, web pages.
 

@@ -1,5 +1,6 @@
 """Shards at a URL are copied once into a cache, by as many processes as there are, and read as those of a folder."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -198,6 +199,23 @@ print(len(copied))
     copied = [int(rank.communicate()[0]) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0] and 6 <= sum(copied) <= 8
     assert len(list(cache.glob("*.arrow"))) == 6 and len(opened("s3://data/many")) == 30
+    assert not list(cache.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC])
+def test_whole_copies_in_a_cache_that_cannot_be_written_are_used(memory, tmp_path, cache, monkeypatch, code):
+    grids = random_grids(3)
+    memory(shard(tmp_path / "a.arrow", grids), "/set/a.arrow")
+    before = all_items(opened("memory://set"))
+    [known] = cache.glob("*.json")
+    known.unlink()
+
+    def fail(path):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(remote, "atomic_write", fail)
+    with pytest.warns(UserWarning, match=f"{known}: {os.strerror(code)}: memory://set cannot be used where its server"):
+        assert torch.equal(all_items(opened("memory://set")), before)
 
 
 def test_another_process_that_gets_on_is_waited_for_and_one_that_hangs_is_not(memory, tmp_path, cache, monkeypatch):
@@ -209,8 +227,10 @@ def test_another_process_that_gets_on_is_waited_for_and_one_that_hangs_is_not(me
     assert remote._is_being_copied(found)
     os.utime(partial, (0, 0))
     assert not remote._is_being_copied(found)
-    partial.rename(cache / f".{found.copy.name}.elsewhere.{os.getppid()}.00000000.tmp")
+    elsewhere = partial.rename(cache / f".{found.copy.name}.elsewhere.2000000000.00000000.tmp")
     assert not remote._is_being_copied(found)
+    elsewhere.touch()  # of another machine only the time tells
+    assert remote._is_being_copied(found)
 
 
 def test_a_run_trains_on_a_url_and_continues_with_it(memory, write_config, tmp_path):

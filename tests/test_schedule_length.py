@@ -134,12 +134,14 @@ def test_other_lengths_are_the_users(written):
     "written, wanted",
     [
         (None, []),
-        (spec("CosineAnnealingLR", 12), []),
+        (spec("CosineAnnealingLR", 11), []),
+        (spec("CosineAnnealingLR", 12), ["the warm-up of lr has 12 steps, all of the run: CosineAnnealingLR after it"]),
         (spec("CosineAnnealingLR", 13), ["the warm-up of lr has 13 steps, more than the 12 of the run"]),
         (
             {"name": "LinearWarmupLRScheduler", "args": {"warmup_steps": 20}},
             ["the warm-up of lr has 20 steps, more than the 12"],
         ),
+        ({"name": "LinearWarmupLRScheduler", "args": {"warmup_steps": 12}}, []),
         (spec("StepLR", step_size=11), []),
         (spec("StepLR", 4, step_size=8), ["StepLR changes lr every 8 steps, but has 8: lr stays as it is"]),
         (spec("ConstantLR", factor=0.5, total_iters=12), ["ConstantLR multiplies lr by its factor to the end"]),

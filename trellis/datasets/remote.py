@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from ..utils import units
 from ..utils.errors import ConfigError, DataError
-from ..utils.files import LEFTOVER, atomic_write, host_name, is_running
+from ..utils.files import LEFTOVER, atomic_write, host_name, is_running, remove_leftovers
 from ..utils.progress import waiting
 from .shards import SUFFIX, shards_in
 
@@ -82,7 +82,8 @@ def shard_files(root: str) -> list[tuple[Path, str]]:
 def local_shards(url: str) -> list[Shared]:
     """Copy the shards at a URL, a folder or one .arrow file, as far as the cache has none; return them by name.
 
-    Processes of one machine may do this at once: each copies what no other is copying, and waits for the rest.
+    Processes, also of machines that share the cache, may do this at once: each copies what no other is copying, and
+    waits for the rest.
     Raise ConfigError if a package is missing or the cache's disk has too little room, DataError if the URL has no
     shard, or cannot be read and the cache lacks any of its shards.
     """
@@ -110,9 +111,19 @@ def local_shards(url: str) -> list[Shared]:
                 if missing and not copied:
                     time.sleep(PAUSE)
     if _listed_before(url) != shards:
+        _keep_list(url, shards)
+    return shards
+
+
+def _keep_list(url: str, shards: list[Shared]) -> None:
+    """Write the list of shards. A cache that cannot be written, such as one of all users, does without."""
+    try:
         with atomic_write(_list_file(url)) as partial:
             partial.write_text(json.dumps([[shard.url, shard.source, shard.size, shard.copy.name] for shard in shards]))
-    return shards
+    except OSError as error:
+        warnings.warn(
+            f"{_list_file(url)}: {error.strerror}: {url} cannot be used where its server is not reached", stacklevel=3
+        )
 
 
 def _list_file(url: str) -> Path:
@@ -167,13 +178,16 @@ def _is_whole(shard: Shared) -> bool:
 
 
 def _is_being_copied(shard: Shared) -> bool:
-    """Return whether another process of this machine is copying a shard, and gets on."""
+    """Return whether another process, maybe of another machine with the same cache, is copying a shard, and gets on."""
     for partial in shard.copy.parent.glob(f".{shard.copy.name[:100]}.*.tmp"):
         found = LEFTOVER.fullmatch(partial.name)
-        if not found or found["host"] != host_name() or int(found["pid"]) == os.getpid():
+        if not found:
+            continue
+        here, pid = found["host"] == host_name(), int(found["pid"])
+        if here and (pid == os.getpid() or not is_running(pid)):
             continue
         with contextlib.suppress(FileNotFoundError):
-            if is_running(int(found["pid"])) and time.time() - partial.stat().st_mtime < STALLED:
+            if time.time() - partial.stat().st_mtime < STALLED:
                 return True
     return False
 
@@ -182,6 +196,7 @@ def _require_room(url: str, missing: list[Shared]) -> None:
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise ConfigError(f"{folder}: {error.strerror}; set TRELLIS_CACHE to a folder for copies of {url}") from error

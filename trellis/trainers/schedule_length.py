@@ -79,6 +79,8 @@ def notes(spec: dict[str, Any] | None, max_steps: int) -> Iterator[str]:
     warm_up = max(spec.get("warmup_steps", 0), args["warmup_steps"] if name == "LinearWarmupLRScheduler" else 0)
     if warm_up > max_steps:
         yield f"the warm-up of lr has {warm_up} steps, more than the {max_steps} of the run, which ends during it"
+    elif spec.get("warmup_steps") == max_steps:
+        yield f"the warm-up of lr has {warm_up} steps, all of the run: {name} after it changes nothing"
     if name == "StepLR" and args["step_size"] >= left:
         yield f"StepLR changes lr every {args['step_size']} steps, but has {left}: lr stays as it is"
     if name == "ConstantLR" and args.get("total_iters", 5) >= left:

@@ -63,7 +63,9 @@ class ShardTable(Table):
         """Raise DataError unless two rows of an object are in two files and have the same grid."""
         (one, row), (other, other_row) = self._place(first), self._place(second)
         if one is other:
-            raise DataError(f"{one.name}: sha256 {name} is listed twice. Make the file anew by pack.py.")
+            raise DataError(
+                f"{one.name}: sha256 {name} is listed twice. Delete the file and repeat the command that made it."
+            )
         same = one.checksums[row] == other.checksums[other_row]
         if not same and not np.array_equal(one.bits(row), other.bits(other_row)):
             raise DataError(f"{other.name}: has another grid of {name} than {one.name}. Remove one of the files.")

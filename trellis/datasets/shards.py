@@ -222,8 +222,8 @@ class Shard:
                 raise ValueError(f"its column {wrong[0]} is {types[wrong[0]]}, not {arrow_type(wrong[0])}")
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{self.name}: is not a readable shard of grids ({error}): all its rows are lost. Make it anew by "
-                "pack.py."
+                f"{self.name}: is not a readable shard of grids ({error}): all its rows are lost. Delete it and "
+                "repeat the command that made it."
             ) from error
         self._checked: set[str] = set()  # columns whose sums fit
         self._codec = pa.Codec("zstd")
@@ -236,7 +236,7 @@ class Shard:
             empty = (
                 f"the grid of row {int(np.argmin(self.num_voxels))} has no occupied voxel" if len(self) else "no row"
             )
-            raise DataError(f"{self.name}: {empty}. Make the file anew by pack.py.")
+            raise DataError(f"{self.name}: {empty}. Delete the file and repeat the command that made it.")
 
     def _check_framing(self) -> None:
         """Raise ValueError unless the bytes around the columns are those that were written."""
@@ -269,7 +269,7 @@ class Shard:
                 first = "" if name == "sha256" else f", from {self.column('sha256')[0]} on"
                 raise DataError(
                     f"{self.name}: its column {name} is damaged ({reason}): {len(self)} rows are lost{first}. "
-                    "Make the file anew by pack.py."
+                    "Delete the file and repeat the command that made it."
                 )
             self._checked.add(name)
         return array
@@ -302,7 +302,7 @@ class Shard:
     def _damaged(self, row: int, reason: str) -> DataError:
         return DataError(
             f"{self.name}: the grid of row {row}, {self.column('sha256')[row]}, is damaged ({reason}): 1 of "
-            f"{len(self)} rows is lost. Make the file anew by pack.py."
+            f"{len(self)} rows is lost. Delete the file and repeat the command that made it."
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run, tiny_config
+from helpers import ROOT, free_port, run, tiny_config
 from test_shards import opened, random_grids, shard
 from test_sparse_structure_dataset import all_items, packed_root
 
@@ -46,13 +46,14 @@ def memory(tmp_path):
 def s3():
     """A bucket `data` on a server of this machine, and the settings that reach it."""
     pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    port = free_port()
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=port, verbose=False)
     server.start()
     settings = {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
